@@ -1,0 +1,107 @@
+"""What a flux alpha and a length come to: one formula per budget, all integers decided here.
+
+Every budget runs geometrically from "all" at alpha 0 to its configured value at alpha 1:
+`L(a) = T^(1-a) L^a`, `k(a) = r^(1-a) k^a`, `P(a) = p^a`; the keep ratio runs linearly, `1 - a (1 - rho)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import floor, log
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import AttentionConfig
+
+MAX_BLOCK = 64  # rows that share one clock tick; larger tiles gain nothing and widen what a row must re-read
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Budgets of one call. Reads per row never exceed `shortlist`."""
+
+    flux_alpha: float  # 0 dense .. 1 constant shortlist
+    tokens: int  # T this was planned for
+    shortlist: int  # L(alpha), reads per row
+    keep_ratio: float  # rho(alpha)
+    heads_awake_min: int  # per token and KV group
+    heads_awake_max: int  # k(alpha), per token and KV group
+    head_top_p: float  # P(alpha)
+    dense: bool  # the shortlist holds every key there is
+    window: int  # keys older than the row's block that are still read one by one
+    block: int  # b, rows per clock tick, a power of two
+    anchors: int  # first keys always read
+    probes: int  # gates a row opens
+    ring: int  # m, newest keys read per opened gate
+    notes: bool  # whether gates' summaries are read
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def alpha_for_length(tokens: int, dense_below: int, shortlist_from: int) -> float:
+    """Flux alpha that a length asks for: 0, then linear in log T, then 1."""
+    if tokens <= dense_below:
+        return 0.0
+    if tokens >= shortlist_from:
+        return 1.0
+    return log(tokens / dense_below) / log(shortlist_from / dense_below)
+
+
+def geometric(full: float, reduced: float, alpha: float) -> int:
+    """`full^(1-alpha) reduced^alpha`, rounded down, exact at both ends."""
+    if alpha in (0.0, 1.0):
+        return int(reduced if alpha else full)
+    return max(int(reduced), floor(full ** (1 - alpha) * reduced**alpha + 1e-9))
+
+
+def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = None,
+                gates: int | None = None) -> Budget:
+    """Budgets for a call over `tokens` tokens.
+
+    flux_alpha: overrides `cfg.flux_alpha`; when both are None the length decides.
+    gates: live gates per group, when surgery has changed them; None means `cfg.gates_per_group`.
+    """
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens={tokens!r}: must be a whole number >= 1")
+    alpha = cfg.flux_alpha if flux_alpha is None else flux_alpha
+    if alpha is None:
+        alpha = alpha_for_length(tokens, cfg.dense_below, cfg.shortlist_from)
+    alpha = check_alpha(alpha)
+    r = cfg.heads_per_group
+    cap = geometric(tokens, min(cfg.shortlist, tokens), alpha)
+    return Budget(
+        flux_alpha=alpha, tokens=tokens, shortlist=cap, keep_ratio=1 - alpha * (1 - cfg.keep_ratio),
+        heads_awake_min=min(cfg.heads_awake_min, r), heads_awake_max=geometric(r, cfg.heads_awake_max, alpha),
+        head_top_p=cfg.head_top_p**alpha, dense=cap >= tokens,
+        **split_shortlist(cap, cfg.dna_fraction, cfg.n_anchors, cfg.probes, gates or cfg.gates_per_group, cfg.notes))
+
+
+def check_alpha(alpha) -> float:
+    """`alpha` as a float in [0, 1], or an error that names it."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"flux_alpha={alpha!r}: expected a number in [0, 1], or None to follow the length")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"flux_alpha={alpha!r}: must be in [0, 1], or None to follow the length")
+    return float(alpha)
+
+
+def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: bool) -> dict:
+    """Divide `cap` reads per row between window, anchors, rings and notes.
+
+    A row reads at most window + block local keys, `anchors` anchors, probes x ring gate keys and one note per
+    gate. What the gates' share cannot hold goes in this order: notes first, then probes.
+    """
+    far = min(floor(dna_fraction * cap + 1e-9), cap - 1)  # a row always reads itself
+    near = cap - far
+    anchors = min(n_anchors, (near - 1) // 2)
+    local = near - anchors
+    block = 1
+    while block * 4 <= local and block < MAX_BLOCK:
+        block *= 2
+    probes = min(probes, gates)
+    notes = notes and far >= gates + probes
+    probes = min(probes, far)
+    ring = (far - gates * notes) // probes if probes else 0
+    return {"window": local - block, "block": block, "anchors": anchors, "probes": probes, "ring": ring,
+            "notes": notes}

@@ -1,0 +1,173 @@
+"""Proteus attention over given queries, keys and values: the core that a foreign model can call.
+
+Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `C` gates per group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import attend, choose_backend, dense, dense_lse
+from .budget import Budget
+from .gates import Gates
+from .rope import rotate
+from .shortlist import Shortlist, build_shortlist, count_reads
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """What a call computed and what it read."""
+
+    out: Tensor  # (B, T, H, d), zero for dropped tokens and sleeping heads
+    lse: Tensor | None  # (B, T, H) float32 log-sum-exp of the scores read; None unless asked for
+    reads: Tensor  # (B, T, H) int64, keys and notes read by each row; 0 for dropped tokens and sleeping heads
+    gate_of_key: Tensor  # (B, T, G) int64; -1 for anchors and dropped tokens
+    backend: str
+    backend_reason: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs with the dropped tokens taken out, rotated, and indexed. `S` is the longest kept length."""
+
+    q: Tensor  # (B, S, H, d) rotated
+    k: Tensor  # (B, S, G, d) rotated
+    v: Tensor  # (B, S, G, d)
+    gate: Tensor  # (B, S, G) the gate each key falls into, before anchors are set apart
+    short: Shortlist | None  # None when everything may be read
+    index: Tensor | None  # (B, S) where each kept token stood; None when all T are kept
+    length: Tensor  # (B,) kept tokens
+
+
+def proteus_attention(q: Tensor, k: Tensor, v: Tensor, gates: Gates, budget: Budget, *, inv_freq: Tensor | None,
+                      positions: Tensor | None = None, keep: Tensor | None = None, awake: Tensor | None = None,
+                      backend: str = "auto", scale: float | None = None,
+                      return_lse: bool = False) -> AttentionResult:
+    """Causal attention in which each row reads at most `budget.shortlist` keys and notes.
+
+    q: `(B, T, H, d)`, k and v: `(B, T, G, d)`, all un-rotated, H a multiple of G. gates: `Gates` for G groups of
+    width d. budget: from `plan_budget`. inv_freq: `(d / 2,)` rotary frequencies in radians per token, or None.
+    positions: `(T,)` or `(B, T)`, in tokens, default 0..T-1. keep: `(B, T)` bool, tokens that take part (padding is
+    False). awake: `(B, T, H)` bool, rows that count. scale: of the scores, default d^-1/2.
+
+    Raises `TypeError` or `ValueError` naming the argument. Dense (fused SDPA) when the budget holds every key.
+    """
+    check_inputs(q, k, v, gates, positions, keep, awake, inv_freq)
+    name, why = choose_backend(q.device, backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    ready = prepare(q, k, v, gates, budget, inv_freq=inv_freq, positions=positions, keep=keep)
+    lse = None
+    if ready.short is None and name != "reference":
+        out = dense(ready.q, ready.k, ready.v, scale)
+        if return_lse:
+            lse = dense_lse(ready.q, ready.k, scale)
+        name, why = "dense", "everything fits the budget: fused scaled_dot_product_attention"
+    else:
+        out, lse = attend(ready.q, ready.k, ready.v, ready.short or _everything(ready), scale, name)
+    reads = count_reads(ready.short) if ready.short else _dense_reads(ready)
+    gate = ready.gate if ready.short is None else ready.short.gate
+    return AttentionResult(
+        out=_rest(_spread(out, ready, q.shape[1], 0), awake), lse=_spread(lse, ready, q.shape[1], -torch.inf),
+        reads=_rest(_spread(reads, ready, q.shape[1], 0), awake),
+        gate_of_key=_spread(gate, ready, q.shape[1], -1), backend=name, backend_reason=why)
+
+
+def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep) -> Prepared:
+    """Drop tokens, lure keys, probe gates, rotate. Arguments as in `proteus_attention`, already checked."""
+    B, T = q.shape[:2]
+    positions = torch.arange(T, device=q.device) if positions is None else positions.to(q.device)
+    index, length = None, torch.full((B,), T, device=q.device)
+    if keep is not None and not keep.all():
+        length = keep.sum(1)
+        index = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, int(length.max()))]
+        q, k, v = (_take(x, index) for x in (q, k, v))
+        positions = _take(positions.expand(B, T), index)
+    with torch.no_grad():
+        gate = gates.lure(k)[0]
+        short = None
+        if not budget.dense:
+            short = build_shortlist(gate, _affinity(q, gates), length, window=budget.window, block=budget.block,
+                                    anchors=budget.anchors, probes=budget.probes, ring=budget.ring,
+                                    notes=budget.notes)
+    return Prepared(rotate(q, positions, inv_freq), rotate(k, positions, inv_freq), v, gate, short, index, length)
+
+
+def _affinity(q: Tensor, gates: Gates) -> Tensor:
+    """q.p for every query and gate of its group: `(B, T, H, C)` float32, dead gates -inf."""
+    with torch.autocast(q.device.type, enabled=False):
+        rows = q.float().unflatten(2, (gates.n_groups, -1))  # (B, T, G, r, d)
+        score = torch.einsum("btgrd,gcd->btgrc", rows, gates.prototypes)
+        return score.masked_fill(~gates.alive[:, None], -torch.inf).flatten(2, 3)
+
+
+def _everything(ready: Prepared) -> Shortlist:
+    """A shortlist that holds every key: what the oracle runs when the budget is dense."""
+    B, S, H, _ = ready.q.shape
+    G = ready.gate.shape[2]
+    gate = torch.full_like(ready.gate, -1)
+    return Shortlist(window=S, block=1, anchors=0, ring=0, notes=False, gate=gate, left=gate.new_zeros(B, G, S, 1),
+                     probes=gate.new_full((B, S, H, 0), -1))
+
+
+def _dense_reads(ready: Prepared) -> Tensor:
+    B, S, H, _ = ready.q.shape
+    return torch.arange(1, S + 1, device=ready.q.device)[None, :, None].expand(B, S, H)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `x` (B, T, ...) at `index` (B, S)."""
+    at = index.view(*index.shape, *(1,) * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
+    return x.gather(1, at)
+
+
+def _spread(x: Tensor | None, ready: Prepared, tokens: int, fill) -> Tensor | None:
+    """Put kept rows back where they stood, `fill` elsewhere."""
+    if x is None or ready.index is None:
+        return x
+    S = x.shape[1]
+    real = torch.arange(S, device=x.device) < ready.length[:, None]
+    tail = (1,) * (x.dim() - 2)
+    x = x.masked_fill(~real.view(*real.shape, *tail), fill)
+    out = x.new_full((x.shape[0], tokens, *x.shape[2:]), fill)
+    return out.scatter(1, ready.index.view(*ready.index.shape, *tail).expand_as(x), x)
+
+
+def _rest(x: Tensor, awake: Tensor | None) -> Tensor:
+    """Zero the rows of sleeping heads."""
+    if awake is None:
+        return x
+    return x.masked_fill(~awake.view(*awake.shape, *(1,) * (x.dim() - 3)), 0)
+
+
+def check_inputs(q, k, v, gates, positions, keep, awake, inv_freq) -> None:
+    """Raise `TypeError` or `ValueError` naming the first argument that does not fit."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name}={type(x).__name__}: expected a floating-point tensor")
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: must be (B, T, heads, d), no axis empty")
+    if not isinstance(gates, Gates):
+        raise TypeError(f"gates={type(gates).__name__}: expected Gates")
+    B, T, H, d = q.shape
+    G = gates.n_groups
+    if H % G:
+        raise ValueError(f"q has {H} heads: must be a multiple of the gates' {G} groups")
+    for name, x in (("k", k), ("v", v)):
+        if tuple(x.shape) != (B, T, G, d):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {(B, T, G, d)} to go with q and gates")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}: must be {q.dtype} on {q.device}, as q")
+    if d != gates.head_dim:
+        raise ValueError(f"q has head dim {d}: must be the gates' {gates.head_dim}")
+    if inv_freq is not None and (not isinstance(inv_freq, Tensor) or tuple(inv_freq.shape) != (d // 2,)):
+        raise ValueError(f"inv_freq={tuple(getattr(inv_freq, 'shape', ()))}: must be a tensor of shape ({d // 2},)")
+    if positions is not None and tuple(positions.shape) not in ((T,), (B, T)):
+        raise ValueError(f"positions has shape {tuple(positions.shape)}: must be ({T},) or ({B}, {T})")
+    for name, x, shape in (("keep", keep, (B, T)), ("awake", awake, (B, T, H))):
+        if x is not None and (not isinstance(x, Tensor) or x.dtype != torch.bool):
+            raise TypeError(f"{name}={getattr(x, 'dtype', type(x).__name__)}: expected a bool tensor {shape}")
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {shape}")

@@ -1,0 +1,258 @@
+"""Gates: slots that each own one prototype, in key space before RoPE.
+
+A key is lured to the gate whose prototype is nearest by cosine; a query probes the gates with the largest q.p.
+That is an inverted file (IVF) whose centroids are spherical k-means means, kept fresh by a moving average
+(online k-means, as in VQ-VAE's EMA codebook, https://arxiv.org/abs/1711.00937).
+
+Axes: `B` batch, `T` tokens, `G` KV groups, `C` gates per group, `d` head dim, `r` heads per group.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FIT_LIMIT = 1 << 16  # keys k-means looks at; more change a centroid by less than its own noise
+QUANTILES = 257  # resolution of the salience histogram the keep decision reads
+
+
+class Gates(nn.Module):
+    """Prototypes of every KV group, how well each is used, and which head each belongs to.
+
+    Buffers: `prototypes` (G, C, d) float32 unit vectors; `alive` (G, C) bool; `confidence` (G, C), mean cosine of
+    the keys lured, in [0, 1]; `usage` (G, C), share of keys lured; `head_of_gate` (G, C), index in the group;
+    `salience_quantiles` (QUANTILES,), NaN until `fit` or a training pass has seen keys.
+    """
+
+    def __init__(self, n_groups: int, gates_per_group: int, head_dim: int, heads_per_group: int = 1,
+                 ema_decay: float = 0.99):
+        super().__init__()
+        sizes = {"n_groups": n_groups, "gates_per_group": gates_per_group, "head_dim": head_dim,
+                 "heads_per_group": heads_per_group}
+        for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be a whole number >= 1")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay={ema_decay!r}: must be in [0, 1)")
+        self.ema_decay = ema_decay
+        shape = (n_groups, gates_per_group)
+        self.register_buffer("prototypes", F.normalize(torch.randn(*shape, head_dim), dim=-1))
+        self.register_buffer("alive", torch.ones(shape, dtype=torch.bool))
+        self.register_buffer("confidence", torch.ones(shape))
+        self.register_buffer("usage", torch.full(shape, 1 / gates_per_group))
+        self.register_buffer("head_of_gate", (torch.arange(gates_per_group) % heads_per_group).repeat(n_groups, 1))
+        self.register_buffer("salience_quantiles", torch.full((QUANTILES,), torch.nan))
+        # What training passes have seen since the last fold: it waits here so that no update can reach the
+        # forward pass that caused it, and is saved so that a resumed run folds the same thing.
+        self.register_buffer("pending_sum", torch.zeros(*shape, head_dim))
+        self.register_buffer("pending_count", torch.zeros(shape))
+        self.register_buffer("pending_sample", torch.full((n_groups, head_dim), torch.nan))
+        self.register_buffer("pending_quantiles", torch.full((QUANTILES,), torch.nan))
+
+    def _apply(self, fn, recurse=True):
+        """Move between devices, but stay float32: a prototype in half precision would move keys between gates."""
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.dtype != torch.float32:
+                setattr(self, name, buffer.float())
+        return self
+
+    @property
+    def n_groups(self) -> int:
+        return self.prototypes.shape[0]
+
+    @property
+    def gates_per_group(self) -> int:
+        """Slots per group, dead ones included."""
+        return self.prototypes.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.prototypes.shape[2]
+
+    @property
+    def live_gates(self) -> int:
+        """Most live gates in any group."""
+        return int(self.alive.sum(1).max())
+
+    def check_keys(self, k: Tensor, name: str = "k") -> None:
+        """Raise unless `k` is floating `(..., G, d)` for these gates."""
+        if not isinstance(k, Tensor) or not k.is_floating_point():
+            raise TypeError(f"{name}={type(k).__name__}: expected a floating-point tensor (..., G, d)")
+        if k.dim() < 3 or tuple(k.shape[-2:]) != (self.n_groups, self.head_dim):
+            raise ValueError(f"{name} has shape {tuple(k.shape)}: must be (..., G={self.n_groups}, d={self.head_dim})")
+
+    def cosines(self, x: Tensor) -> Tensor:
+        """Cosine of each vector to each prototype: `(..., G, d)` -> `(..., G, C)` float32, dead gates -inf."""
+        with torch.autocast(x.device.type, enabled=False):
+            unit = F.normalize(x.float(), dim=-1)
+            cos = torch.einsum("...gd,gcd->...gc", unit, self.prototypes)
+            return cos.masked_fill(~self.alive, -torch.inf)
+
+    @torch.no_grad()
+    def lure(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate each key falls into, and its cosine: `(..., G, d)` -> two `(..., G)` (int64, float32).
+
+        Ties go to the lower slot, so that a clone of a gate changes nothing until one of the two moves.
+        """
+        self.check_keys(k)
+        best, gate = self.cosines(k).max(dim=-1)
+        return gate, best
+
+    @torch.no_grad()
+    def salience(self, k: Tensor) -> Tensor:
+        """How strongly a token is lured: max cosine x that gate's confidence, mean over groups. `(...)` float32."""
+        gate, best = self.lure(k)
+        return (best * self._per_gate(self.confidence, gate)).mean(-1)
+
+    def _per_gate(self, table: Tensor, gate: Tensor) -> Tensor:
+        return table[torch.arange(self.n_groups, device=gate.device), gate]
+
+    @torch.no_grad()
+    def keep_mask(self, k: Tensor, keep_ratio: float) -> Tensor:
+        """Which tokens take part: salience at or above the (1 - keep_ratio) quantile seen before. `(B, T)` bool.
+
+        The decision uses nothing but the token itself, so it is causal and the same in streaming. Raises
+        `ValueError` when keep_ratio < 1 and no quantiles were ever measured.
+        """
+        if not 0 < keep_ratio <= 1:
+            raise ValueError(f"keep_ratio={keep_ratio!r}: must be in (0, 1]")
+        if keep_ratio == 1:
+            return torch.ones(k.shape[:-2], dtype=torch.bool, device=k.device)
+        if self.salience_quantiles[0].isnan():
+            raise ValueError(f"keep_ratio={keep_ratio!r}: below 1 the gates need salience quantiles; "
+                             "call calibrate(x) or fit(k), or train first")
+        return self.salience(k) >= self._quantile(1 - keep_ratio)
+
+    def _quantile(self, q: float) -> Tensor:
+        """Linear interpolation in the stored histogram."""
+        at = q * (QUANTILES - 1)
+        low = int(at)
+        high = min(low + 1, QUANTILES - 1)
+        return torch.lerp(self.salience_quantiles[low], self.salience_quantiles[high], at - low)
+
+    # -- fitting ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit(self, k: Tensor, seed: int = 0, iterations: int = 12) -> Gates:
+        """Spherical k-means on un-rotated keys `(..., G, d)`; also sets confidence, usage and quantiles.
+
+        k-means++ start, dead gates revived from the keys that fit worst. Deterministic for a seed and device type.
+        """
+        self.check_keys(k)
+        keys = F.normalize(k.detach().float().reshape(-1, self.n_groups, self.head_dim), dim=-1)
+        if not len(keys) or not keys.isfinite().all():
+            raise ValueError(f"k of shape {tuple(k.shape)} is empty or holds NaN or infinite values: calibrate on "
+                             "at least one finite key")
+        if len(keys) > FIT_LIMIT:
+            gen = torch.Generator().manual_seed(seed)
+            keys = keys[torch.randperm(len(keys), generator=gen)[:FIT_LIMIT].to(keys.device)]
+        for g in range(self.n_groups):
+            slots = self.alive[g].nonzero()[:, 0]
+            means, gate = spherical_kmeans(keys[:, g], len(slots), seed + g, iterations)
+            self.prototypes[g, slots] = means.to(self.prototypes)
+        self._measure(keys)
+        self.pending_sum.zero_()
+        self.pending_count.zero_()
+        return self
+
+    def _measure(self, keys: Tensor) -> None:
+        gate, best = self.lure(keys)
+        count, total = self._per_gate_sums(gate, best[..., None])
+        self.confidence.copy_((total[..., 0] / count.clamp(min=1)).clamp(0, 1))
+        self.usage.copy_(count / len(keys))
+        self.salience_quantiles.copy_(self._histogram(self.salience(keys)))
+
+    @staticmethod
+    def _histogram(salience: Tensor) -> Tensor:
+        at = torch.linspace(0, 1, QUANTILES, device=salience.device)
+        ranked = salience.flatten().sort().values
+        return ranked[(at * (len(ranked) - 1)).round().long()]
+
+    def _per_gate_sums(self, gate: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Count and sum of `values` (N, G, f) per gate: `(G, C)`, `(G, C, f)`."""
+        hot = F.one_hot(gate.reshape(-1, self.n_groups), self.gates_per_group).to(values.dtype)
+        return hot.sum(0), torch.einsum("ngc,ngf->gcf", hot, values.reshape(-1, *values.shape[-2:]))
+
+    @torch.no_grad()
+    def observe(self, k: Tensor, keep: Tensor) -> None:
+        """Note what a training pass saw: unit keys `(B, T, G, d)` where `keep` (B, T). Changes no prototype."""
+        keys = F.normalize(k.detach().float(), dim=-1)[keep]  # (N, G, d)
+        if not len(keys):
+            return
+        gate, best = self.lure(keys)
+        count, total = self._per_gate_sums(gate, keys)
+        self.pending_count += count
+        self.pending_sum += total
+        self.pending_sample = keys[best.mean(-1).argmin()]  # the key that fits worst: where a dead gate may go
+        fresh = self._histogram(self.salience(keys))
+        known = self.salience_quantiles
+        self.pending_quantiles = torch.where(known.isnan(), fresh, torch.lerp(fresh, known, self.ema_decay))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Move prototypes, usage and confidence towards what has been observed since the last fold.
+
+        Buffers are replaced, never written in place: a backward pass may still need the old ones.
+        """
+        if not self.pending_count.any():
+            return
+        count, total = self.pending_count, self.pending_sum
+        seen = (count > 0)[..., None]
+        mean = total / count.clamp(min=1)[..., None]
+        moved = F.normalize(torch.lerp(F.normalize(mean, dim=-1), self.prototypes, self.ema_decay), dim=-1)
+        self.prototypes = torch.where(seen, moved, self.prototypes)
+        tight = (mean * self.prototypes).sum(-1).clamp(0, 1)
+        self.confidence = torch.where(seen[..., 0], torch.lerp(tight, self.confidence, self.ema_decay), self.confidence)
+        share = count / count.sum(1, keepdim=True).clamp(min=1)
+        self.usage = torch.lerp(share, self.usage, self.ema_decay)
+        self._revive()
+        self.salience_quantiles = self.pending_quantiles.clone()
+        self.pending_sum = torch.zeros_like(total)
+        self.pending_count = torch.zeros_like(count)
+
+    def _revive(self) -> None:
+        """Send the least used gate of each group to the key that fitted worst, once it has died out."""
+        floor = 0.02 / self.gates_per_group
+        usage = self.usage.masked_fill(~self.alive, torch.inf)
+        least, slot = usage.min(dim=1)
+        for g in (least < floor).nonzero()[:, 0].tolist():
+            if self.pending_sample[g].isfinite().all():
+                prototypes, usage = self.prototypes.clone(), self.usage.clone()
+                prototypes[g, slot[g]] = F.normalize(self.pending_sample[g], dim=-1)
+                usage[g, slot[g]] = 1 / self.gates_per_group
+                self.prototypes, self.usage = prototypes, usage
+
+
+def spherical_kmeans(x: Tensor, clusters: int, seed: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """k-means by cosine on unit rows `x` (N, d): unit means `(clusters, d)` and each row's cluster `(N,)`.
+
+    With fewer distinct rows than clusters the spare means are random unit vectors.
+    """
+    gen = torch.Generator(device="cpu").manual_seed(seed)
+    means = _plus_plus(x, clusters, gen)
+    for _ in range(iterations):
+        best, owner = (x @ means.T).max(dim=1)
+        total = torch.zeros_like(means).index_add_(0, owner, x)
+        empty = torch.bincount(owner, minlength=clusters) == 0
+        means = F.normalize(torch.where(empty[:, None], means, total), dim=1)
+        worst = best.argsort()[: int(empty.sum())]  # dead means restart where the fit is poorest
+        spare = empty.nonzero()[: len(worst), 0]
+        far = best[worst] < 1 - 1e-6
+        means[spare[far]] = x[worst[far]]
+    return means, (x @ means.T).argmax(dim=1)
+
+
+def _plus_plus(x: Tensor, clusters: int, gen: torch.Generator) -> Tensor:
+    """k-means++ seeding (Arthur & Vassilvitskii 2007) with 1 - cosine as the squared distance."""
+    means = F.normalize(torch.randn(clusters, x.shape[1], generator=gen), dim=1).to(x)
+    means[0] = x[int(torch.randint(len(x), (1,), generator=gen))]
+    gap = (1 - x @ means[0]).clamp(min=0)
+    for c in range(1, clusters):
+        mass = gap.cpu().double()
+        if mass.sum() <= 1e-9:
+            break
+        means[c] = x[int(torch.multinomial(mass, 1, generator=gen))]
+        gap = torch.minimum(gap, (1 - x @ means[c]).clamp(min=0))
+    return means

@@ -1,0 +1,29 @@
+"""Rotary position embedding, half-split convention (Llama, GPT-NeoX).
+
+Su et al. 2021, https://arxiv.org/abs/2104.09864.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_frequencies(head_dim: int, theta: float, device=None) -> Tensor:
+    """Angular frequency per feature pair, radians per token: `(head_dim / 2,)` float32."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    return theta ** (-pairs / head_dim)
+
+
+def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None) -> Tensor:
+    """Turn each feature pair of `x` by position x frequency.
+
+    x: `(B, T, N, d)`; positions: `(B, T)` or `(T,)`, in tokens; inv_freq: `(d / 2,)`, or None for no turn.
+    The angles are float32 whatever the dtype of `x`. Negative positions undo a rotation.
+    """
+    if inv_freq is None:
+        return x
+    angle = positions.to(torch.float32)[..., None] * inv_freq.to(torch.float32)  # (B, T, d/2) or (T, d/2)
+    cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,81 @@
+"""What one query row sees, key by key: for display, at the cost of one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .budget import Budget
+from .functional import check_inputs, prepare
+from .gates import Gates
+
+UNSEEN, LOCAL, ANCHOR, DNA, NOTE = 0, 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class RowReads:
+    """One row's reads. A note's attention is shared evenly by its members."""
+
+    kind: np.ndarray  # (T,) uint8: 0 unseen, 1 local, 2 anchor, 3 DNA, 4 only through its gate's note
+    weight: np.ndarray  # (T,) float32, sums to 1 unless the token was dropped
+    gates_opened: tuple[int, ...]
+    notes_read: int
+
+
+def row_reads(q: Tensor, k: Tensor, v: Tensor, gates: Gates, budget: Budget, *, token: int, head: int, batch: int = 0,
+              inv_freq: Tensor | None, positions: Tensor | None = None, keep: Tensor | None = None,
+              scale: float | None = None) -> RowReads:
+    """Reads of row (token, head). Arguments as in `proteus_attention`; `token` in [0, T), `head` in [0, H)."""
+    check_inputs(q, k, v, gates, positions, keep, None, inv_freq)
+    for name, value, size in (("token", token, q.shape[1]), ("head", head, q.shape[2]), ("batch", batch, q.shape[0])):
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
+            raise ValueError(f"{name}={value!r}: must be a whole number in [0, {size})")
+    T, r = q.shape[1], q.shape[2] // gates.n_groups
+    group = head // r
+    with torch.no_grad():
+        ready = prepare(q[batch:batch + 1], k[batch:batch + 1], v[batch:batch + 1], gates, budget, inv_freq=inv_freq,
+                        positions=positions if positions is None or positions.dim() == 1 else positions[batch:batch + 1],
+                        keep=None if keep is None else keep[batch:batch + 1])
+        kind, weight = np.zeros(T, np.uint8), np.zeros(T, np.float32)
+        at, where = token, np.arange(T)
+        if ready.index is not None:
+            where = ready.index[0, : int(ready.length[0])].cpu().numpy()
+            if token not in where:
+                return RowReads(kind, weight, (), 0)
+            at = int(np.flatnonzero(where == token)[0])
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        codes, share, opened, notes = _row(ready, at, head, group, scale)
+    kind[where[: at + 1]], weight[where[: at + 1]] = codes.cpu().numpy(), share.cpu().numpy()
+    return RowReads(kind, weight, opened, notes)
+
+
+def _row(ready, at: int, head: int, group: int, scale: float):
+    """Codes and weights of keys 0..at, the gates opened and the number of notes, in kept-token order."""
+    short = ready.short
+    keys = ready.k[0, : at + 1, group].float()
+    score = keys @ ready.q[0, at, head].float() * scale
+    code = torch.full((at + 1,), LOCAL, dtype=torch.uint8, device=score.device)
+    if short is None:
+        return code, score.softmax(0), (), 0
+    place = torch.arange(at + 1, device=score.device)
+    gone = place < at // short.block * short.block - short.window
+    gate = short.gate[0, : at + 1, group]
+    opened = [int(c) for c in short.probes[0, at, head].tolist() if c >= 0]
+    code[gone] = NOTE if short.notes else UNSEEN
+    for c in opened:
+        code[(gone & (gate == c)).nonzero()[:, 0][-short.ring:]] = DNA
+    code[gone & (gate < 0)] = UNSEEN
+    code[place < short.anchors] = torch.where(gone[place < short.anchors], ANCHOR, LOCAL).to(torch.uint8)
+    direct = (code > UNSEEN) & (code < NOTE)
+    noted = (code == NOTE).nonzero()[:, 0]
+    homes, member = gate[noted].unique(return_inverse=True)
+    size = torch.bincount(member, minlength=len(homes)).float()
+    mean = torch.zeros(len(homes), keys.shape[1], device=keys.device).index_add_(0, member, keys[noted])
+    note = (mean / size[:, None]) @ ready.q[0, at, head].float() * scale + size.log()
+    both = torch.cat((score.masked_fill(~direct, -torch.inf), note)).softmax(0)
+    share = both[: at + 1].clone()
+    share[noted] = (both[at + 1:] / size)[member]
+    return code, share, tuple(opened), len(homes)
