@@ -97,7 +97,7 @@ def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, 
     anchors = min(n_anchors, (near - 1) // 2)
     local = near - anchors
     block = 1
-    while block * 4 <= local and block < MAX_BLOCK:
+    while block * 4 <= near and block * 2 <= local and block < MAX_BLOCK:
         block *= 2
     probes = min(probes, gates)
     notes = notes and far >= gates + probes

@@ -26,4 +26,5 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None) -> Tensor:
     angle = positions.to(torch.float32)[..., None] * inv_freq.to(torch.float32)  # (B, T, d/2) or (T, d/2)
     cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1).to(x.dtype)

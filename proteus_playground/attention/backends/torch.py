@@ -11,16 +11,15 @@ Axes: `S` streams (batch x KV group), `T` tokens, `r` rows (heads) per token and
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from ..shortlist import Shortlist, probed_counts
 
-PIECE = 1 << 20  # scores per piece on the CPU, where a piece should stay in cache
-PIECE_GPU = 1 << 26
+PIECE = 1 << 19  # scores per piece on the CPU, where a piece should stay in cache
+PIECE_LARGE = 1 << 24  # on a GPU, and in training, where every piece costs one gradient buffer
 ROWS = 1 << 19  # far rows (token, head, probe) handled at a time, unless one stream alone has more
 
 
@@ -29,8 +28,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> t
     B, T, H, d = q.shape
     G, n, C = k.shape[2], short.probes.shape[3], short.gates_per_group
     r = H // G
-    qs = (q * scale).view(B, T, G, r, d).transpose(1, 2).reshape(B * G, T, r, d)
-    ks, vs = (x.transpose(1, 2).reshape(B * G, T, d) for x in (k, v))
+    qs = q.view(B, T, G, r, d).transpose(1, 2).reshape(B * G, T, r, d)
+    ks, vs = (x.transpose(1, 2).reshape(B * G, T, d) for x in (k * scale, v))
     gate = short.gate.transpose(1, 2).reshape(B * G, T)
     left = short.left.flatten(0, 1)  # (S, N, C)
     probes, counts = (x.view(B, T, G, r, n).transpose(1, 2).reshape(B * G, T, r, n)
@@ -45,12 +44,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> t
 def _streams(q, k, v, gate, left, probes, counts, short: Shortlist):
     """All rows of a few streams: `(S, T, r, d)` and `(S, T, r)`."""
     C = left.shape[2]
-    order = torch.where(gate < 0, C, gate).argsort(dim=1, stable=True)  # (S, T): by (gate, position)
+    home = torch.where(gate < 0, C, gate)
+    order = home.argsort(dim=1, stable=True)  # (S, T): by (gate, position)
     total = torch.zeros(len(gate), C + 1, dtype=torch.int64, device=gate.device)
-    total.scatter_add_(1, torch.where(gate < 0, C, gate), torch.ones_like(gate))
+    total.scatter_add_(1, home, torch.ones_like(home))
     first = total.cumsum(1)[:, :C] - total[:, :C]  # (S, C): where a gate starts in sorted order
     far = _far(q, k, v, order, first, probes, counts, short.ring) if probes.shape[3] else None
-    return _near(q, k, v, order, first, left, probes, far, short)
+    return _near(q, k, v, order, gate, left, probes, far, short)
 
 
 def _recomputed(function, *args):
@@ -61,14 +61,29 @@ def _recomputed(function, *args):
 
 
 def _piece(q: Tensor) -> int:
-    return PIECE if q.device.type == "cpu" else PIECE_GPU
+    return PIECE if q.device.type == "cpu" and not torch.is_grad_enabled() else PIECE_LARGE
+
+
+def _join(parts, size: int, dim: int):
+    """Concatenate pairs of pieces along `dim`; without autograd each is copied home at once and its memory reused."""
+    if torch.is_grad_enabled():
+        return tuple(torch.cat(x, dim=dim) for x in zip(*parts, strict=True))
+    whole, at = None, 0
+    for pair in parts:
+        if whole is None:
+            whole = tuple(x.new_empty(*x.shape[:dim], size, *x.shape[dim + 1:]) for x in pair)
+        for home, x in zip(whole, pair, strict=True):
+            home.narrow(dim, at, x.shape[dim]).copy_(x)
+        at += pair[0].shape[dim]
+    return whole
 
 
 # -- far: rings of opened gates ---------------------------------------------------------------------------------
 
 
 def _far(q, k, v, order, first, probes, counts, m):
-    """Attention of every (row, probe) over its ring: out `(S, T, r, n, d)`, lse `(S, T, r, n)`; -inf where empty."""
+    """Attention of every (row, probe) over its ring, in tile order: out `(X, d)`, lse `(X,)`, and where each row's
+    result lies, `(S, T, r, n)`, X where its ring is empty. None when every ring is."""
     S, T, r, n = probes.shape
     d, C = q.shape[3], first.shape[1]
     K = max(m, 16)
@@ -78,7 +93,7 @@ def _far(q, k, v, order, first, probes, counts, m):
     home = (stream * C + probes.clamp(min=0)) * (T // K + 2) + tile
     rows = (counts.flatten() > 0).nonzero()[:, 0]
     if not len(rows):
-        return q.new_zeros(S, T, r, n, d), q.new_full((S, T, r, n), -torch.inf, dtype=torch.float32)
+        return None
     home = home.flatten()[rows]
     rank = home.argsort(stable=True)
     rows, home = rows[rank], home[rank]
@@ -93,14 +108,10 @@ def _far(q, k, v, order, first, probes, counts, m):
     high = (counts.flatten()[row_of].view(tiles, Q) - start[:, None])
     q2, k2, v2 = q.reshape(S * T * r, d), k.reshape(S * T, d), v.reshape(S * T, d)
     step = max(1, _piece(q) // (Q * 2 * K))
-    parts = [_recomputed(_ring_tile, q2, k2, v2, row_of.view(tiles, Q)[i:i + step] // n, key_of[i:i + step],
-                         low[i:i + step], high[i:i + step]) for i in range(0, tiles, step)]
-    out, lse = (torch.cat(x).flatten(0, 1) for x in zip(*parts, strict=True))
-    back = torch.full((S * T * r * n,), -1, device=q.device).scatter_(0, rows, place)
-    missing = back < 0
-    out = out.index_select(0, back.clamp(min=0)).masked_fill(missing[:, None], 0)
-    lse = lse.index_select(0, back.clamp(min=0)).masked_fill(missing, -torch.inf)
-    return out.view(S, T, r, n, d), lse.view(S, T, r, n)
+    out, lse = _join((_recomputed(_ring_tile, q2, k2, v2, row_of.view(tiles, Q)[i:i + step] // n, key_of[i:i + step],
+                                  low[i:i + step], high[i:i + step]) for i in range(0, tiles, step)), tiles, 0)
+    back = torch.full((S * T * r * n,), tiles * Q, device=q.device).scatter_(0, rows, place)
+    return out.flatten(0, 1), lse.flatten(), back.view(S, T, r, n)
 
 
 def _pack(home: Tensor, target: int) -> tuple[Tensor, Tensor, int]:
@@ -133,94 +144,130 @@ def _ring_tile(q, k, v, row_of, key_of, low, high):
 # -- near: window, anchors and notes, one tile per block ----------------------------------------------------------
 
 
-def _near(q, k, v, order, first, left, probes, far, short: Shortlist):
+def _near(q, k, v, order, gate, left, probes, far, short: Shortlist):
     """Near reads of every row merged with the far ones: out `(S, T, r, d)`, lse `(S, T, r)` float32."""
     S, T, r, d = q.shape
-    b, w = short.block, short.window
-    N = left.shape[1]
-    pad = N * b - T
-    qb, pb = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad)).view(S, N, b, *x.shape[2:]) for x in (q, probes))
-    kw, vw = (torch.nn.functional.pad(x, (0, 0, w, pad)) for x in (k, v))
-    far = None if far is None else tuple(
-        torch.nn.functional.pad(x, (0,) * (2 * x.dim() - 4) + (0, pad)).view(S, N, b, *x.shape[2:]) for x in far)
-    sums = _running_sums(k, v, order) if short.notes else None
-    step = max(1, _piece(q) // (S * b * r * (w + b + short.anchors + 2 * first.shape[1] * short.notes)))
-    parts = []
-    for i in range(0, N, step):
-        cut = slice(i, i + step)
-        span = slice(i * b, min(i + step, N) * b + w)
-        parts.append(_recomputed(_block_tile, qb[:, cut], kw[:, span], vw[:, span], k[:, :short.anchors],
-                                 v[:, :short.anchors], sums, first, left[:, cut], pb[:, cut],
-                                 *((x[:, cut] for x in far) if far else (None, None)), i, short))
-    out, lse = (torch.cat(x, dim=1).flatten(1, 2)[:, :T] for x in zip(*parts, strict=True))
-    return out, lse
+    b, w, N, C = short.block, short.window, left.shape[1], left.shape[2]
+    end = N * b - T
+
+    def by_block(x):  # (S, T, ...) -> (S, N, b, ...)
+        return pad(x, (0, 0) * (x.dim() - 2) + (0, end)).view(S, N, b, *x.shape[2:])
+
+    qb, pb = by_block(q), by_block(probes)
+    kw, vw = (pad(x, (0, 0, w, end)) for x in (k, v))
+    far_out, far_lse, back = (None, None, None) if far is None else (*far[:2], by_block(far[2]))
+    notes = _Notes(k, v, order, gate, left, short) if short.notes else None
+    step = max(1, _piece(q) // (S * b * r * (w + b + short.anchors + 2 * C * short.notes)))
+
+    def pieces():
+        for i in range(0, N, step):
+            cut, span = slice(i, i + step), slice(i * b, min(i + step, N) * b + w)
+            means = notes.advance(i, min(i + step, N)) if notes else None
+            yield _recomputed(_block_tile, qb[:, cut], kw[:, span], vw[:, span], k[:, :short.anchors],
+                              v[:, :short.anchors], means, left[:, cut], pb[:, cut], far_out, far_lse,
+                              None if back is None else back[:, cut], i, short)
+
+    return tuple(x.flatten(1, 2)[:, :T] for x in _join(pieces(), N, 1))
 
 
-def _running_sums(k: Tensor, v: Tensor, order: Tensor) -> Tensor:
-    """Prefix sums of [k, v] in (gate, position) order, `(S, T + 1, 2 d)`.
+class _Notes:
+    """Mean [key, value] of what each note stands for, tick by tick.
 
-    float64 where the device has it: a note is the difference of two sums, and what other gates hold must not
-    leave a trace in it.
+    Two kinds: a gate's full note takes in a key at the tick it leaves the window; the note beside an open ring takes
+    it in when it drops out of the ring, which is when the key m places newer in that gate leaves the window. Sums
+    run per gate, so nothing that other gates or later tokens hold can leave a rounding trace.
     """
-    S, T, d = k.shape
-    kv = torch.cat((k, v), dim=-1).gather(1, order[..., None].expand(-1, -1, 2 * d))
-    kv = kv.to(torch.float32 if k.device.type == "mps" else torch.float64)
-    return torch.nn.functional.pad(kv.cumsum(1), (0, 0, 1, 0))
+
+    def __init__(self, k, v, order, gate, left, short: Shortlist):
+        S, T, d = k.shape
+        self.ticks, self.gates, self.streams = *left.shape[1:], S
+        self.kv = torch.cat((k, v), dim=-1).flatten(0, 1)
+        self.gate = gate.flatten()
+        m = min(short.ring, T)
+        leaves = ((torch.arange(T, device=k.device) + short.window) // short.block + 1).clamp(max=self.ticks)
+        owner, ranked = gate.gather(1, order), leaves[order]  # in (gate, position) order
+        dropped = torch.full_like(ranked, self.ticks)
+        dropped[:, :T - m] = torch.where(owner[:, m:] == owner[:, :T - m], ranked[:, m:], self.ticks)
+        drops = torch.empty_like(dropped).scatter_(1, order, dropped)
+        self.counts = (left, (left - m).clamp(min=0))
+        self.events = []  # per kind: (tick, key) of every key a note takes in, by tick
+        for tick in (leaves.expand(S, T).flatten(), drops.flatten()):
+            tick = tick.masked_fill(self.gate < 0, self.ticks)
+            at, key = tick.sort(stable=True)
+            self.events.append((at, key))
+        self.carry = [self.kv.new_zeros(S, 1, self.gates, 2 * d, dtype=torch.float32)] * 2
+        self.tokens = T
+
+    def advance(self, start: int, stop: int) -> Tensor:
+        """Means at ticks [start, stop), float32 `(2, S, stop - start, C, 2 d)`."""
+        n, means = stop - start, []
+        for kind, (at, key) in enumerate(self.events):
+            low, high = torch.searchsorted(at, torch.tensor([start, stop], device=at.device)).tolist()
+            key, tick = key[low:high], at[low:high] - start
+            slot = (key // self.tokens * n + tick) * self.gates + self.gate[key]
+            fresh = self.kv.new_zeros(self.streams * n * self.gates, self.kv.shape[1], dtype=torch.float32)
+            fresh = fresh.index_add(0, slot, self.kv.index_select(0, key).float()).view(self.streams, n, -1)
+            upto = torch.ones(n, n, device=fresh.device).tril()
+            sums = (upto @ fresh).view(self.streams, n, self.gates, -1) + self.carry[kind]
+            self.carry[kind] = sums[:, -1:]
+            means.append(sums / self.counts[kind][:, start:stop].clamp(min=1)[..., None])
+        return torch.stack(means)
 
 
-def _note_means(sums, first, until):
-    """Mean key and value of the first `until` (S, N, C) keys of every gate: `(S, N, C, d)` twice."""
-    S, T1, d2 = sums.shape
-    base = torch.arange(S, device=sums.device)[:, None] * T1 + first  # (S, C)
-    flat = sums.reshape(S * T1, d2)
-    start = flat.index_select(0, base.flatten()).view(S, 1, -1, d2)
-    stop = flat.index_select(0, (base[:, None] + until).flatten()).view(*until.shape, d2)
-    mean = (stop - start) / until.clamp(min=1)[..., None]
-    return mean.chunk(2, dim=-1)
-
-
-def _block_tile(q, kw, vw, ka, va, sums, first, left, probes, far_out, far_lse, offset, short: Shortlist):
+def _block_tile(q, kw, vw, ka, va, notes, left, probes, far_out, far_lse, back, offset, short: Shortlist):
     """One tile per block: q `(S, N, b, r, d)` over its window, the anchors and the notes, merged with the rings."""
     S, N, b, r, d = q.shape
-    w = short.window
-    rows = q.reshape(S * N, b * r, d)
-    edge = (torch.arange(offset, offset + N, device=q.device) * b - w)  # (N,) first key in each block's window
-    keys = [kw.unfold(1, w + b, b).movedim(-1, -2)]
-    values = [vw.unfold(1, w + b, b).movedim(-1, -2)]
-    at = torch.arange(w + b, device=q.device)
-    causal = at[None] <= torch.arange(b, device=q.device)[:, None] + w  # (b, w + b)
-    local = causal & (at >= -edge[:, None, None])  # (N, b, w + b): not before the text's start
-    bias = [_as_bias(local[None, :, :, None].expand(S, N, b, r, w + b))]
-    if short.anchors:
-        keys.append(ka[:, None].expand(S, N, *ka.shape[1:]))
-        values.append(va[:, None].expand(S, N, *va.shape[1:]))
-        old = torch.arange(ka.shape[1], device=q.device) < edge[:, None]  # (N, anchors): out of the window
-        bias.append(_as_bias(old[None, :, None, None].expand(S, N, b, r, ka.shape[1])))
-    if short.notes:
-        opened = torch.zeros(S, N, b, r, left.shape[2] + 1, dtype=torch.bool, device=q.device)
-        opened.scatter_(-1, torch.where(probes < 0, left.shape[2], probes), True)
-        opened = opened[..., :-1]
-        for until, mine in ((left, ~opened), ((left - short.ring).clamp(min=0), opened)):
-            note_k, note_v = _note_means(sums, first, until)
-            keys.append(note_k.to(q.dtype))
-            values.append(note_v.to(q.dtype))
-            weight = until.float().log()[:, :, None, None]  # log(0) = -inf: an empty note is not read
-            bias.append(weight.where(mine, -torch.inf))
+    w, A = short.window, ka.shape[1]
+    keys, values = ([x.unfold(1, w + b, b).movedim(-1, -2), a[:, None].expand(S, N, A, d)]
+                    for x, a in ((kw, ka), (vw, va)))
+    if notes is not None:
+        for note in notes.to(q.dtype):
+            keys.append(note[..., :d])
+            values.append(note[..., d:])
     keys, values = (torch.cat(x, dim=2).flatten(0, 1) for x in (keys, values))  # (S N, keys, d)
-    score = torch.bmm(rows, keys.transpose(1, 2)).float() + torch.cat(bias, dim=-1).view(S * N, b * r, -1)
+    score = torch.bmm(q.reshape(S * N, b * r, d), keys.transpose(1, 2)).float().view(S, N, b, r, -1)
+    score[..., : w + b + A].add_(_near_bias(N, b, w, A, offset, q.device))
+    if notes is not None:
+        score[..., w + b + A:].add_(_note_bias(left, probes, short.ring))
     top = score.detach().amax(-1, keepdim=True)
-    p = (score - top).exp()
+    p = score.sub_(top).exp_()
     mass = p.sum(-1, keepdim=True)
-    lse = (top + mass.log()).view(S, N, b, r)
-    out = (torch.bmm(p.to(values.dtype), values) / mass.to(values.dtype)).view(S, N, b, r, d)
+    lse = (top + mass.log())[..., 0]
+    out = torch.bmm(p.to(values.dtype).view(S * N, b * r, -1), values).view(S, N, b, r, d)
     if far_out is None:
-        return out.flatten(2, 2), lse
-    both = torch.cat((lse[..., None], far_lse), dim=-1)
-    merged = both.logsumexp(-1)
-    share = (both - merged[..., None]).exp().to(out.dtype)
-    out = share[..., :1] * out + torch.einsum("...n,...nd->...d", share[..., 1:], far_out)
+        return out / mass.to(out.dtype), lse
+    empty = back == len(far_lse)
+    ring_lse = far_lse[back.clamp(max=len(far_lse) - 1)].masked_fill(empty, -torch.inf)  # (S, N, b, r, n)
+    merged = torch.cat((lse[..., None], ring_lse), dim=-1).logsumexp(-1)
+    out = out * (top - merged[..., None]).exp().to(out.dtype)
+    share = (ring_lse - merged[..., None]).exp().to(out.dtype)
+    for n in range(share.shape[-1]):
+        at = back[..., n].clamp(max=len(far_lse) - 1)
+        out = torch.addcmul(out, share[..., n, None], far_out.index_select(0, at.flatten()).view(out.shape))
     return out, merged
 
 
-def _as_bias(mask: Tensor) -> Tensor:
-    return torch.zeros((), device=mask.device).where(mask, -math.inf)
+def _near_bias(N: int, b: int, w: int, A: int, offset: int, device) -> Tensor:
+    """0 where a row reads a window key or an anchor, else -inf: `(N, b, 1, w + b + A)`."""
+    edge = (torch.arange(offset, offset + N, device=device) * b - w)[:, None, None]  # first key in the window
+    at = torch.arange(w + b, device=device)
+    local = (at <= torch.arange(b, device=device)[:, None] + w) & (at >= -edge)
+    anchor = (torch.arange(A, device=device) < edge).expand(N, b, A)
+    seen = torch.cat((local, anchor), dim=-1)[:, :, None]
+    return torch.zeros((), device=device).where(seen, -torch.inf)
+
+
+def _note_bias(left: Tensor, probes: Tensor, ring: int) -> Tensor:
+    """log(count) of the notes a row reads, else -inf: `(S, N, b, r, 2 C)`.
+
+    The first C columns are notes of gates it did not open, the last C of those it did (less the ring).
+    """
+    S, N, b, r, n = probes.shape
+    C = left.shape[2]
+    bias = left.new_full((S, N, b, r, 2 * C + 1), -torch.inf, dtype=torch.float32)  # the last column takes misses
+    bias[..., :C] = left.float().log()[:, :, None, None]
+    miss = probes < 0
+    bias.scatter_(-1, torch.where(miss, 2 * C, probes), -torch.inf)
+    rest = (left - ring).clamp(min=0).float().log()[:, :, None, None].expand(S, N, b, r, C)
+    bias.scatter_(-1, torch.where(miss, 2 * C, probes + C), rest.gather(-1, probes.clamp(min=0)))
+    return bias[..., :-1]
