@@ -5,8 +5,24 @@ from .budget import Budget, plan_budget
 from .config import AttentionConfig
 from .functional import AttentionResult, proteus_attention
 from .gates import Gates
+from .module import AttentionStats, ProteusAttention
 from .rope import rope_frequencies, rotate
+from .routing import prior_route
 from .rows import RowReads, row_reads
 
-__all__ = ["AttentionConfig", "AttentionResult", "Budget", "Gates", "RowReads", "choose_backend", "plan_budget",
-           "proteus_attention", "rope_frequencies", "rotate", "row_reads"]
+__all__ = [
+    "AttentionConfig",
+    "AttentionResult",
+    "AttentionStats",
+    "Budget",
+    "Gates",
+    "ProteusAttention",
+    "RowReads",
+    "choose_backend",
+    "plan_budget",
+    "prior_route",
+    "proteus_attention",
+    "rope_frequencies",
+    "rotate",
+    "row_reads",
+]

@@ -55,12 +55,10 @@ def geometric(full: float, reduced: float, alpha: float) -> int:
     return max(int(reduced), floor(full ** (1 - alpha) * reduced**alpha + 1e-9))
 
 
-def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = None,
-                gates: int | None = None) -> Budget:
+def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = None) -> Budget:
     """Budgets for a call over `tokens` tokens.
 
     flux_alpha: overrides `cfg.flux_alpha`; when both are None the length decides.
-    gates: live gates per group, when surgery has changed them; None means `cfg.gates_per_group`.
     """
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"tokens={tokens!r}: must be a whole number >= 1")
@@ -71,10 +69,16 @@ def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = No
     r = cfg.heads_per_group
     cap = geometric(tokens, min(cfg.shortlist, tokens), alpha)
     return Budget(
-        flux_alpha=alpha, tokens=tokens, shortlist=cap, keep_ratio=1 - alpha * (1 - cfg.keep_ratio),
-        heads_awake_min=min(cfg.heads_awake_min, r), heads_awake_max=geometric(r, cfg.heads_awake_max, alpha),
-        head_top_p=cfg.head_top_p**alpha, dense=cap >= tokens,
-        **split_shortlist(cap, cfg.dna_fraction, cfg.n_anchors, cfg.probes, gates or cfg.gates_per_group, cfg.notes))
+        flux_alpha=alpha,
+        tokens=tokens,
+        shortlist=cap,
+        keep_ratio=1 - alpha * (1 - cfg.keep_ratio),
+        heads_awake_min=min(cfg.heads_awake_min, r),
+        heads_awake_max=geometric(r, cfg.heads_awake_max, alpha),
+        head_top_p=cfg.head_top_p**alpha,
+        dense=cap >= tokens,
+        **split_shortlist(cap, cfg.dna_fraction, cfg.n_anchors, cfg.probes, cfg.gates_per_group, cfg.notes),
+    )
 
 
 def check_alpha(alpha) -> float:
@@ -86,7 +90,9 @@ def check_alpha(alpha) -> float:
     return float(alpha)
 
 
-def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: bool) -> dict:
+def split_shortlist(
+    cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: bool
+) -> dict:
     """Divide `cap` reads per row between window, anchors, rings and notes.
 
     A row reads at most window + block local keys, `anchors` anchors, probes x ring gate keys and one note per
@@ -103,5 +109,11 @@ def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, 
     notes = notes and far >= gates + probes
     probes = min(probes, far)
     ring = (far - gates * notes) // probes if probes else 0
-    return {"window": local - block, "block": block, "anchors": anchors, "probes": probes, "ring": ring,
-            "notes": notes}
+    return {
+        "window": local - block,
+        "block": block,
+        "anchors": anchors,
+        "probes": probes,
+        "ring": ring,
+        "notes": notes,
+    }

@@ -42,10 +42,21 @@ class Prepared:
     length: Tensor  # (B,) kept tokens
 
 
-def proteus_attention(q: Tensor, k: Tensor, v: Tensor, gates: Gates, budget: Budget, *, inv_freq: Tensor | None,
-                      positions: Tensor | None = None, keep: Tensor | None = None, awake: Tensor | None = None,
-                      backend: str = "auto", scale: float | None = None,
-                      return_lse: bool = False) -> AttentionResult:
+def proteus_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    budget: Budget,
+    *,
+    inv_freq: Tensor | None,
+    positions: Tensor | None = None,
+    keep: Tensor | None = None,
+    awake: Tensor | None = None,
+    backend: str = "auto",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> AttentionResult:
     """Causal attention in which each row reads at most `budget.shortlist` keys and notes.
 
     q: `(B, T, H, d)`, k and v: `(B, T, G, d)`, all un-rotated, H a multiple of G. gates: `Gates` for G groups of
@@ -70,9 +81,13 @@ def proteus_attention(q: Tensor, k: Tensor, v: Tensor, gates: Gates, budget: Bud
     reads = count_reads(ready.short) if ready.short else _dense_reads(ready)
     gate = ready.gate if ready.short is None else ready.short.gate
     return AttentionResult(
-        out=_rest(_spread(out, ready, q.shape[1], 0), awake), lse=_spread(lse, ready, q.shape[1], -torch.inf),
+        out=_rest(_spread(out, ready, q.shape[1], 0), awake),
+        lse=_spread(lse, ready, q.shape[1], -torch.inf),
         reads=_rest(_spread(reads, ready, q.shape[1], 0), awake),
-        gate_of_key=_spread(gate, ready, q.shape[1], -1), backend=name, backend_reason=why)
+        gate_of_key=_spread(gate, ready, q.shape[1], -1),
+        backend=name,
+        backend_reason=why,
+    )
 
 
 def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep) -> Prepared:
@@ -89,10 +104,20 @@ def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep)
         gate = gates.lure(k)[0]
         short = None
         if not budget.dense:
-            short = build_shortlist(gate, _affinity(q, gates), length, window=budget.window, block=budget.block,
-                                    anchors=budget.anchors, probes=budget.probes, ring=budget.ring,
-                                    notes=budget.notes)
-    return Prepared(rotate(q, positions, inv_freq), rotate(k, positions, inv_freq), v, gate, short, index, length)
+            short = build_shortlist(
+                gate,
+                _affinity(q, gates),
+                length,
+                window=budget.window,
+                block=budget.block,
+                anchors=budget.anchors,
+                probes=budget.probes,
+                ring=budget.ring,
+                notes=budget.notes,
+            )
+    return Prepared(
+        rotate(q, positions, inv_freq), rotate(k, positions, inv_freq), v, gate, short, index, length
+    )
 
 
 def _affinity(q: Tensor, gates: Gates) -> Tensor:
@@ -108,8 +133,16 @@ def _everything(ready: Prepared) -> Shortlist:
     B, S, H, _ = ready.q.shape
     G = ready.gate.shape[2]
     gate = torch.full_like(ready.gate, -1)
-    return Shortlist(window=S, block=1, anchors=0, ring=0, notes=False, gate=gate, left=gate.new_zeros(B, G, S, 1),
-                     probes=gate.new_full((B, S, H, 0), -1))
+    return Shortlist(
+        window=S,
+        block=1,
+        anchors=0,
+        ring=0,
+        notes=False,
+        gate=gate,
+        left=gate.new_zeros(B, G, S, 1),
+        probes=gate.new_full((B, S, H, 0), -1),
+    )
 
 
 def _dense_reads(ready: Prepared) -> Tensor:
@@ -157,13 +190,17 @@ def check_inputs(q, k, v, gates, positions, keep, awake, inv_freq) -> None:
         raise ValueError(f"q has {H} heads: must be a multiple of the gates' {G} groups")
     for name, x in (("k", k), ("v", v)):
         if tuple(x.shape) != (B, T, G, d):
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {(B, T, G, d)} to go with q and gates")
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: must be {(B, T, G, d)} to go with q and gates"
+            )
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}: must be {q.dtype} on {q.device}, as q")
     if d != gates.head_dim:
         raise ValueError(f"q has head dim {d}: must be the gates' {gates.head_dim}")
     if inv_freq is not None and (not isinstance(inv_freq, Tensor) or tuple(inv_freq.shape) != (d // 2,)):
-        raise ValueError(f"inv_freq={tuple(getattr(inv_freq, 'shape', ()))}: must be a tensor of shape ({d // 2},)")
+        raise ValueError(
+            f"inv_freq={tuple(getattr(inv_freq, 'shape', ()))}: must be a tensor of shape ({d // 2},)"
+        )
     if positions is not None and tuple(positions.shape) not in ((T,), (B, T)):
         raise ValueError(f"positions has shape {tuple(positions.shape)}: must be ({T},) or ({B}, {T})")
     for name, x, shape in (("keep", keep, (B, T)), ("awake", awake, (B, T, H))):

@@ -22,14 +22,24 @@ class Gates(nn.Module):
 
     Buffers: `prototypes` (G, C, d) float32 unit vectors; `alive` (G, C) bool; `confidence` (G, C), mean cosine of
     the keys lured, in [0, 1]; `usage` (G, C), share of keys lured; `head_of_gate` (G, C), index in the group;
-    `salience_quantiles` (QUANTILES,), NaN until `fit` or a training pass has seen keys.
+    `log_share` (G, C), log of the part of a split gate's routing probability that this slot carries; `salience_quantiles` (QUANTILES,), NaN until `fit` or a training pass has seen keys.
     """
 
-    def __init__(self, n_groups: int, gates_per_group: int, head_dim: int, heads_per_group: int = 1,
-                 ema_decay: float = 0.99):
+    def __init__(
+        self,
+        n_groups: int,
+        gates_per_group: int,
+        head_dim: int,
+        heads_per_group: int = 1,
+        ema_decay: float = 0.99,
+    ):
         super().__init__()
-        sizes = {"n_groups": n_groups, "gates_per_group": gates_per_group, "head_dim": head_dim,
-                 "heads_per_group": heads_per_group}
+        sizes = {
+            "n_groups": n_groups,
+            "gates_per_group": gates_per_group,
+            "head_dim": head_dim,
+            "heads_per_group": heads_per_group,
+        }
         for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: must be a whole number >= 1")
@@ -41,7 +51,10 @@ class Gates(nn.Module):
         self.register_buffer("alive", torch.ones(shape, dtype=torch.bool))
         self.register_buffer("confidence", torch.ones(shape))
         self.register_buffer("usage", torch.full(shape, 1 / gates_per_group))
-        self.register_buffer("head_of_gate", (torch.arange(gates_per_group) % heads_per_group).repeat(n_groups, 1))
+        self.register_buffer(
+            "head_of_gate", (torch.arange(gates_per_group) % heads_per_group).repeat(n_groups, 1)
+        )
+        self.register_buffer("log_share", torch.zeros(shape))
         self.register_buffer("salience_quantiles", torch.full((QUANTILES,), torch.nan))
         # What training passes have seen since the last fold: it waits here so that no update can reach the
         # forward pass that caused it, and is saved so that a resumed run folds the same thing.
@@ -71,17 +84,14 @@ class Gates(nn.Module):
     def head_dim(self) -> int:
         return self.prototypes.shape[2]
 
-    @property
-    def live_gates(self) -> int:
-        """Most live gates in any group."""
-        return int(self.alive.sum(1).max())
-
     def check_keys(self, k: Tensor, name: str = "k") -> None:
         """Raise unless `k` is floating `(..., G, d)` for these gates."""
         if not isinstance(k, Tensor) or not k.is_floating_point():
             raise TypeError(f"{name}={type(k).__name__}: expected a floating-point tensor (..., G, d)")
         if k.dim() < 3 or tuple(k.shape[-2:]) != (self.n_groups, self.head_dim):
-            raise ValueError(f"{name} has shape {tuple(k.shape)}: must be (..., G={self.n_groups}, d={self.head_dim})")
+            raise ValueError(
+                f"{name} has shape {tuple(k.shape)}: must be (..., G={self.n_groups}, d={self.head_dim})"
+            )
 
     def cosines(self, x: Tensor) -> Tensor:
         """Cosine of each vector to each prototype: `(..., G, d)` -> `(..., G, C)` float32, dead gates -inf."""
@@ -121,8 +131,10 @@ class Gates(nn.Module):
         if keep_ratio == 1:
             return torch.ones(k.shape[:-2], dtype=torch.bool, device=k.device)
         if self.salience_quantiles[0].isnan():
-            raise ValueError(f"keep_ratio={keep_ratio!r}: below 1 the gates need salience quantiles; "
-                             "call calibrate(x) or fit(k), or train first")
+            raise ValueError(
+                f"keep_ratio={keep_ratio!r}: below 1 the gates need salience quantiles; "
+                "call calibrate(x) or fit(k), or train first"
+            )
         return self.salience(k) >= self._quantile(1 - keep_ratio)
 
     def _quantile(self, q: float) -> Tensor:
@@ -143,8 +155,10 @@ class Gates(nn.Module):
         self.check_keys(k)
         keys = F.normalize(k.detach().float().reshape(-1, self.n_groups, self.head_dim), dim=-1)
         if not len(keys) or not keys.isfinite().all():
-            raise ValueError(f"k of shape {tuple(k.shape)} is empty or holds NaN or infinite values: calibrate on "
-                             "at least one finite key")
+            raise ValueError(
+                f"k of shape {tuple(k.shape)} is empty or holds NaN or infinite values: calibrate on "
+                "at least one finite key"
+            )
         if len(keys) > FIT_LIMIT:
             gen = torch.Generator().manual_seed(seed)
             keys = keys[torch.randperm(len(keys), generator=gen)[:FIT_LIMIT].to(keys.device)]
@@ -185,7 +199,9 @@ class Gates(nn.Module):
         count, total = self._per_gate_sums(gate, keys)
         self.pending_count += count
         self.pending_sum += total
-        self.pending_sample = keys[best.mean(-1).argmin()]  # the key that fits worst: where a dead gate may go
+        self.pending_sample = keys[
+            best.mean(-1).argmin()
+        ]  # the key that fits worst: where a dead gate may go
         fresh = self._histogram(self.salience(keys))
         known = self.salience_quantiles
         self.pending_quantiles = torch.where(known.isnan(), fresh, torch.lerp(fresh, known, self.ema_decay))
@@ -204,7 +220,9 @@ class Gates(nn.Module):
         moved = F.normalize(torch.lerp(F.normalize(mean, dim=-1), self.prototypes, self.ema_decay), dim=-1)
         self.prototypes = torch.where(seen, moved, self.prototypes)
         tight = (mean * self.prototypes).sum(-1).clamp(0, 1)
-        self.confidence = torch.where(seen[..., 0], torch.lerp(tight, self.confidence, self.ema_decay), self.confidence)
+        self.confidence = torch.where(
+            seen[..., 0], torch.lerp(tight, self.confidence, self.ema_decay), self.confidence
+        )
         share = count / count.sum(1, keepdim=True).clamp(min=1)
         self.usage = torch.lerp(share, self.usage, self.ema_decay)
         self._revive()

@@ -18,7 +18,9 @@ class Router(nn.Module):
     The bias follows the loss-free balancing of Wang et al. 2024, https://arxiv.org/abs/2408.15664.
     """
 
-    def __init__(self, n_groups: int, gates_per_group: int, heads_per_group: int, d_model: int, balance_rate: float):
+    def __init__(
+        self, n_groups: int, gates_per_group: int, heads_per_group: int, d_model: int, balance_rate: float
+    ):
         super().__init__()
         self.balance_rate = balance_rate
         self.weight = nn.Parameter(torch.randn(n_groups, gates_per_group, d_model) * d_model**-0.5)
@@ -43,20 +45,26 @@ class Router(nn.Module):
             self.pending_load = torch.zeros_like(load)
 
 
-def gate_probability(logits: Tensor | None, cosine: Tensor, confidence: Tensor, temperature: float,
-                     prior_max: float) -> Tensor:
+def gate_probability(
+    logits: Tensor | None,
+    cosine: Tensor,
+    confidence: Tensor,
+    log_share: Tensor,
+    temperature: float,
+    prior_max: float,
+) -> Tensor:
     """`(1 - b) softmax(logits) + b prior`, `(B, T, G, C)` float32, rows sum to 1.
 
     The prior is softmax(cosine / temperature) x confidence, renormalised; b = prior_max x the best cosine
-    (clipped to [0, 1]). Dead gates carry cosine -inf and get nothing. logits=None: the prior alone.
+    (clipped to [0, 1]). log_share `(G, C)` splits the mass of cloned gates. Dead gates carry cosine -inf and get nothing. logits=None: the prior alone.
     """
     dead = cosine == -torch.inf
-    prior = (cosine / temperature).softmax(-1) * confidence
+    prior = (cosine / temperature + log_share).softmax(-1) * confidence
     prior = prior / prior.sum(-1, keepdim=True).clamp(min=1e-9)
     if logits is None:
         return prior
     b = prior_max * cosine.amax(-1, keepdim=True).clamp(0, 1)
-    return (1 - b) * logits.float().masked_fill(dead, -torch.inf).softmax(-1) + b * prior
+    return (1 - b) * (logits.float() + log_share).masked_fill(dead, -torch.inf).softmax(-1) + b * prior
 
 
 def head_probability(gate_prob: Tensor, head_of_gate: Tensor, heads_per_group: int) -> Tensor:
@@ -65,8 +73,9 @@ def head_probability(gate_prob: Tensor, head_of_gate: Tensor, heads_per_group: i
     return torch.einsum("btgc,gcr->btgr", gate_prob, owner)
 
 
-def wake_heads(prob: Tensor, balance: Tensor | None, flux_alpha: float, top_p: float, least: int,
-               most: int) -> tuple[Tensor, Tensor]:
+def wake_heads(
+    prob: Tensor, balance: Tensor | None, flux_alpha: float, top_p: float, least: int, most: int
+) -> tuple[Tensor, Tensor]:
     """Choose heads by Top-P inside each group and weigh them.
 
     prob: `(B, T, G, r)`; balance: `(G, r)`, added for the choice only. Returns awake `(B, T, G, r)` bool and
@@ -83,3 +92,20 @@ def wake_heads(prob: Tensor, balance: Tensor | None, flux_alpha: float, top_p: f
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-9)
     weight = (1 - flux_alpha) + flux_alpha * awake.sum(-1, keepdim=True) * share
     return awake, weight * awake
+
+
+def prior_route(q: Tensor, gates, budget, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Route a foreign model that has no trained router, by the prototypes' prior alone.
+
+    q: un-rotated queries `(B, T, H, d)`; gates: `Gates`; budget: `Budget` (alpha, Top-P, least and most heads).
+    Returns awake `(B, T, H)` bool and weight `(B, T, H)` float32.
+    """
+    rows = q.unflatten(2, (gates.n_groups, -1))  # (B, T, G, r, d)
+    prior = gate_probability(
+        None, gates.cosines(rows.mean(3)), gates.confidence, gates.log_share, temperature, 1.0
+    )
+    prob = head_probability(prior, gates.head_of_gate % rows.shape[3], rows.shape[3])
+    awake, weight = wake_heads(
+        prob, None, budget.flux_alpha, budget.head_top_p, budget.heads_awake_min, budget.heads_awake_max
+    )
+    return awake.flatten(2), weight.flatten(2)

@@ -25,20 +25,45 @@ class RowReads:
     notes_read: int
 
 
-def row_reads(q: Tensor, k: Tensor, v: Tensor, gates: Gates, budget: Budget, *, token: int, head: int, batch: int = 0,
-              inv_freq: Tensor | None, positions: Tensor | None = None, keep: Tensor | None = None,
-              scale: float | None = None) -> RowReads:
+def row_reads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    budget: Budget,
+    *,
+    token: int,
+    head: int,
+    batch: int = 0,
+    inv_freq: Tensor | None,
+    positions: Tensor | None = None,
+    keep: Tensor | None = None,
+    scale: float | None = None,
+) -> RowReads:
     """Reads of row (token, head). Arguments as in `proteus_attention`; `token` in [0, T), `head` in [0, H)."""
     check_inputs(q, k, v, gates, positions, keep, None, inv_freq)
-    for name, value, size in (("token", token, q.shape[1]), ("head", head, q.shape[2]), ("batch", batch, q.shape[0])):
+    for name, value, size in (
+        ("token", token, q.shape[1]),
+        ("head", head, q.shape[2]),
+        ("batch", batch, q.shape[0]),
+    ):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
             raise ValueError(f"{name}={value!r}: must be a whole number in [0, {size})")
     T, r = q.shape[1], q.shape[2] // gates.n_groups
     group = head // r
     with torch.no_grad():
-        ready = prepare(q[batch:batch + 1], k[batch:batch + 1], v[batch:batch + 1], gates, budget, inv_freq=inv_freq,
-                        positions=positions if positions is None or positions.dim() == 1 else positions[batch:batch + 1],
-                        keep=None if keep is None else keep[batch:batch + 1])
+        ready = prepare(
+            q[batch : batch + 1],
+            k[batch : batch + 1],
+            v[batch : batch + 1],
+            gates,
+            budget,
+            inv_freq=inv_freq,
+            positions=positions
+            if positions is None or positions.dim() == 1
+            else positions[batch : batch + 1],
+            keep=None if keep is None else keep[batch : batch + 1],
+        )
         kind, weight = np.zeros(T, np.uint8), np.zeros(T, np.float32)
         at, where = token, np.arange(T)
         if ready.index is not None:
@@ -66,7 +91,7 @@ def _row(ready, at: int, head: int, group: int, scale: float):
     opened = [int(c) for c in short.probes[0, at, head].tolist() if c >= 0]
     code[gone] = NOTE if short.notes else UNSEEN
     for c in opened:
-        code[(gone & (gate == c)).nonzero()[:, 0][-short.ring:]] = DNA
+        code[(gone & (gate == c)).nonzero()[:, 0][-short.ring :]] = DNA
     code[gone & (gate < 0)] = UNSEEN
     code[place < short.anchors] = torch.where(gone[place < short.anchors], ANCHOR, LOCAL).to(torch.uint8)
     direct = (code > UNSEEN) & (code < NOTE)
@@ -77,5 +102,5 @@ def _row(ready, at: int, head: int, group: int, scale: float):
     note = (mean / size[:, None]) @ ready.q[0, at, head].float() * scale + size.log()
     both = torch.cat((score.masked_fill(~direct, -torch.inf), note)).softmax(0)
     share = both[: at + 1].clone()
-    share[noted] = (both[at + 1:] / size)[member]
+    share[noted] = (both[at + 1 :] / size)[member]
     return code, share, tuple(opened), len(homes)

@@ -26,18 +26,33 @@ ROWS = 1 << 19  # far rows (token, head, probe) handled at a time, unless one st
 def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> tuple[Tensor, Tensor]:
     """Rotated q `(B, T, H, d)`, rotated k and v `(B, T, G, d)` -> out like q, log-sum-exp `(B, T, H)` float32."""
     B, T, H, d = q.shape
-    G, n, C = k.shape[2], short.probes.shape[3], short.gates_per_group
+    G, n = k.shape[2], short.probes.shape[3]
     r = H // G
     qs = q.view(B, T, G, r, d).transpose(1, 2).reshape(B * G, T, r, d)
     ks, vs = (x.transpose(1, 2).reshape(B * G, T, d) for x in (k * scale, v))
     gate = short.gate.transpose(1, 2).reshape(B * G, T)
     left = short.left.flatten(0, 1)  # (S, N, C)
-    probes, counts = (x.view(B, T, G, r, n).transpose(1, 2).reshape(B * G, T, r, n)
-                      for x in (short.probes, probed_counts(short)))
+    probes, counts = (
+        x.view(B, T, G, r, n).transpose(1, 2).reshape(B * G, T, r, n)
+        for x in (short.probes, probed_counts(short))
+    )
     step = max(1, ROWS // (T * r * max(n, 1)))
-    parts = [_streams(qs[s:s + step], ks[s:s + step], vs[s:s + step], gate[s:s + step], left[s:s + step],
-                      probes[s:s + step], counts[s:s + step], short) for s in range(0, B * G, step)]
-    out, lse = (torch.cat(x).unflatten(0, (B, G)).transpose(1, 2).flatten(2, 3) for x in zip(*parts, strict=True))
+    parts = [
+        _streams(
+            qs[s : s + step],
+            ks[s : s + step],
+            vs[s : s + step],
+            gate[s : s + step],
+            left[s : s + step],
+            probes[s : s + step],
+            counts[s : s + step],
+            short,
+        )
+        for s in range(0, B * G, step)
+    ]
+    out, lse = (
+        torch.cat(x).unflatten(0, (B, G)).transpose(1, 2).flatten(2, 3) for x in zip(*parts, strict=True)
+    )
     return out, lse
 
 
@@ -71,7 +86,7 @@ def _join(parts, size: int, dim: int):
     whole, at = None, 0
     for pair in parts:
         if whole is None:
-            whole = tuple(x.new_empty(*x.shape[:dim], size, *x.shape[dim + 1:]) for x in pair)
+            whole = tuple(x.new_empty(*x.shape[:dim], size, *x.shape[dim + 1 :]) for x in pair)
         for home, x in zip(whole, pair, strict=True):
             home.narrow(dim, at, x.shape[dim]).copy_(x)
         at += pair[0].shape[dim]
@@ -99,17 +114,36 @@ def _far(q, k, v, order, first, probes, counts, m):
     rows, home = rows[rank], home[rank]
     place, tile_home, Q = _pack(home, target=min(256, max(32, r * n * K)))
     tiles = len(tile_home)
-    row_of = rows.new_zeros(tiles * Q).scatter_(0, place, rows)  # empty slots repeat row 0 and are never read back
-    gate_row = (tile_home // (T // K + 2))
+    row_of = rows.new_zeros(tiles * Q).scatter_(
+        0, place, rows
+    )  # empty slots repeat row 0 and are never read back
+    gate_row = tile_home // (T // K + 2)
     start = tile_home % (T // K + 2) * K  # (tiles,) first key of the pair of key tiles, inside the gate
     key_at = (first.flatten()[gate_row] + start)[:, None] + torch.arange(2 * K, device=q.device)
-    key_of = order.flatten()[(gate_row // C * T)[:, None] + key_at.clamp(max=T - 1)] + (gate_row // C * T)[:, None]
-    low = (begin.flatten()[row_of].view(tiles, Q) - start[:, None])
-    high = (counts.flatten()[row_of].view(tiles, Q) - start[:, None])
+    key_of = (
+        order.flatten()[(gate_row // C * T)[:, None] + key_at.clamp(max=T - 1)] + (gate_row // C * T)[:, None]
+    )
+    low = begin.flatten()[row_of].view(tiles, Q) - start[:, None]
+    high = counts.flatten()[row_of].view(tiles, Q) - start[:, None]
     q2, k2, v2 = q.reshape(S * T * r, d), k.reshape(S * T, d), v.reshape(S * T, d)
     step = max(1, _piece(q) // (Q * 2 * K))
-    out, lse = _join((_recomputed(_ring_tile, q2, k2, v2, row_of.view(tiles, Q)[i:i + step] // n, key_of[i:i + step],
-                                  low[i:i + step], high[i:i + step]) for i in range(0, tiles, step)), tiles, 0)
+    out, lse = _join(
+        (
+            _recomputed(
+                _ring_tile,
+                q2,
+                k2,
+                v2,
+                row_of.view(tiles, Q)[i : i + step] // n,
+                key_of[i : i + step],
+                low[i : i + step],
+                high[i : i + step],
+            )
+            for i in range(0, tiles, step)
+        ),
+        tiles,
+        0,
+    )
     back = torch.full((S * T * r * n,), tiles * Q, device=q.device).scatter_(0, rows, place)
     return out.flatten(0, 1), lse.flatten(), back.view(S, T, r, n)
 
@@ -163,9 +197,22 @@ def _near(q, k, v, order, gate, left, probes, far, short: Shortlist):
         for i in range(0, N, step):
             cut, span = slice(i, i + step), slice(i * b, min(i + step, N) * b + w)
             means = notes.advance(i, min(i + step, N)) if notes else None
-            yield _recomputed(_block_tile, qb[:, cut], kw[:, span], vw[:, span], k[:, :short.anchors],
-                              v[:, :short.anchors], means, left[:, cut], pb[:, cut], far_out, far_lse,
-                              None if back is None else back[:, cut], i, short)
+            yield _recomputed(
+                _block_tile,
+                qb[:, cut],
+                kw[:, span],
+                vw[:, span],
+                k[:, : short.anchors],
+                v[:, : short.anchors],
+                means,
+                left[:, cut],
+                pb[:, cut],
+                far_out,
+                far_lse,
+                None if back is None else back[:, cut],
+                i,
+                short,
+            )
 
     return tuple(x.flatten(1, 2)[:, :T] for x in _join(pieces(), N, 1))
 
@@ -187,7 +234,7 @@ class _Notes:
         leaves = ((torch.arange(T, device=k.device) + short.window) // short.block + 1).clamp(max=self.ticks)
         owner, ranked = gate.gather(1, order), leaves[order]  # in (gate, position) order
         dropped = torch.full_like(ranked, self.ticks)
-        dropped[:, :T - m] = torch.where(owner[:, m:] == owner[:, :T - m], ranked[:, m:], self.ticks)
+        dropped[:, : T - m] = torch.where(owner[:, m:] == owner[:, : T - m], ranked[:, m:], self.ticks)
         drops = torch.empty_like(dropped).scatter_(1, order, dropped)
         self.counts = (left, (left - m).clamp(min=0))
         self.events = []  # per kind: (tick, key) of every key a note takes in, by tick
@@ -218,8 +265,10 @@ def _block_tile(q, kw, vw, ka, va, notes, left, probes, far_out, far_lse, back, 
     """One tile per block: q `(S, N, b, r, d)` over its window, the anchors and the notes, merged with the rings."""
     S, N, b, r, d = q.shape
     w, A = short.window, ka.shape[1]
-    keys, values = ([x.unfold(1, w + b, b).movedim(-1, -2), a[:, None].expand(S, N, A, d)]
-                    for x, a in ((kw, ka), (vw, va)))
+    keys, values = (
+        [x.unfold(1, w + b, b).movedim(-1, -2), a[:, None].expand(S, N, A, d)]
+        for x, a in ((kw, ka), (vw, va))
+    )
     if notes is not None:
         for note in notes.to(q.dtype):
             keys.append(note[..., :d])
@@ -228,7 +277,7 @@ def _block_tile(q, kw, vw, ka, va, notes, left, probes, far_out, far_lse, back, 
     score = torch.bmm(q.reshape(S * N, b * r, d), keys.transpose(1, 2)).float().view(S, N, b, r, -1)
     score[..., : w + b + A].add_(_near_bias(N, b, w, A, offset, q.device))
     if notes is not None:
-        score[..., w + b + A:].add_(_note_bias(left, probes, short.ring))
+        score[..., w + b + A :].add_(_note_bias(left, probes, short.ring))
     top = score.detach().amax(-1, keepdim=True)
     p = score.sub_(top).exp_()
     mass = p.sum(-1, keepdim=True)
@@ -264,7 +313,9 @@ def _note_bias(left: Tensor, probes: Tensor, ring: int) -> Tensor:
     """
     S, N, b, r, n = probes.shape
     C = left.shape[2]
-    bias = left.new_full((S, N, b, r, 2 * C + 1), -torch.inf, dtype=torch.float32)  # the last column takes misses
+    bias = left.new_full(
+        (S, N, b, r, 2 * C + 1), -torch.inf, dtype=torch.float32
+    )  # the last column takes misses
     bias[..., :C] = left.float().log()[:, :, None, None]
     miss = probes < 0
     bias.scatter_(-1, torch.where(miss, 2 * C, probes), -torch.inf)

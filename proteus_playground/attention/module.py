@@ -1,0 +1,326 @@
+"""The layer: project, route, keep, budget, shortlist, attend, weigh heads, project out.
+
+Axes: `B` batch, `T` tokens, `D` model width, `H` query heads, `G` KV groups, `r` heads per group, `d` head dim,
+`C` gates per group, `K` slots for awake heads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor, nn
+
+from .budget import Budget, check_alpha, plan_budget
+from .config import AttentionConfig
+from .functional import AttentionResult, proteus_attention
+from .gates import Gates
+from .heads import is_grouped, pick_awake, project_in, project_out
+from .rope import rope_frequencies
+from .routing import Router, gate_probability, head_probability, wake_heads
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """What one forward pass did. Means run over tokens that took part and heads that were awake."""
+
+    flux_alpha: float  # the alpha in force
+    keys_per_query: float  # mean reads of a row, notes included
+    tokens_kept: int  # tokens that took part, padding excluded
+    tokens_seen: int  # tokens that could have, padding excluded
+    heads_awake: float  # mean heads awake per token, of n_heads
+    backend: str
+    backend_reason: str
+    budget: Budget
+    reads: Tensor  # (B, T, H) int64, 0 for dropped tokens and sleeping heads
+    kept: Tensor  # (B, T) bool
+    awake: Tensor  # (B, T, H) bool
+    head_weights: Tensor  # (B, T, H) float32, 0 asleep
+    gate_of_key: Tensor  # (B, T, G) int64, -1 for anchors and dropped tokens
+
+
+@dataclass(frozen=True)
+class _Routes:
+    """Rows to compute: a slot per head when all may wake, else K slots per group."""
+
+    awake: Tensor  # (B, T, G, r) bool
+    weight: Tensor  # (B, T, G, r) float32
+    slot: Tensor | None  # (B, T, G, K) head in the group of each slot; None when slots are heads
+    real: Tensor  # (B, T, G, K) bool
+
+
+class ProteusAttention(nn.Module):
+    """Causal self-attention in which each token wakes few of many heads and each query reads few of many keys.
+
+    Mixture of attention heads + IVF-style sparse attention over key clusters. `attn(x)` maps `(B, T, D)` to
+    `(B, T, D)`; `attn(x, return_stats=True)` also returns `AttentionStats`. At flux alpha 0 it is exactly fused
+    dense attention. In training, prototypes follow the keys by a moving average, one forward pass late.
+    """
+
+    def __init__(self, cfg: AttentionConfig):
+        super().__init__()
+        if not isinstance(cfg, AttentionConfig):
+            raise TypeError(f"cfg={type(cfg).__name__}: expected AttentionConfig")
+        self.cfg = cfg
+        H, G, d, D, C = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.d_model, cfg.gates_per_group
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(D, n * d, bias=cfg.bias) for n in (H, G, G))
+        self.o_proj = nn.Linear(H * d, D, bias=cfg.bias)
+        for proj in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            nn.init.normal_(proj.weight, std=cfg.init_scale * proj.in_features**-0.5)
+        self.gates = Gates(G, C, d, cfg.heads_per_group, cfg.ema_decay)
+        self.router = Router(G, C, cfg.heads_per_group, D, cfg.balance_rate) if cfg.route_heads else None
+
+    def extra_repr(self) -> str:
+        return (
+            f"flux_alpha={self.cfg.flux_alpha}, shortlist={self.cfg.shortlist}, backend={self.cfg.backend!r}"
+        )
+
+    def set_flux_alpha(self, value: float | None) -> None:
+        """Pin alpha in [0, 1], or release it with None so that the length decides."""
+        self.cfg = replace(self.cfg, flux_alpha=None if value is None else check_alpha(value))
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, seed: int = 0) -> ProteusAttention:
+        """Fit prototypes, confidence and the salience histogram to hidden states `(B, T, D)`."""
+        self._check(x, None, None)
+        self.gates.fit(self.k_proj(x).unflatten(-1, (self.cfg.n_kv_heads, -1)), seed=seed)
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        return_stats: bool = False,
+    ):
+        """Attend causally.
+
+        x: `(B, T, D)`. positions: `(T,)` or `(B, T)`, in tokens, default 0..T-1. key_padding_mask: `(B, T)` bool,
+        True for padding, as in `nn.MultiheadAttention`. Returns `(B, T, D)`, zero for dropped tokens and padding
+        (their residual stands), and `AttentionStats` when asked. Budgets follow T, padding included.
+        Raises `TypeError` or `ValueError` naming the argument.
+        """
+        self._check(x, positions, key_padding_mask)
+        learning = (
+            self.training and torch._C._current_graph_task_id() == -1
+        )  # not a recomputation in backward
+        if learning:
+            self._fold()
+        cfg = self.cfg
+        budget = plan_budget(cfg, x.shape[1])
+        k, v = (proj(x).unflatten(-1, (cfg.n_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
+        keep = self._keep(k, budget, key_padding_mask)
+        q, routes = self._queries(x, budget)
+        awake = None if routes is None else routes.real.flatten(2)
+        result = proteus_attention(
+            q,
+            k,
+            v,
+            self.gates,
+            budget,
+            positions=positions,
+            keep=keep,
+            awake=awake,
+            backend=cfg.backend,
+            inv_freq=None
+            if cfg.rope_theta is None
+            else rope_frequencies(cfg.head_dim, cfg.rope_theta, x.device),
+        )
+        y = self._merge(result.out, routes)
+        if keep is not None and cfg.bias:
+            y = y.masked_fill(~keep[..., None], 0)
+        if learning:
+            self._observe(k, keep, routes)
+        return (y, self._stats(result, routes, keep, key_padding_mask, budget)) if return_stats else y
+
+    # -- steps ------------------------------------------------------------------------------------------------
+
+    def _keep(self, k: Tensor, budget: Budget, padding: Tensor | None) -> Tensor | None:
+        """Tokens that take part, `(B, T)` bool; None for all. The anchors always do."""
+        unmeasured = self.training and bool(
+            self.gates.salience_quantiles[0].isnan()
+        )  # the first training pass
+        if budget.keep_ratio == 1 or unmeasured:
+            return None if padding is None else ~padding
+        real = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if padding is None else ~padding
+        salient = self.gates.keep_mask(k, budget.keep_ratio)
+        return real & (salient | (real.cumsum(1) <= max(1, self.cfg.n_anchors)))
+
+    def _queries(self, x: Tensor, budget: Budget) -> tuple[Tensor, _Routes | None]:
+        """Rows to attend with, `(B, T, G K, d)`, un-rotated, and how they were routed."""
+        cfg, G, r = self.cfg, self.cfg.n_kv_heads, self.cfg.heads_per_group
+        if self.router is None:
+            return self.q_proj(x).unflatten(-1, (cfg.n_heads, -1)), None
+        slots = budget.heads_awake_max
+        grouped = is_grouped(cfg.n_heads, cfg.head_dim, cfg.d_model, slots, r)
+        if grouped:
+            mean = self._per_head(self.q_proj.weight).unflatten(0, (G, r)).mean(1)  # (G, d, D)
+            q_mean = torch.einsum("btD,gdD->btgd", x, mean.to(x.dtype))
+            if cfg.bias:
+                q_mean = q_mean + self.q_proj.bias.view(G, r, -1).mean(1)
+        else:
+            q = self.q_proj(x).unflatten(-1, (G, r, cfg.head_dim))  # (B, T, G, r, d)
+            q_mean = q.mean(3)
+        gates = self.gates
+        prob = gate_probability(
+            self.router(x),
+            gates.cosines(q_mean),
+            gates.confidence,
+            gates.log_share,
+            cfg.prior_temperature,
+            cfg.prior_max,
+        )
+        awake, weight = wake_heads(
+            head_probability(prob, gates.head_of_gate, r),
+            self.router.balance,
+            budget.flux_alpha,
+            budget.head_top_p,
+            budget.heads_awake_min,
+            slots,
+        )
+        if slots == r:
+            return q.flatten(2, 3), _Routes(awake, weight, None, awake)
+        slot, real = pick_awake(awake, slots)
+        routes = _Routes(awake, weight, slot, real)
+        if grouped:
+            bias = self.q_proj.bias.view(cfg.n_heads, -1) if cfg.bias else None
+            q = project_in(x, self._per_head(self.q_proj.weight), bias, self._global(slot), real)
+        else:
+            q = q.gather(3, slot[..., None].expand(*slot.shape, cfg.head_dim))
+        return q.flatten(2, 3), routes
+
+    def _per_head(self, weight: Tensor) -> Tensor:
+        return weight.view(self.cfg.n_heads, self.cfg.head_dim, -1)
+
+    def _global(self, slot: Tensor) -> Tensor:
+        """Head index in the layer of each slot."""
+        base = torch.arange(self.cfg.n_kv_heads, device=slot.device) * self.cfg.heads_per_group
+        return slot + base[:, None]
+
+    def _merge(self, out: Tensor, routes: _Routes | None) -> Tensor:
+        """Weigh heads and project out: rows `(B, T, G K, d)` -> `(B, T, D)`."""
+        cfg = self.cfg
+        if routes is None:
+            return self.o_proj(out.flatten(2))
+        out = out.unflatten(2, (cfg.n_kv_heads, -1))  # (B, T, G, K, d)
+        weight = routes.weight if routes.slot is None else routes.weight.gather(-1, routes.slot)
+        out = out * (weight * routes.real)[..., None].to(out.dtype)
+        if routes.slot is None:
+            return self.o_proj(out.flatten(2))
+        if is_grouped(cfg.n_heads, cfg.head_dim, cfg.d_model, routes.slot.shape[-1], cfg.heads_per_group):
+            y = project_out(out, self._per_head(self.o_proj.weight.T), self._global(routes.slot), routes.real)
+            return y if self.o_proj.bias is None else y + self.o_proj.bias
+        spread = out.new_zeros(*out.shape[:3], cfg.heads_per_group, cfg.head_dim)
+        return self.o_proj(spread.scatter(3, routes.slot[..., None].expand_as(out), out).flatten(2))
+
+    def _fold(self) -> None:
+        self.gates.fold()
+        if self.router is not None:
+            self.router.fold()
+
+    @torch.no_grad()
+    def _observe(self, k: Tensor, keep: Tensor | None, routes: _Routes | None) -> None:
+        keep = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if keep is None else keep
+        self.gates.observe(k, keep)
+        if routes is not None:
+            self.router.observe(routes.awake, keep)
+
+    def _stats(
+        self, result: AttentionResult, routes: _Routes | None, keep, padding, budget: Budget
+    ) -> AttentionStats:
+        B, T = result.out.shape[:2]
+        H, full = self.cfg.n_heads, torch.ones(B, T, dtype=torch.bool, device=result.out.device)
+        kept = full if keep is None else keep
+        if routes is None:
+            awake, weight, reads = (
+                kept[..., None].expand(B, T, H),
+                kept[..., None].expand(B, T, H).float(),
+                result.reads,
+            )
+        else:
+            awake = routes.awake.flatten(2) & kept[..., None]
+            weight, reads = routes.weight.detach().flatten(2) * awake, result.reads
+            if routes.slot is not None:
+                rows = reads.unflatten(2, (self.cfg.n_kv_heads, -1))
+                reads = (
+                    rows.new_zeros(*rows.shape[:3], self.cfg.heads_per_group)
+                    .scatter(3, routes.slot, rows)
+                    .flatten(2)
+                )
+        rows, tokens = int(awake.sum()), int(kept.sum())
+        return AttentionStats(
+            flux_alpha=budget.flux_alpha,
+            keys_per_query=float(reads.sum()) / max(rows, 1),
+            tokens_kept=tokens,
+            tokens_seen=int(full.sum() if padding is None else (~padding).sum()),
+            heads_awake=rows / max(tokens, 1),
+            backend=result.backend,
+            backend_reason=result.backend_reason,
+            budget=budget,
+            reads=reads,
+            kept=kept,
+            awake=awake,
+            head_weights=weight,
+            gate_of_key=result.gate_of_key,
+        )
+
+    def _check(self, x, positions, padding) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x={type(x).__name__}: expected a floating-point tensor (B, T, D)")
+        if x.dim() != 3 or x.shape[2] != self.cfg.d_model or 0 in x.shape:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}: must be (B, T, D={self.cfg.d_model}), no axis empty"
+            )
+        if positions is not None and tuple(positions.shape) not in ((x.shape[1],), tuple(x.shape[:2])):
+            raise ValueError(
+                f"positions has shape {tuple(positions.shape)}: must be (T,) or (B, T) for x {tuple(x.shape)}"
+            )
+        if padding is not None and (not isinstance(padding, Tensor) or padding.dtype != torch.bool):
+            raise TypeError(
+                f"key_padding_mask={getattr(padding, 'dtype', type(padding).__name__)}: expected a bool "
+                "tensor (B, T), True for padding"
+            )
+        if padding is not None and padding.shape != x.shape[:2]:
+            raise ValueError(
+                f"key_padding_mask has shape {tuple(padding.shape)}: must be {tuple(x.shape[:2])}"
+            )
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Write weights, gates and config to one safetensors file, whole or not at all."""
+        path = Path(path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+            pass
+        try:
+            save_file(
+                {n: t.contiguous() for n, t in self.state_dict().items()},
+                part.name,
+                metadata={"config": json.dumps(self.cfg.to_dict())},
+            )
+            os.replace(part.name, path)
+        finally:
+            Path(part.name).unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> ProteusAttention:
+        """Rebuild a saved layer. Raises `FileNotFoundError`, or `ValueError` when the file is not one of ours."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path={str(path)!r}: no such file")
+        try:
+            with safe_open(path, "pt") as file:
+                cfg = AttentionConfig(**json.loads((file.metadata() or {})["config"]))
+            attn = cls(cfg)
+            attn.load_state_dict(load_file(path))
+        except Exception as problem:
+            raise ValueError(
+                f"path={str(path)!r}: not a file that ProteusAttention.save wrote ({problem})"
+            ) from problem
+        return attn.to(device)
