@@ -6,6 +6,7 @@ from .config import AttentionConfig
 from .functional import AttentionResult, proteus_attention
 from .gates import Gates
 from .module import AttentionStats, ProteusAttention
+from .multihead import CausalProteusMultiheadAttention
 from .rope import rope_frequencies, rotate
 from .routing import prior_route
 from .rows import RowReads, row_reads
@@ -15,6 +16,7 @@ __all__ = [
     "AttentionResult",
     "AttentionStats",
     "Budget",
+    "CausalProteusMultiheadAttention",
     "Gates",
     "ProteusAttention",
     "RowReads",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import attend, choose_backend, dense, dense_lse
+from .backends.dispatch import attend, choose_backend, dense, dense_lse, everything
 from .budget import Budget
 from .gates import Gates
 from .rope import rotate
@@ -77,7 +77,8 @@ def proteus_attention(
             lse = dense_lse(ready.q, ready.k, scale)
         name, why = "dense", "everything fits the budget: fused scaled_dot_product_attention"
     else:
-        out, lse = attend(ready.q, ready.k, ready.v, ready.short or _everything(ready), scale, name)
+        short = ready.short or everything(ready.gate, ready.q.shape[2])
+        out, lse = attend(ready.q, ready.k, ready.v, short, scale, name)
     reads = count_reads(ready.short) if ready.short else _dense_reads(ready)
     gate = ready.gate if ready.short is None else ready.short.gate
     return AttentionResult(
@@ -126,23 +127,6 @@ def _affinity(q: Tensor, gates: Gates) -> Tensor:
         rows = q.float().unflatten(2, (gates.n_groups, -1))  # (B, T, G, r, d)
         score = torch.einsum("btgrd,gcd->btgrc", rows, gates.prototypes)
         return score.masked_fill(~gates.alive[:, None], -torch.inf).flatten(2, 3)
-
-
-def _everything(ready: Prepared) -> Shortlist:
-    """A shortlist that holds every key: what the oracle runs when the budget is dense."""
-    B, S, H, _ = ready.q.shape
-    G = ready.gate.shape[2]
-    gate = torch.full_like(ready.gate, -1)
-    return Shortlist(
-        window=S,
-        block=1,
-        anchors=0,
-        ring=0,
-        notes=False,
-        gate=gate,
-        left=gate.new_zeros(B, G, S, 1),
-        probes=gate.new_full((B, S, H, 0), -1),
-    )
 
 
 def _dense_reads(ready: Prepared) -> Tensor:

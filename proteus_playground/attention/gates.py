@@ -22,7 +22,8 @@ class Gates(nn.Module):
 
     Buffers: `prototypes` (G, C, d) float32 unit vectors; `alive` (G, C) bool; `confidence` (G, C), mean cosine of
     the keys lured, in [0, 1]; `usage` (G, C), share of keys lured; `head_of_gate` (G, C), index in the group;
-    `log_share` (G, C), log of the part of a split gate's routing probability that this slot carries; `salience_quantiles` (QUANTILES,), NaN until `fit` or a training pass has seen keys.
+    `log_share` (G, C), log of the part of a split gate's routing probability that this slot carries;
+    `salience_quantiles` (QUANTILES,), NaN until `fit` or a training pass has seen keys.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ class ProteusAttention(nn.Module):
         cfg = self.cfg
         budget = plan_budget(cfg, x.shape[1])
         k, v = (proj(x).unflatten(-1, (cfg.n_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
-        keep = self._keep(k, budget, key_padding_mask)
+        keep = self.kept(k, budget, key_padding_mask)
         q, routes = self._queries(x, budget)
         awake = None if routes is None else routes.real.flatten(2)
         result = proteus_attention(
@@ -141,7 +141,7 @@ class ProteusAttention(nn.Module):
 
     # -- steps ------------------------------------------------------------------------------------------------
 
-    def _keep(self, k: Tensor, budget: Budget, padding: Tensor | None) -> Tensor | None:
+    def kept(self, k: Tensor, budget: Budget, padding: Tensor | None) -> Tensor | None:
         """Tokens that take part, `(B, T)` bool; None for all. The anchors always do."""
         unmeasured = self.training and bool(
             self.gates.salience_quantiles[0].isnan()

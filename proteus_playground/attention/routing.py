@@ -56,7 +56,8 @@ def gate_probability(
     """`(1 - b) softmax(logits) + b prior`, `(B, T, G, C)` float32, rows sum to 1.
 
     The prior is softmax(cosine / temperature) x confidence, renormalised; b = prior_max x the best cosine
-    (clipped to [0, 1]). log_share `(G, C)` splits the mass of cloned gates. Dead gates carry cosine -inf and get nothing. logits=None: the prior alone.
+    (clipped to [0, 1]). log_share `(G, C)` splits the mass of cloned gates. Dead gates carry cosine -inf and get
+    nothing. logits=None: the prior alone.
     """
     dead = cosine == -torch.inf
     prior = (cosine / temperature + log_share).softmax(-1) * confidence

@@ -1,5 +1,5 @@
 """Ways to compute the shortlist; `dispatch` is the one public door."""
 
-from .dispatch import attend, choose_backend, dense, dense_lse
+from .dispatch import choose_backend
 
-__all__ = ["attend", "choose_backend", "dense", "dense_lse"]
+__all__ = ["choose_backend"]
