@@ -66,10 +66,11 @@ class Gates(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move between devices, but stay float32: a prototype in half precision would move keys between gates."""
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers(recurse=False):
             if buffer.is_floating_point() and buffer.dtype != torch.float32:
-                setattr(self, name, buffer.float())
+                setattr(self, name, before[name].to(buffer.device))
         return self
 
     @property

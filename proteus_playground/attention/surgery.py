@@ -86,8 +86,8 @@ def move(attn: ProteusAttention, group: int, gate: int, head: int) -> None:
 def add_head(attn: ProteusAttention) -> int:
     """Give every KV group one more query head and return its index in the group.
 
-    The head starts with random queries and a zero output, on half of the group's most used gate. Without routing
-    the output stays as it was; with routing the new head takes part of that gate's probability.
+    The head starts with random queries and a zero output. Without routing the output stays as it was; with routing
+    the new head gets a clone of the group's most used gate, and half of that gate's probability.
     """
     cfg, gates = attn.cfg, attn.gates
     G, r, d, D = cfg.n_kv_heads, cfg.heads_per_group, cfg.head_dim, cfg.d_model
@@ -99,13 +99,15 @@ def add_head(attn: ProteusAttention) -> int:
             attn.q_proj.bias.detach().view(G, r, d), (0, 0, 0, 1)).flatten()),
         (attn.o_proj, o.reshape(D, -1), attn.o_proj.bias)))
     most = r + 1 if cfg.heads_awake_max == r else cfg.heads_awake_max
+    if attn.router is None:
+        attn.cfg = replace(cfg, n_heads=G * (r + 1), heads_awake_max=most)
+        return r
     wanted = max(cfg.gates_per_group, r + 1)
     attn.cfg = replace(cfg, n_heads=G * (r + 1), heads_awake_max=most, gates_per_group=wanted)
     while gates.gates_per_group < wanted:
         _grow(attn)
-    if attn.router is not None:
-        attn.router.balance, attn.router.pending_load = (
-            F.pad(x, (0, 1)) for x in (attn.router.balance, attn.router.pending_load))
+    attn.router.balance, attn.router.pending_load = (
+        F.pad(x, (0, 1)) for x in (attn.router.balance, attn.router.pending_load))
     for g in range(G):
         busiest = int(gates.usage[g].masked_fill(~gates.alive[g], -1).argmax())
         move(attn, g, clone(attn, g, busiest), r)

@@ -171,8 +171,7 @@ def _ring_tile(q, k, v, row_of, key_of, low, high):
     top = score.detach().amax(-1, keepdim=True).clamp(min=-1e30)
     p = (score - top).exp()
     mass = p.sum(-1, keepdim=True).clamp(min=1e-30)
-    out = torch.bmm(p.to(v.dtype), vt) / mass.to(v.dtype)
-    return out, (top + mass.log())[..., 0]
+    return torch.bmm((p / mass).to(v.dtype), vt), (top + mass.log())[..., 0]
 
 
 # -- near: window, anchors and notes, one tile per block ----------------------------------------------------------
@@ -284,7 +283,7 @@ def _block_tile(q, kw, vw, ka, va, notes, left, probes, far_out, far_lse, back, 
     lse = (top + mass.log())[..., 0]
     out = torch.bmm(p.to(values.dtype).view(S * N, b * r, -1), values).view(S, N, b, r, d)
     if far_out is None:
-        return out / mass.to(out.dtype), lse
+        return (out / mass).to(out.dtype), lse
     empty = back == len(far_lse)
     ring_lse = far_lse[back.clamp(max=len(far_lse) - 1)].masked_fill(empty, -torch.inf)  # (S, N, b, r, n)
     merged = torch.cat((lse[..., None], ring_lse), dim=-1).logsumexp(-1)
