@@ -124,12 +124,15 @@ def command(
     dense: Annotated[bool, typer.Option(help="Time dense attention too.")] = True,
     rival: Annotated[str, typer.Option(help="On CUDA, hold dense to one kernel: flash, cudnn or efficient.")] = "",
     memory: Annotated[bool, typer.Option(help="Also measure peak extra memory in a process of its own (CPU).")] = True,
+    cap: Annotated[float, typer.Option(help="On CUDA, hold this process to so many GB; 0 for all there is.")] = 0,
     out: Annotated[str, typer.Option(help="JSON file to write.")] = "",
 ) -> None:
     """One attention call against fused dense attention, by length, both in one run."""
-    dev, kind = _device(device), _choice("dtype", dtype, DTYPES)
+    dev, kind = pick_device(device), _choice("dtype", dtype, DTYPES)
     if rival:
         _choice("rival", rival, RIVALS)
+    if cap and dev.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(cap * 1e9 / torch.cuda.get_device_properties(dev).total_memory)
     cfg = AttentionConfig(d_model=heads * head_dim, n_heads=heads, n_kv_heads=groups, head_dim=head_dim,
                           shortlist=shortlist, dna_fraction=dna, gates_per_group=gates, flux_alpha=alpha,
                           rope_theta=THETA, route_heads=False)
@@ -140,8 +143,8 @@ def command(
             shape = [str(x) for x in (tokens, heads, groups, head_dim, shortlist, gates)]
             row["ours_extra_mb"] = peak_extra_mb("proteus_playground.bench.layer", shape)
         rows.append(row)
-    report = {"benchmark": "layer", **environment(dev), "dtype": dtype, "seed": seed, "config": cfg.to_dict(),
-              "rows": rows}
+    report = {"benchmark": "layer", **environment(dev), "dtype": dtype, "seed": seed, "cap_gb": cap,
+              "config": cfg.to_dict(), "rows": rows}
     typer.echo(table(report))
     if out:
         write_json(Path(out), report)
@@ -173,7 +176,7 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
-def _device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
     usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not usable.get(name):
         allowed = ", ".join(n for n, ok in usable.items() if ok)
@@ -193,13 +196,21 @@ def _memory_probe(tokens: int, heads: int, groups: int, head_dim: int, shortlist
     cfg = AttentionConfig(d_model=heads * head_dim, n_heads=heads, n_kv_heads=groups, head_dim=head_dim,
                           shortlist=shortlist, gates_per_group=gates, flux_alpha=1.0, route_heads=False)
     freq = rope_frequencies(head_dim, THETA)
-    unit = 1024 if sys.platform != "darwin" else 1
     with torch.inference_mode():
         short = min(tokens, 1024)
         proteus_attention(q[:, :short], k[:, :short], v[:, :short], fitted, plan_budget(cfg, short), inv_freq=freq)
-        before = _resident_bytes()
-        proteus_attention(q, k, v, fitted, plan_budget(cfg, tokens), inv_freq=freq)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before) / 1e6
+        return peak_in_process(lambda: proteus_attention(q, k, v, fitted, plan_budget(cfg, tokens), inv_freq=freq))
+
+
+def peak_in_process(run) -> float:
+    """Peak resident memory that `run()` adds to what this process holds now, MB."""
+    before = _resident_bytes()
+    run()
+    return (_peak_bytes() - before) / 1e6
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _resident_bytes() -> int:
@@ -207,7 +218,7 @@ def _resident_bytes() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1)
+        return _peak_bytes()
 
 
 if __name__ == "__main__":

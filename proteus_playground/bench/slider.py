@@ -1,0 +1,230 @@
+"""From a key on a slider to the painted picture, in a real browser: `proteus bench slider`.
+
+Starts JupyterLab on this machine, runs a notebook in headless Chromium, presses arrow keys on each slider, and
+times in the page itself from the key event to the frame in which readout, figure and text all show the new request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import typer
+
+NOTEBOOK = "00_start_here.ipynb"
+SLIDERS = ("flux-alpha", "keep-ratio", "shortlist", "dna-fraction")
+CHROMIUM_ARGS = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking",
+                 "--disable-component-update", "--disable-sync", "--no-first-run")  # fmt: skip
+READY_MS = 240_000
+# Watches for the frame that holds a newer request than `old` in all three places, and resolves after it is painted.
+WATCH = """(old) => {
+  const figure = document.querySelector('.pp-figure .js-plotly-plot');
+  if (!figure.ppPlotted) {
+    figure.ppPlotted = { request: 0 };
+    figure.on('plotly_afterplot', () => {
+      figure.ppPlotted.request = Math.max(...figure.data.map((trace) => trace.meta || 0));
+    });
+  }
+  window.ppPainted = new Promise((resolve) => {
+    let pressed = null;
+    addEventListener('keydown', (event) => { pressed = event.timeStamp; }, { capture: true, once: true });
+    const look = () => {
+      const readout = +document.querySelector('.pp-readout').dataset.request;
+      const text = +document.querySelector('.pp-text').dataset.request;
+      if (pressed !== null && readout > old && text >= readout && figure.ppPlotted.request >= readout) {
+        const channel = new MessageChannel();
+        channel.port1.onmessage = () => resolve(performance.now() - pressed);
+        requestAnimationFrame(() => channel.port2.postMessage(0));
+      } else requestAnimationFrame(look);
+    };
+    requestAnimationFrame(look);
+  });
+}"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Milliseconds from key to paint, by slider, and what they were measured on."""
+
+    milliseconds: dict[str, list[float]]
+    about: dict[str, str] = field(default_factory=dict)
+
+    def all(self) -> list[float]:
+        return [value for values in self.milliseconds.values() for value in values]
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that `share` of all do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
+
+
+def chromium() -> str | None:
+    """The browser to drive: $PROTEUS_CHROMIUM, else the first on the path."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return os.environ.get("PROTEUS_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+
+
+@contextlib.contextmanager
+def jupyter_lab(folder: Path, env: dict[str, str] | None = None) -> Iterator[str]:
+    """JupyterLab over `folder` with settings of its own; yields its address and stops it afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="proteus-lab-") as home:
+        places = {f"JUPYTER_{name}_DIR": f"{home}/{name.lower()}" for name in ("CONFIG", "DATA", "RUNTIME")}
+        places["IPYTHONDIR"] = f"{home}/ipython"
+        quiet = Path(home) / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        quiet.parent.mkdir(parents=True)
+        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        line = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ServerApp.ip=127.0.0.1", "--allow-root",
+                f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.token=",
+                f"--ServerApp.root_dir={folder}", f"--LabApp.workspaces_dir={home}/workspaces",
+                f"--LabApp.user_settings_dir={home}/settings"]  # fmt: skip
+        log = open(Path(home) / "log", "w+")  # noqa: SIM115 - closed below, after the server that writes to it
+        server = subprocess.Popen(line, env={**os.environ, **places, **(env or {})}, stdout=log, stderr=log)
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/api", server, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(10)
+            if server.poll() is None:
+                server.kill()
+            log.close()
+
+
+def _wait_for(address: str, server: subprocess.Popen, log) -> None:
+    for _ in range(300):
+        with contextlib.suppress(URLError, OSError), urlopen(address, timeout=2):
+            return
+        if server.poll() is not None:
+            break
+        time.sleep(0.2)
+    log.seek(0)
+    raise RuntimeError(f"JupyterLab did not start:\n{log.read()[-2000:]}")
+
+
+def run_all(page, address: str, notebook: str = NOTEBOOK, ready_ms: int = READY_MS) -> None:
+    """Opens `notebook` in a page, runs every cell and waits until the workbench is up to date."""
+    page.goto(f"{address}/lab/tree/{notebook}?reset")
+    page.wait_for_selector('.jp-NotebookPanel [data-status="idle"], .jp-NotebookPanel .jp-Notebook-ExecutionIndicator',
+                           timeout=90_000)  # fmt: skip
+    page.wait_for_selector('[data-status="idle"]', timeout=90_000)
+    page.click('.lm-MenuBar-item:has-text("Run")')
+    page.click('[data-command="runmenu:run-all"]')
+    page.wait_for_selector(".pp-text[data-request]", state="attached", timeout=ready_ms)
+    settle(page, ready_ms)
+    page.locator(".pp-app").scroll_into_view_if_needed()
+
+
+def settle(page, timeout: int = 30_000) -> int:
+    """Waits until nothing is stale and the browser has drawn the last request, and returns its number."""
+    page.wait_for_function(
+        """() => {
+          const readout = document.querySelector('.pp-readout');
+          const text = document.querySelector('.pp-text');
+          const fresh = document.querySelector('.pp-status.pp-fresh');
+          return fresh && readout && text && +readout.dataset.request > 0
+            && readout.dataset.request === text.dataset.request;
+        }""",
+        timeout=timeout,
+    )
+    return int(page.locator(".pp-readout").get_attribute("data-request"))
+
+
+def press(page, slider: str, key: str) -> float:
+    """One key on one slider; milliseconds until all of the workbench shows what came of it."""
+    old = settle(page)
+    page.focus(f".pp-knob-{slider} .noUi-handle")
+    page.evaluate(WATCH, old)
+    page.keyboard.press(key)
+    return page.evaluate("window.ppPainted")
+
+
+def measure(address: str, presses: int, executable: str, notebook: str = NOTEBOOK) -> Result:
+    """`presses` arrow keys on each slider, after three that are not counted."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(CHROMIUM_ARGS))
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        run_all(page, address, notebook)
+        taken = {}
+        for slider in SLIDERS:
+            # To and fro about the middle, so that no press lands on the end of a scale, where nothing would change.
+            for _ in range(6):
+                press(page, slider, "ArrowLeft")
+            taken[slider] = []
+            for number in range(presses):
+                taken[slider].append(press(page, slider, "ArrowRight" if number % 6 < 3 else "ArrowLeft"))
+                page.wait_for_timeout(120)
+        title = page.locator(".pp-title").inner_text().replace("\n", " · ")
+        about = {"workbench": title, "browser": f"Chromium {browser.version}, headless"}
+        browser.close()
+    return Result(taken, about)
+
+
+def table(result: Result) -> str:
+    """The result in markdown."""
+    rows = [*result.milliseconds.items(), ("all", result.all())]
+    lines = ["| slider | presses | median, ms | 95th percentile, ms |", "|---|---|---|---|"]
+    lines += [f"| {name} | {len(v)} | {median(v):.0f} | {percentile(v, 0.95):.0f} |" for name, v in rows]
+    return "\n".join([*lines, "", *(f"{name}: {value}  " for name, value in result.about.items())])
+
+
+def command(
+    presses: Annotated[
+        int, typer.Option(help="Arrow keys on each of the four sliders.", min=3, max=1000)
+    ] = 30,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.", dir_okay=False)] = Path(
+        "docs/benchmarks/slider.json"
+    ),
+) -> None:
+    """Time from a key on a slider to the painted picture; prints a table and writes JSON."""
+    executable = chromium()
+    if executable is None:
+        raise OSError("no Chromium found: install one, or set PROTEUS_CHROMIUM to its path")
+    from proteus_playground.play import shipped_notebooks
+
+    with tempfile.TemporaryDirectory(prefix="proteus-bench-") as folder:
+        shutil.copy(shipped_notebooks() / NOTEBOOK, folder)
+        with jupyter_lab(Path(folder)) as address:
+            result = measure(address, presses, executable)
+    result.about.update(_about())
+    print(table(result))
+    whole = result.all()
+    saved = {
+        "median_ms": round(median(whole), 1), "p95_ms": round(percentile(whole, 0.95), 1), **result.about,
+        "milliseconds": {name: [round(v, 1) for v in values] for name, values in result.milliseconds.items()},
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, out)
+
+
+def _about() -> dict[str, str]:
+    packages = ("torch", "plotly", "ipywidgets", "anywidget", "jupyterlab", "ipykernel")
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores shared with the browser",
+        "python": platform.python_version(),
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+    }
