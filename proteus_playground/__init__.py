@@ -1,6 +1,13 @@
 """Proteus Playground: adaptive sparse proto attention you can drag, look into and measure."""
 
-from .attention import AttentionConfig, ProteusAttention
+from importlib import import_module
 
 __version__ = "0.1.0"
 __all__ = ["AttentionConfig", "ProteusAttention"]
+
+
+def __getattr__(name: str):
+    # On first use, so that `proteus --help` does not wait for torch.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".attention", __name__), name)

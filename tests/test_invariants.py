@@ -1,6 +1,7 @@
 """The invariants of the design: what must hold for any length, alpha, keep ratio and DNA fraction."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ ALPHA = st.sampled_from([0.0, 0.3, 0.7, 1.0])
 DELTA = st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0])
 RHO = st.sampled_from([0.4, 0.8, 1.0])
 LENGTH = st.integers(1, 300)
-many = settings(max_examples=40, deadline=None)
+many = settings(max_examples=int(os.environ.get("PROTEUS_EXAMPLES", 40)), deadline=None)
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -46,7 +47,7 @@ def test_alpha_zero_is_dense(tokens, seed, rho):
     pull = torch.randn_like(dense)
     for a, b in zip(torch.autograd.grad((ours * pull).sum(), (q, k, v)),
                     torch.autograd.grad((dense * pull).sum(), (q, k, v)), strict=True):
-        assert off_by(a, b) <= 1e-5
+        assert off_by(a, b) <= 1e-5 or (a - b).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("route", [False, True])
@@ -150,8 +151,8 @@ def test_torch_backend_agrees_with_the_reference(tokens, alpha, delta, notes, he
     assert off_by(ours.out, oracle.out) <= 1e-5
     assert torch.allclose(ours.lse, oracle.lse, atol=1e-4)
     assert torch.equal(ours.reads, oracle.reads)
-    for a, b in zip(ours_grad, oracle_grad, strict=True):
-        assert off_by(a, b) <= 1e-4
+    for a, b in zip(ours_grad, oracle_grad, strict=True):  # a row that reads one key has no gradient but rounding
+        assert off_by(a, b) <= 1e-4 or (a - b).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

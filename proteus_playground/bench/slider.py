@@ -31,7 +31,12 @@ NOTEBOOK = "00_start_here.ipynb"
 SLIDERS = ("flux-alpha", "keep-ratio", "shortlist", "dna-fraction")
 CHROMIUM_ARGS = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking",
                  "--disable-component-update", "--disable-sync", "--no-first-run")  # fmt: skip
-READY_MS = 240_000
+READY_MS = 180_000
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "notebook-extension/tracker": {"windowingMode": "none"},  # the workbench stays in the page when it is scrolled away
+}
+STARTED = """() => [...document.querySelectorAll('.jp-InputPrompt')].some((e) => /\\[(\\*|\\d+)\\]/.test(e.textContent))"""
 # Watches for the frame that holds a newer request than `old` in all three places, and resolves after it is painted.
 WATCH = """(old) => {
   const figure = document.querySelector('.pp-figure .js-plotly-plot');
@@ -90,9 +95,10 @@ def jupyter_lab(folder: Path, env: dict[str, str] | None = None) -> Iterator[str
     with tempfile.TemporaryDirectory(prefix="proteus-lab-") as home:
         places = {f"JUPYTER_{name}_DIR": f"{home}/{name.lower()}" for name in ("CONFIG", "DATA", "RUNTIME")}
         places["IPYTHONDIR"] = f"{home}/ipython"
-        quiet = Path(home) / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-        quiet.parent.mkdir(parents=True)
-        quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+        for name, setting in SETTINGS.items():
+            path = Path(home) / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(setting))
         line = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ServerApp.ip=127.0.0.1", "--allow-root",
                 f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.token=",
                 f"--ServerApp.root_dir={folder}", f"--LabApp.workspaces_dir={home}/workspaces",
@@ -124,12 +130,16 @@ def _wait_for(address: str, server: subprocess.Popen, log) -> None:
 
 def run_all(page, address: str, notebook: str = NOTEBOOK, ready_ms: int = READY_MS) -> None:
     """Opens `notebook` in a page, runs every cell and waits until the workbench is up to date."""
+    from playwright.sync_api import TimeoutError
+
     page.goto(f"{address}/lab/tree/{notebook}?reset")
-    page.wait_for_selector('.jp-NotebookPanel [data-status="idle"], .jp-NotebookPanel .jp-Notebook-ExecutionIndicator',
-                           timeout=90_000)  # fmt: skip
-    page.wait_for_selector('[data-status="idle"]', timeout=90_000)
-    page.click('.lm-MenuBar-item:has-text("Run")')
-    page.click('[data-command="runmenu:run-all"]')
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=90_000)
+    for _ in range(5):  # a kernel that has only just said that it is idle may miss the first call
+        page.click('.lm-MenuBar-item:has-text("Run")')
+        page.click('[data-command="runmenu:run-all"]')
+        with contextlib.suppress(TimeoutError):
+            page.wait_for_function(STARTED, timeout=8_000)
+            break
     page.wait_for_selector(".pp-text[data-request]", state="attached", timeout=ready_ms)
     settle(page, ready_ms)
     page.locator(".pp-app").scroll_into_view_if_needed()

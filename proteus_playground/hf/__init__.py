@@ -1,0 +1,1 @@
+"""Models of the Hugging Face ecosystem: fetched, patched, looked into. transformers comes on first use."""

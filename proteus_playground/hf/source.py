@@ -1,0 +1,94 @@
+"""A transformers causal LM as the probe sees it: tokens in, each layer's tensors out, likelihood of a text.
+
+Axes: `T` tokens, `H` query heads, `d` head dim, `D` model width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from threading import RLock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..captured import CapturedLayer
+from ..layer_run import LayerShape
+from .patch import Attend, capture, find_decoder, full_attention_layers, patched
+
+NLL_ROWS = 256  # rows of logits turned into float32 probabilities at a time
+
+
+class ModelSource:
+    """Wraps a model that `hf.patch` supports, and its tokenizer; the model is neither copied nor changed."""
+
+    random = False
+
+    def __init__(self, model, tokenizer, name: str):
+        decoder = find_decoder(model)
+        self.full_layers = full_attention_layers(model)
+        if not self.full_layers:
+            raise ValueError(
+                f"model={name!r}: every layer reads a sliding window, so there is nothing to replace"
+            )
+        self.name, self._model, self._tokenizer = name, model, tokenizer
+        attention = decoder.layers[self.full_layers[0]].self_attn
+        self._o_proj = [block.self_attn.o_proj for block in decoder.layers]
+        d = attention.head_dim
+        heads = attention.q_proj.weight.shape[0] // d
+        self.shape = LayerShape(heads, attention.k_proj.weight.shape[0] // d, d)
+        self.n_layers, self.width = len(decoder.layers), self._o_proj[0].weight.shape[0]
+        self.context = getattr(decoder.config, "max_position_embeddings", None)
+        self.device = model.device
+        self.dtype = torch.float32 if self.device.type == "cpu" else model.dtype
+        self.fingerprint = fingerprint(model)
+        self._lock = RLock()  # a pass goes through the patch of whoever patched last, so one pass at a time
+
+    def encode(self, body: str) -> list[int]:
+        """Token ids, with whatever the tokenizer puts in front of a text."""
+        return self._tokenizer(body, verbose=False)["input_ids"]
+
+    def ids(self, tokens: list[int]) -> Tensor:
+        return torch.tensor(tokens)
+
+    def strings(self, tokens: list[int]) -> list[str]:
+        """What each token reads as on its own."""
+        return self._tokenizer.batch_decode([[token] for token in tokens], clean_up_tokenization_spaces=False)
+
+    def project(self, layer: int, out: Tensor) -> Tensor:
+        """o_proj: `(T, H d)` -> `(T, D)`."""
+        return self._o_proj[layer](out.to(self._o_proj[layer].weight.dtype))
+
+    def capture(
+        self, ids: Tensor, *, keys_only: bool = False, before_layer: Callable[[int], None] | None = None
+    ) -> dict[int, CapturedLayer]:
+        """What each layer that can be patched sees of `ids` `(T,)`."""
+        with self._lock:
+            return capture(self._model, ids, keys_only=keys_only, before_layer=before_layer)
+
+    @torch.inference_mode()
+    def nll(
+        self,
+        ids: Tensor,
+        first: int,
+        layers: Mapping[int, Attend],
+        before_layer: Callable[[int], None] | None = None,
+    ) -> float:
+        """Mean negative log-likelihood, nats, of tokens `first` .. T-1 of `ids`, each given its past."""
+        ids, scored = ids.to(self.device), len(ids) - first
+        with self._lock, patched(self._model, layers, before_layer):
+            logits = self._model(ids[None], use_cache=False, logits_to_keep=scored + 1).logits[0, :-1]
+        pieces = zip(logits.split(NLL_ROWS), ids[first:].split(NLL_ROWS), strict=True)
+        total = sum(F.cross_entropy(rows.float(), wanted, reduction="sum").item() for rows, wanted in pieces)
+        return total / scored
+
+
+def fingerprint(model) -> str:
+    """Hex digest of a sample of every weight, so that prototypes never meet another model."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 64)].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:32]

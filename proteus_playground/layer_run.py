@@ -1,0 +1,170 @@
+"""One attention layer of a model that knows nothing of Proteus, run at one position of the controls.
+
+What a trained `ProteusAttention` decides from its own weights is decided here from the gates alone: the keep
+mask from their salience, the heads from the prototypes' prior. `ProteusLayer` is one such layer, ready for a
+patch.
+
+Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `r` heads per group, `C` gates per group, `d`
+head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionConfig, AttentionResult, Budget, Gates, plan_budget, proteus_attention
+from .attention.backends.dispatch import dense
+from .attention.rope import rotate
+from .attention.routing import prior_route
+from .views import Settings
+
+TILE = 64  # query rows that share one fetched key and value: the aim of every backend here
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of a layer that the controls do not change."""
+
+    n_heads: int
+    n_groups: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """What one run did. `out` is before o_proj; rows of dropped tokens and sleeping heads are 0."""
+
+    out: Tensor  # (B, T, H, d)
+    result: AttentionResult
+    budget: Budget
+    keep: Tensor | None  # (B, T) bool; None when every token took part
+    awake: Tensor | None  # (B, T, H) bool; None when every head is awake
+    weight: Tensor | None  # (B, T, H) float32; None when all are 1
+
+
+@dataclass(frozen=True)
+class ProteusLayer:
+    """Gates and budgets of one layer; called with a patch's `AttentionCall` it answers `(B, T, H, d)`."""
+
+    gates: Gates
+    config: AttentionConfig
+
+    def __call__(self, call) -> Tensor:
+        return self.run(
+            call.q,
+            call.k,
+            call.v,
+            inv_freq=call.inv_freq,
+            positions=call.positions,
+            scale=call.scale,
+            real=call.keep,
+        ).out
+
+    def decide(self, q: Tensor, k: Tensor, real: Tensor | None = None):
+        """Budget, keep `(B, T)`, awake `(B, T, H)` and weight `(B, T, H)`; None stands for "all".
+
+        real: `(B, T)` bool, False at padding. A token's decision depends on that token only.
+        """
+        budget = plan_budget(self.config, k.shape[1])
+        keep = real
+        if budget.keep_ratio < 1:
+            salient = self.gates.keep_mask(k, budget.keep_ratio)
+            everyone = torch.ones_like(salient) if real is None else real
+            # Attention sinks look like nothing else, so salience alone would drop what every row leans on.
+            sink = everyone.cumsum(1) <= max(1, self.config.n_anchors)
+            keep = everyone & (salient | sink)
+        awake, weight = prior_route(q, self.gates, budget) if self.config.route_heads else (None, None)
+        return budget, keep, awake, weight
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        inv_freq: Tensor | None,
+        positions: Tensor | None = None,
+        scale: float,
+        real: Tensor | None = None,
+    ) -> LayerRun:
+        """q `(B, T, H, d)`, k and v `(B, T, G, d)`, un-rotated."""
+        budget, keep, awake, weight = self.decide(q, k, real)
+        result = proteus_attention(
+            q,
+            k,
+            v,
+            self.gates,
+            budget,
+            inv_freq=inv_freq,
+            positions=positions,
+            keep=keep,
+            awake=awake,
+            backend=self.config.backend,
+            scale=scale,
+        )
+        out = result.out if weight is None else result.out * weight[..., None].to(result.out.dtype)
+        return LayerRun(out, result, budget, keep, awake, weight)
+
+
+def config_for(settings: Settings, shape: LayerShape) -> AttentionConfig:
+    """The layer that `settings` describe. `ValueError` or `TypeError` names the setting."""
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings={settings!r}: expected a proteus_playground.views.Settings")
+    for name, low in (("gates", 1), ("anchors", 0)):  # AttentionConfig knows these two by longer names
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r}: expected a whole number >= {low}")
+        if value < low:
+            raise ValueError(f"{name}={value!r}: must be >= {low}")
+    r = shape.n_heads // shape.n_groups
+    if settings.probes > settings.gates:
+        raise ValueError(f"probes={settings.probes!r}: must be at most gates={settings.gates}")
+    if settings.route_heads and settings.gates < r:
+        raise ValueError(
+            f"gates={settings.gates!r}: must be at least {r}, one per head of a group, to route heads"
+        )
+    if settings.flux_alpha is None:
+        raise TypeError("flux_alpha=None: expected a number in [0, 1]")
+    return AttentionConfig(
+        d_model=shape.n_heads * shape.head_dim,
+        n_heads=shape.n_heads,
+        n_kv_heads=shape.n_groups,
+        head_dim=shape.head_dim,
+        shortlist=settings.shortlist,
+        dna_fraction=settings.dna_fraction,
+        keep_ratio=settings.keep_ratio,
+        flux_alpha=settings.flux_alpha,
+        route_heads=settings.route_heads,
+        head_top_p=settings.head_top_p,
+        gates_per_group=settings.gates,
+        probes=settings.probes,
+        n_anchors=settings.anchors,
+        notes=settings.notes,
+    )
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor | None, positions: Tensor, scale: float
+) -> Tensor:
+    """Fused causal attention on the same un-rotated tensors: `(B, T, H, d)`."""
+    return dense(rotate(q, positions, inv_freq), rotate(k, positions, inv_freq), v, scale)
+
+
+def predicted_cost(
+    reads: int, rows: int, keys: int, gates: int, shape: LayerShape, itemsize: int
+) -> tuple[float, float]:
+    """FLOPs and bytes of a run.
+
+    reads: keys and notes read by all rows together; rows: (token, head) pairs that computed; keys: tokens
+    that took part; gates: prototypes compared with each key and each row, 0 when nothing is looked up.
+    FLOPs: two matmuls of 2 d operations per read, 2 d per comparison with a prototype.
+    Bytes: each row's query in and output out, each key and value at least once, and one fetch of a key and
+    value for every `TILE` reads of it, since that many neighbouring rows share a tile.
+    """
+    d, G = shape.head_dim, shape.n_groups
+    flops = 4.0 * d * reads + 2.0 * d * gates * (rows + keys * G)
+    fetched = max(reads / TILE, keys * G)
+    return flops, float(itemsize) * d * (2 * rows + 2 * fetched)

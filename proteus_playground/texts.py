@@ -1,0 +1,131 @@
+"""Text to look at: the story that comes with the project, Python's own manual, a file, a hub data set.
+
+A `Text` is always whole: nothing is cut here. Whoever shows it decides how many tokens fit, because only a
+tokenizer can count them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from proteus_playground import hub
+
+STORY, TOPICS, HUB = "humble token", "python topics", "hub:"
+MAX_BYTES = 32_000_000  # of a file or data set: far more than a model can read, far less than memory
+
+
+@dataclass(frozen=True)
+class Text:
+    """A named text: `body` is what is read, `source` says in a few words where it came from."""
+
+    name: str
+    body: str
+    source: str
+
+
+def text_names() -> list[str]:
+    """The names that need neither a file nor a network."""
+    return [STORY, TOPICS]
+
+
+def load_text(name: str) -> Text:
+    """A text by name: one of `text_names()`, a path to a UTF-8 file, or "hub:owner/dataset[/config]".
+
+    ValueError names `name` where a file is missing, empty, too large or not UTF-8, or a data set has no text
+    column; ConnectionError where the hub does not answer; TypeError where `name` is no string or path.
+    """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"name={name!r}: allowed is a string or a path")
+    name = os.fspath(name)
+    if name == STORY:
+        story = Path(__file__).parent / "data" / "humble_token.txt"
+        return pasted(story.read_text(encoding="utf-8"), STORY, "a story written for this project")
+    if name == TOPICS:
+        from pydoc_data.topics import topics
+
+        body = "\n\n".join(topics[key].strip() for key in sorted(topics))
+        return pasted(body, TOPICS, "Python's own manual")
+    if name.startswith(HUB):
+        return _from_hub(name)
+    return _from_file(name)
+
+
+def pasted(body: str, name: str = "pasted text", source: str = "pasted by you") -> Text:
+    """A `Text` from a string. ValueError where `body` is empty, TypeError where it is no string."""
+    if not isinstance(body, str):
+        raise TypeError(f"body={body!r}: allowed is a string")
+    if not body.strip():
+        raise ValueError(f"body={body[:20]!r} of {name!r} is empty: allowed is text with at least one word")
+    return Text(name, body, source)
+
+
+def calibration_text(exclude: str) -> Text:
+    """English other than the text called `exclude`, to fit prototypes on: the manual, or else the story."""
+    if not isinstance(exclude, str | os.PathLike):
+        raise TypeError(f"exclude={exclude!r}: allowed is the name of a text")
+    return load_text(STORY if os.fspath(exclude) == TOPICS else TOPICS)
+
+
+def _from_file(name: str) -> Text:
+    known = ", ".join(repr(known) for known in text_names())
+    allowed = f"allowed is {known}, the path of a UTF-8 text file, or 'hub:owner/dataset'"
+    path = Path(name).expanduser()
+    if not name.strip() or not path.is_file():
+        what = "is a folder" if name.strip() and path.is_dir() else "is no known text and no file"
+        raise ValueError(f"name={name!r} {what}: {allowed}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"name={name!r} holds {path.stat().st_size:,} bytes: allowed is up to {MAX_BYTES:,}")
+    try:
+        body = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        byte = f"byte {err.start} is {err.object[err.start]:#04x}"
+        raise ValueError(f"name={name!r} is not UTF-8 text ({byte}): allowed is a UTF-8 file") from err
+    except OSError as err:
+        raise ValueError(f"name={name!r} cannot be read ({err.strerror}): {allowed}") from err
+    if not body.strip():
+        raise ValueError(f"name={name!r} is an empty file: allowed is a file with at least one word")
+    return Text(path.name, body, str(path))
+
+
+def _from_hub(name: str) -> Text:
+    owner, _, rest = name.removeprefix(HUB).partition("/")
+    dataset, _, config = rest.partition("/")
+    if not owner or not dataset or "/" in config:
+        raise ValueError(f"name={name!r}: allowed is 'hub:owner/dataset' or 'hub:owner/dataset/config'")
+    repo = f"{owner}/{dataset}"
+    _ask_hub(name, repo)
+    from datasets import load_dataset
+
+    try:
+        # Streamed: a book collection of many gigabytes gives its first megabytes at once.
+        rows = load_dataset(repo, config or None, split="train", streaming=True)
+    except ValueError as err:
+        raise ValueError(f"name={name!r} cannot be opened: {err}") from err
+    parts, size = [], 0
+    for row in rows:
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"name={name!r} has no 'text' column, only {sorted(row)}: allowed is text")
+        parts.append(row["text"])
+        size += len(row["text"])
+        if size > MAX_BYTES // 8:
+            break
+    return pasted("\n".join(parts), name, f"{repo} on the Hugging Face hub")
+
+
+def _ask_hub(name: str, repo: str) -> None:
+    """ConnectionError where the hub is away, ValueError where it lacks the data set: at once, no retries."""
+    away = f"name={name!r} needs the Hugging Face hub, which cannot be reached"
+    hint = f"allowed without it is {', '.join(map(repr, text_names()))} or a file"
+    if variable := hub.switched_off():
+        raise ConnectionError(f"{away} ({variable} is set): {hint}")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        HfApi(endpoint=hub.endpoint()).dataset_info(repo, timeout=hub.SECONDS)
+    except RepositoryNotFoundError as err:
+        raise ValueError(f"name={name!r}: the hub has no public data set {repo!r}") from err
+    except Exception as err:  # the hub's clients raise their own families, which change between versions
+        raise ConnectionError(f"{away} ({type(err).__name__}): {hint}") from err

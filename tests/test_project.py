@@ -1,0 +1,124 @@
+"""Packages are all listed, the README is true, and the address stands in one place."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.cfg").is_file(), reason="needs the repository, not only the tests"
+)
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    return config
+
+
+def between(mark: str) -> str:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return readme.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0]
+
+
+def test_every_package_is_listed():
+    listed = set(setup_cfg()["options"]["packages"].split())
+    folders = {path.parent for path in (ROOT / "proteus_playground").rglob("*.py")}
+    found = {str(folder.relative_to(ROOT)).replace(os.sep, ".") for folder in folders}
+    assert listed == found | {"proteus_playground.widgets", "proteus_playground.notebooks"}
+
+
+def test_version_and_address_stand_in_one_place():
+    import proteus_playground
+
+    assert setup_cfg()["metadata"]["version"] == proteus_playground.__version__
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "repository"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_address_is_rewritten_everywhere(tmp_path):
+    for name in ("setup.cfg", "README.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    (tmp_path / ".ci").mkdir()
+    script = shutil.copy(ROOT / ".ci" / "repository", tmp_path / ".ci")
+    old = setup_cfg()["metadata"]["url"].removeprefix("https://github.com/")
+    subprocess.run([sys.executable, script, "someone/some.thing-else"], check=True, capture_output=True)
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert old not in readme and readme.count("someone/some.thing-else") >= 2
+    assert "url = https://github.com/someone/some.thing-else" in (tmp_path / "setup.cfg").read_text()
+    subprocess.run([sys.executable, script], check=True, capture_output=True)
+    (tmp_path / "README.md").write_text(readme.replace("someone/", "other/"), encoding="utf-8")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 1 and "README.md: other/some.thing-else" in done.stdout
+
+
+@pytest.mark.parametrize("address", ["", "justone", "https://github.com/a/b", "a/b/c", "a b/c"])
+def test_a_bad_address_is_refused(address):
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "repository", address], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"OWNER/NAME={address!r}: allowed is" in done.stderr
+
+
+def test_the_readme_names_every_file():
+    tree = set(re.findall(r"^ *([\w./]+)", between("tree"), re.MULTILINE))
+    code = {path.name for path in (ROOT / "proteus_playground").rglob("*.py")} - {
+        "__init__.py",
+        "__main__.py",
+    }
+    assert code - tree == set(), "missing in the README's tree"
+    gone = {name for name in tree if name.endswith(".py") and name not in code}
+    assert gone == set(), "in the README's tree, but not there"
+
+
+def test_every_line_of_the_tree_has_its_comment():
+    for line in between("tree").strip().strip("`").strip().splitlines():
+        assert re.fullmatch(r" *[\w./]+(/|  +\S.*)", line), line
+
+
+@pytest.mark.parametrize("mark", ["run", "test"])
+def test_the_commands_are_one_line(mark):
+    lines = [line for line in between(mark).strip().splitlines() if not line.startswith("```")]
+    assert len(lines) == 1 and "pip install" in lines[0]
+
+
+def test_pictures_and_pages_that_the_readme_links_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_widgets_notebooks_and_the_story(tmp_path):
+    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=skip)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if "No matching distribution found for setuptools" in done.stderr:
+        pytest.skip("building needs setuptools from PyPI, which cannot be reached")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    wanted = {f"proteus_playground/notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    wanted |= {
+        f"proteus_playground/widgets/{path.relative_to(ROOT / 'widgets').as_posix()}"
+        for path in (ROOT / "widgets").rglob("*")
+        if path.suffix in {".py", ".js", ".css", ".json"} and "__pycache__" not in path.parts
+    }
+    wanted |= {
+        f"proteus_playground/data/{path.name}" for path in (ROOT / "proteus_playground" / "data").iterdir()
+    }
+    assert wanted <= names, wanted - names
+    assert not any(name.startswith(("widgets/", "notebooks/", "tests/")) for name in names)

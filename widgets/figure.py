@@ -1,0 +1,254 @@
+"""Three linked pictures in one FigureWidget, made once; an update sends one message with what changed.
+
+Axes: `T` tokens, `H` heads, `C` gates. All scales are fixed, so that what moves on a drag is the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import plotly.graph_objects as go
+
+from proteus_playground.views import ANCHOR, DNA, LOCAL, NOTE, GateMap, LayerView, RowView
+
+HEIGHT = 640
+LEFT, RIGHT = 46, 12  # pixels beside the axes
+SPLIT = (
+    0.55  # where the left picture ends and the right one begins, as shares of the width between the margins
+)
+GAP = 0.04
+TOP = (84, 318)  # pixels from the top: heads and prototypes
+BOTTOM = (428, 592)  # the row
+HEAT_COLUMNS = 400  # no screen shows more
+SCATTER_POINTS = 1500
+FLOOR = -4.0  # log10 of the smallest weight drawn: 0.01%
+STUB = {NOTE: -3.95}  # log10 of the height of what is too light to see, else -3.8
+OKABE_ITO = {LOCAL: "#0072B2", ANCHOR: "#E69F00", DNA: "#009E73", NOTE: "#CC79A7"}
+GATE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B5A900")  # in turn
+INK, GREY = "#1b1f24", "#d4d8dd"
+HEAT_STEPS = 250  # weights travel as whole numbers; -1 says that the head slept
+CONFIG = {"displayModeBar": False, "showSendToCloud": False, "displaylogo": False, "doubleClick": False,
+          "scrollZoom": False, "responsive": True}  # fmt: skip
+
+
+def heat_cells(view: LayerView) -> tuple[np.ndarray, np.ndarray]:
+    """`(H, columns)` int16 in -1..250 and the token at the middle of each column `(columns,)`."""
+    size, heads = view.head_map.shape
+    step = -(-size // HEAT_COLUMNS)
+    columns = -(-size // step)
+    rows = np.zeros((columns * step, heads), bool)
+    rows[:size] = view.awake & view.kept[:, None]
+    weight = np.zeros(rows.shape, np.float32)
+    weight[:size] = view.head_map
+    count = rows.reshape(columns, step, heads).sum(1)
+    mean = (weight * rows).reshape(columns, step, heads).sum(1) / np.maximum(count, 1)
+    cells = np.where(count > 0, np.rint(np.clip(mean, 0, 1) * HEAT_STEPS), -1)
+    return cells.T.astype(np.int16), np.arange(columns) * step + (step - 1) / 2
+
+
+def stems(row: RowView, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Line points `x`, `y` float32 `(3 n,)`, NaN between stems, and the n keys of one kind."""
+    keys = np.flatnonzero(row.kind == kind)
+    x = np.repeat(keys, 3).astype(np.float32)
+    y = np.empty(x.shape, np.float32)
+    y[0::3] = FLOOR
+    y[1::3] = np.maximum(np.log10(np.maximum(row.weight[keys], 1e-12)), STUB.get(kind, -3.8))
+    y[2::3] = np.nan
+    return x, y, keys
+
+
+class Pictures:
+    """The FigureWidget and how a view becomes data in it. `on_pick(token, head | None)` hears clicks."""
+
+    def __init__(self, on_pick: Callable[[int, int | None], None]):
+        self.on_pick = on_pick
+        self.tokens: list[str] = []
+        self.widget = go.FigureWidget(layout=_layout())
+        self.widget._config = {**self.widget._config, **CONFIG}
+        self._keys = {kind: np.empty(0, int) for kind in OKABE_ITO}
+        self._shown_keys = self._lit_index = self._gates = np.empty(0, int)
+        self._add_traces()
+
+    def reset(self, tokens: list[str], heads: int) -> None:
+        """Another text or model: new axes, empty pictures."""
+        self.tokens = tokens
+        size, fig = len(tokens), self.widget
+        step = -(-size // SCATTER_POINTS)
+        self._shown_keys = np.arange(0, size, step)
+        with fig.batch_update():
+            fig.layout.xaxis.range = [-0.5, size - 0.5]
+            fig.layout.xaxis3.range = [-0.02 * size, size * 1.01]
+            fig.layout.yaxis.update(range=[heads - 0.5, -0.5], dtick=max(1, -(-heads // 10)))
+            for trace in fig.data:
+                if trace.type == "scatter":
+                    trace.update(x=[], y=[])
+            self._heat.z = []
+            self._gates = np.empty(0, int)
+            self._points.text = [tokens[i] for i in self._shown_keys]
+
+    def draw(
+        self, request: int, view: LayerView, row: RowView, gate_map: GateMap, group: int, changed: set[str]
+    ) -> None:
+        """`changed`: whether the "view" or the "gates" differ from the last picture; a row always does."""
+        with self.widget.batch_update():
+            if "view" in changed:
+                cells, middle = heat_cells(view)
+                self._heat.update(z=cells, x=middle.astype(np.float32))
+            if changed:
+                self._draw_keys(view, gate_map, group)
+            self._draw_row(row)
+            self._draw_lit(row, gate_map)
+            self._cursor.update(x=[row.token], y=[row.head])
+            self._here.meta = request
+
+    def _draw_row(self, row: RowView) -> None:
+        for kind, trace in self._stems.items():
+            x, y, keys = stems(row, kind)
+            self._keys[kind] = keys
+            share = np.repeat(row.weight[keys], 3).astype(np.float32)
+            words = [self.tokens[i] for i in np.repeat(keys, 3)]
+            trace.update(x=x, y=y, customdata=share, text=words)
+        self._here.update(x=[row.token, row.token], y=[FLOOR, 0])
+
+    def _draw_keys(self, view: LayerView, gate_map: GateMap, group: int) -> None:
+        gate = view.gate_of_key[self._shown_keys, group]
+        at = gate_map.keys[self._shown_keys]
+        if not np.array_equal(self._gates, gate):
+            self._gates = gate
+            colour = np.where(gate < 0, -1, gate % len(GATE_COLOURS)).astype(np.int8)
+            self._points.update(customdata=gate.astype(np.int16), marker={"color": colour})
+        self._set(self._points, x=at[:, 0], y=at[:, 1])
+        protos = gate_map.prototypes
+        self._set(self._protos, x=protos[:, 0], y=protos[:, 1], text=[str(c) for c in range(len(protos))])
+        self._frame(np.concatenate([gate_map.keys, protos]))
+        title = f"two fixed axes, {gate_map.explained:.0%} of the spread"
+        if self.widget.layout.xaxis2.title.text != title:
+            self.widget.layout.xaxis2.title.text = title
+
+    def _draw_lit(self, row: RowView, gate_map: GateMap) -> None:
+        """The keys this row fetched and the prototypes it opened."""
+        self._lit_index = np.flatnonzero(row.kind == DNA)
+        at, opened = gate_map.keys[self._lit_index], list(row.gates_opened)
+        protos = gate_map.prototypes[opened].reshape(-1, 2)
+        self._set(self._lit, x=at[:, 0], y=at[:, 1], text=[self.tokens[i] for i in self._lit_index],
+                  customdata=self._lit_index.astype(np.int32))  # fmt: skip
+        self._set(self._opened, x=protos[:, 0], y=protos[:, 1], text=[f"<b>{gate}</b>" for gate in opened])
+        here = gate_map.keys[row.token]
+        self._set(self._star, x=here[:1], y=here[1:])
+
+    def _frame(self, at: np.ndarray) -> None:
+        """Axes that hold all points, set only when the projection is another one."""
+        low, high = at.min(0), at.max(0)
+        pad = 0.06 * np.maximum(high - low, 1e-6)
+        for axis, low_, high_ in zip(("xaxis2", "yaxis2"), low - pad, high + pad, strict=True):
+            span = (float(low_), float(high_))
+            if self.widget.layout[axis].range != span:
+                self.widget.layout[axis].range = span
+
+    @staticmethod
+    def _set(trace, **values) -> None:
+        """Sets only what is not there already, since every property set is bytes to the browser."""
+        for name, value in values.items():
+            old = trace[name]
+            new = np.asarray(value, np.float32) if name in ("x", "y") else value
+            if old is None or len(old) != len(new) or not np.array_equal(np.asarray(old), np.asarray(new)):
+                trace[name] = new
+
+    def _add_traces(self) -> None:
+        fig = self.widget
+        for trace in _traces():
+            fig.add_trace(trace)
+        self._heat, self._cursor, self._points, self._lit, self._protos, self._opened, self._star = fig.data[
+            :7
+        ]
+        self._stems = dict(zip(OKABE_ITO, fig.data[7:11], strict=True))
+        self._here = fig.data[11]
+        self._heat.on_click(self._clicked_heat)
+        self._points.on_click(lambda _, points, __: self._pick(points, self._shown_keys))
+        self._lit.on_click(lambda _, points, __: self._pick(points, self._lit_index))
+        for kind, trace in self._stems.items():
+            trace.on_click(
+                lambda _, points, __, kind=kind: self._pick(points, np.repeat(self._keys[kind], 3))
+            )
+
+    def _clicked_heat(self, _, points, __) -> None:
+        if points.xs:
+            self.on_pick(int(points.xs[0]), int(points.ys[0]))
+
+    def _pick(self, points, tokens: np.ndarray) -> None:
+        if points.point_inds and points.point_inds[0] < len(tokens):
+            self.on_pick(int(tokens[points.point_inds[0]]), None)
+
+
+def _traces() -> list:
+    """In drawing order; `Pictures._add_traces` names them."""
+    first, second, third = ({"xaxis": f"x{n}", "yaxis": f"y{n}"} for n in ("", "2", "3"))
+    skip = {"hoverinfo": "skip", "showlegend": False}
+    edge = 1 / (HEAT_STEPS + 1)
+    heat = go.Heatmap(
+        z=[], zmin=-1, zmax=HEAT_STEPS, colorscale=_slept_then_cividis(edge), showscale=False, zsmooth=False,
+        hovertemplate="token %{x:.0f}, head %{y}<extra></extra>", **first,
+    )  # fmt: skip
+    ring = {"symbol": "square-open", "size": 15, "color": "#D55E00", "line": {"width": 3}}
+    points = {"size": 5, "opacity": 0.45, "line": {"width": 0}, "colorscale": _bands((GREY, *GATE_COLOURS)),
+              "cmin": -1.5, "cmax": len(GATE_COLOURS) - 0.5, "showscale": False}  # fmt: skip
+    lit = {"size": 9, "color": OKABE_ITO[DNA], "line": {"width": 1.5, "color": "white"}}
+    diamond = {"symbol": "diamond", "size": 9, "color": "white", "line": {"width": 1.2, "color": INK}}
+    opened = {"symbol": "diamond", "size": 19, "color": INK, "line": {"width": 1.5, "color": "white"}}
+    star = {"symbol": "star", "size": 16, "color": "#D55E00", "line": {"width": 1.2, "color": "white"}}
+    key = "%{text} · gate %{customdata}<extra></extra>"
+    share = "%{text} (%{x:.0f}) gets %{customdata:.2%}<extra></extra>"
+    return [
+        heat,
+        go.Scatter(mode="markers", marker=ring, **skip, **first),
+        go.Scatter(mode="markers", marker=points, hovertemplate=key, showlegend=False, **second),
+        go.Scatter(mode="markers", marker=lit, hovertemplate="%{text} (%{customdata}) was fetched<extra></extra>",
+                   showlegend=False, **second),
+        go.Scatter(mode="markers", marker=diamond, hovertemplate="prototype %{text}<extra></extra>", showlegend=False,
+                   **second),
+        go.Scatter(mode="markers+text", marker=opened, textfont={"color": "white", "size": 10}, **skip, **second),
+        go.Scatter(mode="markers", marker=star, **skip, **second),
+        *[go.Scatter(mode="lines", line={"color": colour, "width": 1 if kind == NOTE else 2}, hovertemplate=share,
+                     showlegend=False, **third) for kind, colour in OKABE_ITO.items()],
+        go.Scatter(mode="lines", line={"color": "#D55E00", "width": 1.5, "dash": "dot"}, **skip, **third),
+    ]  # fmt: skip
+
+
+def _bands(colours: tuple[str, ...]) -> list:
+    return [[(i + side) / len(colours), colour] for i, colour in enumerate(colours) for side in (0, 1)]
+
+
+def _slept_then_cividis(edge: float) -> list:
+    from plotly.colors import sequential
+
+    steps = sequential.Cividis
+    scale = [[min(1.0, edge + (1 - edge) * i / (len(steps) - 1)), colour] for i, colour in enumerate(steps)]
+    return [[0, GREY], [edge, GREY], *scale]
+
+
+def _layout() -> dict:
+    def across(top: int, bottom: int) -> list[float]:
+        return [1 - bottom / HEIGHT, 1 - top / HEIGHT]
+
+    font = {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12, "color": INK}
+    axis = {"fixedrange": True, "zeroline": False, "showgrid": False, "ticks": "outside", "ticklen": 4,
+            "tickcolor": GREY, "linecolor": GREY, "title": {"font": {"size": 12}, "standoff": 4}}  # fmt: skip
+    bare = {**axis, "showticklabels": False, "ticks": "", "showline": True, "mirror": True}
+
+    def titled(base: dict, text: str, **rest) -> dict:
+        return {**base, "title": {**base["title"], "text": text}, **rest}
+
+    return {
+        "height": HEIGHT, "autosize": True, "margin": {"l": LEFT, "r": RIGHT, "t": 0, "b": 0, "pad": 0}, "font": font,
+        "paper_bgcolor": "white", "plot_bgcolor": "white", "dragmode": False, "hovermode": "closest",
+        "hoverdistance": 30, "showlegend": False, "template": None, "uirevision": "fixed",
+        "xaxis": titled(axis, "token", domain=[0, SPLIT - GAP / 2], anchor="y"),
+        "yaxis": titled(axis, "head", domain=across(*TOP), anchor="x", range=[8.5, -0.5]),
+        "xaxis2": titled(bare, "two fixed axes", domain=[SPLIT + GAP / 2, 1], anchor="y2"),
+        "yaxis2": titled(bare, "", domain=across(*TOP), anchor="x2"),
+        "xaxis3": titled(axis, "key position", domain=[0, 1], anchor="y3"),
+        "yaxis3": titled({**axis, "showgrid": True, "gridcolor": "#eef0f2"}, "attention (log)", domain=across(*BOTTOM),
+                         anchor="x3", range=[FLOOR, 0.05], tickvals=[-4, -3, -2, -1, 0],
+                         ticktext=["≤0.01%", "0.1%", "1%", "10%", "100%"]),
+    }  # fmt: skip

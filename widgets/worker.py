@@ -1,0 +1,137 @@
+"""Latest wins: one thread that computes, and a promise that nobody sees an overtaken result."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+LANES = ("load", "frame", "model", "repeat")  # in the order in which waiting requests are served
+IDLE_SECONDS = 10.0  # after which the thread ends; the next request starts another
+
+
+@dataclass
+class Request:
+    """A job and what to do with its outcome. `compute(stop, progress)` runs on the worker, the rest on the kernel's thread."""
+
+    number: int
+    lane: str
+    compute: Callable[[Callable[[], bool], Callable[[float, str], None]], Any]
+    done: Callable[[int, Any], None]
+    failed: Callable[[int, BaseException], None]
+    progress: Callable[[int, float, str], None]
+    stopped: bool = False
+    overtaken_at: float | None = field(default=None)
+
+
+def on_kernel_thread() -> Callable[[Callable[[], None]], None]:
+    """How to run something where widgets may be touched: the running event loop, or at once where there is none.
+
+    A kernel runs its cells and its widgets' messages on one asyncio loop, so what is posted there never
+    meets a half-made change; a plain script or a test has no loop and one thread is as good as another.
+    """
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return lambda call: call()
+
+    def post(call: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the kernel is going, nobody looks
+            loop.call_soon_threadsafe(call)
+
+    return post
+
+
+class Worker:
+    """Runs requests one by one; in each lane only the newest one waits.
+
+    A running request that a newer one of its lane has waited for longer than `patience` seconds is stopped
+    and its result dropped; a quicker one is still drawn, so that pictures follow a drag. `pace` blocks after a
+    result until it has been painted, so that a slow browser is never sent more than it can draw.
+    """
+
+    def __init__(self, *, patience: float = 0.15, pace: Callable[[], None] | None = None):
+        self.patience = patience
+        self.started = 0  # requests begun, for tests and the curious
+        self._post = on_kernel_thread()
+        self._pace = pace or (lambda: None)
+        self._numbers = itertools.count(1)
+        self._waiting: dict[str, Request] = {}
+        self._running: Request | None = None
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()
+
+    def submit(self, lane: str, compute, done, failed, progress=lambda n, share, what: None) -> int:
+        """Queues a job, overtakes what waits in its lane, and returns its number."""
+        with self._changed:
+            request = Request(next(self._numbers), lane, compute, done, failed, progress)
+            self._waiting[lane] = request
+            running = self._running
+            if running is not None and running.lane == lane and running.overtaken_at is None:
+                running.overtaken_at = time.monotonic()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="proteus-worker", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return request.number
+
+    def cancel(self, *lanes: str) -> None:
+        """Stops what runs and forgets what waits, in `lanes` or in all."""
+        with self._changed:
+            for lane in lanes or LANES:
+                self._waiting.pop(lane, None)
+            if self._running is not None and self._running.lane in (lanes or LANES):
+                self._running.stopped = True
+            self._changed.notify_all()
+
+    @property
+    def busy(self) -> str | None:
+        """The lane of the request that runs, if one does."""
+        running = self._running
+        return running.lane if running is not None else None
+
+    def wait(self, timeout: float = 60.0) -> None:
+        """Blocks until nothing runs or waits. For scripts and tests: inside a kernel it would block the drawing."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._waiting and self._running is None, timeout):
+                raise TimeoutError(f"the worker was still busy after {timeout:g} s")
+
+    def _gone(self, request: Request) -> bool:
+        late = request.overtaken_at is not None and time.monotonic() - request.overtaken_at > self.patience
+        return request.stopped or late
+
+    def _next(self) -> Request | None:
+        with self._changed:
+            self._running = None
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: bool(self._waiting), IDLE_SECONDS):
+                self._thread = None
+                return None
+            lane = next(lane for lane in LANES if lane in self._waiting)
+            self._running = self._waiting.pop(lane)
+            self.started += 1
+            return self._running
+
+    def _work(self) -> None:
+        while (request := self._next()) is not None:
+            self._run(request)
+
+    def _run(self, request: Request) -> None:
+        def progress(share: float, what: str) -> None:
+            self._post(lambda: None if self._gone(request) else request.progress(request.number, share, what))
+
+        try:
+            result = request.compute(lambda: self._gone(request), progress)
+        except Exception as err:  # whatever a stopped job raises is no news
+            if not self._gone(request):
+                failure = err
+                self._post(lambda: request.failed(request.number, failure))
+            return
+        if not self._gone(request):
+            self._post(lambda: None if request.stopped else request.done(request.number, result))
+            self._pace()
