@@ -1,4 +1,4 @@
-"""Text to look at: the story that comes with the project, Python's own manual, a file, a hub data set.
+"""Text to look at: a story and a commonplace book of our own, Python's manual, a file, a hub data set.
 
 A `Text` is always whole: nothing is cut here. Whoever shows it decides how many tokens fit, because only a
 tokenizer can count them.
@@ -12,7 +12,11 @@ from pathlib import Path
 
 from proteus_playground import hub
 
-STORY, TOPICS, HUB = "humble token", "python topics", "hub:"
+STORY, BOOK, TOPICS, HUB = "humble token", "commonplace book", "python topics", "hub:"
+SHIPPED = {
+    STORY: ("humble_token.txt", "a story written for this project"),
+    BOOK: ("commonplace_book.txt", "short pieces of many kinds, written for this project"),
+}
 MAX_BYTES = 32_000_000  # of a file or data set: far more than a model can read, far less than memory
 
 
@@ -27,7 +31,7 @@ class Text:
 
 def text_names() -> list[str]:
     """The names that need neither a file nor a network."""
-    return [STORY, TOPICS]
+    return [*SHIPPED, TOPICS]
 
 
 def load_text(name: str) -> Text:
@@ -39,9 +43,9 @@ def load_text(name: str) -> Text:
     if not isinstance(name, str | os.PathLike):
         raise TypeError(f"name={name!r}: allowed is a string or a path")
     name = os.fspath(name)
-    if name == STORY:
-        story = Path(__file__).parent / "data" / "humble_token.txt"
-        return pasted(story.read_text(encoding="utf-8"), STORY, "a story written for this project")
+    if name in SHIPPED:
+        file, source = SHIPPED[name]
+        return pasted((Path(__file__).parent / "data" / file).read_text(encoding="utf-8"), name, source)
     if name == TOPICS:
         from pydoc_data.topics import topics
 
@@ -62,10 +66,14 @@ def pasted(body: str, name: str = "pasted text", source: str = "pasted by you") 
 
 
 def calibration_text(exclude: str) -> Text:
-    """English other than the text called `exclude`, to fit prototypes on: the manual, or else the story."""
+    """Text that is not the one called `exclude`, to fit prototypes on: the commonplace book or the manual.
+
+    The book comes first because it is varied: to gates that know only a manual, most of a story looks
+    strange, and a keep ratio drops it.
+    """
     if not isinstance(exclude, str | os.PathLike):
         raise TypeError(f"exclude={exclude!r}: allowed is the name of a text")
-    return load_text(STORY if os.fspath(exclude) == TOPICS else TOPICS)
+    return load_text(TOPICS if os.fspath(exclude) == BOOK else BOOK)
 
 
 def _from_file(name: str) -> Text:

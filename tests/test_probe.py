@@ -261,7 +261,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(net, tmp_path):
 
 def test_calibration_reads_other_text(net):
     one = LayerProbe.from_model(*net, load_text("humble token"), name="tiny", max_tokens=64)
-    assert one.note.endswith("python topics.")
+    assert one.note.endswith("commonplace book.")
     assert calibration_text("humble token").name != "humble token"
 
 

@@ -29,6 +29,16 @@ def test_the_story_plants_each_answer_once_and_early(fact):
     assert body.index(fact) < len(body) / 4
 
 
+def test_the_commonplace_book_is_varied_and_shares_nothing_with_the_story():
+    book, story = load_text("commonplace book").body, load_text("humble token").body
+    pieces = [line for line in book.splitlines() if re.match(r"[A-Z]{2,}|[A-Z] [A-Z]{2,}", line)]
+    assert 2200 <= len(book.split()) <= 2500 and len(pieces) >= 20
+    assert not re.search(r"potato|soup|horseradish|leek|receipt|Odalys|Halloran|carburetor|4471", book, re.I)
+    words = [re.findall(r"\w+", body.lower()) for body in (book, story)]
+    in_book, in_story = ({tuple(some[at : at + 6]) for at in range(len(some) - 5)} for some in words)
+    assert not in_book & in_story
+
+
 def test_pythons_manual_is_english_and_large():
     manual = load_text("python topics")
     assert len(manual.body) > 300_000
@@ -41,6 +51,7 @@ def test_every_name_loads_and_is_calibrated_on_another_text(name):
     assert isinstance(text, Text) and text.name == name and text.source
     other = calibration_text(exclude=name)
     assert other.name != name and other.body != text.body
+    assert other.name == ("python topics" if name == "commonplace book" else "commonplace book")
 
 
 def test_a_file_of_ones_own_is_read_as_it_is(tmp_path):
@@ -49,7 +60,7 @@ def test_a_file_of_ones_own_is_read_as_it_is(tmp_path):
     text = load_text(str(file))
     assert text == Text("soup.txt", "Lauch, Kartoffeln,\n\n  Crème fraîche 🥔\n", str(file))
     assert load_text(file) == text
-    assert calibration_text(exclude=str(file)).name == "python topics"
+    assert calibration_text(exclude=str(file)).name == "commonplace book"
 
 
 def test_pasted_text():

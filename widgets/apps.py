@@ -155,11 +155,12 @@ class Workbench(w.VBox):
         self._painted.clear()
         self.drawn, self.number, self.problem = frame, number, ""
         self._runs = 1 if "view" in changed else self._runs
-        self.pictures.draw(number, frame.view, frame.row, frame.gate_map, frame.group, changed)
         self.text.draw(number, frame.view.salience, frame.view.kept, frame.row.kind,
                        frame.view.gate_of_key[:, frame.group], now.token)  # fmt: skip
         self._draw_words(frame, tokens)
         self._set_status("fresh" if self.wanted() == now else "stale")
+        # Last, because it keeps the browser busy longest: all then appears in one repaint.
+        self.pictures.draw(number, frame.view, frame.row, frame.gate_map, frame.group, changed)
         if "view" in changed:
             self._time_again(frame)
 

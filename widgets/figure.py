@@ -23,7 +23,7 @@ BOTTOM = (428, 592)  # the row
 HEAT_COLUMNS = 400  # no screen shows more
 SCATTER_POINTS = 1500
 FLOOR = -4.0  # log10 of the smallest weight drawn: 0.01%
-STUB = {NOTE: -3.95}  # log10 of the height of what is too light to see, else -3.8
+STUB = -3.8  # log10 of the height that a key gets which weighs too little to see
 OKABE_ITO = {LOCAL: "#0072B2", ANCHOR: "#E69F00", DNA: "#009E73", NOTE: "#CC79A7"}
 GATE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B5A900")  # in turn
 INK, GREY = "#1b1f24", "#d4d8dd"
@@ -48,14 +48,31 @@ def heat_cells(view: LayerView) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stems(row: RowView, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Line points `x`, `y` float32 `(3 n,)`, NaN between stems, and the n keys of one kind."""
+    """One kind of key as a single line: `x`, `y` float32, NaN between stems, and the key at each point.
+
+    A note's members that weigh too little to see share one thick floor per run: a thousand stems would say no more.
+    """
     keys = np.flatnonzero(row.kind == kind)
-    x = np.repeat(keys, 3).astype(np.float32)
-    y = np.empty(x.shape, np.float32)
+    height = np.log10(np.maximum(row.weight[keys], 1e-12))
+    tall = keys[height > FLOOR] if kind == NOTE else keys
+    points = np.repeat(tall, 3)
+    y = np.empty(len(points), np.float32)
     y[0::3] = FLOOR
-    y[1::3] = np.maximum(np.log10(np.maximum(row.weight[keys], 1e-12)), STUB.get(kind, -3.8))
+    y[1::3] = np.maximum(np.log10(np.maximum(row.weight[tall], 1e-12)), STUB)
     y[2::3] = np.nan
-    return x, y, keys
+    low = np.setdiff1d(keys, tall)
+    edges = np.flatnonzero(np.diff(low, prepend=-2, append=-2) != 1) if len(low) else np.empty(0, int)
+    runs = np.stack([low[edges[:-1]], low[edges[1:] - 1], low[edges[1:] - 1]], 1).ravel() if len(low) else low
+    floor = np.tile([FLOOR, FLOOR, np.nan], len(runs) // 3).astype(np.float32)
+    points = np.concatenate([points, runs])
+    return points.astype(np.float32), np.concatenate([y, floor]), points
+
+
+def dots(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points `(n, 2)` as lines of no length with round ends: one element in the browser instead of n."""
+    x, y = (np.repeat(at[:, axis], 3).astype(np.float32) for axis in (0, 1))
+    y[2::3] = np.nan
+    return x, y
 
 
 class Pictures:
@@ -67,7 +84,9 @@ class Pictures:
         self.widget = go.FigureWidget(layout=_layout())
         self.widget._config = {**self.widget._config, **CONFIG}
         self._keys = {kind: np.empty(0, int) for kind in OKABE_ITO}
+        self._dot_keys = {code: np.empty(0, int) for code in range(-1, len(GATE_COLOURS))}
         self._shown_keys = self._lit_index = self._gates = np.empty(0, int)
+        self._map: GateMap | None = None
         self._add_traces()
 
     def reset(self, tokens: list[str], heads: int) -> None:
@@ -84,8 +103,7 @@ class Pictures:
                 if trace.type == "scatter":
                     trace.update(x=[], y=[])
             self._heat.z = []
-            self._gates = np.empty(0, int)
-            self._points.text = [tokens[i] for i in self._shown_keys]
+            self._map = None
 
     def draw(
         self, request: int, view: LayerView, row: RowView, gate_map: GateMap, group: int, changed: set[str]
@@ -106,19 +124,21 @@ class Pictures:
         for kind, trace in self._stems.items():
             x, y, keys = stems(row, kind)
             self._keys[kind] = keys
-            share = np.repeat(row.weight[keys], 3).astype(np.float32)
-            words = [self.tokens[i] for i in np.repeat(keys, 3)]
-            trace.update(x=x, y=y, customdata=share, text=words)
+            words = [self.tokens[i] for i in keys]
+            trace.update(x=x, y=y, customdata=row.weight[keys].astype(np.float32), text=words)
         self._here.update(x=[row.token, row.token], y=[FLOOR, 0])
 
     def _draw_keys(self, view: LayerView, gate_map: GateMap, group: int) -> None:
         gate = view.gate_of_key[self._shown_keys, group]
-        at = gate_map.keys[self._shown_keys]
-        if not np.array_equal(self._gates, gate):
-            self._gates = gate
-            colour = np.where(gate < 0, -1, gate % len(GATE_COLOURS)).astype(np.int8)
-            self._points.update(customdata=gate.astype(np.int16), marker={"color": colour})
-        self._set(self._points, x=at[:, 0], y=at[:, 1])
+        if not (np.array_equal(self._gates, gate) and self._map is gate_map):
+            self._gates, self._map = gate, gate_map
+            colour = np.where(gate < 0, -1, gate % len(GATE_COLOURS))
+            for code, trace in self._dots.items():
+                keys = self._shown_keys[colour == code]
+                x, y = dots(gate_map.keys[keys])
+                keys = self._dot_keys[code] = np.repeat(keys, 3)
+                gates = view.gate_of_key[keys, group].astype(np.int16)
+                trace.update(x=x, y=y, customdata=gates, text=[self.tokens[i] for i in keys])
         protos = gate_map.prototypes
         self._set(self._protos, x=protos[:, 0], y=protos[:, 1], text=[str(c) for c in range(len(protos))])
         self._frame(np.concatenate([gate_map.keys, protos]))
@@ -159,18 +179,17 @@ class Pictures:
         fig = self.widget
         for trace in _traces():
             fig.add_trace(trace)
-        self._heat, self._cursor, self._points, self._lit, self._protos, self._opened, self._star = fig.data[
-            :7
-        ]
-        self._stems = dict(zip(OKABE_ITO, fig.data[7:11], strict=True))
-        self._here = fig.data[11]
+        self._heat, self._cursor, self._lit, self._protos, self._opened, self._star, self._here = (
+            trace for trace in fig.data if trace.name is None
+        )
+        self._stems = {int(trace.name[4:]): trace for trace in fig.data if (trace.name or "").startswith("kind")}
+        self._dots = {int(trace.name[4:]): trace for trace in fig.data if (trace.name or "").startswith("gate")}
         self._heat.on_click(self._clicked_heat)
-        self._points.on_click(lambda _, points, __: self._pick(points, self._shown_keys))
         self._lit.on_click(lambda _, points, __: self._pick(points, self._lit_index))
+        for code, trace in self._dots.items():
+            trace.on_click(lambda _, points, __, code=code: self._pick(points, self._dot_keys[code]))
         for kind, trace in self._stems.items():
-            trace.on_click(
-                lambda _, points, __, kind=kind: self._pick(points, np.repeat(self._keys[kind], 3))
-            )
+            trace.on_click(lambda _, points, __, kind=kind: self._pick(points, self._keys[kind]))
 
     def _clicked_heat(self, _, points, __) -> None:
         if points.xs:
@@ -191,8 +210,6 @@ def _traces() -> list:
         hovertemplate="token %{x:.0f}, head %{y}<extra></extra>", **first,
     )  # fmt: skip
     ring = {"symbol": "square-open", "size": 15, "color": "#D55E00", "line": {"width": 3}}
-    points = {"size": 5, "opacity": 0.45, "line": {"width": 0}, "colorscale": _bands((GREY, *GATE_COLOURS)),
-              "cmin": -1.5, "cmax": len(GATE_COLOURS) - 0.5, "showscale": False}  # fmt: skip
     lit = {"size": 9, "color": OKABE_ITO[DNA], "line": {"width": 1.5, "color": "white"}}
     diamond = {"symbol": "diamond", "size": 9, "color": "white", "line": {"width": 1.2, "color": INK}}
     opened = {"symbol": "diamond", "size": 19, "color": INK, "line": {"width": 1.5, "color": "white"}}
@@ -202,21 +219,19 @@ def _traces() -> list:
     return [
         heat,
         go.Scatter(mode="markers", marker=ring, **skip, **first),
-        go.Scatter(mode="markers", marker=points, hovertemplate=key, showlegend=False, **second),
+        *[go.Scatter(mode="lines", name=f"gate{code}", line={"color": colour, "width": 5, "simplify": False}, opacity=0.45,
+                     hovertemplate=key, showlegend=False, **second)
+          for code, colour in enumerate((GREY, *GATE_COLOURS), start=-1)],
         go.Scatter(mode="markers", marker=lit, hovertemplate="%{text} (%{customdata}) was fetched<extra></extra>",
                    showlegend=False, **second),
         go.Scatter(mode="markers", marker=diamond, hovertemplate="prototype %{text}<extra></extra>", showlegend=False,
                    **second),
         go.Scatter(mode="markers+text", marker=opened, textfont={"color": "white", "size": 10}, **skip, **second),
         go.Scatter(mode="markers", marker=star, **skip, **second),
-        *[go.Scatter(mode="lines", line={"color": colour, "width": 1 if kind == NOTE else 2}, hovertemplate=share,
-                     showlegend=False, **third) for kind, colour in OKABE_ITO.items()],
+        *[go.Scatter(mode="lines", name=f"kind{kind}", line={"color": colour, "width": 2, "simplify": False},
+                     hovertemplate=share, showlegend=False, **third) for kind, colour in OKABE_ITO.items()],
         go.Scatter(mode="lines", line={"color": "#D55E00", "width": 1.5, "dash": "dot"}, **skip, **third),
     ]  # fmt: skip
-
-
-def _bands(colours: tuple[str, ...]) -> list:
-    return [[(i + side) / len(colours), colour] for i, colour in enumerate(colours) for side in (0, 1)]
 
 
 def _slept_then_cividis(edge: float) -> list:

@@ -37,28 +37,30 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # the workbench stays in the page when it is scrolled away
 }
 STARTED = """() => [...document.querySelectorAll('.jp-InputPrompt')].some((e) => /\\[(\\*|\\d+)\\]/.test(e.textContent))"""
-# Watches for the frame that holds a newer request than `old` in all three places, and resolves after it is painted.
+# Waits until figure, readout and text all hold a newer request than `old`, and resolves after the frame that shows
+# them is painted. It listens and does not poll, since asking for frames would itself cost time.
 WATCH = """(old) => {
-  const figure = document.querySelector('.pp-figure .js-plotly-plot');
-  if (!figure.ppPlotted) {
-    figure.ppPlotted = { request: 0 };
-    figure.on('plotly_afterplot', () => {
-      figure.ppPlotted.request = Math.max(...figure.data.map((trace) => trace.meta || 0));
-    });
-  }
+  const app = document.querySelector('.pp-app');
+  const figure = app.querySelector('.js-plotly-plot');
   window.ppPainted = new Promise((resolve) => {
     let pressed = null;
-    addEventListener('keydown', (event) => { pressed = event.timeStamp; }, { capture: true, once: true });
+    let plotted = 0;
     const look = () => {
-      const readout = +document.querySelector('.pp-readout').dataset.request;
-      const text = +document.querySelector('.pp-text').dataset.request;
-      if (pressed !== null && readout > old && text >= readout && figure.ppPlotted.request >= readout) {
-        const channel = new MessageChannel();
-        channel.port1.onmessage = () => resolve(performance.now() - pressed);
-        requestAnimationFrame(() => channel.port2.postMessage(0));
-      } else requestAnimationFrame(look);
+      const readout = +app.querySelector('.pp-readout').dataset.request;
+      const text = +app.querySelector('.pp-text').dataset.request;
+      if (pressed === null || readout <= old || text < readout || plotted < readout) return;
+      watcher.disconnect();
+      const channel = new MessageChannel();
+      channel.port1.onmessage = () => resolve(performance.now() - pressed);
+      requestAnimationFrame(() => channel.port2.postMessage(0));
     };
-    requestAnimationFrame(look);
+    const watcher = new MutationObserver(look);
+    watcher.observe(app, { childList: true, subtree: true, attributeFilter: ['data-request'] });
+    figure.on('plotly_afterplot', () => {
+      plotted = Math.max(...figure.data.map((trace) => trace.meta || 0));
+      look();
+    });
+    addEventListener('keydown', (event) => { pressed = event.timeStamp; }, { capture: true, once: true });
   });
 }"""
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..shortlist import Shortlist, probed_counts
 
-PIECE = 1 << 19  # scores per piece on the CPU, where a piece should stay in cache
+PIECE = 1 << 18  # scores per piece on the CPU, where a piece should stay in cache
 PIECE_LARGE = 1 << 24  # on a GPU, and in training, where every piece costs one gradient buffer
 ROWS = 1 << 19  # far rows (token, head, probe) handled at a time, unless one stream alone has more
 
@@ -100,51 +100,43 @@ def _far(q, k, v, order, first, probes, counts, m):
     """Attention of every (row, probe) over its ring, in tile order: out `(X, d)`, lse `(X,)`, and where each row's
     result lies, `(S, T, r, n)`, X where its ring is empty. None when every ring is."""
     S, T, r, n = probes.shape
-    d, C = q.shape[3], first.shape[1]
-    K = max(m, 16)
-    begin = (counts - m).clamp(min=0)  # first ring key, counted inside the gate
-    tile = begin // K  # the ring lies in key tiles `tile` and `tile + 1` of its gate
-    stream = torch.arange(S, device=q.device).view(S, 1, 1, 1)
-    home = (stream * C + probes.clamp(min=0)) * (T // K + 2) + tile
+    d, C, device = q.shape[3], first.shape[1], q.device
     rows = (counts.flatten() > 0).nonzero()[:, 0]
     if not len(rows):
         return None
-    home = home.flatten()[rows]
-    rank = home.argsort(stable=True)
-    rows, home = rows[rank], home[rank]
-    place, tile_home, Q = _pack(home, target=min(256, max(32, r * n * K)))
+    K = max(16, m // 2)
+    columns = T // K + 1  # key tiles a gate can have
+    stream = torch.arange(S, device=device).view(S, 1, 1, 1)
+    home = (stream * C + probes.clamp(min=0)) * columns + (counts - 1).clamp(min=0) // K  # tile of the newest key
+    rank = home.flatten()[rows].argsort(stable=True)
+    rows = rows[rank]
+    place, tile_home, Q = _pack(home.flatten()[rows], target=max(32, min(256, r * n * K)))
     tiles = len(tile_home)
-    row_of = rows.new_zeros(tiles * Q).scatter_(
-        0, place, rows
-    )  # empty slots repeat row 0 and are never read back
-    gate_row = tile_home // (T // K + 2)
-    start = tile_home % (T // K + 2) * K  # (tiles,) first key of the pair of key tiles, inside the gate
-    key_at = (first.flatten()[gate_row] + start)[:, None] + torch.arange(2 * K, device=q.device)
-    key_of = (
-        order.flatten()[(gate_row // C * T)[:, None] + key_at.clamp(max=T - 1)] + (gate_row // C * T)[:, None]
-    )
-    low = begin.flatten()[row_of].view(tiles, Q) - start[:, None]
-    high = counts.flatten()[row_of].view(tiles, Q) - start[:, None]
+    row_of = rows.new_zeros(tiles * Q).scatter_(0, place, rows).view(tiles, Q)  # spare slots repeat a row, unread
+    gate, column = tile_home // columns, tile_home % columns
+    start = (column * K + 1 - m).clamp(min=0)  # first key any row of the tile may read, inside the gate
+    high = counts.flatten()[row_of] - start[:, None]  # (tiles, Q) each row reads [high - m, high)
+    filled = torch.zeros(tiles * Q, dtype=torch.bool, device=device).index_fill_(0, place, True).view(tiles, Q)
+    high = high.masked_fill(~filled, 0)
+    width, by_width = ((high.amax(1) + 15) // 16 * 16).sort()  # whole vectors: matmuls run faster on round widths
+    order = order + torch.arange(S, device=device)[:, None] * T  # key rows over all streams
+    base = gate // C * T + first.flatten()[gate] + start
     q2, k2, v2 = q.reshape(S * T * r, d), k.reshape(S * T, d), v.reshape(S * T, d)
-    step = max(1, _piece(q) // (Q * 2 * K))
-    out, lse = _join(
-        (
-            _recomputed(
-                _ring_tile,
-                q2,
-                k2,
-                v2,
-                row_of.view(tiles, Q)[i : i + step] // n,
-                key_of[i : i + step],
-                low[i : i + step],
-                high[i : i + step],
-            )
-            for i in range(0, tiles, step)
-        ),
-        tiles,
-        0,
-    )
-    back = torch.full((S * T * r * n,), tiles * Q, device=q.device).scatter_(0, rows, place)
+
+    def pieces():
+        widths, at = width.tolist(), 0
+        while at < tiles:
+            step = max(1, _piece(q) // (Q * widths[min(at + 64, tiles - 1)]))
+            cut = by_width[at : at + step]
+            near = base[cut][:, None] + torch.arange(widths[min(at + step, tiles) - 1], device=device)
+            yield _recomputed(_ring_tile, q2, k2, v2, row_of[cut] // n, order.flatten()[near.clamp(max=S * T - 1)],
+                              high[cut], m)
+            at += step
+
+    out, lse = _join(pieces(), tiles, 0)
+    slot = torch.empty_like(by_width).scatter_(0, by_width, torch.arange(tiles, device=device))
+    place = slot[place // Q] * Q + place % Q
+    back = torch.full((S * T * r * n,), tiles * Q, device=device).scatter_(0, rows, place)
     return out.flatten(0, 1), lse.flatten(), back.view(S, T, r, n)
 
 
@@ -155,18 +147,17 @@ def _pack(home: Tensor, target: int) -> tuple[Tensor, Tensor, int]:
     tiles = (run + Q - 1) // Q
     tile_first = tiles.cumsum(0) - tiles
     run_first = run.cumsum(0) - run
-    index = torch.arange(len(home), device=home.device)
     which = torch.repeat_interleave(torch.arange(len(homes), device=home.device), run)
-    inside = index - run_first[which]
+    inside = torch.arange(len(home), device=home.device) - run_first[which]
     return tile_first[which] * Q + inside, torch.repeat_interleave(homes, tiles), Q
 
 
-def _ring_tile(q, k, v, row_of, key_of, low, high):
-    """Tiles of rows over tiles of keys; a row reads keys [low, high) of its tile."""
+def _ring_tile(q, k, v, row_of, key_of, high, m):
+    """Tiles of rows over tiles of keys; a row reads keys [high - m, high) of its tile."""
     qt = q.index_select(0, row_of.flatten()).view(*row_of.shape, -1)  # (tiles, Q, d)
     kt, vt = (x.index_select(0, key_of.flatten()).view(*key_of.shape, -1) for x in (k, v))  # (tiles, 2K, d)
     at = torch.arange(key_of.shape[1], device=q.device)
-    seen = (at >= low[..., None]) & (at < high[..., None])
+    seen = (at >= high[..., None] - m) & (at < high[..., None])
     score = torch.bmm(qt, kt.transpose(1, 2)).float().masked_fill(~seen, -torch.inf)
     top = score.detach().amax(-1, keepdim=True).clamp(min=-1e30)
     p = (score - top).exp()
