@@ -77,7 +77,7 @@ class Knob(w.VBox):
         return round(value) if self._field.whole else round(value, 4)
 
     def _default(self):
-        return min(self._field.default, type(self._field.default)(self.slider.max))
+        return min(self._field.default, self.number.max)
 
     def limit(self, high: int) -> None:
         """Another model: the largest layer or head there is."""

@@ -146,7 +146,8 @@ class PlayState(HasTraits):
         return check(proposal["trait"].name, proposal["value"])
 
     def settings(self) -> Settings:
-        return Settings(**{name: getattr(self, name) for name in SETTINGS})
+        now = {name: getattr(self, name) for name in SETTINGS}
+        return Settings(**now | {"probes": min(self.probes, self.gates)})
 
     def update(self, values: Mapping) -> None:
         """Sets all of `values` or, where one is not allowed, none."""

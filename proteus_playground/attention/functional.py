@@ -105,28 +105,12 @@ def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep)
         gate = gates.lure(k)[0]
         short = None
         if not budget.dense:
-            short = build_shortlist(
-                gate,
-                _affinity(q, gates),
-                length,
-                window=budget.window,
-                block=budget.block,
-                anchors=budget.anchors,
-                probes=budget.probes,
-                ring=budget.ring,
-                notes=budget.notes,
-            )
+            short = build_shortlist(gate, q, gates.prototypes, gates.alive, length, window=budget.window,
+                                    block=budget.block, anchors=budget.anchors, probes=budget.probes,
+                                    ring=budget.ring, notes=budget.notes)
     return Prepared(
         rotate(q, positions, inv_freq), rotate(k, positions, inv_freq), v, gate, short, index, length
     )
-
-
-def _affinity(q: Tensor, gates: Gates) -> Tensor:
-    """q.p for every query and gate of its group: `(B, T, H, C)` float32, dead gates -inf."""
-    with torch.autocast(q.device.type, enabled=False):
-        rows = q.float().unflatten(2, (gates.n_groups, -1))  # (B, T, G, r, d)
-        score = torch.einsum("btgrd,gcd->btgrc", rows, gates.prototypes)
-        return score.masked_fill(~gates.alive[:, None], -torch.inf).flatten(2, 3)
 
 
 def _dense_reads(ready: Prepared) -> Tensor:

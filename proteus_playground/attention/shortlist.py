@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PIECE = 1 << 19  # query-prototype scores held at a time on a CPU
+PIECE_GPU = 1 << 27
+
 
 @dataclass(frozen=True)
 class Shortlist:
@@ -38,38 +41,42 @@ class Shortlist:
         return torch.arange(tokens, device=self.gate.device) // self.block
 
 
-def build_shortlist(
-    gate: Tensor,
-    affinity: Tensor,
-    length: Tensor,
-    *,
-    window: int,
-    block: int,
-    anchors: int,
-    probes: int,
-    ring: int,
-    notes: bool,
-) -> Shortlist:
+def build_shortlist(gate: Tensor, q: Tensor, prototypes: Tensor, alive: Tensor, length: Tensor, *, window: int,
+                    block: int, anchors: int, probes: int, ring: int, notes: bool) -> Shortlist:
     """Turn gate choices into index tables.
 
-    gate: `(B, T, G)`, the gate each key is lured to; affinity: `(B, T, H, C)`, q.p per gate (-inf for a dead gate);
-    length: `(B,)`, how many of the T tokens are real (the rest is padding at the end).
-    A row never opens a gate that is empty at its tick: a probe would be wasted on it.
+    gate: `(B, T, G)`, the gate each key is lured to; q: un-rotated queries `(B, T, H, d)`; prototypes: `(G, C, d)`
+    float32; alive: `(G, C)` bool; length: `(B,)`, how many of the T tokens are real (the rest is padding at the end).
     """
-    B, T, G = gate.shape
-    H, C = affinity.shape[2:]
+    T, C = gate.shape[1], prototypes.shape[1]
     at = torch.arange(T, device=gate.device)
     real = at < length[:, None]  # (B, T)
     gate = gate.masked_fill(~real[..., None] | (at < anchors)[:, None], -1)
     left = _count_left(gate, C, window, block)
+    opened = gate.new_full((*q.shape[:3], 0), -1)
     if probes and ring:
-        filled = (left > 0).repeat_interleave(block, dim=2)[:, :, :T]  # (B, G, T, C)
-        filled = filled.permute(0, 2, 1, 3).unsqueeze(3)  # (B, T, G, 1, C)
-        score = affinity.unflatten(2, (G, H // G)).masked_fill(~filled, -torch.inf)
-        opened = _top(score, probes).flatten(2, 3)
-    else:
-        opened = gate.new_full((B, T, H, 0), -1)
+        opened = _open_gates(q, prototypes, alive, left, block, probes)
     return Shortlist(window, block, anchors, ring, notes, gate, left, opened)
+
+
+def _open_gates(q: Tensor, prototypes: Tensor, alive: Tensor, left: Tensor, block: int, probes: int) -> Tensor:
+    """The live gates with the largest q.p among those that hold a key at the row's tick: `(B, T, H, n)`, -1 for none.
+
+    An empty gate is never opened: a probe would be wasted on it.
+    """
+    B, T, H, _ = q.shape
+    G, C = alive.shape
+    usable = ((left > 0) & alive[:, None]).transpose(1, 2)  # (B, N, G, C)
+    step = max(1, (PIECE if q.device.type == "cpu" else PIECE_GPU) // (B * H * C * block)) * block
+    parts = []
+    with torch.autocast(q.device.type, enabled=False):
+        for i in range(0, T, step):
+            rows = q[:, i : i + step].float().unflatten(2, (G, H // G))  # (B, t, G, r, d)
+            score = torch.einsum("btgrd,gcd->btgrc", rows, prototypes)
+            here = usable[:, i // block : (i + step - 1) // block + 1].repeat_interleave(block, dim=1)
+            score = score.masked_fill_(~here[:, : rows.shape[1], :, None], -torch.inf)
+            parts.append(_top(score, probes).flatten(2, 3))
+    return torch.cat(parts, dim=1)
 
 
 def _count_left(gate: Tensor, C: int, window: int, block: int) -> Tensor:
@@ -90,7 +97,7 @@ def _top(score: Tensor, n: int) -> Tensor:
     for _ in range(n):
         best, index = score.max(dim=-1, keepdim=True)
         picks.append(index.masked_fill(best == -torch.inf, -1))
-        score = score.scatter(-1, index, -torch.inf)
+        score.scatter_(-1, index, -torch.inf)
     return torch.cat(picks, dim=-1)
 
 
