@@ -33,6 +33,7 @@ class FakeProbe:
         self.n_layers, self.n_heads, self.n_groups, self.head_dim = layers, heads, groups, 8
         self.device = "cpu"
         self.seconds = seconds
+        self._maps: dict[tuple, GateMap] = {}
         self.calls = {"view": 0, "row": 0, "gate_map": 0, "run_model": 0}
 
     def view(self, layer: int, settings: Settings, *, stop=None) -> LayerView:
@@ -76,6 +77,9 @@ class FakeProbe:
 
     def gate_map(self, layer: int, group: int, gates: int) -> GateMap:
         self.calls["gate_map"] += 1
+        return self._maps.setdefault((layer, group, gates), self._map(layer, group, gates))
+
+    def _map(self, layer: int, group: int, gates: int) -> GateMap:
         rng = np.random.default_rng(layer * 9 + group)
         prototypes = rng.normal(size=(gates, 2)).astype(np.float32) * 0.4
         keys = prototypes[rng.integers(0, gates, len(self.tokens))]

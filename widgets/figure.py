@@ -12,6 +12,8 @@ import plotly.graph_objects as go
 
 from proteus_playground.views import ANCHOR, DNA, LOCAL, NOTE, GateMap, LayerView, RowView
 
+from . import raster
+
 HEIGHT = 640
 LEFT, RIGHT = 46, 12  # pixels beside the axes
 SPLIT = (
@@ -21,12 +23,13 @@ GAP = 0.04
 TOP = (84, 318)  # pixels from the top: heads and prototypes
 BOTTOM = (428, 592)  # the row
 HEAT_COLUMNS = 400  # no screen shows more
-SCATTER_POINTS = 1500
 FLOOR = -4.0  # log10 of the smallest weight drawn: 0.01%
 STUB = -3.8  # log10 of the height that a key gets which weighs too little to see
+UNDER = -4.5  # where lines run between stems: below the axis
 OKABE_ITO = {LOCAL: "#0072B2", ANCHOR: "#E69F00", DNA: "#009E73", NOTE: "#CC79A7"}
 GATE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B5A900")  # in turn
 INK, GREY = "#1b1f24", "#d4d8dd"
+RGB = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in (*GATE_COLOURS, GREY)])
 HEAT_STEPS = 250  # weights travel as whole numbers; -1 says that the head slept
 CONFIG = {"displayModeBar": False, "showSendToCloud": False, "displaylogo": False, "doubleClick": False,
           "scrollZoom": False, "responsive": True}  # fmt: skip
@@ -48,31 +51,19 @@ def heat_cells(view: LayerView) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stems(row: RowView, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One kind of key as a single line: `x`, `y` float32, NaN between stems, and the key at each point.
+    """One kind of key as a single unbroken line: `x`, `y` float32 and the key at each point.
 
-    A note's members that weigh too little to see share one thick floor per run: a thousand stems would say no more.
+    Between stems the line runs below the axis, out of sight: a line with gaps would be an element per stem, and the
+    browser pays by the element. A note's members that weigh too little to see get no stem.
     """
     keys = np.flatnonzero(row.kind == kind)
     height = np.log10(np.maximum(row.weight[keys], 1e-12))
-    tall = keys[height > FLOOR] if kind == NOTE else keys
-    points = np.repeat(tall, 3)
-    y = np.empty(len(points), np.float32)
-    y[0::3] = FLOOR
-    y[1::3] = np.maximum(np.log10(np.maximum(row.weight[tall], 1e-12)), STUB)
-    y[2::3] = np.nan
-    low = np.setdiff1d(keys, tall)
-    edges = np.flatnonzero(np.diff(low, prepend=-2, append=-2) != 1) if len(low) else np.empty(0, int)
-    runs = np.stack([low[edges[:-1]], low[edges[1:] - 1], low[edges[1:] - 1]], 1).ravel() if len(low) else low
-    floor = np.tile([FLOOR, FLOOR, np.nan], len(runs) // 3).astype(np.float32)
-    points = np.concatenate([points, runs])
-    return points.astype(np.float32), np.concatenate([y, floor]), points
-
-
-def dots(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points `(n, 2)` as lines of no length with round ends: one element in the browser instead of n."""
-    x, y = (np.repeat(at[:, axis], 3).astype(np.float32) for axis in (0, 1))
-    y[2::3] = np.nan
-    return x, y
+    if kind == NOTE:
+        keys, height = keys[height > FLOOR], height[height > FLOOR]
+    points = np.repeat(keys, 3)
+    y = np.full(len(points), UNDER, np.float32)
+    y[1::3] = np.maximum(height, STUB)
+    return points.astype(np.float32), y, points
 
 
 class Pictures:
@@ -84,8 +75,7 @@ class Pictures:
         self.widget = go.FigureWidget(layout=_layout())
         self.widget._config = {**self.widget._config, **CONFIG}
         self._keys = {kind: np.empty(0, int) for kind in OKABE_ITO}
-        self._dot_keys = {code: np.empty(0, int) for code in range(-1, len(GATE_COLOURS))}
-        self._shown_keys = self._lit_index = self._gates = np.empty(0, int)
+        self._lit_index = self._gates = np.empty(0, int)
         self._map: GateMap | None = None
         self._add_traces()
 
@@ -93,8 +83,6 @@ class Pictures:
         """Another text or model: new axes, empty pictures."""
         self.tokens = tokens
         size, fig = len(tokens), self.widget
-        step = -(-size // SCATTER_POINTS)
-        self._shown_keys = np.arange(0, size, step)
         with fig.batch_update():
             fig.layout.xaxis.range = [-0.5, size - 0.5]
             fig.layout.xaxis3.range = [-0.02 * size, size * 1.01]
@@ -129,22 +117,23 @@ class Pictures:
         self._here.update(x=[row.token, row.token], y=[FLOOR, 0])
 
     def _draw_keys(self, view: LayerView, gate_map: GateMap, group: int) -> None:
-        gate = view.gate_of_key[self._shown_keys, group]
-        if not (np.array_equal(self._gates, gate) and self._map is gate_map):
-            self._gates, self._map = gate, gate_map
-            colour = np.where(gate < 0, -1, gate % len(GATE_COLOURS))
-            for code, trace in self._dots.items():
-                keys = self._shown_keys[colour == code]
-                x, y = dots(gate_map.keys[keys])
-                keys = self._dot_keys[code] = np.repeat(keys, 3)
-                gates = view.gate_of_key[keys, group].astype(np.int16)
-                trace.update(x=x, y=y, customdata=gates, text=[self.tokens[i] for i in keys])
-        protos = gate_map.prototypes
-        self._set(self._protos, x=protos[:, 0], y=protos[:, 1], text=[str(c) for c in range(len(protos))])
-        self._frame(np.concatenate([gate_map.keys, protos]))
-        title = f"two fixed axes, {gate_map.explained:.0%} of the spread"
-        if self.widget.layout.xaxis2.title.text != title:
-            self.widget.layout.xaxis2.title.text = title
+        gate = view.gate_of_key[:, group]
+        if np.array_equal(self._gates, gate) and self._map is gate_map:
+            return
+        at, protos = gate_map.keys, gate_map.prototypes
+        both = np.concatenate([at, protos])
+        if self._map is not gate_map:
+            self._frame(both, f"two fixed axes, {gate_map.explained:.0%} of the spread")
+        self._gates, self._map = gate, gate_map
+        (x0, x1), (y0, y1) = (self.widget.layout[axis].range for axis in ("xaxis2", "yaxis2"))
+        colours = RGB[np.where(gate < 0, len(GATE_COLOURS), gate % len(GATE_COLOURS))]
+        self.widget.layout.images[0].update(
+            source=raster.key_picture(at, colours, protos, np.array([x0, y0]), np.array([x1, y1])),
+            x=x0, y=y1, sizex=x1 - x0, sizey=y1 - y0,
+        )  # fmt: skip
+        words = [f"{token} · {f'gate {g}' if g >= 0 else 'no gate'}" for token, g in zip(self.tokens, gate, strict=True)]
+        words += [f"prototype {c}" for c in range(len(protos))]
+        self._feel.update(x=both[:, 0].astype(np.float32), y=both[:, 1].astype(np.float32), text=words)
 
     def _draw_lit(self, row: RowView, gate_map: GateMap) -> None:
         """The keys this row fetched and the prototypes it opened."""
@@ -157,14 +146,14 @@ class Pictures:
         here = gate_map.keys[row.token]
         self._set(self._star, x=here[:1], y=here[1:])
 
-    def _frame(self, at: np.ndarray) -> None:
-        """Axes that hold all points, set only when the projection is another one."""
+    def _frame(self, at: np.ndarray, title: str) -> None:
+        """Axes that hold all points of another projection."""
         low, high = at.min(0), at.max(0)
         pad = 0.06 * np.maximum(high - low, 1e-6)
-        for axis, low_, high_ in zip(("xaxis2", "yaxis2"), low - pad, high + pad, strict=True):
-            span = (float(low_), float(high_))
-            if self.widget.layout[axis].range != span:
-                self.widget.layout[axis].range = span
+        layout = self.widget.layout
+        for axis, start, end in zip(("xaxis2", "yaxis2"), low - pad, high + pad, strict=True):
+            layout[axis].range = [float(start), float(end)]
+        layout.xaxis2.title.text = title
 
     @staticmethod
     def _set(trace, **values) -> None:
@@ -179,15 +168,12 @@ class Pictures:
         fig = self.widget
         for trace in _traces():
             fig.add_trace(trace)
-        self._heat, self._cursor, self._lit, self._protos, self._opened, self._star, self._here = (
-            trace for trace in fig.data if trace.name is None
-        )
-        self._stems = {int(trace.name[4:]): trace for trace in fig.data if (trace.name or "").startswith("kind")}
-        self._dots = {int(trace.name[4:]): trace for trace in fig.data if (trace.name or "").startswith("gate")}
+        self._heat, self._cursor, self._feel, self._lit, self._opened, self._star = fig.data[:6]
+        self._stems = dict(zip(OKABE_ITO, fig.data[6:10], strict=True))
+        self._here = fig.data[10]
         self._heat.on_click(self._clicked_heat)
         self._lit.on_click(lambda _, points, __: self._pick(points, self._lit_index))
-        for code, trace in self._dots.items():
-            trace.on_click(lambda _, points, __, code=code: self._pick(points, self._dot_keys[code]))
+        self._feel.on_click(lambda _, points, __: self._pick(points, np.arange(len(self.tokens))))
         for kind, trace in self._stems.items():
             trace.on_click(lambda _, points, __, kind=kind: self._pick(points, self._keys[kind]))
 
@@ -211,25 +197,21 @@ def _traces() -> list:
     )  # fmt: skip
     ring = {"symbol": "square-open", "size": 15, "color": "#D55E00", "line": {"width": 3}}
     lit = {"size": 9, "color": OKABE_ITO[DNA], "line": {"width": 1.5, "color": "white"}}
-    diamond = {"symbol": "diamond", "size": 9, "color": "white", "line": {"width": 1.2, "color": INK}}
     opened = {"symbol": "diamond", "size": 19, "color": INK, "line": {"width": 1.5, "color": "white"}}
     star = {"symbol": "star", "size": 16, "color": "#D55E00", "line": {"width": 1.2, "color": "white"}}
-    key = "%{text} · gate %{customdata}<extra></extra>"
     share = "%{text} (%{x:.0f}) gets %{customdata:.2%}<extra></extra>"
     return [
         heat,
         go.Scatter(mode="markers", marker=ring, **skip, **first),
-        *[go.Scatter(mode="lines", name=f"gate{code}", line={"color": colour, "width": 5, "simplify": False}, opacity=0.45,
-                     hovertemplate=key, showlegend=False, **second)
-          for code, colour in enumerate((GREY, *GATE_COLOURS), start=-1)],
+        # The picture of the keys is an image; this unseen line through them is what the mouse feels.
+        go.Scatter(mode="lines", line={"color": "rgba(0,0,0,0)", "width": 1, "simplify": False},
+                   hovertemplate="%{text}<extra></extra>", showlegend=False, **second),
         go.Scatter(mode="markers", marker=lit, hovertemplate="%{text} (%{customdata}) was fetched<extra></extra>",
                    showlegend=False, **second),
-        go.Scatter(mode="markers", marker=diamond, hovertemplate="prototype %{text}<extra></extra>", showlegend=False,
-                   **second),
         go.Scatter(mode="markers+text", marker=opened, textfont={"color": "white", "size": 10}, **skip, **second),
         go.Scatter(mode="markers", marker=star, **skip, **second),
-        *[go.Scatter(mode="lines", name=f"kind{kind}", line={"color": colour, "width": 2, "simplify": False},
-                     hovertemplate=share, showlegend=False, **third) for kind, colour in OKABE_ITO.items()],
+        *[go.Scatter(mode="lines", line={"color": colour, "width": 2, "simplify": False},
+                     hovertemplate=share, showlegend=False, **third) for colour in OKABE_ITO.values()],
         go.Scatter(mode="lines", line={"color": "#D55E00", "width": 1.5, "dash": "dot"}, **skip, **third),
     ]  # fmt: skip
 
@@ -257,6 +239,7 @@ def _layout() -> dict:
     return {
         "height": HEIGHT, "autosize": True, "margin": {"l": LEFT, "r": RIGHT, "t": 0, "b": 0, "pad": 0}, "font": font,
         "paper_bgcolor": "white", "plot_bgcolor": "white", "dragmode": False, "hovermode": "closest",
+        "images": [{"xref": "x2", "yref": "y2", "sizing": "stretch", "layer": "below"}],
         "hoverdistance": 30, "showlegend": False, "template": None, "uirevision": "fixed",
         "xaxis": titled(axis, "token", domain=[0, SPLIT - GAP / 2], anchor="y"),
         "yaxis": titled(axis, "head", domain=across(*TOP), anchor="x", range=[8.5, -0.5]),

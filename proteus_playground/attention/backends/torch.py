@@ -110,7 +110,7 @@ def _far(q, k, v, order, first, probes, counts, m):
     home = (stream * C + probes.clamp(min=0)) * columns + (counts - 1).clamp(min=0) // K  # tile of the newest key
     rank = home.flatten()[rows].argsort(stable=True)
     rows = rows[rank]
-    place, tile_home, Q = _pack(home.flatten()[rows], target=max(32, min(256, r * n * K)))
+    place, tile_home, Q = _pack(home.flatten()[rows], target=64 if q.device.type == "cpu" else max(32, min(128, r * n * K)))
     tiles = len(tile_home)
     row_of = rows.new_zeros(tiles * Q).scatter_(0, place, rows).view(tiles, Q)  # spare slots repeat a row, unread
     gate, column = tile_home // columns, tile_home % columns
