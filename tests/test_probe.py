@@ -463,3 +463,22 @@ def test_smollm2(smollm2):
     window = one.run_model(Settings(dna_fraction=0.0, notes=False))
     gates = one.run_model(Settings())
     assert dense.dense_nll < gates.nll < window.nll
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_probe_on_a_gpu(net, dtype):
+    """Every kind of setting runs on CUDA in the dtype the card uses, and alpha 0 is the model's own output."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    import copy
+
+    model = copy.deepcopy(net[0]).to("cuda", dtype)
+    seen = LayerProbe.from_model(model, net[1], story(T), name="tiny", calibration=story(T, 1, "another"))
+    for alpha, ratio, route in product((0.0, 0.5, 1.0), (0.6, 1.0), (False, True)):
+        now = replace(SMALL, flux_alpha=alpha, keep_ratio=ratio, route_heads=route)
+        view = seen.view(1, now)
+        assert np.isfinite(view.error) and view.device.startswith("cuda")
+        if alpha == 0:
+            assert view.error < 20 * torch.finfo(dtype).eps + 2e-3
+    result = seen.run_model(replace(SMALL, flux_alpha=0.0))
+    assert abs(result.nll - result.dense_nll) < 50 * torch.finfo(dtype).eps

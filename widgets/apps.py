@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .text_panel import TextPanel
 from .worker import Worker
 
 PAINT_SECONDS = 0.25  # how long a picture may take to appear before the next one is sent anyway
+STALE_SECONDS = 0.12  # a marker that would flash for less is not shown
 REPEATS = 4  # extra runs once a slider rests, so that the latency shown is a median
 NAMES = {"smollm2": "SmolLM2-135M"}
 SOURCE = ("model", "text", "pasted", "length")
@@ -111,9 +113,12 @@ class Workbench(w.VBox):
     # What is wanted
 
     def wanted(self) -> Wanted:
-        state = self.state
-        settings = state.settings()
-        return Wanted(settings, state.layer, state.head, state.token)
+        """The controls as they are, within what this model and text have."""
+        state, probe = self.state, self.probe
+        if probe is None:
+            return Wanted(state.settings(), state.layer, state.head, state.token)
+        return Wanted(state.settings(), min(state.layer, probe.n_layers - 1), min(state.head, probe.n_heads - 1),
+                      min(state.token, len(probe.tokens) - 1))  # fmt: skip
 
     def _settings_changed(self) -> None:
         if self.worker.busy == "model":
@@ -130,6 +135,19 @@ class Workbench(w.VBox):
         self.worker.submit(
             "frame", lambda stop, _: self._compute(probe, wanted, stop), self._draw, self._failed
         )
+
+    def _mark_stale(self) -> None:
+        """Says that the picture is old, unless the new one is there before anybody could read it."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._set_status("stale")
+        else:
+            loop.call_later(STALE_SECONDS, self._still_stale)
+
+    def _still_stale(self) -> None:
+        if self.wanted() != self._shown() and self.worker.busy in (None, "frame"):
+            self._set_status("stale")
 
     def _shown(self) -> Wanted | None:
         return self.drawn.wanted if self.drawn is not None else None
@@ -158,7 +176,8 @@ class Workbench(w.VBox):
         self.text.draw(number, frame.view.salience, frame.view.kept, frame.row.kind,
                        frame.view.gate_of_key[:, frame.group], now.token)  # fmt: skip
         self._draw_words(frame, tokens)
-        self._set_status("fresh" if self.wanted() == now else "stale")
+        if self.wanted() == now:
+            self._set_status("fresh")
         # Last, because it keeps the browser busy longest: all then appears in one repaint.
         self.pictures.draw(number, frame.view, frame.row, frame.gate_map, frame.group, changed)
         if "view" in changed:
@@ -220,10 +239,9 @@ class Workbench(w.VBox):
             "error": what,
             "stopped": "stopped",
         }[state]
-        number = f' data-request="{self.number}"'
         bar = "" if share is None else f'<progress max="1" value="{share:.3f}"></progress>'
         self.status.value = (
-            f'<div class="pp-status pp-{state}"{number} role="status"><i></i>{escape(words)}{bar}</div>'
+            f'<div class="pp-status pp-{state}" role="status"><i></i>{escape(words)}{bar}</div>'
         )
         self.cancel.disabled = state in ("fresh", "error", "stopped")
 

@@ -77,6 +77,7 @@ class Pictures:
         self._keys = {kind: np.empty(0, int) for kind in OKABE_ITO}
         self._lit_index = self._gates = np.empty(0, int)
         self._map: GateMap | None = None
+        self._box = np.zeros(2), np.ones(2)  # corners of the plane of keys
         self._add_traces()
 
     def reset(self, tokens: list[str], heads: int) -> None:
@@ -123,15 +124,16 @@ class Pictures:
         at, protos = gate_map.keys, gate_map.prototypes
         both = np.concatenate([at, protos])
         if self._map is not gate_map:
-            self._frame(both, f"two fixed axes, {gate_map.explained:.0%} of the spread")
+            self._box = self._frame(both, f"two fixed axes, {gate_map.explained:.0%} of the spread")
         self._gates, self._map = gate, gate_map
-        (x0, x1), (y0, y1) = (self.widget.layout[axis].range for axis in ("xaxis2", "yaxis2"))
+        low, high = self._box
         colours = RGB[np.where(gate < 0, len(GATE_COLOURS), gate % len(GATE_COLOURS))]
         self.widget.layout.images[0].update(
-            source=raster.key_picture(at, colours, protos, np.array([x0, y0]), np.array([x1, y1])),
-            x=x0, y=y1, sizex=x1 - x0, sizey=y1 - y0,
+            source=raster.key_picture(at, colours, protos, low, high),
+            x=low[0], y=high[1], sizex=high[0] - low[0], sizey=high[1] - low[1],
         )  # fmt: skip
-        words = [f"{token} · {f'gate {g}' if g >= 0 else 'no gate'}" for token, g in zip(self.tokens, gate, strict=True)]
+        homes = [f"gate {number}" if number >= 0 else "no gate" for number in gate]
+        words = [f"{token} · {home}" for token, home in zip(self.tokens, homes, strict=True)]
         words += [f"prototype {c}" for c in range(len(protos))]
         self._feel.update(x=both[:, 0].astype(np.float32), y=both[:, 1].astype(np.float32), text=words)
 
@@ -146,14 +148,15 @@ class Pictures:
         here = gate_map.keys[row.token]
         self._set(self._star, x=here[:1], y=here[1:])
 
-    def _frame(self, at: np.ndarray, title: str) -> None:
-        """Axes that hold all points of another projection."""
-        low, high = at.min(0), at.max(0)
+    def _frame(self, at: np.ndarray, title: str) -> tuple[np.ndarray, np.ndarray]:
+        """Axes that hold all points of another projection; their lower left and upper right corner."""
+        low, high = at.min(0).astype(float), at.max(0).astype(float)
         pad = 0.06 * np.maximum(high - low, 1e-6)
+        low, high = low - pad, high + pad
         layout = self.widget.layout
-        for axis, start, end in zip(("xaxis2", "yaxis2"), low - pad, high + pad, strict=True):
-            layout[axis].range = [float(start), float(end)]
+        layout.xaxis2.range, layout.yaxis2.range = zip(low, high, strict=True)
         layout.xaxis2.title.text = title
+        return low, high
 
     @staticmethod
     def _set(trace, **values) -> None:

@@ -53,7 +53,9 @@ def data_uri(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(chunks)).decode()
 
 
-def key_picture(keys: np.ndarray, colours: np.ndarray, prototypes: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:
+def key_picture(
+    keys: np.ndarray, colours: np.ndarray, prototypes: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> str:
     """Dots for `keys (T, 2)` in `colours (T, 3)` and diamonds for `prototypes (C, 2)`, over the box `low`..`high`."""
     image = np.ones((*SIZE, 4), np.float32)
     image[..., 3] = 0

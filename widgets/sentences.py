@@ -65,7 +65,8 @@ def row_sentence(row: RowView, tokens: list[str]) -> str:
     shares = sorted((share for share in shares if share[0] > 0), reverse=True)
     most = int(row.weight.argmax())
     where = listed([f"{percent(share)} to {word}" for share, word in shares])
-    return f"Head {row.head} at {name} gives {where}; most of all to {token_name(tokens, most)}, {percent(row.weight[most])}."
+    top = f"{token_name(tokens, most)}, {percent(row.weight[most])}"
+    return f"Head {row.head} at {name} gives {where}; most of all to {top}."
 
 
 def text_sentence(view: LayerView, row: RowView, tokens: list[str]) -> str:

@@ -30,7 +30,7 @@ class TextPanel(anywidget.AnyWidget):
 
     def draw(self, request: int, salience: np.ndarray, kept: np.ndarray, kind: np.ndarray, gate: np.ndarray,
              chosen: int) -> None:  # fmt: skip
-        """One message. `salience (T,)`, `kept (T,)`, `kind (T,)`, `gate (T,)`; shading favours the top of the text's own range."""
+        """One message; all arrays are `(T,)`. Shading favours the top of the text's own range."""
         low, high = np.quantile(salience, [0.02, 0.98]) if salience.size else (0.0, 1.0)
         shade = np.clip((salience - low) / max(float(high - low), 1e-9), 0, 1)
         with self.hold_sync():

@@ -17,7 +17,10 @@ IDLE_SECONDS = 10.0  # after which the thread ends; the next request starts anot
 
 @dataclass
 class Request:
-    """A job and what to do with its outcome. `compute(stop, progress)` runs on the worker, the rest on the kernel's thread."""
+    """A job and what to do with its outcome.
+
+    `compute(stop, progress)` runs on the worker, the rest on the kernel's thread.
+    """
 
     number: int
     lane: str
@@ -133,5 +136,14 @@ class Worker:
                 self._post(lambda: request.failed(request.number, failure))
             return
         if not self._gone(request):
-            self._post(lambda: None if request.stopped else request.done(request.number, result))
+            self._post(lambda: self._deliver(request, result))
             self._pace()
+
+    @staticmethod
+    def _deliver(request: Request, result) -> None:
+        if request.stopped:
+            return
+        try:
+            request.done(request.number, result)
+        except Exception as err:  # a picture that cannot be drawn must be said, not lost with its thread
+            request.failed(request.number, err)

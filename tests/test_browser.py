@@ -1,0 +1,170 @@
+"""The first notebook in a real browser: JupyterLab, Chromium, keys on sliders and clicks on pictures.
+
+`PROTEUS_SCREENSHOTS=docs/img` keeps the screenshots; otherwise they go to the test's own folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from proteus_playground.bench import slider
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+pytestmark = pytest.mark.slow
+TRACES = """() => {
+  const figure = document.querySelector('.pp-figure .js-plotly-plot');
+  return JSON.stringify(figure.data.map((trace) => [trace.z, trace.x && [...trace.x], trace.y && [...trace.y]]));
+}"""
+AXES = "[...document.querySelectorAll('.pp-figure .nsewdrag')].map((e) => e.getBoundingClientRect().toJSON())"
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory) -> Path:
+    folder = Path(os.environ.get("PROTEUS_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, shots):
+    """The notebook with every cell run, and what the console complained about in `page.complaints`."""
+    executable = slider.chromium()
+    if executable is None:
+        pytest.skip("no Chromium here: install one or set PROTEUS_CHROMIUM")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(NOTEBOOKS, folder / "notebooks")
+    image = folder / "docs" / "img" / "playground.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(PIXEL)
+    with slider.jupyter_lab(folder) as address, api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(slider.CHROMIUM_ARGS))
+        page = browser.new_page(viewport={"width": 1400, "height": 1060})
+        page.complaints = []
+        page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda err: page.complaints.append(str(err)))
+        # The badge is the one thing that comes from elsewhere, and a test asks nothing of the network.
+        page.route("https://colab.research.google.com/**", lambda route: route.fulfill(body="<svg/>", content_type=SVG))
+        slider.run_all(page, address, f"notebooks/{slider.NOTEBOOK}")
+        page.keyboard.press("Control+b")
+        page.wait_for_timeout(500)
+        page.locator(".pp-app").scroll_into_view_if_needed()
+        yield page
+        browser.close()
+
+
+SVG = "image/svg+xml"
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d4944415478da63fcffff3f0300"
+    "05fe02fea72d9e1d0000000049454e44ae426082"
+)
+
+
+@pytest.mark.parametrize("name", slider.SLIDERS)
+def test_a_key_on_a_slider_changes_numbers_and_pictures(page, name):
+    old = slider.settle(page)
+    before, readout = page.evaluate(TRACES), page.locator(".pp-readout").inner_text()
+    page.focus(f".pp-knob-{name} .noUi-handle")
+    for _ in range(12):
+        page.keyboard.press("ArrowLeft")
+    page.wait_for_function("(old) => +document.querySelector('.pp-readout').dataset.request > old", arg=old)
+    assert slider.settle(page) > old
+    page.wait_for_timeout(200)
+    assert page.locator(".pp-readout").inner_text() != readout
+    assert page.evaluate(TRACES) != before
+    entry = page.locator(f".pp-knob-{name} input").first
+    assert entry.input_value() not in ("1", "128", "0.5")
+    page.locator(f".pp-knob-{name} .pp-undo").click()
+    slider.settle(page)
+
+
+def test_a_held_key_ends_on_the_last_value(page):
+    page.focus(".pp-knob-flux-alpha .noUi-handle")
+    for _ in range(60):
+        page.keyboard.press("ArrowLeft")
+    page.wait_for_timeout(400)
+    slider.settle(page)
+    assert float(page.locator(".pp-knob-flux-alpha input").first.input_value()) == pytest.approx(0.4)
+    page.locator('button:has-text("gates with notes")').click()
+    page.wait_for_timeout(400)
+    slider.settle(page)
+
+
+def chosen(page) -> int:
+    return int(page.locator(".pp-chosen").get_attribute("data-i"))
+
+
+def follow(page, act) -> int:
+    """Does `act`, waits until the pictures follow, and returns the chosen token."""
+    old = slider.settle(page)
+    act()
+    page.wait_for_function("(old) => +document.querySelector('.pp-text').dataset.request > old", arg=old)
+    slider.settle(page)
+    return chosen(page)
+
+
+def test_a_click_on_a_word_is_followed_by_the_figures(page):
+    before = page.evaluate(TRACES)
+    token = follow(page, lambda: page.locator('.pp-tok[data-i="300"]').click())
+    assert token == 300
+    page.wait_for_timeout(200)
+    assert "(300)" in page.locator(".pp-at-row").inner_text() and "(300)" in page.locator(".pp-at-gates").inner_text()
+    assert page.evaluate(TRACES) != before
+
+
+def test_a_click_in_the_heat_map_is_followed_by_the_text(page):
+    box = page.evaluate(AXES)[0]
+    x, y = box["x"] + 0.5 * box["width"], box["y"] + 0.72 * box["height"]
+    page.mouse.move(x - 3, y)
+
+    def click() -> None:
+        page.mouse.move(x, y)
+        page.wait_for_timeout(200)
+        page.mouse.click(x, y)
+
+    token = follow(page, click)
+    assert abs(token - 511) < 10 and "in head 6" in page.locator(".pp-at-row").inner_text()
+
+
+@pytest.mark.parametrize("panel,at,start", [(2, (0.66, 0.2), 700), (1, (0.4, 0.2), 650)], ids=["row", "prototypes"])
+def test_a_click_in_the_other_figures_chooses_a_token(page, panel, at, start):
+    before = follow(page, lambda: page.locator(f'.pp-tok[data-i="{start}"]').click())
+    box = page.evaluate(AXES)[panel]
+
+    def click() -> None:
+        # Wherever the nearest point is: a few steps about the middle of the panel find one.
+        for step in range(40):
+            x = box["x"] + (at[0] + 0.012 * (step % 4)) * box["width"]
+            y = box["y"] + (at[1] + 0.07 * (step // 4)) * box["height"]
+            page.mouse.move(x, y)
+            page.wait_for_timeout(120)
+            if page.locator(".pp-figure .hovertext").count():
+                page.mouse.click(x, y)
+                page.wait_for_timeout(400)
+                if chosen(page) != before:
+                    return
+
+    assert follow(page, click) != before
+
+
+def test_more_controls_open_and_the_state_can_be_shared(page, shots):
+    page.locator(".pp-app").screenshot(path=shots / "workbench.png")
+    page.locator('button:has-text("More controls")').click()
+    page.wait_for_selector(".pp-drawer", state="visible")
+    assert "planned" in page.locator(".pp-drawer").inner_text() or "Dense" in page.locator(".pp-drawer").inner_text()
+    assert "playground(state=" in page.locator(".pp-drawer input[type=text]").last.input_value()
+    page.locator(".pp-app").screenshot(path=shots / "more-controls.png")
+    page.locator('button:has-text("More controls")').click()
+
+
+def test_the_keyboard_walks_through_the_text(page):
+    follow(page, lambda: page.locator('.pp-tok[data-i="500"]').click())
+    assert follow(page, lambda: page.keyboard.press("ArrowRight")) == 501
+
+
+def test_the_console_stayed_free_of_errors(page):
+    assert page.complaints == []
