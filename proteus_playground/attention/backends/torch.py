@@ -85,6 +85,8 @@ def _join(parts, size: int, dim: int):
         return tuple(torch.cat(x, dim=dim) for x in zip(*parts, strict=True))
     whole, at = None, 0
     for pair in parts:
+        if pair[0].shape[dim] == size:
+            return pair
         if whole is None:
             whole = tuple(x.new_empty(*x.shape[:dim], size, *x.shape[dim + 1 :]) for x in pair)
         for home, x in zip(whole, pair, strict=True):
@@ -156,13 +158,13 @@ def _ring_tile(q, k, v, row_of, key_of, high, m):
     """Tiles of rows over tiles of keys; a row reads keys [high - m, high) of its tile."""
     qt = q.index_select(0, row_of.flatten()).view(*row_of.shape, -1)  # (tiles, Q, d)
     kt, vt = (x.index_select(0, key_of.flatten()).view(*key_of.shape, -1) for x in (k, v))  # (tiles, 2K, d)
-    at = torch.arange(key_of.shape[1], device=q.device)
-    seen = (at >= high[..., None] - m) & (at < high[..., None])
-    score = torch.bmm(qt, kt.transpose(1, 2)).float().masked_fill(~seen, -torch.inf)
-    top = score.detach().amax(-1, keepdim=True).clamp(min=-1e30)
-    p = (score - top).exp()
+    at, high = torch.arange(key_of.shape[1], device=q.device), high[..., None]
+    score = torch.bmm(qt, kt.transpose(1, 2)).float().masked_fill_((at < high - m) | (at >= high), -torch.inf)
+    top = score.detach().amax(-1, keepdim=True).clamp_(min=-1e30)
+    p = score.sub_(top).exp_()
     mass = p.sum(-1, keepdim=True).clamp(min=1e-30)
-    return torch.bmm((p / mass).to(v.dtype), vt), (top + mass.log())[..., 0]
+    p = p / mass if torch.is_grad_enabled() else p.div_(mass)
+    return torch.bmm(p.to(v.dtype), vt), (top + mass.log())[..., 0]
 
 
 # -- near: window, anchors and notes, one tile per block ----------------------------------------------------------
