@@ -278,7 +278,7 @@ def test_checkpoint_in_training(reentrant, rho):
         x = torch.randn(2, 90, 32, generator=torch.Generator().manual_seed(seed))
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
         y, z = one(a), checkpoint(two, b, use_reentrant=reentrant)
-        assert torch.equal(y, z)
+        assert off_by(z, y) <= 1e-6  # the reentrant kind runs forward without autograd, where a CPU fuses tiles
         y.square().sum().backward()
         z.square().sum().backward()
         assert off_by(b.grad, a.grad) <= 1e-6

@@ -86,6 +86,13 @@ class Gates(nn.Module):
     def head_dim(self) -> int:
         return self.prototypes.shape[2]
 
+    def group(self, index: int) -> Gates:
+        """The gates of one KV group, sharing their memory, as `Gates` of a single group."""
+        one = Gates(1, self.gates_per_group, self.head_dim, ema_decay=self.ema_decay)
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(one, name, buffer if "quantiles" in name else buffer[index : index + 1])
+        return one
+
     def check_keys(self, k: Tensor, name: str = "k") -> None:
         """Raise unless `k` is floating `(..., G, d)` for these gates."""
         if not isinstance(k, Tensor) or not k.is_floating_point():

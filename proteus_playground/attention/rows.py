@@ -49,21 +49,15 @@ def row_reads(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
             raise ValueError(f"{name}={value!r}: must be a whole number in [0, {size})")
-    T, r = q.shape[1], q.shape[2] // gates.n_groups
-    group = head // r
+    T, group = q.shape[1], head // (q.shape[2] // gates.n_groups)
+    if positions is not None and positions.dim() == 2:
+        positions = positions[batch]
+    one = slice(batch, batch + 1)
     with torch.no_grad():
-        ready = prepare(
-            q[batch : batch + 1],
-            k[batch : batch + 1],
-            v[batch : batch + 1],
-            gates,
-            budget,
-            inv_freq=inv_freq,
-            positions=positions
-            if positions is None or positions.dim() == 1
-            else positions[batch : batch + 1],
-            keep=None if keep is None else keep[batch : batch + 1],
-        )
+        # Only this head and its group: the other rows' shortlists are nobody's concern here.
+        ready = prepare(q[one, :, head : head + 1], k[one, :, group : group + 1], v[one, :, group : group + 1],
+                        gates.group(group), budget, inv_freq=inv_freq, positions=positions,
+                        keep=None if keep is None else keep[one])
         kind, weight = np.zeros(T, np.uint8), np.zeros(T, np.float32)
         at, where = token, np.arange(T)
         if ready.index is not None:
@@ -72,23 +66,23 @@ def row_reads(
                 return RowReads(kind, weight, (), 0)
             at = int(np.flatnonzero(where == token)[0])
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        codes, share, opened, notes = _row(ready, at, head, group, scale)
+        codes, share, opened, notes = _row(ready, at, scale)
     kind[where[: at + 1]], weight[where[: at + 1]] = codes.cpu().numpy(), share.cpu().numpy()
     return RowReads(kind, weight, opened, notes)
 
 
-def _row(ready, at: int, head: int, group: int, scale: float):
+def _row(ready, at: int, scale: float):
     """Codes and weights of keys 0..at, the gates opened and the number of notes, in kept-token order."""
     short = ready.short
-    keys = ready.k[0, : at + 1, group].float()
-    score = keys @ ready.q[0, at, head].float() * scale
+    keys = ready.k[0, : at + 1, 0].float()
+    score = keys @ ready.q[0, at, 0].float() * scale
     code = torch.full((at + 1,), LOCAL, dtype=torch.uint8, device=score.device)
     if short is None:
         return code, score.softmax(0), (), 0
     place = torch.arange(at + 1, device=score.device)
     gone = place < at // short.block * short.block - short.window
-    gate = short.gate[0, : at + 1, group]
-    opened = [int(c) for c in short.probes[0, at, head].tolist() if c >= 0]
+    gate = short.gate[0, : at + 1, 0]
+    opened = [int(c) for c in short.probes[0, at, 0].tolist() if c >= 0]
     code[gone] = NOTE if short.notes else UNSEEN
     for c in opened:
         code[(gone & (gate == c)).nonzero()[:, 0][-short.ring :]] = DNA
@@ -99,7 +93,7 @@ def _row(ready, at: int, head: int, group: int, scale: float):
     homes, member = gate[noted].unique(return_inverse=True)
     size = torch.bincount(member, minlength=len(homes)).float()
     mean = torch.zeros(len(homes), keys.shape[1], device=keys.device).index_add_(0, member, keys[noted])
-    note = (mean / size[:, None]) @ ready.q[0, at, head].float() * scale + size.log()
+    note = (mean / size[:, None]) @ ready.q[0, at, 0].float() * scale + size.log()
     both = torch.cat((score.masked_fill(~direct, -torch.inf), note)).softmax(0)
     share = both[: at + 1].clone()
     share[noted] = (both[at + 1 :] / size)[member]
