@@ -272,7 +272,7 @@ def test_deepcopy(wrapped):
 @pytest.mark.parametrize("rho", [0.7, 1.0])
 def test_checkpoint_in_training(reentrant, rho):
     """Recomputing in backward neither sees moved prototypes nor counts the batch twice."""
-    one = layer(heads_awake_max=1, keep_ratio=rho).train()
+    one = layer(n_heads=8, heads_awake_max=2, keep_ratio=rho).train()
     two = copy.deepcopy(one)
     for seed in range(3):
         x = torch.randn(2, 90, 32, generator=torch.Generator().manual_seed(seed))
@@ -281,9 +281,9 @@ def test_checkpoint_in_training(reentrant, rho):
         assert off_by(z, y) <= 1e-6  # the reentrant kind runs forward without autograd, where a CPU fuses tiles
         y.square().sum().backward()
         z.square().sum().backward()
-        assert off_by(b.grad, a.grad) <= 1e-6
+        assert off_by(b.grad, a.grad) <= 1e-5
         for name, p in one.named_parameters():
-            assert off_by(dict(two.named_parameters())[name].grad, p.grad) <= 1e-6, name
+            assert off_by(dict(two.named_parameters())[name].grad, p.grad) <= 1e-5, name
     for name, buffer in one.named_buffers():
         assert torch.equal(dict(two.named_buffers())[name], buffer), name
 
