@@ -18,17 +18,14 @@ from proteus_playground.views import (
     Settings,
 )
 
+WORDS = ("the", "soup", "was", "warm", "and", "a", "humble", "token", "sat", "on", "page", "fifty", "five", "\n", "why")
+
 
 class FakeProbe:
     """Causal, deterministic, counted: `calls` says how often each method ran. `seconds` slows `view` down."""
 
-    def __init__(
-        self, tokens: int = 300, *, seconds: float = 0.0, heads: int = 9, groups: int = 3, layers: int = 4
-    ):
-        words = "the soup was warm and a humble token sat on page fifty five thousand \n asking why".split(
-            " "
-        )
-        self.tokens = [(" " if i else "") + words[i * 7 % len(words)] for i in range(tokens)]
+    def __init__(self, tokens: int = 300, *, seconds: float = 0.0, heads: int = 9, groups: int = 3, layers: int = 4):
+        self.tokens = [(" " if i else "") + WORDS[i * 7 % len(WORDS)] for i in range(tokens)]
         self.name, self.random, self.note = "Fake", False, "Made-up numbers for tests."
         self.n_layers, self.n_heads, self.n_groups, self.head_dim = layers, heads, groups, 8
         self.device = "cpu"
@@ -68,12 +65,8 @@ class FakeProbe:
         kind[old : token + 1] = LOCAL
         kind[: min(budget["anchors"], token + 1)] = ANCHOR
         weight = np.where(kind > 0, rng.random(size) ** 4 + 1e-4, 0).astype(np.float32)
-        gates = tuple(
-            int(g) for g in rng.choice(settings.gates, min(settings.probes, settings.gates), replace=False)
-        )
-        return RowView(
-            token, head, kind, weight / weight.sum(), gates, settings.gates * budget["notes"], asleep=False
-        )
+        gates = tuple(int(g) for g in rng.choice(settings.gates, min(settings.probes, settings.gates), replace=False))
+        return RowView(token, head, kind, weight / weight.sum(), gates, settings.gates * budget["notes"], asleep=False)
 
     def gate_map(self, layer: int, group: int, gates: int) -> GateMap:
         self.calls["gate_map"] += 1
@@ -97,9 +90,7 @@ class FakeProbe:
 
     def _budget(self, settings: Settings) -> dict:
         size = len(self.tokens)
-        reads = round(
-            size ** (1 - settings.flux_alpha) * min(settings.shortlist, size) ** settings.flux_alpha
-        )
+        reads = round(size ** (1 - settings.flux_alpha) * min(settings.shortlist, size) ** settings.flux_alpha)
         far = int(reads * settings.dna_fraction)
         notes = settings.gates if settings.notes and settings.gates < far else 0
         ring = (far - notes) // settings.probes

@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 from fake_probe import FakeProbe
-
-from proteus_playground.views import ANCHOR, DNA, LOCAL, NOTE, Settings
 from proteus_playground.widgets import PRESETS, PlayState, Workbench, figure, playground, raster, readout, sentences
 from proteus_playground.widgets.apps import make_probe
 from proteus_playground.widgets.controls import Knob
 from proteus_playground.widgets.state import BY_NAME, FIELDS, check, parse, preset_settings
 from proteus_playground.widgets.worker import Worker
+
+from proteus_playground.views import ANCHOR, DNA, LOCAL, NOTE, Settings
 
 
 @pytest.fixture
@@ -332,9 +332,9 @@ def test_every_key_of_a_row_is_in_its_line(alpha, token):
 
 
 def test_the_picture_of_the_keys_is_a_png_of_dots():
-    image = np.zeros((20, 30, 4), np.float32)
+    image = np.zeros((20, 30, 3), np.float32)
     raster.stamp(image, np.array([[10, 15], [0, 0]]), np.array([[1, 0, 0, 0.5], [0, 1, 0, 1]]), raster.disc(2))
-    assert image[10, 15].tolist() == [1 * 0.5, 0, 0, 0.5] and image[0, 0, 1] == 1 and image[5, 5].max() == 0
+    assert image[10, 15].tolist() == [0.5, 0, 0] and image[0, 0, 1] == 1 and image[5, 5].max() == 0
     uri = raster.data_uri(image)
     assert uri.startswith("data:image/png;base64,iVBOR")
 

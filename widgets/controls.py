@@ -40,9 +40,7 @@ def bind(state: PlayState, name: str, widget: HasTraits, to_state=lambda v: v, t
 class Knob(w.VBox):
     """Label, numeric entry, reset and slider of one number. `live`: follows the drag; else the release."""
 
-    def __init__(
-        self, state: PlayState, field: Field, *, live: bool, log: bool = False, high: float | None = None
-    ):
+    def __init__(self, state: PlayState, field: Field, *, live: bool, log: bool = False, high: float | None = None):
         self._state, self._field = state, field
         top = field.high if high is None else high
         value = min(getattr(state, field.name), top)
@@ -138,16 +136,12 @@ class SourceControls(w.VBox):
 
     def __init__(self, state: PlayState, on_pull):
         self._state = state
-        self.model = w.ToggleButtons(
-            options=[("SmolLM2", "smollm2"), ("random layer", "random")], value=state.model
-        )
+        self.model = w.ToggleButtons(options=[("SmolLM2", "smollm2"), ("random layer", "random")], value=state.model)
         self.kind = w.ToggleButtons(options=self.CHOICES, value=self._kind_of_state())
         self.paste = w.Textarea(value=state.pasted, placeholder="Paste any text here, then press Read it.",
                                 layout=w.Layout(width="auto", height="72px"))  # fmt: skip
         self.path = w.Text(placeholder="Path of a UTF-8 text file", layout=w.Layout(width="auto"))
-        self.length = w.BoundedIntText(
-            value=state.length, min=64, max=4096, step=64, layout=w.Layout(width="90px")
-        )
+        self.length = w.BoundedIntText(value=state.length, min=64, max=4096, step=64, layout=w.Layout(width="90px"))
         tip(self.length, BY_NAME["length"].tip)
         self.read = w.Button(description="Read it", button_style="info", tooltip="Run the model on this text")
         self.pull = w.Button(description="Pull SmolLM2 (98 MB)", tooltip="Fetch the model into this user's cache, once",
@@ -187,9 +181,7 @@ class SourceControls(w.VBox):
         kind = self.kind.value
         text = {"paste": "pasted text", "file": self.path.value.strip()}.get(kind, kind)
         pasted = self.paste.value[:200_000] if kind == "paste" else ""
-        self._state.update(
-            {"model": self.model.value, "length": self.length.value, "text": text, "pasted": pasted}
-        )
+        self._state.update({"model": self.model.value, "length": self.length.value, "text": text, "pasted": pasted})
 
 
 class ShareControls(w.VBox):

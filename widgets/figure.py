@@ -16,9 +16,7 @@ from . import raster
 
 HEIGHT = 640
 LEFT, RIGHT = 46, 12  # pixels beside the axes
-SPLIT = (
-    0.55  # where the left picture ends and the right one begins, as shares of the width between the margins
-)
+SPLIT = 0.55  # where the left picture ends and the right one begins, as shares of the width between the margins
 GAP = 0.04
 TOP = (84, 318)  # pixels from the top: heads and prototypes
 BOTTOM = (428, 592)  # the row
@@ -97,17 +95,19 @@ class Pictures:
     def draw(
         self, request: int, view: LayerView, row: RowView, gate_map: GateMap, group: int, changed: set[str]
     ) -> None:
-        """`changed`: whether the "view" or the "gates" differ from the last picture; a row always does."""
-        with self.widget.batch_update():
-            if "view" in changed:
-                cells, middle = heat_cells(view)
-                self._heat.update(z=cells, x=middle.astype(np.float32))
-            if changed:
-                self._draw_keys(view, gate_map, group)
-            self._draw_row(row)
-            self._draw_lit(row, gate_map)
-            self._cursor.update(x=[row.token], y=[row.head])
-            self._here.meta = request
+        """Sets the data, inside the caller's `batch_update` of `widget`.
+
+        `changed`: whether the "view" or the "gates" differ from the last picture; a row always does.
+        """
+        if "view" in changed:
+            cells, middle = heat_cells(view)
+            self._heat.update(z=cells, x=middle.astype(np.float32))
+        if changed:
+            self._draw_keys(view, gate_map, group)
+        self._draw_row(row)
+        self._draw_lit(row, gate_map)
+        self._cursor.update(x=[row.token], y=[row.head])
+        self._here.meta = request
 
     def _draw_row(self, row: RowView) -> None:
         for kind, trace in self._stems.items():

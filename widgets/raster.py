@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-SIZE = (480, 640)  # rows, columns: twice what the panel has on a usual screen
+SIZE = (360, 480)  # rows, columns: half as many again as the panel has on a usual screen
 
 
 def disc(radius: float) -> np.ndarray:
@@ -23,29 +23,31 @@ def diamond(radius: float) -> np.ndarray:
 
 
 def stamp(image: np.ndarray, at: np.ndarray, colour: np.ndarray, shape: np.ndarray) -> None:
-    """Lays `shape` over `image (rows, columns, 4)` float32 at pixels `at (n, 2)`, each in its `colour (n, 4)`.
+    """Lays `shape` over `image (rows, columns, 3)` float32 at pixels `at (n, 2)`, each in its `colour (n, 4)`.
 
-    Where dots overlap the strongest of them shows; they are not mixed with each other, only with what was there.
+    Where dots overlap the later one shows; they are not mixed with each other, only with what was there.
     """
-    half = shape.shape[0] // 2
-    layer = np.zeros_like(image)
-    for row, column in zip(*np.nonzero(shape), strict=True):
-        y, x = at[:, 0] + row - half, at[:, 1] + column - half
-        inside = (y >= 0) & (y < image.shape[0]) & (x >= 0) & (x < image.shape[1])
-        y, x, paint = y[inside], x[inside], colour[inside] * [1, 1, 1, shape[row, column]]
-        stronger = paint[:, 3] >= layer[y, x, 3]
-        layer[y[stronger], x[stronger]] = paint[stronger]
+    half, (rows, columns) = shape.shape[0] // 2, image.shape[:2]
+    layer = np.zeros((rows, columns, 4), np.float32)
+    row, column = np.nonzero(shape)
+    order = np.argsort(shape[row, column])  # edges first, so that no edge cuts into a neighbour
+    row, column = row[order], column[order]
+    y = at[:, 0] + (row - half)[:, None]  # (pixels of the shape, dots)
+    x = at[:, 1] + (column - half)[:, None]
+    paint = np.broadcast_to(colour.astype(np.float32), (*y.shape, 4)) * np.float32([1, 1, 1, 0])
+    paint[..., 3] = colour[:, 3] * shape[row, column][:, None]
+    inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
+    layer[y[inside], x[inside]] = paint[inside]
     alpha = layer[..., 3:]
-    image[..., :3] = layer[..., :3] * alpha + image[..., :3] * (1 - alpha)
-    image[..., 3:] = alpha + image[..., 3:] * (1 - alpha)
+    image += (layer[..., :3] - image) * alpha
 
 
 def data_uri(image: np.ndarray) -> str:
-    """`image (rows, columns, 4)` in 0..1 as a PNG in a data URI."""
+    """`image (rows, columns, 3)` in 0..1 as a PNG in a data URI."""
     rows, columns = image.shape[:2]
-    lines = np.zeros((rows, 1 + columns * 4), np.uint8)  # each line starts with its filter, 0 for none
+    lines = np.zeros((rows, 1 + columns * 3), np.uint8)  # each line starts with its filter, 0 for none
     lines[:, 1:] = np.rint(image * 255).reshape(rows, -1)
-    header = struct.pack(">2I5B", columns, rows, 8, 6, 0, 0, 0)
+    header = struct.pack(">2I5B", columns, rows, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 1)), (b"IEND", b"")]
     chunks = (
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts
@@ -57,16 +59,15 @@ def key_picture(
     keys: np.ndarray, colours: np.ndarray, prototypes: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> str:
     """Dots for `keys (T, 2)` in `colours (T, 3)` and diamonds for `prototypes (C, 2)`, over the box `low`..`high`."""
-    image = np.ones((*SIZE, 4), np.float32)
-    image[..., 3] = 0
+    image = np.ones((*SIZE, 3), np.float32)
 
     def pixels(points: np.ndarray) -> np.ndarray:
         share = (points - low) / (high - low)
         return np.rint(np.stack([1 - share[:, 1], share[:, 0]], 1) * (np.array(SIZE) - 1)).astype(int)
 
     faint = np.concatenate([colours, np.full((len(colours), 1), 0.5)], 1)
-    stamp(image, pixels(keys), faint, disc(5))
+    stamp(image, pixels(keys), faint, disc(3.8))
     at = pixels(prototypes)
-    for radius, shade in ((12, 0.1), (9.5, 1.0)):
+    for radius, shade in ((9, 0.1), (7, 1.0)):
         stamp(image, at, np.tile([shade, shade, shade, 1.0], (len(at), 1)), diamond(radius))
     return data_uri(image)

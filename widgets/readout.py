@@ -10,6 +10,7 @@ from proteus_playground.views import LayerView, ModelView, Settings
 
 from .figure import OKABE_ITO
 
+NAMES = {"smollm2": "SmolLM2-135M"}
 SPLIT_COLOURS = {"window": "#0072B2", "own block": "#56B4E9", "anchors": "#E69F00", "rings": "#009E73",
                  "notes": "#CC79A7"}  # fmt: skip
 
@@ -33,9 +34,7 @@ def _cell(label: str, value: str, below: str, tip: str, extra: str = "") -> str:
     )
 
 
-def readout_html(
-    request: int, view: LayerView, runs: int, model: ModelView | None, settings: Settings
-) -> str:
+def readout_html(request: int, view: LayerView, runs: int, model: ModelView | None, settings: Settings) -> str:
     """All the numbers. `runs`: how many `view.latency_ms` is the median of; `model` may be of other settings."""
     size, heads = view.head_map.shape
     rows = view.awake & view.kept[:, None]
@@ -92,9 +91,7 @@ def split_html(budget: dict, gates: int) -> str:
         f'<span><i style="background:{SPLIT_COLOURS[name]}"></i>{name} {count}</span>'
         for name, count in parts.items()
     )  # fmt: skip
-    ring = (
-        f"{budget['probes']} gates opened × {budget['ring']} keys" if budget["ring"] else "no keys from gates"
-    )
+    ring = f"{budget['probes']} gates opened × {budget['ring']} keys" if budget["ring"] else "no keys from gates"
     return (
         f'<div class="pp-split-note">One query may read {budget["shortlist"]}: {total} are planned ({ring}).</div>'
         f'<div class="pp-split">{bars}</div><div class="pp-legend">{words}</div>'
@@ -119,3 +116,40 @@ def caption_html(title: str, legend: str, sentence: str) -> str:
 
 def kind_counts(kind: np.ndarray) -> dict[int, int]:
     return {int(code): int(count) for code, count in zip(*np.unique(kind, return_counts=True), strict=True)}
+
+
+def title_html(name: str, layers: int, tokens: int, text: str, view: LayerView) -> str:
+    where = f"on {view.device}, {view.backend} backend ({view.backend_reason})"
+    parts = (f"{NAMES.get(name, name)}, layer {view.layer} of {layers}", f"{tokens:,} tokens of {text}", where)
+    spans = "".join(f"<span>{escape(part)}</span>" for part in parts)
+    return f'<div class="pp-title"><b>Proteus workbench</b>{spans}</div>'
+
+
+def banner_html(probe, why_random: str) -> str:
+    """One line on what is being looked at; loud where it is random."""
+    if not probe.random:
+        return f'<div class="pp-note">{escape(probe.note)}</div>'
+    how = f" {escape(why_random)}" if why_random else ""
+    return f'<div class="pp-random"><b>This layer is random.</b> {escape(probe.note)}{how}</div>'
+
+
+def status_html(state: str, share: float | None, what: str) -> str:
+    """`state` is fresh, stale, busy, stopped or error; `share` in 0..1 draws a bar."""
+    words = {"fresh": "up to date", "stale": "computing …", "stopped": "stopped"}.get(state, what)
+    bar = "" if share is None else f'<progress max="1" value="{share:.3f}"></progress>'
+    return f'<div class="pp-status pp-{state}" role="status"><i></i>{escape(words)}{bar}</div>'
+
+
+def _key(colour: str, word: str, line: bool = False) -> str:
+    return f'<span><i class="{"pp-line" if line else ""}" style="background:{colour}"></i>{word}</span>'
+
+
+HEAT_LEGEND = '<span class="pp-cividis">0 <i></i> 1</span>' + _key("#d4d8dd", "asleep or dropped")
+GATE_LEGEND = (
+    "<span>◇ prototype</span><span>◆ opened</span>"
+    + _key(OKABE_ITO[3], "fetched")
+    + '<span style="color:#D55E00">★ this token</span>'
+)
+TEXT_LEGEND = _key("#f6ee92", "salient") + "".join(
+    _key(OKABE_ITO[kind], word, line=True) for kind, word in ((1, "local"), (2, "anchor"), (3, "DNA"), (4, "note"))
+)

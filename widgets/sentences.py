@@ -30,11 +30,7 @@ def heads_sentence(view: LayerView, head: int) -> str:
     if view.head_map_kind == "routing weight":
         woke = view.awake.mean(0)
         most = int(woke.argmax())
-        other = (
-            "no head woke more often"
-            if most == head
-            else f"head {most} woke most often ({percent(woke[most])})"
-        )
+        other = "no head woke more often" if most == head else f"head {most} woke most often ({percent(woke[most])})"
         return f"Head {head} woke for {percent(woke[head])} of the tokens; {other}."
     rows = view.awake & view.kept[:, None]
     away = np.where(rows, view.head_map, 0).sum(0) / np.maximum(rows.sum(0), 1)
@@ -75,6 +71,4 @@ def text_sentence(view: LayerView, row: RowView, tokens: list[str]) -> str:
     read = int(((row.kind > 0) & (row.kind != NOTE)).sum())
     keys = f"{read:,} key" + ("" if read == 1 else "s")
     noted = f" and {row.notes_read} notes" if row.notes_read else ""
-    return (
-        f"{gone}; {token_name(tokens, row.token)} reads {keys}{noted} of the {row.token + 1:,} tokens so far."
-    )
+    return f"{gone}; {token_name(tokens, row.token)} reads {keys}{noted} of the {row.token + 1:,} tokens so far."

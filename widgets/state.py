@@ -46,7 +46,7 @@ FIELDS = (
     Field("gates", "gates", "gates", 4, 128, 32,
           "How many prototypes each KV group has; a new number is fitted again, which takes a moment."),
     Field("anchors", "anchors", "anchors", 0, 16, 4, "How many of the first tokens every query always reads."),
-    Field("head_top_p", "top_p", "head Top-P", 0.05, 1.0, 0.9,
+    Field("head_top_p", "top_p", "Top-P", 0.05, 1.0, 0.9,
           "With head routing: heads wake until their probability adds up to this."),
     Field("layer", "layer", "layer", 0, 511, 12, "Which attention layer of the model is shown."),
     Field("head", "head", "head", 0, 511, 3, "Which head's row is followed."),
@@ -106,9 +106,7 @@ def check(name: str, value):
 
 
 def _number(field: Field, value):
-    allowed = (
-        f"allowed is {'a whole number' if field.whole else 'a number'} in [{field.low:g}, {field.high:g}]"
-    )
+    allowed = f"allowed is {'a whole number' if field.whole else 'a number'} in [{field.low:g}, {field.high:g}]"
     if isinstance(value, bool):
         raise TypeError(f"{field.name}={value!r}: {allowed}")
     try:
@@ -171,9 +169,7 @@ class PlayState(HasTraits):
         """What differs from a new state, as `alpha=0.35&L=64`. Empty where nothing does."""
         fresh = PlayState()
         changed = {
-            key: getattr(self, name)
-            for key, name in KEYS.items()
-            if getattr(self, name) != getattr(fresh, name)
+            key: getattr(self, name) for key, name in KEYS.items() if getattr(self, name) != getattr(fresh, name)
         }
         short = {key: int(v) if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else v
                  for key, v in changed.items()}  # fmt: skip
@@ -189,9 +185,7 @@ def parse(saved: str | Mapping) -> dict:
     if isinstance(saved, Mapping):
         values = dict(saved)
     elif not isinstance(saved, str):
-        raise TypeError(
-            f"state={saved!r}: allowed is a JSON object, a string such as 'alpha=0.35&L=64', or a dict"
-        )
+        raise TypeError(f"state={saved!r}: allowed is a JSON object, a string such as 'alpha=0.35&L=64', or a dict")
     elif saved.lstrip().startswith("{"):
         try:
             values = json.loads(saved)
@@ -199,9 +193,7 @@ def parse(saved: str | Mapping) -> dict:
             raise ValueError(f"state={saved[:60]!r} is not JSON: {err}") from err
     else:
         try:
-            values = dict(
-                parse_qsl(saved.strip(), keep_blank_values=True, strict_parsing=bool(saved.strip()))
-            )
+            values = dict(parse_qsl(saved.strip(), keep_blank_values=True, strict_parsing=bool(saved.strip())))
         except ValueError as err:
             raise ValueError(f"state={saved[:60]!r}: allowed is pairs such as 'alpha=0.35&L=64'") from err
     named = {KEYS.get(key, key): value for key, value in values.items()}

@@ -36,7 +36,9 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},  # the workbench stays in the page when it is scrolled away
 }
-STARTED = """() => [...document.querySelectorAll('.jp-InputPrompt')].some((e) => /\\[(\\*|\\d+)\\]/.test(e.textContent))"""
+STARTED = (
+    """() => [...document.querySelectorAll('.jp-InputPrompt')].some((e) => /\\[(\\*|\\d+)\\]/.test(e.textContent))"""
+)
 # Waits until figure, readout and text all hold a newer request than `old`, and resolves after the frame that shows
 # them is painted. It listens and does not poll, since asking for frames would itself cost time.
 WATCH = """(old) => {
@@ -203,9 +205,7 @@ def table(result: Result) -> str:
 
 
 def command(
-    presses: Annotated[
-        int, typer.Option(help="Arrow keys on each of the four sliders.", min=3, max=1000)
-    ] = 30,
+    presses: Annotated[int, typer.Option(help="Arrow keys on each of the four sliders.", min=3, max=1000)] = 30,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.", dir_okay=False)] = Path(
         "docs/benchmarks/slider.json"
     ),
