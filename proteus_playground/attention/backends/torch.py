@@ -28,32 +28,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> t
     B, T, H, d = q.shape
     G, n = k.shape[2], short.probes.shape[3]
     r = H // G
-    qs = q.view(B, T, G, r, d).transpose(1, 2).reshape(B * G, T, r, d)
-    ks, vs = (x.transpose(1, 2).reshape(B * G, T, d) for x in (k * scale, v))
-    gate = short.gate.transpose(1, 2).reshape(B * G, T)
+    qs = q.view(B, T, G, r, d).transpose(1, 2).flatten(0, 1)  # (S, T, r, d), a view when B is 1
+    ks, vs = (x.transpose(1, 2).flatten(0, 1) for x in (k * scale, v))
+    gate = short.gate.transpose(1, 2).flatten(0, 1)
     left = short.left.flatten(0, 1)  # (S, N, C)
     probes, counts = (
-        x.view(B, T, G, r, n).transpose(1, 2).reshape(B * G, T, r, n)
-        for x in (short.probes, probed_counts(short))
+        x.view(B, T, G, r, n).transpose(1, 2).flatten(0, 1) for x in (short.probes, probed_counts(short))
     )
     step = max(1, ROWS // (T * r * max(n, 1)))
-    parts = [
-        _streams(
-            qs[s : s + step],
-            ks[s : s + step],
-            vs[s : s + step],
-            gate[s : s + step],
-            left[s : s + step],
-            probes[s : s + step],
-            counts[s : s + step],
-            short,
-        )
-        for s in range(0, B * G, step)
-    ]
-    out, lse = (
-        torch.cat(x).unflatten(0, (B, G)).transpose(1, 2).flatten(2, 3) for x in zip(*parts, strict=True)
+    cuts = [slice(s, s + step) for s in range(0, B * G, step)]
+    parts = (
+        _streams(*(x[cut].contiguous() for x in (qs, ks, vs, gate, left, probes, counts)), short) for cut in cuts
     )
-    return out, lse
+    if torch.is_grad_enabled():
+        return tuple(torch.cat(x).unflatten(0, (B, G)).transpose(1, 2).flatten(2, 3) for x in zip(*parts, strict=True))
+    out, lse = q.new_empty(B, T, G, r, d), q.new_empty(B, T, G, r, dtype=torch.float32)
+    for cut, part in zip(cuts, parts, strict=True):
+        for s, one_out, one_lse in zip(range(B * G)[cut], *part, strict=True):
+            out[s // G, :, s % G], lse[s // G, :, s % G] = one_out, one_lse
+    return out.flatten(2, 3), lse.flatten(2, 3)
 
 
 def _streams(q, k, v, gate, left, probes, counts, short: Shortlist):
@@ -158,9 +151,9 @@ def _ring_tile(q, k, v, row_of, key_of, high, m):
     """Tiles of rows over tiles of keys; a row reads keys [high - m, high) of its tile."""
     qt = q.index_select(0, row_of.flatten()).view(*row_of.shape, -1)  # (tiles, Q, d)
     kt, vt = (x.index_select(0, key_of.flatten()).view(*key_of.shape, -1) for x in (k, v))  # (tiles, 2K, d)
-    at, high = torch.arange(key_of.shape[1], device=q.device), high[..., None]
-    unseen = (at < high - m) | (at >= high)
-    return _attend_tile(qt, kt, vt, torch.zeros(unseen.shape, device=q.device).masked_fill_(unseen, -torch.inf))
+    at, high = torch.arange(key_of.shape[1], dtype=torch.int32, device=q.device), high.int()[..., None]
+    seen = (at >= high - m) & (at < high)
+    return _attend_tile(qt, kt, vt, torch.where(seen, 0.0, -torch.inf))
 
 
 def _attend_tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +183,7 @@ def _near(q, k, v, order, gate, left, probes, far, short: Shortlist):
     end = N * b - T
 
     def by_block(x):  # (S, T, ...) -> (S, N, b, ...)
-        return pad(x, (0, 0) * (x.dim() - 2) + (0, end)).view(S, N, b, *x.shape[2:])
+        return (pad(x, (0, 0) * (x.dim() - 2) + (0, end)) if end else x).view(S, N, b, *x.shape[2:])
 
     qb, pb = by_block(q), by_block(probes)
     kw, vw = (pad(x, (0, 0, w, end)) for x in (k, v))
