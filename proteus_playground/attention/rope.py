@@ -27,16 +27,16 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None) -> Tensor:
         return x
     angle = positions.to(torch.float32)[..., None] * inv_freq.to(torch.float32)  # (B, T, d/2) or (T, d/2)
     cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
-    if torch.is_grad_enabled() or x.device.type != "cpu":
-        return _turn(x, cos, sin)
-    out = torch.empty_like(x)  # in pieces that stay in cache: at 64K tokens this halves the time on a CPU
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+        first, second = x.float().chunk(2, dim=-1)
+        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        return torch.cat(turned, dim=-1).to(x.dtype)
+    out = torch.empty_like(x)  # in place and in pieces that stay in cache: a third of the time at 64K tokens
     for i in range(0, x.shape[1], PIECE):
         cut = slice(i, i + PIECE)
-        out[:, cut] = _turn(x[:, cut], cos[..., cut, :, :], sin[..., cut, :, :])
+        first, second = x[:, cut].chunk(2, dim=-1)
+        left, right = out[:, cut].chunk(2, dim=-1)
+        c, s = cos[..., cut, :, :], sin[..., cut, :, :]
+        torch.mul(first, c, out=left).addcmul_(second, s, value=-1)
+        torch.mul(second, c, out=right).addcmul_(first, s)
     return out
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat(turned, dim=-1).to(x.dtype)
