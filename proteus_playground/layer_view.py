@@ -84,7 +84,7 @@ def layer_view(
     device, shape = source.device, source.shape
     run, latency_ms = watch.run(
         "proteus",
-        settings,
+        (layer.index, settings),
         lambda: runner.run(layer.q, layer.k, layer.v, inv_freq=layer.inv_freq, scale=layer.scale),
     )
     if watch.count("dense", None) < RUNS:

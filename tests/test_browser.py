@@ -38,9 +38,6 @@ def page(tmp_path_factory, shots):
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(NOTEBOOKS, folder / "notebooks")
-    image = folder / "docs" / "img" / "playground.png"
-    image.parent.mkdir(parents=True)
-    image.write_bytes(PIXEL)
     with slider.jupyter_lab(folder) as address, api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=list(slider.CHROMIUM_ARGS))
         page = browser.new_page(viewport={"width": 1400, "height": 1060})
@@ -58,12 +55,6 @@ def page(tmp_path_factory, shots):
 
 
 SVG = "image/svg+xml"
-PIXEL = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d4944415478da63fcffff3f0300"
-    "05fe02fea72d9e1d0000000049454e44ae426082"
-)
-
-
 @pytest.mark.parametrize("name", slider.SLIDERS)
 def test_a_key_on_a_slider_changes_numbers_and_pictures(page, name):
     old = slider.settle(page)
