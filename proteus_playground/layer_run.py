@@ -69,14 +69,10 @@ class ProteusLayer:
         real: `(B, T)` bool, False at padding. A token's decision depends on that token only.
         """
         budget = plan_budget(self.config, k.shape[1])
-        keep = real
-        if budget.keep_ratio < 1:
-            salient = self.gates.keep_mask(k, budget.keep_ratio)
-            everyone = torch.ones_like(salient) if real is None else real
-            # Attention sinks look like nothing else, so salience alone would drop what every row leans on.
-            sink = everyone.cumsum(1) <= max(1, self.config.n_anchors)
-            keep = everyone & (salient | sink)
-        awake, weight = prior_route(q, self.gates, budget) if self.config.route_heads else (None, None)
+        keep = self.gates.keep_tokens(k, budget.keep_ratio, self.config.n_anchors, real)
+        awake = weight = None
+        if self.config.route_heads:
+            awake, weight = prior_route(q, self.gates, budget, self.config.prior_temperature)
         return budget, keep, awake, weight
 
     def run(

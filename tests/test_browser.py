@@ -44,8 +44,10 @@ def page(tmp_path_factory, shots):
         page.complaints = []
         page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda err: page.complaints.append(str(err)))
-        # The badge is the one thing that comes from elsewhere, and a test asks nothing of the network.
-        page.route("https://colab.research.google.com/**", lambda route: route.fulfill(body="<svg/>", content_type=SVG))
+        # The badge and the first cell's picture come from elsewhere, and a test asks nothing of the network.
+        for elsewhere in ("https://colab.research.google.com/**", "https://raw.githubusercontent.com/**"):
+            page.route(elsewhere, lambda route: route.fulfill(body="<svg xmlns='http://www.w3.org/2000/svg'/>",
+                                                              content_type="image/svg+xml"))
         slider.run_all(page, address, f"notebooks/{slider.NOTEBOOK}")
         page.keyboard.press("Control+b")
         page.wait_for_timeout(500)
@@ -53,8 +55,6 @@ def page(tmp_path_factory, shots):
         yield page
         browser.close()
 
-
-SVG = "image/svg+xml"
 @pytest.mark.parametrize("name", slider.SLIDERS)
 def test_a_key_on_a_slider_changes_numbers_and_pictures(page, name):
     old = slider.settle(page)

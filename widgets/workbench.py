@@ -173,9 +173,10 @@ class Workbench(Board):
 
     def _model_done(self, _: int, view: ModelView) -> None:
         self.model_view = view
-        self._draw_numbers(self._timed, self._runs)
-        if self._runs == 1:
-            self._time_again(self.drawn)
+        if self.drawn is not None:
+            self._draw_numbers(self._timed, self._runs)
+            if self._runs == 1:
+                self._time_again(self.drawn)
         self._set_status("fresh" if self.wanted() == self._shown() else "stale")
 
     def _time_again(self, frame: Frame) -> None:

@@ -22,7 +22,7 @@ class AttentionResult:
     """What a call computed and what it read."""
 
     out: Tensor  # (B, T, H, d), zero for dropped tokens and sleeping heads
-    lse: Tensor | None  # (B, T, H) float32 log-sum-exp of the scores read; None unless asked for
+    lse: Tensor | None  # (B, T, H) float32 log-sum-exp of the scores read; None when dense, unless return_lse
     reads: Tensor  # (B, T, H) int64, keys and notes read by each row; 0 for dropped tokens and sleeping heads
     gate_of_key: Tensor  # (B, T, G) int64; -1 for anchors and dropped tokens
     backend: str

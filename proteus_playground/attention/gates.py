@@ -146,6 +146,18 @@ class Gates(nn.Module):
             )
         return self.salience(k) >= self._quantile(1 - keep_ratio)
 
+    def keep_tokens(self, k: Tensor, keep_ratio: float, n_anchors: int, real: Tensor | None = None) -> Tensor | None:
+        """Tokens that take part, `(B, T)` bool, None for all: `keep_mask`, never padding, always the first few.
+
+        real: `(B, T)` bool, False at padding. Attention sinks look like nothing else, so salience alone would drop
+        what every row leans on: the first max(1, n_anchors) real tokens stay.
+        """
+        if keep_ratio == 1:
+            return real
+        salient = self.keep_mask(k, keep_ratio)
+        real = torch.ones_like(salient) if real is None else real
+        return real & (salient | (real.cumsum(1) <= max(1, n_anchors)))
+
     def _quantile(self, q: float) -> Tensor:
         """Linear interpolation in the stored histogram."""
         at = q * (QUANTILES - 1)
@@ -200,7 +212,7 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def observe(self, k: Tensor, keep: Tensor) -> None:
-        """Note what a training pass saw: unit keys `(B, T, G, d)` where `keep` (B, T). Changes no prototype."""
+        """Note what a training pass saw: keys `(B, T, G, d)` where `keep` (B, T). Changes no prototype."""
         keys = F.normalize(k.detach().float(), dim=-1)[keep]  # (N, G, d)
         if not len(keys):
             return

@@ -143,14 +143,9 @@ class ProteusAttention(nn.Module):
 
     def kept(self, k: Tensor, budget: Budget, padding: Tensor | None) -> Tensor | None:
         """Tokens that take part, `(B, T)` bool; None for all. The anchors always do."""
-        unmeasured = self.training and bool(
-            self.gates.salience_quantiles[0].isnan()
-        )  # the first training pass
-        if budget.keep_ratio == 1 or unmeasured:
-            return None if padding is None else ~padding
-        real = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if padding is None else ~padding
-        salient = self.gates.keep_mask(k, budget.keep_ratio)
-        return real & (salient | (real.cumsum(1) <= max(1, self.cfg.n_anchors)))
+        unmeasured = self.training and bool(self.gates.salience_quantiles[0].isnan())  # the first training pass
+        return self.gates.keep_tokens(k, 1.0 if unmeasured else budget.keep_ratio, self.cfg.n_anchors,
+                                      None if padding is None else ~padding)
 
     def _queries(self, x: Tensor, budget: Budget) -> tuple[Tensor, _Routes | None]:
         """Rows to attend with, `(B, T, G K, d)`, un-rotated, and how they were routed."""

@@ -21,10 +21,10 @@ from .rope import rope_frequencies
 class CausalProteusMultiheadAttention(nn.Module):
     """`nn.MultiheadAttention`'s signature over `ProteusAttention`.
 
-    Self-attention is causal and sparse, whatever `attn_mask` says it is not: a mask that is not causal is refused.
+    Self-attention is causal and sparse; an `attn_mask` that is not the causal one is refused.
     Cross-attention (key is not query) falls through to dense `scaled_dot_product_attention` with the masks given,
     over the same projections. Differences, each deliberate: keys and values have the query's width (`kdim`, `vdim`
-    refused); `add_bias_kv` and `add_zero_attn` refused; `dropout` acts on the heads' outputs, since no fused kernel
+    refused); `add_bias_kv` and `add_zero_attn` refused; `dropout` acts on the layer's output, since no fused kernel
     exposes the weights; self-attention carries RoPE (`rope_theta=None` removes it), cross-attention does not.
     """
 

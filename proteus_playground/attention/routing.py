@@ -95,7 +95,7 @@ def wake_heads(
     return awake, weight * awake
 
 
-def prior_route(q: Tensor, gates, budget, temperature: float = 0.1) -> tuple[Tensor, Tensor]:
+def prior_route(q: Tensor, gates, budget, temperature: float) -> tuple[Tensor, Tensor]:
     """Route a foreign model that has no trained router, by the prototypes' prior alone.
 
     q: un-rotated queries `(B, T, H, d)`; gates: `Gates`; budget: `Budget` (alpha, Top-P, least and most heads).

@@ -1,4 +1,4 @@
-"""What one query row sees, key by key: for display, at the cost of one row."""
+"""What one query row sees, key by key: for display, at the cost of one head."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Gate surgery on a live layer: what stands behind a gate can change while everything else keeps running.
 
-A gate is a slot of one KV group: a prototype, a router row and the head it belongs to. Parameters and buffers are
-replaced, so an optimiser must be rebuilt afterwards. Each function changes the layer in place.
+A gate is a slot of one KV group: a prototype, a router row and the head it belongs to. Where a slot or a head is
+added, parameters and buffers are replaced, so an optimiser must be rebuilt; the rest is written in place, so operate
+between a backward pass and the next forward.
 
 Names: group in [0, G), gate in [0, C) a live slot, head in [0, H / G) inside the group.
 """
@@ -54,7 +55,8 @@ def prune(attn: ProteusAttention, group: int, gate: int) -> None:
 
 
 def merge(attn: ProteusAttention, group: int, gate: int, other: int) -> None:
-    """Fold `other` into `gate`: prototypes averaged by usage, probability added. `other`'s slot becomes free."""
+    """Fold `other` into `gate`: prototypes and router rows averaged by usage, shares added
+    (exact for clones). `other`'s slot becomes free."""
     _check(attn, group, gate)
     _check(attn, group, other, "other")
     if gate == other:

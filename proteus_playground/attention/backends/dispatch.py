@@ -59,6 +59,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     ).transpose(1, 2)
 
 
+@torch.no_grad()
 def dense_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Log-sum-exp of causal scores, `(B, T, H)` float32, in pieces of rows; for display, no gradient."""
     B, T, H, _ = q.shape
@@ -67,7 +68,7 @@ def dense_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
     at = torch.arange(T, device=q.device)
     pieces = []
     for i in range(0, T, step):
-        score = q[:, i : i + step].detach().float().transpose(1, 2) @ kh * scale
+        score = q[:, i : i + step].float().transpose(1, 2) @ kh * scale
         pieces.append(score.masked_fill(at > at[i : i + step, None], -torch.inf).logsumexp(-1))
     return torch.cat(pieces, dim=2).transpose(1, 2)
 

@@ -2,8 +2,8 @@
 
 Near reads (window, anchors, notes) are shared by the rows of a block, so a block is one tile. Far reads become
 dense by sorting: keys by (gate, position), query rows by (opened gate, position); then "the newest m keys of the
-gate" is a sliding window in sorted order, and a tile of rows needs two aligned tiles of m keys. The two parts meet
-through their log-sum-exp. Work runs in pieces of bounded size; under autograd a piece is recomputed in backward.
+gate" is a sliding window in sorted order, and a tile of rows reads the short span of keys its rows need. The two parts
+meet through their log-sum-exp. Work runs in pieces of bounded size; under autograd a piece is recomputed in backward.
 
 Axes: `S` streams (batch x KV group), `T` tokens, `r` rows (heads) per token and stream, `d` head dim, `N` blocks of
 `b` rows, `C` gates, `n` probes, `m` ring, `Q` rows per far tile, `K` keys per far tile.
@@ -150,7 +150,7 @@ def _pack(home: Tensor, target: int) -> tuple[Tensor, Tensor, int]:
 def _ring_tile(q, k, v, row_of, key_of, high, m):
     """Tiles of rows over tiles of keys; a row reads keys [high - m, high) of its tile."""
     qt = q.index_select(0, row_of.flatten()).view(*row_of.shape, -1)  # (tiles, Q, d)
-    kt, vt = (x.index_select(0, key_of.flatten()).view(*key_of.shape, -1) for x in (k, v))  # (tiles, 2K, d)
+    kt, vt = (x.index_select(0, key_of.flatten()).view(*key_of.shape, -1) for x in (k, v))  # (tiles, width, d)
     at, high = torch.arange(key_of.shape[1], dtype=torch.int32, device=q.device), high.int()[..., None]
     seen = (at >= high - m) & (at < high)
     return _attend_tile(qt, kt, vt, torch.where(seen, 0.0, -torch.inf))
