@@ -100,17 +100,13 @@ class Calibration:
         label = re.sub(r"\W+", "-", f"{source.name}-{text.name}").strip("-").lower()
         self._label = f"{label}-{source.fingerprint[:8]}"
 
-    def gates(
-        self, layer: int, n_gates: int, *, progress: Progress | None = None, stop: Stop | None = None
-    ) -> Gates:
+    def gates(self, layer: int, n_gates: int, *, progress: Progress | None = None, stop: Stop | None = None) -> Gates:
         """Prototypes for `layer`, on the source's device.
 
         Raises `ValueError` for more gates than the calibration text has tokens, `Stopped` on request.
         """
         if n_gates > self._tokens:
-            raise ValueError(
-                f"gates={n_gates}: must be at most {self._tokens}, the tokens they are fitted on"
-            )
+            raise ValueError(f"gates={n_gates}: must be at most {self._tokens}, the tokens they are fitted on")
         with self._lock:
             at = (layer, n_gates)
             if at not in self._gates:

@@ -19,12 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain lines: no boxes that cut a path in two
 )
-models_app = typer.Typer(
-    help="Fetch, list and remove language models.", no_args_is_help=True, rich_markup_mode=None
-)
-bench_app = typer.Typer(
-    help="Measure, and print the README's tables.", no_args_is_help=True, rich_markup_mode=None
-)
+models_app = typer.Typer(help="Fetch, list and remove language models.", no_args_is_help=True, rich_markup_mode=None)
+bench_app = typer.Typer(help="Measure, and print the README's tables.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 
@@ -33,9 +29,7 @@ ModelName = Annotated[str, typer.Argument(help="A known model: smollm2.")]
 
 @app.command()
 def play(
-    port: Annotated[
-        str | None, typer.Option(metavar="PORT", help="1 to 65535; a free one if left out.")
-    ] = None,
+    port: Annotated[str | None, typer.Option(metavar="PORT", help="1 to 65535; a free one if left out.")] = None,
     directory: Annotated[
         Path, typer.Option("--dir", help="Where your copies of the notebooks live.", file_okay=False)
     ] = Path("proteus-notebooks"),
@@ -66,8 +60,7 @@ def doctor() -> None:
 
 @models_app.command("pull")
 def models_pull(
-    name: ModelName = "smollm2",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    name: ModelName = "smollm2", quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False
 ) -> None:
     """Fetch a model and check its hash.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .attention import AttentionConfig, AttentionResult, Budget, Gates, plan_budget, proteus_attention
@@ -54,13 +53,7 @@ class ProteusLayer:
 
     def __call__(self, call) -> Tensor:
         return self.run(
-            call.q,
-            call.k,
-            call.v,
-            inv_freq=call.inv_freq,
-            positions=call.positions,
-            scale=call.scale,
-            real=call.keep,
+            call.q, call.k, call.v, inv_freq=call.inv_freq, positions=call.positions, scale=call.scale, real=call.keep
         ).out
 
     def decide(self, q: Tensor, k: Tensor, real: Tensor | None = None):
@@ -119,9 +112,7 @@ def config_for(settings: Settings, shape: LayerShape) -> AttentionConfig:
     if settings.probes > settings.gates:
         raise ValueError(f"probes={settings.probes!r}: must be at most gates={settings.gates}")
     if settings.route_heads and settings.gates < r:
-        raise ValueError(
-            f"gates={settings.gates!r}: must be at least {r}, one per head of a group, to route heads"
-        )
+        raise ValueError(f"gates={settings.gates!r}: must be at least {r}, one per head of a group, to route heads")
     if settings.flux_alpha is None:
         raise TypeError("flux_alpha=None: expected a number in [0, 1]")
     return AttentionConfig(

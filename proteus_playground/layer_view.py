@@ -71,9 +71,7 @@ def load_layer(index: int, captured: CapturedLayer, source, watch: Stopwatch) ->
     )
 
 
-def layer_view(
-    layer: LoadedLayer, runner: ProteusLayer, settings: Settings, source, watch: Stopwatch
-) -> LayerView:
+def layer_view(layer: LoadedLayer, runner: ProteusLayer, settings: Settings, source, watch: Stopwatch) -> LayerView:
     """Run `layer` at `settings` and gather everything that is shown. Only the run itself is timed.
 
     The time covers what the layer would pay: the keep decision, routing, rotation and attention; dense_ms
@@ -89,11 +87,7 @@ def layer_view(
     )
     if watch.count("dense", None) < RUNS:
         at = torch.arange(layer.q.shape[1], device=device)[None]
-        watch.run(
-            "dense",
-            None,
-            lambda: dense_attention(layer.q, layer.k, layer.v, layer.inv_freq, at, layer.scale),
-        )
+        watch.run("dense", None, lambda: dense_attention(layer.q, layer.k, layer.v, layer.inv_freq, at, layer.scale))
     T, H = layer.q.shape[1:3]
     result, every = run.result, torch.ones(T, dtype=torch.bool, device=device)
     keep = every if run.keep is None else run.keep[0]
@@ -142,9 +136,7 @@ def _anchor_mass(layer: LoadedLayer, run: LayerRun, keep: Tensor) -> Tensor:
     """Attention each row gives the anchors, `(T, H)`; without any, the first token while it is local."""
     T, H, d = layer.q_rotated.shape
     G, budget = layer.k_rotated.shape[1], run.budget
-    anchors = keep.nonzero()[
-        : max(1, budget.anchors), 0
-    ]  # anchors are counted among the tokens that take part
+    anchors = keep.nonzero()[: max(1, budget.anchors), 0]  # anchors are counted among the tokens that take part
     place = keep.cumsum(0) - 1
     causal = torch.arange(T, device=keep.device)[:, None] >= anchors
     if not budget.dense and not budget.anchors:
@@ -170,9 +162,7 @@ def group_map(layer: LoadedLayer, group: int, gates: Gates) -> GateMap:
     centre = keys.mean(0)
     _, size, axes = torch.linalg.svd(keys - centre, full_matrices=False)
     axes = axes[:2]
-    axes = (
-        axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    )  # a sign that does not depend on LAPACK
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # a sign that does not depend on LAPACK
     explained = float(size[:2].square().sum() / size.square().sum().clamp(min=1e-12))
     prototypes = gates.prototypes[group].cpu()
     flat_keys, flat_prototypes = ((x - centre) @ axes.T for x in (keys, prototypes))

@@ -62,9 +62,7 @@ def free_port(port: str | None = None) -> int:
         if not (port.isdecimal() and 1 <= int(port) <= 65535):
             raise ValueError(f"--port {port}: allowed is a whole number from 1 to 65535")
         if not _is_free(int(port)):
-            raise ValueError(
-                f"--port {port} cannot be opened on {HOST}: allowed is a port that is not in use"
-            )
+            raise ValueError(f"--port {port} cannot be opened on {HOST}: allowed is a port that is not in use")
         return int(port)
     return next(p for p in [*range(8888, 8908), _any_port()] if _is_free(p))
 

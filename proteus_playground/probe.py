@@ -212,9 +212,7 @@ class LayerProbe:
         Raises `ValueError` for random layers and for layers out of range, `Stopped` on request.
         """
         if self.random:
-            raise ValueError(
-                "model='random layer': random weights predict nothing; pull a model to run it whole"
-            )
+            raise ValueError("model='random layer': random weights predict nothing; pull a model to run it whole")
         config = config_for(settings, self._source.shape)
         chosen = self.layers if layers is None else tuple(layers)
         for layer in chosen:
@@ -225,9 +223,7 @@ class LayerProbe:
             for done, layer in enumerate(chosen):
                 check_stop(stop)
                 tell(progress, 0.3 * done / len(chosen), f"prototypes of layer {layer}")
-                runners[layer] = ProteusLayer(
-                    self._calibration.gates(layer, settings.gates, stop=stop), config
-                )
+                runners[layer] = ProteusLayer(self._calibration.gates(layer, settings.gates, stop=stop), config)
             if self._dense_nll is None:
                 self._dense_nll = self._scored(first, {}, "dense", 0.3, 0.6, progress, stop)
             nll, seconds = self._scored(first, runners, "at these settings", 0.6, 1.0, progress, stop)
@@ -236,16 +232,12 @@ class LayerProbe:
 
     def _scored(self, first, runners, what, start, end, progress, stop) -> tuple[float, float]:
         """NLL and seconds of one pass; progress runs from `start` to `end`."""
-        scaled = (
-            None if progress is None else lambda share, said: progress(start + (end - start) * share, said)
-        )
+        scaled = None if progress is None else lambda share, said: progress(start + (end - start) * share, said)
         before = watch(f"the whole model, {what}", self.n_layers, scaled, stop)
         begun = perf_counter()
         return self._source.nll(self._ids, first, runners, before), perf_counter() - begun
 
-    def _ready(
-        self, layer: int, settings: Settings, stop: Stop | None = None
-    ) -> tuple[LoadedLayer, ProteusLayer]:
+    def _ready(self, layer: int, settings: Settings, stop: Stop | None = None) -> tuple[LoadedLayer, ProteusLayer]:
         config = config_for(settings, self._source.shape)
         loaded = self._load(layer)
         check_stop(stop)
@@ -263,9 +255,7 @@ class LayerProbe:
     def _check_layer(self, layer: int) -> None:
         _check_index("layer", layer, self.n_layers)
         if layer not in self.layers:
-            raise ValueError(
-                f"layer={layer}: reads a sliding window and stays native; allowed is one of {self.layers}"
-            )
+            raise ValueError(f"layer={layer}: reads a sliding window and stays native; allowed is one of {self.layers}")
 
 
 def _dtype_for(device: str) -> torch.dtype:

@@ -70,9 +70,7 @@ class RandomSource:
                 before_layer(layer)
             unit = x * x.square().mean(-1, keepdim=True).rsqrt()
             q, k, v = (torch.einsum("td,nhd->tnh", unit, weight) for weight in weights[:3])
-            out = self.project(
-                layer, dense_attention(q[None], k[None], v[None], inv_freq, at, scale)[0].flatten(1)
-            )
+            out = self.project(layer, dense_attention(q[None], k[None], v[None], inv_freq, at, scale)[0].flatten(1))
             x = x + out
             found[layer] = CapturedLayer(
                 *(None, half(k), None, None) if keys_only else map(half, (q, k, v, out)), inv_freq, scale
@@ -80,6 +78,4 @@ class RandomSource:
         return found
 
     def nll(self, *_, **__):
-        raise ValueError(
-            "model='random layer': random weights predict nothing; pull a model to run the whole model"
-        )
+        raise ValueError("model='random layer': random weights predict nothing; pull a model to run the whole model")

@@ -21,16 +21,18 @@ def layer(seed: int = 0, tokens: int = 200, device: str = "cpu", **changes) -> P
 def qkv(tokens, heads=4, groups=2, dim=8, batch=2, seed=0, device="cpu", dtype=torch.float32, grad=False):
     gen = torch.Generator().manual_seed(seed)
     shapes = ((heads,), (groups,), (groups,))
-    return tuple(torch.randn(batch, tokens, n, dim, generator=gen).to(device, dtype).requires_grad_(grad)
-                 for (n,) in shapes)
+    return tuple(
+        torch.randn(batch, tokens, n, dim, generator=gen).to(device, dtype).requires_grad_(grad) for (n,) in shapes
+    )
 
 
 def attend(q, k, v, cfg, backend="torch", gates=None, keep=None, tokens=None, **kwargs):
     """The functional core with a config's budget; gates fitted to k unless given."""
     gates = gates or Gates(k.shape[2], cfg.gates_per_group, k.shape[3]).to(k.device).fit(k.detach())
     freq = None if cfg.rope_theta is None else rope_frequencies(cfg.head_dim, cfg.rope_theta, q.device)
-    return proteus_attention(q, k, v, gates, plan_budget(cfg, tokens or q.shape[1]), inv_freq=freq, keep=keep,
-                             backend=backend, **kwargs)
+    return proteus_attention(
+        q, k, v, gates, plan_budget(cfg, tokens or q.shape[1]), inv_freq=freq, keep=keep, backend=backend, **kwargs
+    )
 
 
 def off_by(a, b) -> float:

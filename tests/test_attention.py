@@ -82,8 +82,18 @@ def test_row_view_is_the_row_that_was_computed(size, rho):
     keep = torch.rand(2, 150) < rho
     result = attend(q, k, v, cfg, "torch", gates, keep=keep)
     for token in (0, 40, 149):
-        view = row_reads(q, k, v, gates, plan_budget(cfg, 150), token=token, head=3, batch=1, keep=keep,
-                         inv_freq=rope_frequencies(8, cfg.rope_theta))
+        view = row_reads(
+            q,
+            k,
+            v,
+            gates,
+            plan_budget(cfg, 150),
+            token=token,
+            head=3,
+            batch=1,
+            keep=keep,
+            inv_freq=rope_frequencies(8, cfg.rope_theta),
+        )
         direct = ((view.kind > 0) & (view.kind < 4)).sum()
         assert direct + view.notes_read == result.reads[1, token, 3]
         if keep[1, token]:
@@ -161,15 +171,51 @@ def test_nothing_quadratic_is_ever_built():
 # bad input: the error names the argument
 
 CONFIG_CASES = [
-    ("d_model", 0), ("d_model", 1.5), ("d_model", True), ("d_model", 30), ("n_heads", -1), ("n_heads", "8"),
-    ("n_kv_heads", 3), ("n_kv_heads", 0), ("head_dim", 7), ("head_dim", 0), ("shortlist", 0), ("shortlist", 1e3),
-    ("dna_fraction", -0.1), ("dna_fraction", 1.1), ("dna_fraction", "half"), ("dna_fraction", float("nan")),
-    ("keep_ratio", 0), ("keep_ratio", 1.01), ("flux_alpha", -0.5), ("flux_alpha", 2), ("flux_alpha", "1"),
-    ("dense_below", 0), ("shortlist_from", 512), ("route_heads", 1), ("head_top_p", 0.0), ("head_top_p", 1.5),
-    ("heads_awake_min", 0), ("heads_awake_min", 3), ("heads_awake_max", 3), ("gates_per_group", 0),
-    ("gates_per_group", 1), ("probes", 0), ("probes", 7), ("n_anchors", -1), ("notes", "yes"), ("rope_theta", 0),
-    ("rope_theta", float("inf")), ("prior_max", 2), ("prior_temperature", 0), ("balance_rate", -1),
-    ("ema_decay", 1.0), ("bias", 0), ("backend", "cuda"), ("backend", None), ("init_scale", 0),
+    ("d_model", 0),
+    ("d_model", 1.5),
+    ("d_model", True),
+    ("d_model", 30),
+    ("n_heads", -1),
+    ("n_heads", "8"),
+    ("n_kv_heads", 3),
+    ("n_kv_heads", 0),
+    ("head_dim", 7),
+    ("head_dim", 0),
+    ("shortlist", 0),
+    ("shortlist", 1e3),
+    ("dna_fraction", -0.1),
+    ("dna_fraction", 1.1),
+    ("dna_fraction", "half"),
+    ("dna_fraction", float("nan")),
+    ("keep_ratio", 0),
+    ("keep_ratio", 1.01),
+    ("flux_alpha", -0.5),
+    ("flux_alpha", 2),
+    ("flux_alpha", "1"),
+    ("dense_below", 0),
+    ("shortlist_from", 512),
+    ("route_heads", 1),
+    ("head_top_p", 0.0),
+    ("head_top_p", 1.5),
+    ("heads_awake_min", 0),
+    ("heads_awake_min", 3),
+    ("heads_awake_max", 3),
+    ("gates_per_group", 0),
+    ("gates_per_group", 1),
+    ("probes", 0),
+    ("probes", 7),
+    ("n_anchors", -1),
+    ("notes", "yes"),
+    ("rope_theta", 0),
+    ("rope_theta", float("inf")),
+    ("prior_max", 2),
+    ("prior_temperature", 0),
+    ("balance_rate", -1),
+    ("ema_decay", 1.0),
+    ("bias", 0),
+    ("backend", "cuda"),
+    ("backend", None),
+    ("init_scale", 0),
 ]
 
 
@@ -198,8 +244,10 @@ LAYER_CASES = {
     "x: empty": (lambda: layer()(torch.ones(1, 0, 32)), "x has shape"),
     "positions": (lambda: layer()(X, positions=torch.arange(3)), "positions"),
     "key_padding_mask: float": (lambda: layer()(X, key_padding_mask=torch.ones(2, 90)), "key_padding_mask"),
-    "key_padding_mask: shape": (lambda: layer()(X, key_padding_mask=torch.ones(2, 9, dtype=torch.bool)),
-                                "key_padding_mask"),
+    "key_padding_mask: shape": (
+        lambda: layer()(X, key_padding_mask=torch.ones(2, 9, dtype=torch.bool)),
+        "key_padding_mask",
+    ),
     "set_flux_alpha": (lambda: layer().set_flux_alpha(1.5), "flux_alpha=1.5"),
     "set_flux_alpha: text": (lambda: layer().set_flux_alpha("max"), "flux_alpha='max'"),
     "calibrate": (lambda: layer().calibrate(torch.ones(2, 3)), "x has shape"),
@@ -211,8 +259,10 @@ LAYER_CASES = {
     "q: axes": (lambda: call(q=torch.ones(1, 2, 3)), "q has shape"),
     "q: integers": (lambda: call(q=torch.ones(2, 20, 4, 8, dtype=torch.int)), "q="),
     "q: heads": (lambda: call(q=torch.ones(2, 20, 3, 8)), "q has 3 heads"),
-    "q: width": (lambda: call(q=torch.ones(2, 20, 4, 6), k=torch.ones(2, 20, 2, 6), v=torch.ones(2, 20, 2, 6)),
-                 "head dim 6"),
+    "q: width": (
+        lambda: call(q=torch.ones(2, 20, 4, 6), k=torch.ones(2, 20, 2, 6), v=torch.ones(2, 20, 2, 6)),
+        "head dim 6",
+    ),
     "k: length": (lambda: call(k=torch.ones(2, 19, 2, 8)), "k has shape"),
     "v: dtype": (lambda: call(v=torch.ones(2, 20, 2, 8).half()), "v is"),
     "gates": (lambda: call(gates=None), "gates="),
@@ -234,18 +284,28 @@ LAYER_CASES = {
     "clone: layer": (lambda: surgery.clone(nn.Linear(1, 1), 0, 0), "attn=Linear"),
     "merge: itself": (lambda: surgery.merge(layer(), 0, 1, 1), "other=1"),
     "move: head": (lambda: surgery.move(layer(), 0, 1, 2), "head=2"),
-    "row: token": (lambda: row_reads(*qkv(9), Gates(2, 6, 8), plan_budget(config(), 9), token=9, head=0,
-                                     inv_freq=None), "token=9"),
-    "row: head": (lambda: row_reads(*qkv(9), Gates(2, 6, 8), plan_budget(config(), 9), token=0, head=True,
-                                    inv_freq=None), "head=True"),
+    "row: token": (
+        lambda: row_reads(*qkv(9), Gates(2, 6, 8), plan_budget(config(), 9), token=9, head=0, inv_freq=None),
+        "token=9",
+    ),
+    "row: head": (
+        lambda: row_reads(*qkv(9), Gates(2, 6, 8), plan_budget(config(), 9), token=0, head=True, inv_freq=None),
+        "head=True",
+    ),
     "mha: kdim": (lambda: CausalProteusMultiheadAttention(32, 4, kdim=16), "kdim=16"),
     "mha: add_bias_kv": (lambda: CausalProteusMultiheadAttention(32, 4, add_bias_kv=True), "add_bias_kv"),
     "mha: dropout": (lambda: CausalProteusMultiheadAttention(32, 4, dropout=1.0), "dropout=1.0"),
     "mha: field": (lambda: CausalProteusMultiheadAttention(32, 4, flux=1), "flux"),
-    "mha: attn_mask": (lambda: CausalProteusMultiheadAttention(32, 4)(X, X, X, attn_mask=torch.zeros(90, 90)),
-                       "attn_mask"),
-    "mha: key_padding_mask": (lambda: CausalProteusMultiheadAttention(32, 4, batch_first=True)(
-        X, X, X, key_padding_mask=torch.zeros(2, 3, dtype=torch.bool)), "key_padding_mask"),
+    "mha: attn_mask": (
+        lambda: CausalProteusMultiheadAttention(32, 4)(X, X, X, attn_mask=torch.zeros(90, 90)),
+        "attn_mask",
+    ),
+    "mha: key_padding_mask": (
+        lambda: CausalProteusMultiheadAttention(32, 4, batch_first=True)(
+            X, X, X, key_padding_mask=torch.zeros(2, 3, dtype=torch.bool)
+        ),
+        "key_padding_mask",
+    ),
     "mha: query": (lambda: CausalProteusMultiheadAttention(32, 4)(torch.ones(3), None, None), "query"),
     "block: hidden": (lambda: ProteusBlock(config(), hidden=0), "hidden=0"),
 }

@@ -46,14 +46,19 @@ def page(tmp_path_factory, shots):
         page.on("pageerror", lambda err: page.complaints.append(str(err)))
         # The badge and the first cell's picture come from elsewhere, and a test asks nothing of the network.
         for elsewhere in ("https://colab.research.google.com/**", "https://raw.githubusercontent.com/**"):
-            page.route(elsewhere, lambda route: route.fulfill(body="<svg xmlns='http://www.w3.org/2000/svg'/>",
-                                                              content_type="image/svg+xml"))
+            page.route(
+                elsewhere,
+                lambda route: route.fulfill(
+                    body="<svg xmlns='http://www.w3.org/2000/svg'/>", content_type="image/svg+xml"
+                ),
+            )
         slider.run_all(page, address, f"notebooks/{slider.NOTEBOOK}")
         page.keyboard.press("Control+b")
         page.wait_for_timeout(500)
         page.locator(".pp-app").scroll_into_view_if_needed()
         yield page
         browser.close()
+
 
 @pytest.mark.parametrize("name", slider.SLIDERS)
 def test_a_key_on_a_slider_changes_numbers_and_pictures(page, name):

@@ -52,9 +52,7 @@ def test_help_answers_at_once(command):
     assert seconds < 5, "the machine may be busy, but importing torch is not asked for"
 
 
-@pytest.mark.parametrize(
-    "command", ["play", "doctor", "models", "models pull", "models list", "models remove"]
-)
+@pytest.mark.parametrize("command", ["play", "doctor", "models", "models pull", "models list", "models remove"])
 def test_every_command_explains_itself(run, command):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and out.startswith(f"Usage: proteus {command} ")
@@ -223,9 +221,7 @@ def test_play_serves_this_machine_only_and_asks_for_the_token(tmp_path, app):
         [sys.executable, "-c", code], stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=tmp_path
     )
     try:
-        token = wait_for(
-            lambda: re.search(r"[?&]token=([0-9a-f]{16,})", (tmp_path / "log").read_text()), server
-        )[1]
+        token = wait_for(lambda: re.search(r"[?&]token=([0-9a-f]{16,})", (tmp_path / "log").read_text()), server)[1]
         path = "/" if app else "/api/contents"
         assert status(port, f"{path}?token={token}") == 200
         assert status(port, path) in {302, 403}

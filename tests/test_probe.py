@@ -125,10 +125,7 @@ def test_every_combination_of_the_switches_runs(source, request):
         assert view.head_map.shape == view.awake.shape == view.reads.shape == (size, one.n_heads)
         assert view.head_map.dtype == np.float32 and view.salience.dtype == np.float32
         assert view.head_map.min() >= 0 and view.head_map.max() <= 1 and np.isfinite(view.error)
-        assert view.kept.shape == view.salience.shape == (size,) and view.gate_of_key.shape == (
-            size,
-            one.n_groups,
-        )
+        assert view.kept.shape == view.salience.shape == (size,) and view.gate_of_key.shape == (size, one.n_groups)
         assert view.reads.max() <= view.budget["shortlist"]
         assert ((view.reads > 0) == view.awake).all() and not view.awake[~view.kept].any()
         assert view.head_map_kind == ("routing weight" if route else "attention off the anchors")
@@ -154,9 +151,7 @@ def test_fewer_reads_cost_less_and_err_more(tiny):
 )
 def test_a_row_agrees_with_its_view(source, alpha, rho, notes, route, request):
     one = request.getfixturevalue(source)
-    settings = replace(
-        SMALL, flux_alpha=float(alpha), keep_ratio=rho, notes=notes, route_heads=route, head_top_p=0.5
-    )
+    settings = replace(SMALL, flux_alpha=float(alpha), keep_ratio=rho, notes=notes, route_heads=route, head_top_p=0.5)
     view = one.view(0, settings)
     for token, head in product((0, 3, 70, len(one.tokens) - 1), (0, one.n_heads - 1)):
         row = one.row(0, settings, token, head)

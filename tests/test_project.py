@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "setup.cfg").is_file(), reason="needs the repository, not only the tests"
-)
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.cfg").is_file(), reason="needs the repository, not only the tests")
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -64,19 +62,14 @@ def test_the_address_is_rewritten_everywhere(tmp_path):
 
 @pytest.mark.parametrize("address", ["", "justone", "https://github.com/a/b", "a/b/c", "a b/c"])
 def test_a_bad_address_is_refused(address):
-    done = subprocess.run(
-        [sys.executable, ROOT / ".ci" / "repository", address], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "repository", address], capture_output=True, text=True)
     assert done.returncode == 2
     assert f"OWNER/NAME={address!r}: allowed is" in done.stderr
 
 
 def test_the_readme_names_every_file():
     tree = set(re.findall(r"^ *([\w./]+)", between("tree"), re.MULTILINE))
-    code = {path.name for path in (ROOT / "proteus_playground").rglob("*.py")} - {
-        "__init__.py",
-        "__main__.py",
-    }
+    code = {path.name for path in (ROOT / "proteus_playground").rglob("*.py")} - {"__init__.py", "__main__.py"}
     assert code - tree == set(), "missing in the README's tree"
     gone = {name for name in tree if name.endswith(".py") and name not in code}
     assert gone == set(), "in the README's tree, but not there"
@@ -117,8 +110,6 @@ def test_a_wheel_holds_widgets_notebooks_and_the_story(tmp_path):
         for path in (ROOT / "widgets").rglob("*")
         if path.suffix in {".py", ".js", ".css", ".json"} and "__pycache__" not in path.parts
     }
-    wanted |= {
-        f"proteus_playground/data/{path.name}" for path in (ROOT / "proteus_playground" / "data").iterdir()
-    }
+    wanted |= {f"proteus_playground/data/{path.name}" for path in (ROOT / "proteus_playground" / "data").iterdir()}
     assert wanted <= names, wanted - names
     assert not any(name.startswith(("widgets/", "notebooks/", "tests/")) for name in names)

@@ -127,9 +127,7 @@ def test_bad_input_names_the_argument(call, error, message):
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
 def test_the_hub_is_not_asked_when_switched_off(monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(
-        ConnectionError, match=rf"name='hub:a/b' .* \({variable} is set\): allowed .* 'humble token'"
-    ):
+    with pytest.raises(ConnectionError, match=rf"name='hub:a/b' .* \({variable} is set\): allowed .* 'humble token'"):
         load_text("hub:a/b")
 
 

@@ -59,9 +59,7 @@ def write_wheel(folder: Path, gguf: bytes = GGUF, name: str = KNOWN.gguf) -> Non
     with zipfile.ZipFile(folder / "tiny_model_for_tests-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny_model_for_tests/__init__.py", "")
         wheel.writestr(f"tiny_model_for_tests/{name}", gguf)
-        wheel.writestr(
-            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model-for-tests\nVersion: 1.0\n"
-        )
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model-for-tests\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
 

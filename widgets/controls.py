@@ -167,11 +167,7 @@ class SourceControls(w.VBox):
 
     def _follow(self) -> None:
         state = self._state
-        self.model.value, self.length.value, self.kind.value = (
-            state.model,
-            state.length,
-            self._kind_of_state(),
-        )
+        self.model.value, self.length.value, self.kind.value = (state.model, state.length, self._kind_of_state())
         if state.pasted:
             self.paste.value = state.pasted
         if self.kind.value == "file":

@@ -90,9 +90,7 @@ def check_alpha(alpha) -> float:
     return float(alpha)
 
 
-def split_shortlist(
-    cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: bool
-) -> dict:
+def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: bool) -> dict:
     """Divide `cap` reads per row between window, anchors, rings and notes.
 
     A row reads at most window + block local keys, `anchors` anchors, probes x ring gate keys and one note per
@@ -109,11 +107,4 @@ def split_shortlist(
     notes = notes and far >= gates + probes
     probes = min(probes, far)
     ring = (far - gates * notes) // probes if probes else 0
-    return {
-        "window": local - block,
-        "block": block,
-        "anchors": anchors,
-        "probes": probes,
-        "ring": ring,
-        "notes": notes,
-    }
+    return {"window": local - block, "block": block, "anchors": anchors, "probes": probes, "ring": ring, "notes": notes}

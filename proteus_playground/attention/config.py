@@ -104,9 +104,7 @@ class AttentionConfig:
         if self.flux_alpha is not None:
             self._real("flux_alpha", 0.0, 1.0, "in [0, 1], or None to follow the length")
         if self.rope_theta is not None:
-            self._real(
-                "rope_theta", 0.0, float("inf"), "> 0, or None for no rotation", open_low=True, open_high=True
-            )
+            self._real("rope_theta", 0.0, float("inf"), "> 0, or None for no rotation", open_low=True, open_high=True)
         for name in ("route_heads", "notes", "bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False")
@@ -123,8 +121,7 @@ class AttentionConfig:
             self._refuse("probes", f"at most gates_per_group={self.gates_per_group}")
         if self.route_heads and self.gates_per_group < self.heads_per_group:
             self._refuse(
-                "gates_per_group",
-                f"at least one per head of a group ({self.heads_per_group}), or route_heads=False",
+                "gates_per_group", f"at least one per head of a group ({self.heads_per_group}), or route_heads=False"
             )
         if self.backend not in BACKENDS:
             self._refuse("backend", f"one of {', '.join(map(repr, BACKENDS))}")

@@ -105,12 +105,20 @@ def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep)
         gate = gates.lure(k)[0]
         short = None
         if not budget.dense:
-            short = build_shortlist(gate, q, gates.prototypes, gates.alive, length, window=budget.window,
-                                    block=budget.block, anchors=budget.anchors, probes=budget.probes,
-                                    ring=budget.ring, notes=budget.notes)
-    return Prepared(
-        rotate(q, positions, inv_freq), rotate(k, positions, inv_freq), v, gate, short, index, length
-    )
+            short = build_shortlist(
+                gate,
+                q,
+                gates.prototypes,
+                gates.alive,
+                length,
+                window=budget.window,
+                block=budget.block,
+                anchors=budget.anchors,
+                probes=budget.probes,
+                ring=budget.ring,
+                notes=budget.notes,
+            )
+    return Prepared(rotate(q, positions, inv_freq), rotate(k, positions, inv_freq), v, gate, short, index, length)
 
 
 def _dense_reads(ready: Prepared) -> Tensor:
@@ -158,17 +166,13 @@ def check_inputs(q, k, v, gates, positions, keep, awake, inv_freq) -> None:
         raise ValueError(f"q has {H} heads: must be a multiple of the gates' {G} groups")
     for name, x in (("k", k), ("v", v)):
         if tuple(x.shape) != (B, T, G, d):
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}: must be {(B, T, G, d)} to go with q and gates"
-            )
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {(B, T, G, d)} to go with q and gates")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}: must be {q.dtype} on {q.device}, as q")
     if d != gates.head_dim:
         raise ValueError(f"q has head dim {d}: must be the gates' {gates.head_dim}")
     if inv_freq is not None and (not isinstance(inv_freq, Tensor) or tuple(inv_freq.shape) != (d // 2,)):
-        raise ValueError(
-            f"inv_freq={tuple(getattr(inv_freq, 'shape', ()))}: must be a tensor of shape ({d // 2},)"
-        )
+        raise ValueError(f"inv_freq={tuple(getattr(inv_freq, 'shape', ()))}: must be a tensor of shape ({d // 2},)")
     if positions is not None and tuple(positions.shape) not in ((T,), (B, T)):
         raise ValueError(f"positions has shape {tuple(positions.shape)}: must be ({T},) or ({B}, {T})")
     for name, x, shape in (("keep", keep, (B, T)), ("awake", awake, (B, T, H))):

@@ -27,12 +27,7 @@ class Gates(nn.Module):
     """
 
     def __init__(
-        self,
-        n_groups: int,
-        gates_per_group: int,
-        head_dim: int,
-        heads_per_group: int = 1,
-        ema_decay: float = 0.99,
+        self, n_groups: int, gates_per_group: int, head_dim: int, heads_per_group: int = 1, ema_decay: float = 0.99
     ):
         super().__init__()
         sizes = {
@@ -52,9 +47,7 @@ class Gates(nn.Module):
         self.register_buffer("alive", torch.ones(shape, dtype=torch.bool))
         self.register_buffer("confidence", torch.ones(shape))
         self.register_buffer("usage", torch.full(shape, 1 / gates_per_group))
-        self.register_buffer(
-            "head_of_gate", (torch.arange(gates_per_group) % heads_per_group).repeat(n_groups, 1)
-        )
+        self.register_buffer("head_of_gate", (torch.arange(gates_per_group) % heads_per_group).repeat(n_groups, 1))
         self.register_buffer("log_share", torch.zeros(shape))
         self.register_buffer("salience_quantiles", torch.full((QUANTILES,), torch.nan))
         # What training passes have seen since the last fold: it waits here so that no update can reach the
@@ -98,9 +91,7 @@ class Gates(nn.Module):
         if not isinstance(k, Tensor) or not k.is_floating_point():
             raise TypeError(f"{name}={type(k).__name__}: expected a floating-point tensor (..., G, d)")
         if k.dim() < 3 or tuple(k.shape[-2:]) != (self.n_groups, self.head_dim):
-            raise ValueError(
-                f"{name} has shape {tuple(k.shape)}: must be (..., G={self.n_groups}, d={self.head_dim})"
-            )
+            raise ValueError(f"{name} has shape {tuple(k.shape)}: must be (..., G={self.n_groups}, d={self.head_dim})")
 
     def cosines(self, x: Tensor) -> Tensor:
         """Cosine of each vector to each prototype: `(..., G, d)` -> `(..., G, C)` float32, dead gates -inf."""
@@ -220,9 +211,7 @@ class Gates(nn.Module):
         count, total = self._per_gate_sums(gate, keys)
         self.pending_count += count
         self.pending_sum += total
-        self.pending_sample = keys[
-            best.mean(-1).argmin()
-        ]  # the key that fits worst: where a dead gate may go
+        self.pending_sample = keys[best.mean(-1).argmin()]  # the key that fits worst: where a dead gate may go
         fresh = self._histogram(self.salience(keys))
         known = self.salience_quantiles
         self.pending_quantiles = torch.where(known.isnan(), fresh, torch.lerp(fresh, known, self.ema_decay))
@@ -241,9 +230,7 @@ class Gates(nn.Module):
         moved = F.normalize(torch.lerp(F.normalize(mean, dim=-1), self.prototypes, self.ema_decay), dim=-1)
         self.prototypes = torch.where(seen, moved, self.prototypes)
         tight = (mean * self.prototypes).sum(-1).clamp(0, 1)
-        self.confidence = torch.where(
-            seen[..., 0], torch.lerp(tight, self.confidence, self.ema_decay), self.confidence
-        )
+        self.confidence = torch.where(seen[..., 0], torch.lerp(tight, self.confidence, self.ema_decay), self.confidence)
         share = count / count.sum(1, keepdim=True).clamp(min=1)
         self.usage = torch.lerp(share, self.usage, self.ema_decay)
         self._revive()

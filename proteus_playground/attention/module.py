@@ -76,9 +76,7 @@ class ProteusAttention(nn.Module):
         self.router = Router(G, C, cfg.heads_per_group, D, cfg.balance_rate) if cfg.route_heads else None
 
     def extra_repr(self) -> str:
-        return (
-            f"flux_alpha={self.cfg.flux_alpha}, shortlist={self.cfg.shortlist}, backend={self.cfg.backend!r}"
-        )
+        return f"flux_alpha={self.cfg.flux_alpha}, shortlist={self.cfg.shortlist}, backend={self.cfg.backend!r}"
 
     def set_flux_alpha(self, value: float | None) -> None:
         """Pin alpha in [0, 1], or release it with None so that the length decides."""
@@ -107,9 +105,7 @@ class ProteusAttention(nn.Module):
         Raises `TypeError` or `ValueError` naming the argument.
         """
         self._check(x, positions, key_padding_mask)
-        learning = (
-            self.training and torch._C._current_graph_task_id() == -1
-        )  # not a recomputation in backward
+        learning = self.training and torch._C._current_graph_task_id() == -1  # not a recomputation in backward
         if learning:
             self._fold()
         cfg = self.cfg
@@ -128,9 +124,7 @@ class ProteusAttention(nn.Module):
             keep=keep,
             awake=awake,
             backend=cfg.backend,
-            inv_freq=None
-            if cfg.rope_theta is None
-            else rope_frequencies(cfg.head_dim, cfg.rope_theta, x.device),
+            inv_freq=None if cfg.rope_theta is None else rope_frequencies(cfg.head_dim, cfg.rope_theta, x.device),
         )
         y = self._merge(result.out, routes)
         if keep is not None and cfg.bias:
@@ -144,8 +138,9 @@ class ProteusAttention(nn.Module):
     def kept(self, k: Tensor, budget: Budget, padding: Tensor | None) -> Tensor | None:
         """Tokens that take part, `(B, T)` bool; None for all. The anchors always do."""
         unmeasured = self.training and bool(self.gates.salience_quantiles[0].isnan())  # the first training pass
-        return self.gates.keep_tokens(k, 1.0 if unmeasured else budget.keep_ratio, self.cfg.n_anchors,
-                                      None if padding is None else ~padding)
+        return self.gates.keep_tokens(
+            k, 1.0 if unmeasured else budget.keep_ratio, self.cfg.n_anchors, None if padding is None else ~padding
+        )
 
     def _queries(self, x: Tensor, budget: Budget) -> tuple[Tensor, _Routes | None]:
         """Rows to attend with, `(B, T, G K, d)`, un-rotated, and how they were routed."""
@@ -226,9 +221,7 @@ class ProteusAttention(nn.Module):
         if routes is not None:
             self.router.observe(routes.awake, keep)
 
-    def _stats(
-        self, result: AttentionResult, routes: _Routes | None, keep, padding, budget: Budget
-    ) -> AttentionStats:
+    def _stats(self, result: AttentionResult, routes: _Routes | None, keep, padding, budget: Budget) -> AttentionStats:
         B, T = result.out.shape[:2]
         H, full = self.cfg.n_heads, torch.ones(B, T, dtype=torch.bool, device=result.out.device)
         kept = full if keep is None else keep
@@ -244,9 +237,7 @@ class ProteusAttention(nn.Module):
             if routes.slot is not None:
                 rows = reads.unflatten(2, (self.cfg.n_kv_heads, -1))
                 reads = (
-                    rows.new_zeros(*rows.shape[:3], self.cfg.heads_per_group)
-                    .scatter(3, routes.slot, rows)
-                    .flatten(2)
+                    rows.new_zeros(*rows.shape[:3], self.cfg.heads_per_group).scatter(3, routes.slot, rows).flatten(2)
                 )
         rows, tokens = int(awake.sum()), int(kept.sum())
         return AttentionStats(
@@ -269,9 +260,7 @@ class ProteusAttention(nn.Module):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x={type(x).__name__}: expected a floating-point tensor (B, T, D)")
         if x.dim() != 3 or x.shape[2] != self.cfg.d_model or 0 in x.shape:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}: must be (B, T, D={self.cfg.d_model}), no axis empty"
-            )
+            raise ValueError(f"x has shape {tuple(x.shape)}: must be (B, T, D={self.cfg.d_model}), no axis empty")
         if positions is not None and tuple(positions.shape) not in ((x.shape[1],), tuple(x.shape[:2])):
             raise ValueError(
                 f"positions has shape {tuple(positions.shape)}: must be (T,) or (B, T) for x {tuple(x.shape)}"
@@ -282,9 +271,7 @@ class ProteusAttention(nn.Module):
                 "tensor (B, T), True for padding"
             )
         if padding is not None and padding.shape != x.shape[:2]:
-            raise ValueError(
-                f"key_padding_mask has shape {tuple(padding.shape)}: must be {tuple(x.shape[:2])}"
-            )
+            raise ValueError(f"key_padding_mask has shape {tuple(padding.shape)}: must be {tuple(x.shape[:2])}")
 
     # -- files ------------------------------------------------------------------------------------------------
 

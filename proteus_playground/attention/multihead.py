@@ -28,9 +28,21 @@ class CausalProteusMultiheadAttention(nn.Module):
     exposes the weights; self-attention carries RoPE (`rope_theta=None` removes it), cross-attention does not.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True,
-                 add_bias_kv: bool = False, add_zero_attn: bool = False, kdim: int | None = None,
-                 vdim: int | None = None, batch_first: bool = False, device=None, dtype=None, **proteus):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        **proteus,
+    ):
         """`proteus` takes any other field of `AttentionConfig`; heads are not routed unless route_heads=True."""
         super().__init__()
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
@@ -45,13 +57,22 @@ class CausalProteusMultiheadAttention(nn.Module):
         if unknown:
             raise TypeError(f"{', '.join(sorted(unknown))}: not a field of AttentionConfig")
         self.batch_first, self.dropout = batch_first, dropout
-        cfg = AttentionConfig(**{"route_heads": False, **proteus, "d_model": embed_dim, "n_heads": num_heads,
-                                 "bias": bias})
+        cfg = AttentionConfig(
+            **{"route_heads": False, **proteus, "d_model": embed_dim, "n_heads": num_heads, "bias": bias}
+        )
         self.attn = ProteusAttention(cfg).to(device=device, dtype=dtype)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-                need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
-                is_causal: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`: `(B, T, D)` if batch_first, else `(T, B, D)`, or `(T, D)` unbatched.
 
         key_padding_mask `(B, S)` bool, True for padding. attn_mask `(T, S)`: causal for self-attention (bool, True
@@ -85,10 +106,8 @@ class CausalProteusMultiheadAttention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, cfg.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         budget = plan_budget(cfg, x.shape[1])
         freq = None if cfg.rope_theta is None else rope_frequencies(cfg.head_dim, cfg.rope_theta, x.device)
-        ready = prepare(q, k, v, attn.gates, budget, inv_freq=freq, positions=None,
-                        keep=attn.kept(k, budget, padding))
-        p = attention_weights(ready.q, ready.k, ready.short or everything(ready.gate, cfg.n_heads),
-                              cfg.head_dim**-0.5)
+        ready = prepare(q, k, v, attn.gates, budget, inv_freq=freq, positions=None, keep=attn.kept(k, budget, padding))
+        p = attention_weights(ready.q, ready.k, ready.short or everything(ready.gate, cfg.n_heads), cfg.head_dim**-0.5)
         if ready.index is None:
             return p
         B, H, S, T = *p.shape[:3], x.shape[1]
@@ -101,8 +120,10 @@ class CausalProteusMultiheadAttention(nn.Module):
     def _cross(self, q, k, v, padding, attn_mask, is_causal, need_weights):
         attn, cfg = self.attn, self.attn.cfg
         mask = _merge_masks(q, k, padding, attn_mask, is_causal)
-        qh, kh, vh = (proj(x).unflatten(-1, (-1, cfg.head_dim)).transpose(1, 2)
-                      for proj, x in ((attn.q_proj, q), (attn.k_proj, k), (attn.v_proj, v)))
+        qh, kh, vh = (
+            proj(x).unflatten(-1, (-1, cfg.head_dim)).transpose(1, 2)
+            for proj, x in ((attn.q_proj, q), (attn.k_proj, k), (attn.v_proj, v))
+        )
         kh, vh = (x.repeat_interleave(cfg.heads_per_group, dim=1) for x in (kh, vh))
         out = attn.o_proj(F.scaled_dot_product_attention(qh, kh, vh, attn_mask=mask).transpose(1, 2).flatten(2))
         shown = None
@@ -119,8 +140,10 @@ def _as_padding(mask: Tensor | None, k: Tensor) -> Tensor | None:
     if mask.is_floating_point():
         mask = mask == -torch.inf
     if mask.dtype != torch.bool or mask.shape != k.shape[:2]:
-        raise ValueError(f"key_padding_mask {mask.dtype} of shape {tuple(mask.shape)}: must be bool (or float with "
-                         f"-inf) of shape {tuple(k.shape[:2])}")
+        raise ValueError(
+            f"key_padding_mask {mask.dtype} of shape {tuple(mask.shape)}: must be bool (or float with "
+            f"-inf) of shape {tuple(k.shape[:2])}"
+        )
     return mask
 
 
@@ -130,8 +153,10 @@ def _check_causal(mask: Tensor | None, T: int) -> None:
     hidden = mask if mask.dtype == torch.bool else mask == -torch.inf
     causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).triu(1)
     if tuple(mask.shape) != (T, T) or not torch.equal(hidden, causal):
-        raise ValueError(f"attn_mask of shape {tuple(mask.shape)}: self-attention is causal; must be None or the "
-                         f"({T}, {T}) causal mask")
+        raise ValueError(
+            f"attn_mask of shape {tuple(mask.shape)}: self-attention is causal; must be None or the "
+            f"({T}, {T}) causal mask"
+        )
 
 
 def _merge_masks(q, k, padding, attn_mask, is_causal) -> Tensor | None:

@@ -18,9 +18,7 @@ class Router(nn.Module):
     The bias follows the loss-free balancing of Wang et al. 2024, https://arxiv.org/abs/2408.15664.
     """
 
-    def __init__(
-        self, n_groups: int, gates_per_group: int, heads_per_group: int, d_model: int, balance_rate: float
-    ):
+    def __init__(self, n_groups: int, gates_per_group: int, heads_per_group: int, d_model: int, balance_rate: float):
         super().__init__()
         self.balance_rate = balance_rate
         self.weight = nn.Parameter(torch.randn(n_groups, gates_per_group, d_model) * d_model**-0.5)
@@ -46,12 +44,7 @@ class Router(nn.Module):
 
 
 def gate_probability(
-    logits: Tensor | None,
-    cosine: Tensor,
-    confidence: Tensor,
-    log_share: Tensor,
-    temperature: float,
-    prior_max: float,
+    logits: Tensor | None, cosine: Tensor, confidence: Tensor, log_share: Tensor, temperature: float, prior_max: float
 ) -> Tensor:
     """`(1 - b) softmax(logits) + b prior`, `(B, T, G, C)` float32, rows sum to 1.
 
@@ -102,9 +95,7 @@ def prior_route(q: Tensor, gates, budget, temperature: float) -> tuple[Tensor, T
     Returns awake `(B, T, H)` bool and weight `(B, T, H)` float32.
     """
     rows = q.unflatten(2, (gates.n_groups, -1))  # (B, T, G, r, d)
-    prior = gate_probability(
-        None, gates.cosines(rows.mean(3)), gates.confidence, gates.log_share, temperature, 1.0
-    )
+    prior = gate_probability(None, gates.cosines(rows.mean(3)), gates.confidence, gates.log_share, temperature, 1.0)
     prob = head_probability(prior, gates.head_of_gate % rows.shape[3], rows.shape[3])
     awake, weight = wake_heads(
         prob, None, budget.flux_alpha, budget.head_top_p, budget.heads_awake_min, budget.heads_awake_max

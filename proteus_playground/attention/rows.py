@@ -42,11 +42,7 @@ def row_reads(
 ) -> RowReads:
     """Reads of row (token, head). Arguments as in `proteus_attention`; `token` in [0, T), `head` in [0, H)."""
     check_inputs(q, k, v, gates, positions, keep, None, inv_freq)
-    for name, value, size in (
-        ("token", token, q.shape[1]),
-        ("head", head, q.shape[2]),
-        ("batch", batch, q.shape[0]),
-    ):
+    for name, value, size in (("token", token, q.shape[1]), ("head", head, q.shape[2]), ("batch", batch, q.shape[0])):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
             raise ValueError(f"{name}={value!r}: must be a whole number in [0, {size})")
     T, group = q.shape[1], head // (q.shape[2] // gates.n_groups)
@@ -55,9 +51,16 @@ def row_reads(
     one = slice(batch, batch + 1)
     with torch.no_grad():
         # Only this head and its group: the other rows' shortlists are nobody's concern here.
-        ready = prepare(q[one, :, head : head + 1], k[one, :, group : group + 1], v[one, :, group : group + 1],
-                        gates.group(group), budget, inv_freq=inv_freq, positions=positions,
-                        keep=None if keep is None else keep[one])
+        ready = prepare(
+            q[one, :, head : head + 1],
+            k[one, :, group : group + 1],
+            v[one, :, group : group + 1],
+            gates.group(group),
+            budget,
+            inv_freq=inv_freq,
+            positions=positions,
+            keep=None if keep is None else keep[one],
+        )
         kind, weight = np.zeros(T, np.uint8), np.zeros(T, np.float32)
         at, where = token, np.arange(T)
         if ready.index is not None:

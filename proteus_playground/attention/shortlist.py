@@ -41,8 +41,20 @@ class Shortlist:
         return torch.arange(tokens, device=self.gate.device) // self.block
 
 
-def build_shortlist(gate: Tensor, q: Tensor, prototypes: Tensor, alive: Tensor, length: Tensor, *, window: int,
-                    block: int, anchors: int, probes: int, ring: int, notes: bool) -> Shortlist:
+def build_shortlist(
+    gate: Tensor,
+    q: Tensor,
+    prototypes: Tensor,
+    alive: Tensor,
+    length: Tensor,
+    *,
+    window: int,
+    block: int,
+    anchors: int,
+    probes: int,
+    ring: int,
+    notes: bool,
+) -> Shortlist:
     """Turn gate choices into index tables.
 
     gate: `(B, T, G)`, the gate each key is lured to; q: un-rotated queries `(B, T, H, d)`; prototypes: `(G, C, d)`
@@ -108,9 +120,7 @@ def probed_counts(short: Shortlist) -> Tensor:
     B, T, H, n = short.probes.shape
     G, C = short.left.shape[1], short.gates_per_group
     tick = short.row_tick(T)
-    base = torch.arange(B * G, device=tick.device).view(B, 1, G, 1, 1) * short.left.shape[2] + tick.view(
-        1, T, 1, 1, 1
-    )
+    base = torch.arange(B * G, device=tick.device).view(B, 1, G, 1, 1) * short.left.shape[2] + tick.view(1, T, 1, 1, 1)
     probe = short.probes.view(B, T, G, H // G, n)
     count = short.left.flatten()[base * C + probe.clamp(min=0)]
     return count.masked_fill(probe < 0, 0).view(B, T, H, n)

@@ -96,10 +96,17 @@ def add_head(attn: ProteusAttention) -> int:
     fresh = torch.randn(G, 1, d, D, device=attn.q_proj.weight.device) * cfg.init_scale * D**-0.5
     q = torch.cat((attn.q_proj.weight.detach().view(G, r, d, D), fresh.to(attn.q_proj.weight.dtype)), dim=1)
     o = F.pad(attn.o_proj.weight.detach().view(D, G, r, d), (0, 0, 0, 1))
-    attn.q_proj, attn.o_proj = (_linear(old, w, bias) for old, w, bias in (
-        (attn.q_proj, q.reshape(-1, D), None if not cfg.bias else F.pad(
-            attn.q_proj.bias.detach().view(G, r, d), (0, 0, 0, 1)).flatten()),
-        (attn.o_proj, o.reshape(D, -1), attn.o_proj.bias)))
+    attn.q_proj, attn.o_proj = (
+        _linear(old, w, bias)
+        for old, w, bias in (
+            (
+                attn.q_proj,
+                q.reshape(-1, D),
+                None if not cfg.bias else F.pad(attn.q_proj.bias.detach().view(G, r, d), (0, 0, 0, 1)).flatten(),
+            ),
+            (attn.o_proj, o.reshape(D, -1), attn.o_proj.bias),
+        )
+    )
     most = r + 1 if cfg.heads_awake_max == r else cfg.heads_awake_max
     if attn.router is None:
         attn.cfg = replace(cfg, n_heads=G * (r + 1), heads_awake_max=most)
@@ -109,7 +116,8 @@ def add_head(attn: ProteusAttention) -> int:
     while gates.gates_per_group < wanted:
         _grow(attn)
     attn.router.balance, attn.router.pending_load = (
-        F.pad(x, (0, 1)) for x in (attn.router.balance, attn.router.pending_load))
+        F.pad(x, (0, 1)) for x in (attn.router.balance, attn.router.pending_load)
+    )
     for g in range(G):
         busiest = int(gates.usage[g].masked_fill(~gates.alive[g], -1).argmax())
         move(attn, g, clone(attn, g, busiest), r)

@@ -24,8 +24,15 @@ def build(heads: int, awake: int, d_model: int, device, seed: int) -> ProteusAtt
     """A layer of `heads` heads of which `awake` are awake per token, spread over 8 KV groups."""
     torch.manual_seed(seed)
     per_group = heads // GROUPS
-    cfg = AttentionConfig(d_model=d_model, n_heads=heads, n_kv_heads=GROUPS, head_dim=64,
-                          heads_awake_max=awake // GROUPS, gates_per_group=max(32, per_group), flux_alpha=1.0)
+    cfg = AttentionConfig(
+        d_model=d_model,
+        n_heads=heads,
+        n_kv_heads=GROUPS,
+        head_dim=64,
+        heads_awake_max=awake // GROUPS,
+        gates_per_group=max(32, per_group),
+        flux_alpha=1.0,
+    )
     return ProteusAttention(cfg).to(device).eval()
 
 
@@ -45,28 +52,62 @@ def command(
     for count in parse_lengths(heads):
         for option, value in (("--heads", count), ("--awake", awake)):
             if value % GROUPS or value > count:
-                raise typer.BadParameter(f"{value}: must be a multiple of {GROUPS} and at most the heads there are",
-                                         param_hint=option)
+                raise typer.BadParameter(
+                    f"{value}: must be a multiple of {GROUPS} and at most the heads there are", param_hint=option
+                )
         attn = build(count, awake, d_model, dev, seed)
         x = torch.randn(1, tokens, d_model, generator=torch.Generator().manual_seed(seed)).to(dev)
         attn.calibrate(x)
         with torch.inference_mode():
             stats = attn(x, return_stats=True)[1]
-            row = {"heads": count, "awake": stats.heads_awake, "used": int(stats.awake.any(dim=(0, 1)).sum()),
-                   "parameters": sum(p.numel() for p in attn.parameters())}
+            row = {
+                "heads": count,
+                "awake": stats.heads_awake,
+                "used": int(stats.awake.any(dim=(0, 1)).sum()),
+                "parameters": sum(p.numel() for p in attn.parameters()),
+            }
             row |= summary(timed_ms(lambda attn=attn, x=x: attn(x), dev, repeats))
         if dev.type == "cpu":
-            row["extra_mb"] = peak_extra_mb("proteus_playground.bench.heads",
-                                            [str(v) for v in (count, awake, tokens, d_model)])
+            row["extra_mb"] = peak_extra_mb(
+                "proteus_playground.bench.heads", [str(v) for v in (count, awake, tokens, d_model)]
+            )
         rows.append(row)
-    report = {"benchmark": "heads", **environment(dev), "dtype": "float32", "seed": seed, "tokens": tokens,
-              "d_model": d_model, "rows": rows}
-    typer.echo(f"{report['device']}, {report['threads']} threads, torch {report['torch']}, float32, seed {seed}; "
-               f"T = {tokens}, d_model = {d_model}, 8 KV groups of 64\n")
-    typer.echo(markdown(["heads", "awake per token", "heads used by some token", "parameters, million", "layer, ms",
-                         "peak extra memory, MB"],
-                        [[r["heads"], f"{r['awake']:.0f}", r["used"], f"{r['parameters'] / 1e6:.1f}",
-                          f"{r['median_ms']:.0f}", f"{r['extra_mb']:,.0f}" if "extra_mb" in r else "–"] for r in rows]))
+    report = {
+        "benchmark": "heads",
+        **environment(dev),
+        "dtype": "float32",
+        "seed": seed,
+        "tokens": tokens,
+        "d_model": d_model,
+        "rows": rows,
+    }
+    typer.echo(
+        f"{report['device']}, {report['threads']} threads, torch {report['torch']}, float32, seed {seed}; "
+        f"T = {tokens}, d_model = {d_model}, 8 KV groups of 64\n"
+    )
+    typer.echo(
+        markdown(
+            [
+                "heads",
+                "awake per token",
+                "heads used by some token",
+                "parameters, million",
+                "layer, ms",
+                "peak extra memory, MB",
+            ],
+            [
+                [
+                    r["heads"],
+                    f"{r['awake']:.0f}",
+                    r["used"],
+                    f"{r['parameters'] / 1e6:.1f}",
+                    f"{r['median_ms']:.0f}",
+                    f"{r['extra_mb']:,.0f}" if "extra_mb" in r else "–",
+                ]
+                for r in rows
+            ],
+        )
+    )
     if out:
         write_json(Path(out), report)
 

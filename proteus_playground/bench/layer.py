@@ -79,23 +79,42 @@ def best_dense(calls: dict, device, repeats: int, budget_s: float) -> tuple[str,
     return name, found[name]
 
 
-def measure_length(tokens: int, cfg: AttentionConfig, device, dtype, seed: int, repeats: int, budget_s: float,
-                   dense: bool, rival: str | None) -> dict:
+def measure_length(
+    tokens: int,
+    cfg: AttentionConfig,
+    device,
+    dtype,
+    seed: int,
+    repeats: int,
+    budget_s: float,
+    dense: bool,
+    rival: str | None,
+) -> dict:
     """One row of the table."""
-    q, k, v, gates = make_inputs(tokens, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.gates_per_group, device,
-                                 dtype, seed)
+    q, k, v, gates = make_inputs(
+        tokens, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.gates_per_group, device, dtype, seed
+    )
     freq = rope_frequencies(cfg.head_dim, cfg.rope_theta, device)
     budget = plan_budget(cfg, tokens)
     with torch.inference_mode():
         result = proteus_attention(q, k, v, gates, budget, inv_freq=freq, backend=cfg.backend)
-        row = {"tokens": tokens, "backend": result.backend, "reads": float(result.reads.float().mean()),
-               "dense_reads": (tokens + 1) / 2, "budget": budget.to_dict()}
+        row = {
+            "tokens": tokens,
+            "backend": result.backend,
+            "reads": float(result.reads.float().mean()),
+            "dense_reads": (tokens + 1) / 2,
+            "budget": budget.to_dict(),
+        }
         del result
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             base = torch.cuda.memory_allocated(device)
-        ours = timed_ms(lambda: proteus_attention(q, k, v, gates, budget, inv_freq=freq, backend=cfg.backend), device,
-                        repeats, budget_s)
+        ours = timed_ms(
+            lambda: proteus_attention(q, k, v, gates, budget, inv_freq=freq, backend=cfg.backend),
+            device,
+            repeats,
+            budget_s,
+        )
         row |= {"ours": summary(ours)}
         if device.type == "cuda":
             row["ours_extra_mb"] = (torch.cuda.max_memory_allocated(device) - base) / 1e6
@@ -133,9 +152,18 @@ def command(
         _choice("rival", rival, RIVALS)
     if cap and dev.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / torch.cuda.get_device_properties(dev).total_memory)
-    cfg = AttentionConfig(d_model=heads * head_dim, n_heads=heads, n_kv_heads=groups, head_dim=head_dim,
-                          shortlist=shortlist, dna_fraction=dna, gates_per_group=gates, flux_alpha=alpha,
-                          rope_theta=THETA, route_heads=False)
+    cfg = AttentionConfig(
+        d_model=heads * head_dim,
+        n_heads=heads,
+        n_kv_heads=groups,
+        head_dim=head_dim,
+        shortlist=shortlist,
+        dna_fraction=dna,
+        gates_per_group=gates,
+        flux_alpha=alpha,
+        rope_theta=THETA,
+        route_heads=False,
+    )
     rows = []
     for tokens in tqdm(parse_lengths(lengths), desc="lengths", disable=None):
         row = measure_length(tokens, cfg, dev, kind, seed, repeats, 60.0, dense, rival or None)
@@ -143,8 +171,15 @@ def command(
             shape = [str(x) for x in (tokens, heads, groups, head_dim, shortlist, gates)]
             row["ours_extra_mb"] = peak_extra_mb("proteus_playground.bench.layer", shape)
         rows.append(row)
-    report = {"benchmark": "layer", **environment(dev), "dtype": dtype, "seed": seed, "cap_gb": cap,
-              "config": cfg.to_dict(), "rows": rows}
+    report = {
+        "benchmark": "layer",
+        **environment(dev),
+        "dtype": dtype,
+        "seed": seed,
+        "cap_gb": cap,
+        "config": cfg.to_dict(),
+        "rows": rows,
+    }
     typer.echo(table(report))
     if out:
         write_json(Path(out), report)
@@ -153,14 +188,23 @@ def command(
 def table(report: dict) -> str:
     """The report as Markdown, with the line that says where it was measured."""
     cfg = report["config"]
-    rows = [[f"{r['tokens']:,}", f"{r['ours']['median_ms']:.1f}",
-             f"{r['dense']['median_ms']:.1f} ({r['dense_kernel']})" if "dense" in r else r.get("dense_kernel", "–"),
-             f"{r['speedup']:.2f}x" if "speedup" in r else "–", f"{r['reads']:.0f} of {r['dense_reads']:,.0f}",
-             f"{r['ours_extra_mb']:,.0f}" if "ours_extra_mb" in r else "–"] for r in report["rows"]]
+    rows = [
+        [
+            f"{r['tokens']:,}",
+            f"{r['ours']['median_ms']:.1f}",
+            f"{r['dense']['median_ms']:.1f} ({r['dense_kernel']})" if "dense" in r else r.get("dense_kernel", "–"),
+            f"{r['speedup']:.2f}x" if "speedup" in r else "–",
+            f"{r['reads']:.0f} of {r['dense_reads']:,.0f}",
+            f"{r['ours_extra_mb']:,.0f}" if "ours_extra_mb" in r else "–",
+        ]
+        for r in report["rows"]
+    ]
     head = ["tokens", "Proteus, ms", "dense SDPA, ms", "speed-up", "reads per query", "peak extra memory, MB"]
-    return (f"{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, seed "
-            f"{report['seed']}; {cfg['n_heads']} heads over {cfg['n_kv_heads']} KV groups of {cfg['head_dim']}, "
-            f"L = {cfg['shortlist']}, alpha = {cfg['flux_alpha']:g}\n\n{markdown(head, rows)}")
+    return (
+        f"{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, seed "
+        f"{report['seed']}; {cfg['n_heads']} heads over {cfg['n_kv_heads']} KV groups of {cfg['head_dim']}, "
+        f"L = {cfg['shortlist']}, alpha = {cfg['flux_alpha']:g}\n\n{markdown(head, rows)}"
+    )
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -170,8 +214,9 @@ def parse_lengths(text: str) -> list[int]:
     for part in text.lower().split(","):
         digits, unit = (part[:-1], units[part[-1]]) if part[-1:] in units else (part, 1)
         if not digits.isdigit() or int(digits) < 1:
-            raise typer.BadParameter(f"{part!r}: must be whole numbers >= 1 separated by commas, such as 1k,4096,1m",
-                                     param_hint="--lengths")
+            raise typer.BadParameter(
+                f"{part!r}: must be whole numbers >= 1 separated by commas, such as 1k,4096,1m", param_hint="--lengths"
+            )
         lengths.append(int(digits) * unit)
     return lengths
 
@@ -193,8 +238,16 @@ def _choice(option: str, value: str, allowed: dict):
 def _memory_probe(tokens: int, heads: int, groups: int, head_dim: int, shortlist: int, gates: int) -> float:
     """Peak resident memory that one call adds to a process which already holds its inputs, MB."""
     q, k, v, fitted = make_inputs(tokens, heads, groups, head_dim, gates, "cpu", torch.float32, 0)
-    cfg = AttentionConfig(d_model=heads * head_dim, n_heads=heads, n_kv_heads=groups, head_dim=head_dim,
-                          shortlist=shortlist, gates_per_group=gates, flux_alpha=1.0, route_heads=False)
+    cfg = AttentionConfig(
+        d_model=heads * head_dim,
+        n_heads=heads,
+        n_kv_heads=groups,
+        head_dim=head_dim,
+        shortlist=shortlist,
+        gates_per_group=gates,
+        flux_alpha=1.0,
+        route_heads=False,
+    )
     freq = rope_frequencies(head_dim, THETA)
     with torch.inference_mode():
         short = min(tokens, 1024)

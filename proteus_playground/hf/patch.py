@@ -41,9 +41,7 @@ class AttentionCall:
     keep: Tensor | None  # (B, T) bool, False at padding; None when nothing is padded
 
 
-Attend = Callable[
-    [AttentionCall], Tensor | None
-]  # (B, T, H, d), or None to let the model's own attention run
+Attend = Callable[[AttentionCall], Tensor | None]  # (B, T, H, d), or None to let the model's own attention run
 
 
 class _Slot:
@@ -61,9 +59,7 @@ _SLOTS: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
 
 
 @contextmanager
-def patched(
-    model, layers: Mapping[int, Attend], before_layer: Callable[[int], None] | None = None
-) -> Iterator[None]:
+def patched(model, layers: Mapping[int, Attend], before_layer: Callable[[int], None] | None = None) -> Iterator[None]:
     """Run `model` with `layers[i]` in place of layer i's attention; everything is undone on the way out.
 
     before_layer: called with each decoder layer's index before it runs; an exception from it ends the pass.
@@ -77,9 +73,7 @@ def patched(
     _register()
     config = decoder.config
     if config._attn_implementation == NAME:
-        raise RuntimeError(
-            "this model is already patched: leave the first `patched` block before entering another"
-        )
+        raise RuntimeError("this model is already patched: leave the first `patched` block before entering another")
     with ExitStack() as undo:
         undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
         config._attn_implementation = NAME
@@ -107,9 +101,7 @@ def capture(
 
     def record(call: AttentionCall) -> None:
         q, v = (None, None) if keys_only else (half(call.q[0]), half(call.v[0]))
-        found[call.layer] = CapturedLayer(
-            q, half(call.k[0]), v, None, call.inv_freq.cpu().clone(), call.scale
-        )
+        found[call.layer] = CapturedLayer(q, half(call.k[0]), v, None, call.inv_freq.cpu().clone(), call.scale)
 
     def keep_output(index: int):
         def hook(module, args, output):
@@ -121,9 +113,7 @@ def capture(
     with ExitStack() as undo, torch.no_grad():
         if not keys_only:
             for index in chosen:
-                undo.callback(
-                    decoder.layers[index].self_attn.register_forward_hook(keep_output(index)).remove
-                )
+                undo.callback(decoder.layers[index].self_attn.register_forward_hook(keep_output(index)).remove)
         undo.enter_context(patched(model, dict.fromkeys(chosen, record), before_layer))
         decoder(ids.reshape(1, -1).to(decoder.device), use_cache=False)
     return found
@@ -157,9 +147,7 @@ def _check_layers(layers: Mapping[int, Attend], decoder: nn.Module, attentions: 
         if not callable(attend):
             raise TypeError(f"layers[{index!r}]={attend!r}: expected a function of an AttentionCall")
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(attentions):
-            raise ValueError(
-                f"layers has key {index!r}: must be a whole number in [0, {len(attentions) - 1}]"
-            )
+            raise ValueError(f"layers has key {index!r}: must be a whole number in [0, {len(attentions) - 1}]")
         window = getattr(attentions[index], "sliding_window", None)
         if window is not None:
             raise ValueError(
@@ -203,9 +191,7 @@ def _refuse(slot: _Slot, q: Tensor, k: Tensor, dropout: float, kwargs: dict) -> 
         raise ValueError(f"is_causal=False in layer {slot.layer}: only causal attention can be patched")
     for name in REFUSED:
         if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{name} is used by layer {slot.layer}: attention of that kind cannot be patched"
-            )
+            raise ValueError(f"{name} is used by layer {slot.layer}: attention of that kind cannot be patched")
 
 
 def _unrotated(slot: _Slot, module, q, k, v, mask, scaling) -> AttentionCall:
@@ -238,18 +224,14 @@ def _frequencies(rotary: nn.Module, module: nn.Module, dim: int) -> Tensor:
         inv_freq = getattr(rotary, f"{kind}_inv_freq", None)
     if inv_freq is None or len(inv_freq) * 2 != dim:
         found = "none" if inv_freq is None else f"{len(inv_freq) * 2} features"
-        raise ValueError(
-            f"rotary_emb turns {found} of head_dim={dim}: only RoPE over the whole head can be patched"
-        )
+        raise ValueError(f"rotary_emb turns {found} of head_dim={dim}: only RoPE over the whole head can be patched")
     return inv_freq.float()
 
 
 def _check_tables(slot: _Slot, positions: Tensor, inv_freq: Tensor) -> None:
     """Turning back is right only if the model's cosines are half-split ones of these positions."""
     if slot.tables is None:
-        raise ValueError(
-            f"layer {slot.layer} was given no position_embeddings: the patch needs RoPE to turn back"
-        )
+        raise ValueError(f"layer {slot.layer} was given no position_embeddings: the patch needs RoPE to turn back")
     cos, sin = (table.float() for table in slot.tables)
     angle = positions.float()[..., None] * inv_freq
     size = (cos.square() + sin.square()).sqrt()  # scaled RoPE (YaRN) stretches both alike
@@ -268,7 +250,5 @@ def _padding(mask: Tensor | None, tokens: int) -> Tensor | None:
     keep = seen[:, -1]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
     if not (seen == (causal & keep[:, None, :]))[keep].all():
-        raise ValueError(
-            "attention_mask is neither causal nor causal with padding: such a pass cannot be patched"
-        )
+        raise ValueError("attention_mask is neither causal nor causal with padding: such a pass cannot be patched")
     return keep

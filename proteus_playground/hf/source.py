@@ -29,9 +29,7 @@ class ModelSource:
         decoder = find_decoder(model)
         self.full_layers = full_attention_layers(model)
         if not self.full_layers:
-            raise ValueError(
-                f"model={name!r}: every layer reads a sliding window, so there is nothing to replace"
-            )
+            raise ValueError(f"model={name!r}: every layer reads a sliding window, so there is nothing to replace")
         self.name, self._model, self._tokenizer = name, model, tokenizer
         attention = decoder.layers[self.full_layers[0]].self_attn
         self._o_proj = [block.self_attn.o_proj for block in decoder.layers]
@@ -69,11 +67,7 @@ class ModelSource:
 
     @torch.inference_mode()
     def nll(
-        self,
-        ids: Tensor,
-        first: int,
-        layers: Mapping[int, Attend],
-        before_layer: Callable[[int], None] | None = None,
+        self, ids: Tensor, first: int, layers: Mapping[int, Attend], before_layer: Callable[[int], None] | None = None
     ) -> float:
         """Mean negative log-likelihood, nats, of tokens `first` .. T-1 of `ids`, each given its past."""
         ids, scored = ids.to(self.device), len(ids) - first

@@ -27,18 +27,13 @@ def choose_backend(device: torch.device | str, wanted: str = "auto") -> tuple[st
     device = torch.device(device)
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return (
-            "torch",
-            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}): PyTorch tiles on its matrix units",
-        )
+        return ("torch", f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}): PyTorch tiles on its matrix units")
     if device.type == "mps":
         return "torch", "Apple GPU: PyTorch tiles"
     return "torch", "CPU: PyTorch tiles, no GPU is in use"
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """Run a chosen backend: rotated q `(B, T, H, d)`, k and v `(B, T, G, d)` -> out, log-sum-exp `(B, T, H)`."""
     if backend == "reference":
         from .reference import attend as run
@@ -54,9 +49,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if grouped and q.device.type != "cpu":  # not every GPU kernel takes groups; a fused one is worth the copy
         kh, vh = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (kh, vh))
         grouped = False
-    return F.scaled_dot_product_attention(
-        qh, kh, vh, is_causal=True, scale=scale, enable_gqa=grouped
-    ).transpose(1, 2)
+    return F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -76,5 +69,13 @@ def dense_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def everything(gate: Tensor, heads: int) -> Shortlist:
     """A shortlist that holds every key, for the oracle when the budget is dense; gate `(B, T, G)`."""
     B, T, G = gate.shape
-    return Shortlist(window=T, block=1, anchors=0, ring=0, notes=False, gate=torch.full_like(gate, -1),
-                     left=gate.new_zeros(B, G, T, 1), probes=gate.new_full((B, T, heads, 0), -1))
+    return Shortlist(
+        window=T,
+        block=1,
+        anchors=0,
+        ring=0,
+        notes=False,
+        gate=torch.full_like(gate, -1),
+        left=gate.new_zeros(B, G, T, 1),
+        probes=gate.new_full((B, T, heads, 0), -1),
+    )

@@ -27,9 +27,7 @@ def memberships(short: Shortlist, heads: int) -> tuple[Tensor, Tensor]:
     hot = gate[..., None] == torch.arange(C, device=gate.device)  # (B, H, T, C)
     in_gate = hot.movedim(-1, -2)[:, :, None] & gone[:, None, :]  # (B, H, T, C, T): left keys by gate
     newer = in_gate.flip(-1).cumsum(-1).flip(-1) - in_gate.long()  # how many newer left keys share the gate
-    opened = (short.probes.movedim(2, 1)[..., None] == torch.arange(C, device=gate.device)).any(
-        3
-    )  # (B, H, T, C)
+    opened = (short.probes.movedim(2, 1)[..., None] == torch.arange(C, device=gate.device)).any(3)  # (B, H, T, C)
     ring = in_gate & (newer < short.ring) & opened[..., None]
     noted = in_gate & ~ring if short.notes else torch.zeros_like(in_gate)
     return local | anchor | ring.any(3), noted

@@ -32,14 +32,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> t
     ks, vs = (x.transpose(1, 2).flatten(0, 1) for x in (k * scale, v))
     gate = short.gate.transpose(1, 2).flatten(0, 1)
     left = short.left.flatten(0, 1)  # (S, N, C)
-    probes, counts = (
-        x.view(B, T, G, r, n).transpose(1, 2).flatten(0, 1) for x in (short.probes, probed_counts(short))
-    )
+    probes, counts = (x.view(B, T, G, r, n).transpose(1, 2).flatten(0, 1) for x in (short.probes, probed_counts(short)))
     step = max(1, ROWS // (T * r * max(n, 1)))
     cuts = [slice(s, s + step) for s in range(0, B * G, step)]
-    parts = (
-        _streams(*(x[cut].contiguous() for x in (qs, ks, vs, gate, left, probes, counts)), short) for cut in cuts
-    )
+    parts = (_streams(*(x[cut].contiguous() for x in (qs, ks, vs, gate, left, probes, counts)), short) for cut in cuts)
     if torch.is_grad_enabled():
         return tuple(torch.cat(x).unflatten(0, (B, G)).transpose(1, 2).flatten(2, 3) for x in zip(*parts, strict=True))
     out, lse = q.new_empty(B, T, G, r, d), q.new_empty(B, T, G, r, dtype=torch.float32)
@@ -105,7 +101,8 @@ def _far(q, k, v, order, first, probes, counts, m):
     home = (stream * C + probes.clamp(min=0)) * columns + (counts - 1).clamp(min=0) // K  # tile of the newest key
     rank = home.flatten()[rows].argsort(stable=True)
     rows = rows[rank]
-    place, tile_home, Q = _pack(home.flatten()[rows], target=64 if q.device.type == "cpu" else max(32, min(128, r * n * K)))
+    target = 64 if device.type == "cpu" else max(32, min(128, r * n * K))
+    place, tile_home, Q = _pack(home.flatten()[rows], target)
     tiles = len(tile_home)
     row_of = rows.new_zeros(tiles * Q).scatter_(0, place, rows).view(tiles, Q)  # spare slots repeat a row, unread
     gate, column = tile_home // columns, tile_home % columns
@@ -124,8 +121,9 @@ def _far(q, k, v, order, first, probes, counts, m):
             step = max(1, _piece(q) // (Q * widths[min(at + 64, tiles - 1)]))
             cut = by_width[at : at + step]
             near = base[cut][:, None] + torch.arange(widths[min(at + step, tiles) - 1], device=device)
-            yield _recomputed(_ring_tile, q2, k2, v2, row_of[cut] // n, order.flatten()[near.clamp(max=S * T - 1)],
-                              high[cut], m)
+            yield _recomputed(
+                _ring_tile, q2, k2, v2, row_of[cut] // n, order.flatten()[near.clamp(max=S * T - 1)], high[cut], m
+            )
             at += step
 
     out, lse = _join(pieces(), tiles, 0)
@@ -157,7 +155,7 @@ def _ring_tile(q, k, v, row_of, key_of, high, m):
 
 
 def _attend_tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention of tiles, `(N, M, d)` over `(N, K, d)` with bias `(N, M, K)`: out, log-sum-exp `(N, M)` float32.
+    """Softmax attention of tiles, `(N, M, d)` over `(N, K, d)` with bias `(N, M, K)`: out, float32 lse `(N, M)`.
 
     Without autograd a CPU has a fused kernel for this (half the time of the lines below); it is not public, and
     the lines below are what it computes. A row that reads nothing gives no meaningful output.
@@ -264,8 +262,7 @@ def _block_tile(q, kw, vw, ka, va, notes, left, probes, far_out, far_lse, back, 
     S, N, b, r, d = q.shape
     w, A = short.window, ka.shape[1]
     keys, values = (
-        [x.unfold(1, w + b, b).movedim(-1, -2), a[:, None].expand(S, N, A, d)]
-        for x, a in ((kw, ka), (vw, va))
+        [x.unfold(1, w + b, b).movedim(-1, -2), a[:, None].expand(S, N, A, d)] for x, a in ((kw, ka), (vw, va))
     )
     if notes is not None:
         for note in notes.to(q.dtype):
