@@ -10,6 +10,8 @@ def cut_text(source, body: str, max_tokens: int) -> tuple[list, bool]:
     """Tokens to read, at most `max_tokens`, and whether a middle part was left out."""
     reach = max_tokens * CHARS_PER_TOKEN
     words = source.encode(body[-reach:])
+    if len(body) > reach and len(words) < max_tokens:  # words longer than any in English: look at all of it
+        words, reach = source.encode(body), len(body)
     if len(body) <= reach and len(words) <= max_tokens:
         return words, False
     head = source.encode(body[: SINK * CHARS_PER_TOKEN])[:SINK]

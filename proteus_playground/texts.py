@@ -79,9 +79,13 @@ def calibration_text(exclude: str) -> Text:
 def _from_file(name: str) -> Text:
     known = ", ".join(repr(known) for known in text_names())
     allowed = f"allowed is {known}, the path of a UTF-8 text file, or 'hub:owner/dataset'"
-    path = Path(name).expanduser()
-    if not name.strip() or not path.is_file():
-        what = "is a folder" if name.strip() and path.is_dir() else "is no known text and no file"
+    try:
+        path = Path(name).expanduser()
+        found = path.is_file()
+    except (OSError, RuntimeError):  # too long for a file name, or ~ of nobody
+        path, found = Path(name), False
+    if not name.strip() or not found:
+        what = "is a folder" if name.strip() and len(name) < 255 and path.is_dir() else "is no known text and no file"
         raise ValueError(f"name={name!r} {what}: {allowed}")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"name={name!r} holds {path.stat().st_size:,} bytes: allowed is up to {MAX_BYTES:,}")

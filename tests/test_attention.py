@@ -306,6 +306,13 @@ LAYER_CASES = {
         ),
         "key_padding_mask",
     ),
+    "mha: padding bias": (
+        lambda: CausalProteusMultiheadAttention(32, 4, batch_first=True)(X, X, X, key_padding_mask=-torch.ones(2, 90)),
+        "key_padding_mask holds",
+    ),
+    "budget: short": (lambda: call(budget=plan_budget(config(), 10)), "planned for 10 tokens"),
+    "budget: gates": (lambda: call(gates=Gates(2, 60, 8), budget=plan_budget(config(shortlist=18), 20)), "60 gates"),
+    "positions: list": (lambda: call(positions=[1]), "positions=list"),
     "mha: query": (lambda: CausalProteusMultiheadAttention(32, 4)(torch.ones(3), None, None), "query"),
     "block: hidden": (lambda: ProteusBlock(config(), hidden=0), "hidden=0"),
 }
@@ -326,3 +333,32 @@ def test_the_last_gate_cannot_be_pruned():
         surgery.prune(attn, 0, 1)
     with pytest.raises(ValueError, match="gate=0: not a live gate"):
         surgery.prune(attn, 0, 0)
+
+
+def test_a_nan_crashes_nothing_and_stays_in_its_row_of_the_batch():
+    attn = layer()
+    x = X.clone()
+    x[0, 70] = torch.nan
+    y = attn(x)
+    assert y[0, 70].isnan().all() and off_by(y[1], attn(X)[1]) <= 1e-6
+
+
+def test_many_heads_under_autocast():
+    attn = layer(n_heads=32, gates_per_group=16, heads_awake_max=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert off_by(attn(X).float(), attn(X).float()) == 0
+
+
+def test_padding_masks_of_either_kind_agree():
+    ours = CausalProteusMultiheadAttention(32, 4, batch_first=True, flux_alpha=1.0, shortlist=24).eval()
+    pad = torch.zeros(2, 90, dtype=torch.bool)
+    pad[0, 80:] = True
+    floats = torch.zeros(2, 90).masked_fill(pad, torch.finfo(torch.float32).min)
+    assert torch.equal(ours(X, X, X, key_padding_mask=pad)[0], ours(X, X, X, key_padding_mask=floats)[0])
+
+
+def test_drop_in_inside_pytorchs_own_layer():
+    shell = nn.TransformerEncoderLayer(32, 4, batch_first=True)
+    shell.self_attn = CausalProteusMultiheadAttention(32, 4, batch_first=True)
+    causal = nn.Transformer.generate_square_subsequent_mask(90)
+    assert shell.eval()(X, src_mask=causal, is_causal=True).shape == X.shape

@@ -67,6 +67,7 @@ def proteus_attention(
     Raises `TypeError` or `ValueError` naming the argument. Dense (fused SDPA) when the budget holds every key.
     """
     check_inputs(q, k, v, gates, positions, keep, awake, inv_freq)
+    check_budget(budget, q.shape[1], gates.gates_per_group)
     name, why = choose_backend(q.device, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     ready = prepare(q, k, v, gates, budget, inv_freq=inv_freq, positions=positions, keep=keep)
@@ -151,6 +152,16 @@ def _rest(x: Tensor, awake: Tensor | None) -> Tensor:
     return x.masked_fill(~awake.view(*awake.shape, *(1,) * (x.dim() - 3)), 0)
 
 
+def check_budget(budget: Budget, tokens: int, gates_per_group: int) -> None:
+    """Raise `ValueError` when a budget was planned for a shorter text or fewer gates: it could not hold."""
+    if tokens > budget.tokens:
+        raise ValueError(f"budget was planned for {budget.tokens} tokens: must be planned for at least {tokens}")
+    planned = budget.window + budget.block + budget.anchors + budget.probes * budget.ring
+    if not budget.dense and planned + budget.notes * gates_per_group > budget.shortlist:
+        raise ValueError(f"budget has no room for the notes of {gates_per_group} gates: plan it with "
+                         f"gates_per_group={gates_per_group}")
+
+
 def check_inputs(q, k, v, gates, positions, keep, awake, inv_freq) -> None:
     """Raise `TypeError` or `ValueError` naming the first argument that does not fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -173,6 +184,8 @@ def check_inputs(q, k, v, gates, positions, keep, awake, inv_freq) -> None:
         raise ValueError(f"q has head dim {d}: must be the gates' {gates.head_dim}")
     if inv_freq is not None and (not isinstance(inv_freq, Tensor) or tuple(inv_freq.shape) != (d // 2,)):
         raise ValueError(f"inv_freq={tuple(getattr(inv_freq, 'shape', ()))}: must be a tensor of shape ({d // 2},)")
+    if positions is not None and not isinstance(positions, Tensor):
+        raise TypeError(f"positions={type(positions).__name__}: expected a tensor ({T},) or ({B}, {T})")
     if positions is not None and tuple(positions.shape) not in ((T,), (B, T)):
         raise ValueError(f"positions has shape {tuple(positions.shape)}: must be ({T},) or ({B}, {T})")
     for name, x, shape in (("keep", keep, (B, T)), ("awake", awake, (B, T, H))):

@@ -34,8 +34,8 @@ def project_in(x: Tensor, weight: Tensor, bias: Tensor | None, heads: Tensor, re
     tokens, rows, runs = _by_head(heads, real, len(weight))
     source = x.flatten(0, 1).index_select(0, tokens).split(runs)
     parts = [part @ weight[h].T + (0 if bias is None else bias[h]) for h, part in enumerate(source) if len(part)]
-    flat = x.new_zeros(heads.numel(), weight.shape[1])
-    return (flat.index_copy(0, rows, torch.cat(parts).to(x.dtype)) if parts else flat).view(*heads.shape, -1)
+    found = torch.cat(parts) if parts else x.new_zeros(0, weight.shape[1])
+    return found.new_zeros(heads.numel(), weight.shape[1]).index_copy(0, rows, found).view(*heads.shape, -1)
 
 
 def project_out(rows_out: Tensor, weight: Tensor, heads: Tensor, real: Tensor) -> Tensor:

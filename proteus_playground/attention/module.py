@@ -261,6 +261,8 @@ class ProteusAttention(nn.Module):
             raise TypeError(f"x={type(x).__name__}: expected a floating-point tensor (B, T, D)")
         if x.dim() != 3 or x.shape[2] != self.cfg.d_model or 0 in x.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}: must be (B, T, D={self.cfg.d_model}), no axis empty")
+        if positions is not None and not isinstance(positions, Tensor):
+            raise TypeError(f"positions={type(positions).__name__}: expected a tensor (T,) or (B, T)")
         if positions is not None and tuple(positions.shape) not in ((x.shape[1],), tuple(x.shape[:2])):
             raise ValueError(
                 f"positions has shape {tuple(positions.shape)}: must be (T,) or (B, T) for x {tuple(x.shape)}"

@@ -28,6 +28,8 @@ class CausalProteusMultiheadAttention(nn.Module):
     exposes the weights; self-attention carries RoPE (`rope_theta=None` removes it), cross-attention does not.
     """
 
+    in_proj_bias = None  # tells nn.TransformerEncoderLayer that its fused path does not fit
+
     def __init__(
         self,
         embed_dim: int,
@@ -138,7 +140,7 @@ def _as_padding(mask: Tensor | None, k: Tensor) -> Tensor | None:
     if mask is None:
         return None
     if mask.is_floating_point():
-        mask = mask == -torch.inf
+        mask = _hidden(mask, "key_padding_mask")
     if mask.dtype != torch.bool or mask.shape != k.shape[:2]:
         raise ValueError(
             f"key_padding_mask {mask.dtype} of shape {tuple(mask.shape)}: must be bool (or float with "
@@ -147,10 +149,18 @@ def _as_padding(mask: Tensor | None, k: Tensor) -> Tensor | None:
     return mask
 
 
+def _hidden(mask: Tensor, name: str) -> Tensor:
+    """Where a float mask hides: below -1e4, as -inf or finfo.min. Anything else must be 0, since it would be lost."""
+    hidden = mask < -1e4
+    if mask[~hidden].any():
+        raise ValueError(f"{name} holds values such as {mask[~hidden].abs().max():g}: must be 0 or -inf (no biases)")
+    return hidden
+
+
 def _check_causal(mask: Tensor | None, T: int) -> None:
     if mask is None:
         return
-    hidden = mask if mask.dtype == torch.bool else mask == -torch.inf
+    hidden = mask if mask.dtype == torch.bool else _hidden(mask, "attn_mask")
     causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).triu(1)
     if tuple(mask.shape) != (T, T) or not torch.equal(hidden, causal):
         raise ValueError(

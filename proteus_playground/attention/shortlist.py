@@ -110,6 +110,7 @@ def _top(score: Tensor, n: int) -> Tensor:
     for _ in range(n):  # twice as fast on a CPU as a maximum that also returns its index
         best = score.amax(dim=-1, keepdim=True)
         index = score.shape[-1] - torch.where(score == best, low_first, 0).amax(dim=-1, keepdim=True).long()
+        index = index.clamp(max=score.shape[-1] - 1)  # a NaN equals nothing; its row is NaN, the others stand
         picks.append(index.masked_fill(best == -torch.inf, -1))
         score.scatter_(-1, index, -torch.inf)
     return torch.cat(picks, dim=-1)

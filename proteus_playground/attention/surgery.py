@@ -49,6 +49,7 @@ def prune(attn: ProteusAttention, group: int, gate: int) -> None:
     gates = attn.gates
     if int(gates.alive[group].sum()) == 1:
         raise ValueError(f"gate={gate}: the last live gate of group {group} cannot be pruned")
+    _check_head_keeps_a_gate(attn, group, gate, "gate")
     gates.alive[group, gate] = False
     for table in (gates.usage, gates.pending_sum, gates.pending_count, gates.log_share):
         table[group, gate] = 0
@@ -61,6 +62,7 @@ def merge(attn: ProteusAttention, group: int, gate: int, other: int) -> None:
     _check(attn, group, other, "other")
     if gate == other:
         raise ValueError(f"other={other}: must be a different gate than gate={gate}")
+    _check_head_keeps_a_gate(attn, group, other, "other", moving_to=int(attn.gates.head_of_gate[group, gate]))
     gates = attn.gates
     weight = gates.usage[group, [gate, other]].clamp(min=1e-9)
     weight = weight / weight.sum()
@@ -82,6 +84,7 @@ def move(attn: ProteusAttention, group: int, gate: int, head: int) -> None:
     _check(attn, group, gate)
     if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < attn.cfg.heads_per_group:
         raise ValueError(f"head={head!r}: must be a whole number in [0, {attn.cfg.heads_per_group})")
+    _check_head_keeps_a_gate(attn, group, gate, "gate", moving_to=head)
     attn.gates.head_of_gate[group, gate] = head
 
 
@@ -122,6 +125,14 @@ def add_head(attn: ProteusAttention) -> int:
         busiest = int(gates.usage[g].masked_fill(~gates.alive[g], -1).argmax())
         move(attn, g, clone(attn, g, busiest), r)
     return r
+
+
+def _check_head_keeps_a_gate(attn: ProteusAttention, group: int, gate: int, name: str, moving_to: int = -1) -> None:
+    """Refuse to leave a routed head without a gate: it could wake, and would then say nothing."""
+    heads = attn.gates.head_of_gate[group]
+    head = int(heads[gate])
+    if attn.router is not None and head != moving_to and int(((heads == head) & attn.gates.alive[group]).sum()) == 1:
+        raise ValueError(f"{name}={gate}: the last gate of head {head} in group {group} must stay with it")
 
 
 def _linear(old: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
