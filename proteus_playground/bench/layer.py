@@ -6,6 +6,7 @@ Dense is `scaled_dot_product_attention`, at the fastest of the backends that run
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from pathlib import Path
@@ -168,8 +169,8 @@ def command(
     for tokens in tqdm(parse_lengths(lengths), desc="lengths", disable=None):
         row = measure_length(tokens, cfg, dev, kind, seed, repeats, 60.0, dense, rival or None)
         if memory and dev.type == "cpu":
-            shape = [str(x) for x in (tokens, heads, groups, head_dim, shortlist, gates)]
-            row["ours_extra_mb"] = peak_extra_mb("proteus_playground.bench.layer", shape)
+            args = [str(tokens), json.dumps(cfg.to_dict())]
+            row["ours_extra_mb"] = peak_extra_mb("proteus_playground.bench.layer", args)
         rows.append(row)
     report = {
         "benchmark": "layer",
@@ -235,20 +236,11 @@ def _choice(option: str, value: str, allowed: dict):
     return allowed[value]
 
 
-def _memory_probe(tokens: int, heads: int, groups: int, head_dim: int, shortlist: int, gates: int) -> float:
+def _memory_probe(tokens: int, cfg: AttentionConfig) -> float:
     """Peak resident memory that one call adds to a process which already holds its inputs, MB."""
-    q, k, v, fitted = make_inputs(tokens, heads, groups, head_dim, gates, "cpu", torch.float32, 0)
-    cfg = AttentionConfig(
-        d_model=heads * head_dim,
-        n_heads=heads,
-        n_kv_heads=groups,
-        head_dim=head_dim,
-        shortlist=shortlist,
-        gates_per_group=gates,
-        flux_alpha=1.0,
-        route_heads=False,
-    )
-    freq = rope_frequencies(head_dim, THETA)
+    shape = (cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.gates_per_group)
+    q, k, v, fitted = make_inputs(tokens, *shape, "cpu", torch.float32, 0)
+    freq = rope_frequencies(cfg.head_dim, cfg.rope_theta)
     with torch.inference_mode():
         short = min(tokens, 1024)
         proteus_attention(q[:, :short], k[:, :short], v[:, :short], fitted, plan_budget(cfg, short), inv_freq=freq)
@@ -275,4 +267,4 @@ def _resident_bytes() -> int:
 
 
 if __name__ == "__main__":
-    print(_memory_probe(*map(int, sys.argv[1:])))
+    print(_memory_probe(int(sys.argv[1]), AttentionConfig(**json.loads(sys.argv[2]))))

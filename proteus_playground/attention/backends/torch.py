@@ -157,7 +157,7 @@ def _ring_tile(q, k, v, row_of, key_of, high, m):
 def _attend_tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax attention of tiles, `(N, M, d)` over `(N, K, d)` with bias `(N, M, K)`: out, float32 lse `(N, M)`.
 
-    Without autograd a CPU has a fused kernel for this (half the time of the lines below); it is not public, and
+    Without autograd a CPU has a fused kernel for this, in two thirds of the time; it is not public, and
     the lines below are what it computes. A row that reads nothing gives no meaningful output.
     """
     fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
