@@ -19,7 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_forward import far_kernel, near_kernel
-from .triton_index import bucket_kernel, chunks_kernel, gates_kernel, notes_kernel, probe_kernel, scan_kernel
+from .triton_index import (
+    bucket_kernel,
+    gates_kernel,
+    notes_kernel,
+    order_kernel,
+    probe_kernel,
+    rank_kernel,
+    scan_counts_kernel,
+    scan_sums_kernel,
+    sums_kernel,
+)
 
 PIECE = 1 << 17  # tokens whose rows are handled at a time, without autograd: what they need on the way is freed again
 TOKENS = 64  # tokens per tile of the index
@@ -51,6 +61,11 @@ class Plan:
     HP: int  # d / 2, C, d as powers of two of at least 16
     CP: int
     DP: int
+
+    @property
+    def kinds(self) -> int:
+        """Notes per gate: of all that has left the window, and, where rings are read, of that less the ring."""
+        return self.notes * (1 + (self.probes > 0))
 
 
 @cache
@@ -94,12 +109,12 @@ class KeyIndex(NamedTuple):
     k_scale: Tensor  # (B, T, G) float32; any tensor when nothing is int8
     v_scale: Tensor
     gate: Tensor  # (X, T) int32, -1 for anchors, padding and dropped tokens
-    rank: Tensor  # (X, T) int32, keys of the same gate and chunk that came before
+    rank: Tensor  # (X, T) int32, keys of the same gate that came before
     before: Tensor  # (X, N CH / block, C) int32, keys of the chunk that left before a tick
     count_base: Tensor  # (X, N + 1, C) int32, keys of a gate in earlier chunks
-    sums_base: Tensor  # (X, N + 1, C, 2 d) float32, the sum of their keys and values
+    sums_base: Tensor  # (X, N + 1, kinds, C, 2 d) float32, the sum of their keys and values; then the same less the ring
     first: Tensor  # (X, C) int32, where a gate begins in `order`
-    order: Tensor  # (X, T) int32, tokens in (gate, position) order; filled piece by piece
+    order: Tensor  # (X, T) int32, tokens in (gate, position) order
 
 
 class Finder(NamedTuple):
@@ -121,10 +136,9 @@ class Rows(NamedTuple):
 
     q: Tensor  # (B, rows, H, d) rotated
     probes: Tensor  # (B, rows, H, n) int32, -1 for none
-    bucket_start: Tensor  # (X, segments, C) int32
-    bucket_count: Tensor  # (X, segments, C) int32
-    bucket_rows: Tensor  # (X, segments SEG r n) int32
-    notes: Tensor  # (X, ticks, C, 2 d)
+    bucket_count: Tensor  # (X, segments, C) int32, (row, probe) pairs of a segment that open a gate
+    bucket_rows: Tensor  # (X, segments, C, SEG r) int32, their names; a row opens a gate at most once
+    notes: Tensor  # (X, ticks, kinds, C, 2 d) mean of a gate's keys that have left the window; of those less the ring
 
 
 def supported(device: torch.device | str) -> tuple[bool, str]:
@@ -167,22 +181,27 @@ def index_keys(k: Tensor, v: Tensor, find: Finder, plan: Plan, int8: bool) -> Ke
 def count_keys(k, v, k_scale, v_scale, gate: Tensor, C: int, plan: Plan, dtype: torch.dtype) -> KeyIndex:
     """The index of rotated keys, whose gates are known."""
     (B, T, G, d), X, device = k.shape, len(gate), k.device
-    chunks, wide = triton.cdiv(T + plan.window, plan.CH), 2 * d if plan.notes else 0
+    chunks = triton.cdiv(T + plan.window, plan.CH)
     ints, floats = {"dtype": torch.int32, "device": device}, {"dtype": torch.float32, "device": device}
     rank, order, first = torch.empty(X, T, **ints), torch.empty(X, T, **ints), torch.empty(X, C, **ints)
     before = torch.empty(X, chunks * (plan.CH // plan.block), C, **ints)
     count, count_base = torch.empty(X, chunks, C, **ints), torch.empty(X, chunks + 1, C, **ints)
-    sums, sums_base = torch.empty(X, chunks, C, wide, **floats), torch.empty(X, chunks + 1, C, wide, **floats)
-    chunks_kernel[(chunks, X, 1 + 2 * plan.notes * triton.cdiv(C, plan.GB))](
-        gate, k, v, k_scale, v_scale, rank, before, count, sums,
-        T, G, d, C, plan.window, plan.block, *k.stride()[:2], *v.stride()[:2],
-        NOTES=plan.notes, INT8=k.dtype == torch.int8, DTYPE=DTYPES[dtype], CH=plan.CH, BS=min(64, plan.CH),
-        DP=plan.DP, CP=plan.CP, GB=plan.GB,
-    )  # fmt: skip
-    scan_kernel[(X, 1 + triton.cdiv(C * wide, 128))](
-        count, sums, count_base, sums_base, first, chunks, C, wide,
-        CP=plan.CP, ROWS=16, COLS=128,
-    )  # fmt: skip
+    rank_kernel[(chunks, X)](
+        gate, rank, before, count, T, C, plan.window, plan.block, CH=plan.CH, BS=min(64, plan.CH), CP=plan.CP
+    )
+    scan_counts_kernel[(X,)](count, count_base, first, chunks, C, CP=plan.CP, ROWS=16)
+    order_kernel[(triton.cdiv(T, 256), X)](
+        gate, rank, count_base, first, order, T, C, plan.window, chunks, CH=plan.CH, BT=256
+    )
+    sums, sums_base = (torch.empty(X, chunks + i, plan.kinds, C, 2 * d, **floats) for i in (0, 1))
+    if plan.notes:
+        sums_kernel[(chunks, X, plan.kinds * 2 * triton.cdiv(C, plan.GB))](
+            gate, rank, first, order, k, v, k_scale, v_scale, sums,
+            T, G, d, C, plan.window, plan.ring, *k.stride()[:2], *v.stride()[:2],
+            INT8=k.dtype == torch.int8, DTYPE=DTYPES[dtype], CH=plan.CH, BS=min(64, plan.CH), DP=plan.DP, GB=plan.GB,
+        )  # fmt: skip
+        width = plan.kinds * C * 2 * d
+        scan_sums_kernel[(X, triton.cdiv(width, 128))](sums, sums_base, chunks, width, ROWS=16, COLS=128)
     return KeyIndex(k, v, k_scale, v_scale, gate, rank, before, count_base, sums_base, first, order)
 
 
@@ -197,36 +216,31 @@ def index_rows(q: Tensor, keys: KeyIndex, find: Finder, awake: Tensor | None, t0
     r = H // G
     ints = {"dtype": torch.int32, "device": q.device}
     here = triton.cdiv(rows, plan.CH)
-    table = torch.empty(X, here * (plan.CH // plan.block), C, 2 * d * plan.notes, dtype=q.dtype, device=q.device)
-    if plan.notes or n:
-        notes_kernel[(here, X, 1 + 2 * plan.notes * triton.cdiv(C, plan.GB))](
-            keys.gate, keys.rank, keys.k, keys.v, keys.k_scale, keys.v_scale, keys.before, keys.count_base,
-            keys.sums_base, keys.first, keys.order, table,
-            T, G, d, C, plan.window, plan.block, chunks, t0 // plan.CH, *keys.k.stride()[:2], *keys.v.stride()[:2],
-            NOTES=plan.notes, INT8=keys.k.dtype == torch.int8, DTYPE=DTYPES[q.dtype], CH=plan.CH, BS=plan.BS,
-            DP=plan.DP, GB=plan.GB,
+    table = torch.empty(X, here * (plan.CH // plan.block), plan.kinds, C, 2 * d, dtype=q.dtype, device=q.device)
+    if plan.notes:
+        notes_kernel[(here, X, plan.kinds * 2 * triton.cdiv(C, plan.GB))](
+            keys.gate, keys.rank, keys.first, keys.order, keys.k, keys.v, keys.k_scale, keys.v_scale, keys.before,
+            keys.count_base, keys.sums_base, table, T, G, d, C, plan.window, plan.block, plan.ring, chunks,
+            t0 // plan.CH, *keys.k.stride()[:2], *keys.v.stride()[:2],
+            INT8=keys.k.dtype == torch.int8, DTYPE=DTYPES[q.dtype], CH=plan.CH, BS=plan.BS, DP=plan.DP, GB=plan.GB,
         )  # fmt: skip
     tiles, segments = triton.cdiv(rows, TOKENS), triton.cdiv(rows, plan.SEG)
-    opened, rank = (torch.empty(B, rows, H, n, **ints) for _ in range(2))
-    hist = torch.empty(X, tiles if n else 0, C, **ints)
+    opened = torch.empty(B, rows, H, n, **ints)
     rope = find.inv_freq is not None
     turned = torch.empty(q.shape, dtype=q.dtype, device=q.device) if rope else q
     if n or rope:
         probe_kernel[(tiles, X)](
             q, turned, find.prototypes, find.alive, find.positions, find.inv_freq, awake, keys.before,
-            keys.count_base, opened, rank, hist,
-            T, t0, t0 + rows, G, r, d, C, n, plan.block, chunks, *q.stride()[:2], find.position_stride,
+            keys.count_base, opened, T, t0, t0 + rows, G, r, d, C, n, plan.block, chunks, *q.stride()[:2], find.position_stride,
             ROPE=rope, AWAKE=awake is not None, PROBE=n > 0, CH=plan.CH, HP=plan.HP, CP=plan.CP, BT=TOKENS,
         )  # fmt: skip
-    start, size = (torch.empty(X, segments, C, **ints) for _ in range(2))
-    names = torch.empty(X, segments * plan.SEG * r * n, **ints)
+    size = torch.empty(X, segments, C, **ints)
+    names = torch.empty(X, segments, C, plan.SEG * r if n else 0, **ints)
     if n:
-        per = plan.SEG // TOKENS
-        bucket_kernel[(tiles, X)](
-            opened, rank, hist, start, size, names, rows, G, r, C, n, segments,
-            TILES=per, TP=max(2, per), CP=plan.CP, BT=TOKENS,
+        bucket_kernel[(segments * C, X)](
+            opened, size, names, rows, G, C, segments, SEG=plan.SEG, R=r, N=n, BT=1024,
         )  # fmt: skip
-    return Rows(turned, opened, start, size, names, table)
+    return Rows(turned, opened, size, names, table)
 
 
 def read_rows(
@@ -247,19 +261,20 @@ def read_rows(
     shared = {"NOTES": plan.notes, "INT8": keys.k.dtype == torch.int8, "DTYPE": DTYPES[q.dtype], "CH": plan.CH,
               "DP": plan.DP}  # fmt: skip
     if n:
-        segments = rows.bucket_start.shape[1]
+        segments = rows.bucket_count.shape[1]
         far_kernel[(segments * C, X)](
             q, keys.k, keys.v, keys.k_scale, keys.v_scale, keys.order, keys.first, keys.before, keys.count_base,
-            keys.sums_base, rows.bucket_start, rows.bucket_count, rows.bucket_rows, far_out, far_lse,
-            T, t0, size, G, r, d, C, n, plan.ring, plan.block, chunks, segments, scale * LOG2_E, *strides,
-            SEG=plan.SEG, M=plan.FAR_M, BN=plan.FAR_BN, NT=plan.NT, **shared,
+            rows.notes, rows.bucket_count, rows.bucket_rows, far_out, far_lse,
+            T, t0, size, G, d, C, plan.ring, plan.block, chunks, segments, rows.notes.shape[1], scale * LOG2_E,
+            *strides,
+            SEG=plan.SEG, R=r, N=n, M=plan.FAR_M, BN=plan.FAR_BN, NT=plan.NT, **shared,
         )  # fmt: skip
     near_kernel[(triton.cdiv(size, plan.TT), X, triton.cdiv(r, plan.RC))](
         q, keys.k, keys.v, keys.k_scale, keys.v_scale, rows.notes, keys.before, keys.count_base, opened, far_out,
         far_lse, weight, length, out, lse,
         T, t0, size, G, r, d, C, plan.window, plan.block, plan.anchors, chunks, rows.notes.shape[1], scale * LOG2_E,
         *strides, out.stride(0),
-        N=n, WEIGH=weight is not None, KEEP=length is not None, TT=plan.TT, RC=plan.RC, M=plan.NEAR_M,
+        KINDS=plan.kinds, N=n, WEIGH=weight is not None, KEEP=length is not None, TT=plan.TT, RC=plan.RC, M=plan.NEAR_M,
         BN=plan.NEAR_BN, AP=max(16, triton.next_power_of_2(plan.anchors)) if plan.anchors else 0, GB=plan.GB,
         NTT=max(1, plan.TT // plan.block), **shared,
     )  # fmt: skip

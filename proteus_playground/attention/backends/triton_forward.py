@@ -31,42 +31,12 @@ def left_at(tick, count_base, before, bg, c, chunks, C, block, real, CH: tl.cons
 
 
 @triton.jit
-def rest_means(
-    k, v, k_scale, v_scale, order, sums, tick, rest, base, real, k_token, v_token, G, d, column,
-    INT8: tl.constexpr, DTYPE: tl.constexpr, BN: tl.constexpr, NT: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """Mean key and value, `(NT, DP)` each, of what a gate holds beyond its ring at each tick of a segment.
-
-    `sums` points to the gate's sums when the segment began, over `base` keys; each tick adds the keys that have left the
-    ring since, or takes off those of the ring that are among the `base`.
-    """
-    fits = column < d
-    rest_k = tl.zeros((NT, DP), tl.float32) + tl.load(sums + column, mask=fits, other=0.0)[None, :]
-    rest_v = tl.zeros((NT, DP), tl.float32) + tl.load(sums + d + column, mask=fits, other=0.0)[None, :]
-    low = tl.min(tl.where(real, rest, base), 0)
-    high = tl.maximum(base, tl.max(rest, 0))
-    for at in range(low, high, BN):
-        place = at + tl.arange(0, BN)
-        here = place < high
-        j = tl.load(order + place, mask=here, other=0)
-        gained = (place[None, :] >= base) & (place[None, :] < rest[:, None])
-        lost = (place[None, :] < base) & (place[None, :] >= rest[:, None])
-        change = (gained.to(tl.float32) - lost.to(tl.float32)).to(DTYPE)
-        rest_k = tl.dot(change, load_rows(k, k_scale, j, k_token, G, column, here, d, INT8, DTYPE), rest_k,
-                        input_precision="ieee")  # fmt: skip
-        rest_v = tl.dot(change, load_rows(v, v_scale, j, v_token, G, column, here, d, INT8, DTYPE), rest_v,
-                        input_precision="ieee")  # fmt: skip
-    size = tl.maximum(rest, 1).to(tl.float32)[:, None]
-    return (rest_k / size).to(DTYPE), (rest_v / size).to(DTYPE)
-
-
-@triton.jit
 def far_kernel(
-    q, k, v, k_scale, v_scale, order, first, before, count_base, sums_base, bucket_start, bucket_count, bucket_rows,
-    out, lse, T, t0, rows, G, r, d, C, n, ring, block, chunks, segments, scale,
+    q, k, v, k_scale, v_scale, order, first, before, count_base, notes, bucket_count, bucket_rows, out,
+    lse, T, t0, rows, G, d, C, ring, block, chunks, segments, note_ticks, scale,
     q_batch, q_token, k_batch, k_token, v_batch, v_token,
     NOTES: tl.constexpr, INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, SEG: tl.constexpr,
-    M: tl.constexpr, BN: tl.constexpr, NT: tl.constexpr, DP: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, NT: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Every (row, probe) of one bucket over the ring of its gate and the note of the rest.
 
@@ -79,8 +49,9 @@ def far_kernel(
     count = tl.load(bucket_count + bucket)
     if count == 0:
         return
-    bucket_rows += (bg * segments + segment) * (SEG * r * n) + tl.load(bucket_start + bucket)
+    bucket_rows += bucket * (SEG * R)
     order += bg * T + tl.load(first + bg * C + c)
+    q += b * q_batch + g * R * d
     k += b * k_batch + g * d
     v += b * v_batch + g * d
     k_scale += b * T * G + g
@@ -89,30 +60,26 @@ def far_kernel(
     column = tl.arange(0, DP)
     tick = start // block + tl.arange(0, NT)
     real = (tl.arange(0, NT) < SEG // block) & (tick * block < t0 + rows)
-    rest = tl.zeros((NT,), tl.int32)
     if NOTES:
-        chunk = start // CH
-        base = tl.load(count_base + (bg * (chunks + 1) + chunk) * C + c)
-        rest = tl.maximum(left_at(tick, count_base, before, bg, c, chunks, C, block, real, CH) - ring, 0)
-        rest_k, rest_v = rest_means(
-            k, v, k_scale, v_scale, order, sums_base + ((bg * (chunks + 1) + chunk) * C + c) * (2 * d), tick, rest, base,
-            real, k_token, v_token, G, d, column, INT8, DTYPE, BN, NT, DP,
-        )  # fmt: skip
+        rest = left_at(tick, count_base, before, bg, c, chunks, C, block, real, CH) - ring
+        held = (rest > 0)[:, None] & (column < d)[None, :]
+        note_at = notes + ((bg * note_ticks + tick - t0 // block) * (2 * C) + C + c)[:, None] * (2 * d) + column[None, :]
+        rest_k, rest_v = tl.load(note_at, mask=held, other=0.0), tl.load(note_at + d, mask=held, other=0.0)
+        lift = tl.log2(tl.maximum(rest, 1).to(tl.float32))[None, :]
     for i0 in range(0, count, M):
         i = i0 + tl.arange(0, M)
         ok = i < count
         name = tl.load(bucket_rows + i, mask=ok, other=0)
-        t = start + name // (r * n)
-        line = (b * rows + t - t0) * (G * r) + g * r + name // n % r
-        q_at = q + b * q_batch + (t - t0).to(tl.int64)[:, None] * q_token + (g * r + name // n % r)[:, None] * d
-        x = tl.load(q_at + column[None, :], mask=ok[:, None] & (column < d)[None, :], other=0.0)
+        t = start + name // (R * N)
+        line = (t - t0).to(tl.int64) * (G * R) + g * R + name // N % R
+        x = tl.load(q + ((t - t0).to(tl.int64) * q_token + (name // N % R) * d)[:, None] + column[None, :],
+                    mask=ok[:, None] & (column < d)[None, :], other=0.0)  # fmt: skip
         left = left_at(t // block, count_base, before, bg, c, chunks, C, block, ok, CH)
         top = tl.zeros((M,), tl.float32) - 1e30
         mass = tl.zeros((M,), tl.float32)
         acc = tl.zeros((M, DP), tl.float32)
         if NOTES:
             own = ((t // block)[:, None] == tick[None, :]) & (rest > 0)[None, :]
-            lift = tl.log2(tl.maximum(rest, 1).to(tl.float32))[None, :]
             top, mass, acc = absorb(x, rest_k, rest_v, own, lift, scale, top, mass, acc, DTYPE)
         low = tl.maximum(tl.min(tl.where(ok, left, T), 0) - ring, 0)
         high = tl.max(left, 0)
@@ -125,7 +92,7 @@ def far_kernel(
             seen = (place[None, :] >= left[:, None] - ring) & (place[None, :] < left[:, None])
             top, mass, acc = absorb(x, keys, values, seen, 0.0, scale, top, mass, acc, DTYPE)
         mass = tl.maximum(mass, 1e-30)
-        line = line * n + name % n
+        line = (b * rows * (G * R) + line) * N + name % N
         tl.store(out + line[:, None] * d + column[None, :], (acc / mass[:, None]).to(DTYPE),
                  mask=ok[:, None] & (column < d)[None, :])  # fmt: skip
         tl.store(lse + line, (top + tl.log2(mass)) * 0.6931471805599453, mask=ok)
@@ -145,7 +112,7 @@ def near_kernel(
     q, k, v, k_scale, v_scale, notes, before, count_base, probes, far_out, far_lse, weight, length, out, lse,
     T, t0, rows, G, r, d, C, window, block, anchors, chunks, note_ticks, scale,
     q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch,
-    NOTES: tl.constexpr, N: tl.constexpr, WEIGH: tl.constexpr, KEEP: tl.constexpr, INT8: tl.constexpr,
+    NOTES: tl.constexpr, KINDS: tl.constexpr, N: tl.constexpr, WEIGH: tl.constexpr, KEEP: tl.constexpr, INT8: tl.constexpr,
     DTYPE: tl.constexpr, CH: tl.constexpr, TT: tl.constexpr, RC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     AP: tl.constexpr, GB: tl.constexpr, NTT: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +158,7 @@ def near_kernel(
         if NOTES:
             for s in range(NTT):
                 tick = begin // block + s
-                note = (bg * note_ticks + tick - t0 // block) * C
+                note = (bg * note_ticks + tick - t0 // block) * (KINDS * C)
                 for c0 in range(0, C, GB):
                     c = c0 + tl.arange(0, GB)
                     real = (c < C) & (tick * block < t0 + rows)

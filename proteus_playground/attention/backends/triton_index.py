@@ -28,10 +28,28 @@ def sharp_dot(x, p, acc):
 
 
 @triton.jit
-def turn(first, second, position, inv_freq, half, d, HP: tl.constexpr):
-    """RoPE on both halves `(rows, HP)` of a tile at `position` (rows,), in float32, back in the tile's precision."""
+def angles(position, inv_freq, half, d):
+    """Cosine and sine of position x frequency, `(rows, HP)` float32, to 1e-6 up to angles of a few million.
+
+    The library's functions fall back on local memory for large angles and cost ten times as much.
+    """
     angle = position.to(tl.float32)[:, None] * tl.load(inv_freq + half, mask=half < d // 2, other=0.0)[None, :]
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    turns = tl.floor(angle * 0.6366197723675814 + 0.5)  # quarter turns; pi / 2 is taken off in parts of few bits
+    x = tl.fma(turns, -1.5703125, angle)
+    x = tl.fma(turns, -0.0004837512969970703, x)
+    x = tl.fma(turns, -7.549789948768648e-08, x)
+    y = x * x
+    sine = x + x * y * (-0.16666654611 + y * (0.0083321608736 + y * -0.00019515295891))
+    cosine = 1 - 0.5 * y + y * y * (0.04166664568298827 + y * (-0.001388731625493765 + y * 2.443315711809948e-05))
+    quarter = turns.to(tl.int32)
+    swap = (quarter & 1) == 1
+    cos, sin = tl.where(swap, sine, cosine), tl.where(swap, cosine, sine)
+    return tl.where(((quarter + 1) & 2) == 2, -cos, cos), tl.where((quarter & 2) == 2, -sin, sin)
+
+
+@triton.jit
+def turn(first, second, cos, sin):
+    """RoPE on both halves `(rows, HP)` of a tile, in float32, back in the tile's precision."""
     a, b = first.to(tl.float32), second.to(tl.float32)
     return (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
 
@@ -73,7 +91,8 @@ def gates_kernel(
     tl.store(gate + tl.program_id(1).to(tl.int64) * T + t, tl.where((t >= anchors) & (t < end), best, -1), mask=rows)
     if ROPE:
         at = tl.load(position + b.to(tl.int64) * position_batch + t, mask=rows, other=0)
-        first, second = turn(first, second, at, inv_freq, half, d, HP)
+        cos, sin = angles(at, inv_freq, half, d)
+        first, second = turn(first, second, cos, sin)
     line = (b.to(tl.int64) * T + t) * G + g
     out = line[:, None] * d + half[None, :]
     if INT8:
@@ -97,93 +116,34 @@ def load_rows(x, scale, t, stride, G, column, rows, d, INT8: tl.constexpr, DTYPE
 
 
 @triton.jit
-def gates_block(part, C, GB: tl.constexpr):
-    """Which gates the program `part` >= 1 works on, and whether on their values (1) or their keys (0)."""
-    blocks = tl.cdiv(C, GB)
-    return (part - 1) % blocks * GB + tl.arange(0, GB), (part > blocks).to(tl.int32)
-
-
-@triton.jit
-def sum_keys(
-    total, gates, values, gate, k, v, k_scale, v_scale, u, end, T, window, k_token, v_token, G, d,
-    INT8: tl.constexpr, DTYPE: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """total (GB, DP) plus the keys (or values) at u that fall into each of `gates`; u < end counts."""
-    column = tl.arange(0, DP)
-    real = (u >= window) & (u < T + window) & (u < end)
-    hot = gates[:, None] == tl.load(gate + u, mask=real, other=-1)[None, :]
-    if values > 0:
-        x = load_rows(v, v_scale, u - window, v_token, G, column, real, d, INT8, DTYPE)
-    else:
-        x = load_rows(k, k_scale, u - window, k_token, G, column, real, d, INT8, DTYPE)
-    return tl.dot(hot.to(DTYPE), x, total, input_precision="ieee")
-
-
-@triton.jit
-def store_sums(at, x, gates, values, C, d, DP: tl.constexpr):
-    """Write x (GB, DP) into a table (C, 2 d) at its gates, in the keys' or the values' half."""
-    column = tl.arange(0, DP)
-    tl.store(at + gates[:, None] * (2 * d) + values * d + column[None, :], x,
-             mask=(gates < C)[:, None] & (column < d)[None, :])  # fmt: skip
-
-
-@triton.jit
-def rank_chunk(
-    gate, rank, before, count, u, T, window, C, tick0, block, CH: tl.constexpr, BS: tl.constexpr, CP: tl.constexpr
+def rank_kernel(
+    gate, rank, before, count, T, C, window, block, CH: tl.constexpr, BS: tl.constexpr, CP: tl.constexpr
 ):
-    """Ranks of a chunk's keys in their gates, counts at its ticks and at its end."""
-    c = tl.arange(0, CP)
+    """Per chunk: rank of each key in its gate, counts at every tick, and how many keys a gate takes.
+
+    rank (B G, T); before (B G, ticks, C), keys of the chunk that left before a tick; count (B G, chunks, C).
+    """
+    chunk, chunks, bg = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    c, u = tl.arange(0, CP), chunk * CH + tl.arange(0, BS)
     earlier = (tl.arange(0, BS)[:, None] > tl.arange(0, BS)[None, :]).to(tl.float16)
     running = tl.zeros((CP,), tl.int32)
+    before += bg * chunks * (CH // block) * C
     for _ in range(CH // BS):
         real = (u >= window) & (u < T + window)
-        hot = tl.load(gate + u, mask=real, other=-1)[:, None] == c[None, :]
+        hot = tl.load(gate + bg * T + u - window, mask=real, other=-1)[:, None] == c[None, :]
         so_far = running[None, :] + tl.dot(earlier, hot.to(tl.float16)).to(tl.int32)
-        tl.store(rank + u, tl.sum(tl.where(hot, so_far, 0), 1), mask=real)
+        tl.store(rank + bg * T + u - window, tl.sum(tl.where(hot, so_far, 0), 1), mask=real)
         starts = (u % block == 0)[:, None] & (c < C)[None, :]
-        tl.store(before + (tick0 + u // block)[:, None] * C + c[None, :], so_far, mask=starts)
+        tl.store(before + (u // block)[:, None] * C + c[None, :], so_far, mask=starts)
         running += tl.sum(hot.to(tl.int32), 0)
         u += BS
-    tl.store(count + c, running, mask=c < C)
+    tl.store(count + (bg * chunks + chunk) * C + c, running, mask=c < C)
 
 
 @triton.jit
-def chunks_kernel(
-    gate, k, v, k_scale, v_scale, rank, before, count, sums,
-    T, G, d, C, window, block, k_batch, k_token, v_batch, v_token,
-    NOTES: tl.constexpr, INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, BS: tl.constexpr,
-    DP: tl.constexpr, CP: tl.constexpr, GB: tl.constexpr,
-):  # fmt: skip
-    """Per chunk: rank of each key in its gate, counts at every tick, how many keys a gate takes and their sum.
-
-    rank (B G, T); before (B G, ticks, C), keys of the chunk that left before a tick; count (B G, chunks, C); sums
-    (B G, chunks, C, 2 d) float32. Axis 2 of the grid: ranks and counts, then blocks of gates of keys, then of values.
-    """
-    chunk, bg, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    u = chunk * CH + tl.arange(0, BS)
-    gate += bg.to(tl.int64) * T - window
-    line = bg.to(tl.int64) * tl.num_programs(0) + chunk
-    if part == 0:
-        rank_chunk(gate, rank + bg.to(tl.int64) * T - window, before, count + line * C, u, T, window, C,
-                   bg.to(tl.int64) * (tl.num_programs(0) * (CH // block)), block, CH, BS, CP)  # fmt: skip
-    elif NOTES:
-        b, g = (bg // G).to(tl.int64), bg % G
-        gates, values = gates_block(part, C, GB)
-        total = tl.zeros((GB, DP), tl.float32)
-        for _ in range(CH // BS):
-            total = sum_keys(
-                total, gates, values, gate, k + b * k_batch + g * d, v + b * v_batch + g * d, k_scale + b * T * G + g,
-                v_scale + b * T * G + g, u, T + window, T, window, k_token, v_token, G, d, INT8, DTYPE, DP,
-            )  # fmt: skip
-            u += BS
-        store_sums(sums + line * C * (2 * d), total, gates, values, C, d, DP)
-
-
-@triton.jit
-def scan(x, base, rows, width, column, zero, ROWS: tl.constexpr):
+def scan(x, base, rows, width, column, held, ROWS: tl.constexpr):
     """Running totals of x (rows, width) down its rows, exclusive, one row longer: into `base`; returns the last."""
     row = tl.arange(0, ROWS)
-    held = zero
     tl.store(base + column, held, mask=column < width)
     for at in range(0, rows, ROWS):
         here = (at + row < rows)[:, None] & (column < width)[None, :]
@@ -195,80 +155,127 @@ def scan(x, base, rows, width, column, zero, ROWS: tl.constexpr):
 
 
 @triton.jit
-def scan_kernel(
-    count, sums, count_base, sums_base, first, chunks, C, width,
-    CP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+def scan_counts_kernel(count, base, first, chunks, C, CP: tl.constexpr, ROWS: tl.constexpr):
+    """Running totals over chunks, and `first` (B G, C): where a gate's keys begin in (gate, position) order."""
+    bg, c = tl.program_id(0).to(tl.int64), tl.arange(0, CP)
+    total = scan(count + bg * chunks * C, base + bg * (chunks + 1) * C, chunks, C, c, tl.zeros((CP,), tl.int32), ROWS)
+    tl.store(first + bg * C + c, tl.cumsum(total, 0) - total, mask=c < C)
+
+
+@triton.jit
+def scan_sums_kernel(sums, base, chunks, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Running totals over chunks of `sums` (B G, chunks, width)."""
+    bg, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    scan(sums + bg * chunks * width, base + bg * (chunks + 1) * width, chunks, width, column,
+         tl.zeros((COLS,), tl.float32), ROWS)  # fmt: skip
+
+
+@triton.jit
+def order_kernel(gate, rank, count_base, first, order, T, C, window, chunks, CH: tl.constexpr, BT: tl.constexpr):
+    """Put keys in (gate, position) order: `order` (B G, T). Rank counts from the gate's first key from here on."""
+    j, bg = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1).to(tl.int64)
+    home = tl.load(gate + bg * T + j, mask=j < T, other=-1)
+    real = home >= 0
+    place = tl.load(count_base + (bg * (chunks + 1) + (j + window) // CH) * C + home, mask=real, other=0)
+    place += tl.load(rank + bg * T + j, mask=real, other=0)
+    tl.store(rank + bg * T + j, place, mask=real)
+    tl.store(order + bg * T + tl.load(first + bg * C + home, mask=real, other=0) + place, j, mask=real)
+
+
+@triton.jit
+def note_block(part, C, GB: tl.constexpr):
+    """What program `part` sums: which gates, their values (1) or keys (0), what left the ring (1) or the window (0)."""
+    blocks = tl.cdiv(C, GB)
+    return part % blocks * GB + tl.arange(0, GB), part // blocks % 2, part // (2 * blocks)
+
+
+@triton.jit
+def sum_keys(
+    total, gates, ring_too, x, scale, stride, gate, rank, first, order, u, end, T, window, ring, G, d,
+    INT8: tl.constexpr, DTYPE: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Exclusive running totals over chunks, and `first` (B G, C): where a gate's keys begin in (gate, position) order.
-    Axis 1 of the grid: counts, then blocks of columns of the sums."""
-    bg, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if part == 0:
-        c = tl.arange(0, CP)
-        total = scan(count + bg * chunks * C, count_base + bg * (chunks + 1) * C, chunks, C, c,
-                     tl.zeros((CP,), tl.int32), ROWS)  # fmt: skip
-        tl.store(first + bg * C + c, tl.cumsum(total, 0) - total, mask=c < C)
-    else:
-        column = (part - 1) * COLS + tl.arange(0, COLS)
-        size = C * width
-        scan(sums + bg * chunks * size, sums_base + bg * (chunks + 1) * size, chunks, size, column,
-             tl.zeros((COLS,), tl.float32), ROWS)  # fmt: skip
+    """total (GB, DP) plus what enters the notes of `gates` while keys at u < end leave the window.
+
+    A full note takes the very keys; the note beside an open ring takes those they push out, `ring` places older.
+    """
+    real = (u >= window) & (u < T + window) & (u < end)
+    home = tl.load(gate + u - window, mask=real, other=-1)
+    j = u - window
+    if ring_too > 0:
+        place = tl.load(rank + j, mask=real, other=0) - ring
+        home = tl.where(place >= 0, home, -1)
+        j = tl.load(order + tl.load(first + home, mask=home >= 0, other=0) + place, mask=home >= 0, other=0)
+    tile = load_rows(x, scale, j, stride, G, tl.arange(0, DP), home >= 0, d, INT8, DTYPE)
+    return tl.dot((gates[:, None] == home[None, :]).to(DTYPE), tile, total, input_precision="ieee")
+
+
+@triton.jit
+def sums_kernel(
+    gate, rank, first, order, k, v, k_scale, v_scale, sums,
+    T, G, d, C, window, ring, k_batch, k_token, v_batch, v_token,
+    INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, BS: tl.constexpr, DP: tl.constexpr, GB: tl.constexpr,
+):  # fmt: skip
+    """What each chunk adds to each note: sums (B G, chunks, kinds, C, 2 d) float32. Axis 2: see `note_block`."""
+    chunk, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, g = bg // G, bg % G
+    gates, values, ring_too = note_block(tl.program_id(2), C, GB)
+    kinds = tl.num_programs(2) // (2 * tl.cdiv(C, GB))
+    x, scale, stride = k + b * k_batch + g * d, k_scale + b * T * G + g, k_token
+    if values > 0:
+        x, scale, stride = v + b * v_batch + g * d, v_scale + b * T * G + g, v_token
+    total = tl.zeros((GB, DP), tl.float32)
+    for at in range(0, CH, BS):
+        total = sum_keys(total, gates, ring_too, x, scale, stride, gate + bg * T, rank + bg * T, first + bg * C,
+                         order + bg * T, chunk * CH + at + tl.arange(0, BS), (chunk + 1) * CH, T, window, ring, G, d,
+                         INT8, DTYPE, DP)  # fmt: skip
+    line = ((bg * tl.num_programs(0) + chunk) * kinds + ring_too) * C + gates
+    column = tl.arange(0, DP)
+    tl.store(sums + line[:, None] * (2 * d) + values * d + column[None, :], total,
+             mask=(gates < C)[:, None] & (column < d)[None, :])  # fmt: skip
 
 
 @triton.jit
 def notes_kernel(
-    gate, rank, k, v, k_scale, v_scale, before, count_base, sums_base, first, order, notes,
-    T, G, d, C, window, block, chunks, chunk0, k_batch, k_token, v_batch, v_token,
-    NOTES: tl.constexpr, INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, BS: tl.constexpr,
-    DP: tl.constexpr, GB: tl.constexpr,
+    gate, rank, first, order, k, v, k_scale, v_scale, before, count_base, sums_base, notes,
+    T, G, d, C, window, block, ring, chunks, chunk0, k_batch, k_token, v_batch, v_token,
+    INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, BS: tl.constexpr, DP: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
-    """Put keys in (gate, position) order, `order` (B G, T), and write each gate's mean at each tick, `notes`
-    (B G, ticks, C, 2 d): the mean of every key that has left. Axis 2 of the grid as in `chunks_kernel`."""
-    chunk, bg, part = chunk0 + tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    gate += bg * T - window
-    base = (bg * (chunks + 1) + chunk) * C
-    if part == 0:
-        for at in range(0, CH, BS):
-            u = chunk * CH + at + tl.arange(0, BS)
-            real = (u >= window) & (u < T + window)
-            home = tl.load(gate + u, mask=real, other=-1)
-            real = real & (home >= 0)
-            place = tl.load(first + bg * C + home, mask=real, other=0)
-            place += tl.load(count_base + base + home, mask=real, other=0)
-            place += tl.load(rank + bg * T + u - window, mask=real, other=0)
-            tl.store(order + bg * T + place, u - window, mask=real)
-    elif NOTES:
-        b, g = bg // G, bg % G
-        gates, values = gates_block(part, C, GB)
-        column = tl.arange(0, DP)
-        total = tl.load(sums_base + (base + gates)[:, None] * (2 * d) + values * d + column[None, :],
-                        mask=(gates < C)[:, None] & (column < d)[None, :], other=0.0)  # fmt: skip
-        held = tl.load(count_base + base + gates, mask=gates < C, other=0)
-        ticks = CH // block
-        for tick in range(ticks):
-            fresh = tl.load(before + ((bg * chunks + chunk) * ticks + tick) * C + gates, mask=gates < C, other=0)
-            mean = total / tl.maximum(held + fresh, 1).to(tl.float32)[:, None]
-            line = (bg * tl.num_programs(0) + tl.program_id(0)) * ticks + tick
-            store_sums(notes + line * C * (2 * d), mean.to(DTYPE), gates, values, C, d, DP)
-            begin = chunk * CH + tick * block
-            for at in range(0, block, BS):
-                total = sum_keys(
-                    total, gates, values, gate, k + b * k_batch + g * d, v + b * v_batch + g * d,
-                    k_scale + b * T * G + g, v_scale + b * T * G + g, begin + at + tl.arange(0, BS), begin + block, T,
-                    window, k_token, v_token, G, d, INT8, DTYPE, DP,
-                )  # fmt: skip
+    """Means at each tick, `notes` (B G, ticks, kinds, C, 2 d): of all keys that have left, and of those less the ring."""
+    chunk, bg = chunk0 + tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, g = bg // G, bg % G
+    gates, values, ring_too = note_block(tl.program_id(2), C, GB)
+    kinds = tl.num_programs(2) // (2 * tl.cdiv(C, GB))
+    x, scale, stride = k + b * k_batch + g * d, k_scale + b * T * G + g, k_token
+    if values > 0:
+        x, scale, stride = v + b * v_batch + g * d, v_scale + b * T * G + g, v_token
+    column = values * d + tl.arange(0, DP)
+    fits = (gates < C)[:, None] & (tl.arange(0, DP) < d)[None, :]
+    line = ((bg * (chunks + 1) + chunk) * kinds + ring_too) * C + gates
+    total = tl.load(sums_base + line[:, None] * (2 * d) + column[None, :], mask=fits, other=0.0)
+    held = tl.load(count_base + (bg * (chunks + 1) + chunk) * C + gates, mask=gates < C, other=0) - ring_too * ring
+    ticks = CH // block
+    for tick in range(ticks):
+        fresh = tl.load(before + ((bg * chunks + chunk) * ticks + tick) * C + gates, mask=gates < C, other=0)
+        mean = total / tl.maximum(held + fresh, 1).to(tl.float32)[:, None]
+        line = (((bg * tl.num_programs(0) + tl.program_id(0)) * ticks + tick) * kinds + ring_too) * C + gates
+        tl.store(notes + line[:, None] * (2 * d) + column[None, :], mean.to(DTYPE), mask=fits)
+        begin = chunk * CH + tick * block
+        for at in range(0, block, BS):
+            total = sum_keys(total, gates, ring_too, x, scale, stride, gate + bg * T, rank + bg * T,
+                             first + bg * C, order + bg * T, begin + at + tl.arange(0, BS), begin + block, T, window,
+                             ring, G, d, INT8, DTYPE, DP)  # fmt: skip
 
 
 @triton.jit
 def probe_kernel(
-    q, q_out, prototypes, alive, position, inv_freq, awake, before, count_base, probes, rank, hist,
+    q, q_out, prototypes, alive, position, inv_freq, awake, before, count_base, probes,
     T, t0, rows_end, G, r, d, C, n, block, chunks, q_batch, q_token, position_batch,
     ROPE: tl.constexpr, AWAKE: tl.constexpr, PROBE: tl.constexpr, CH: tl.constexpr, HP: tl.constexpr,
     CP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Open the n gates with the largest q.p among those that hold a key, and write queries rotated.
 
-    For rows t0 <= t < rows_end: q and q_out (B, rows, G r, d); probes (B, rows, G r, n), -1 for none; rank, same shape,
-    the row's place among those of this tile that open the same gate; hist (B G, tiles, C), how many do.
+    For rows t0 <= t < rows_end: q and q_out (B, rows, G r, d); probes (B, rows, G r, n), -1 for none.
     """
     at = tl.program_id(0) * BT + tl.arange(0, BT)
     t = t0 + at
@@ -278,9 +285,8 @@ def probe_kernel(
     half, c = tl.arange(0, HP), tl.arange(0, CP)
     fits = rows[:, None] & (half < d // 2)[None, :]
     size = rows_end - t0
-    where = tl.zeros((BT,), tl.int32)
     if ROPE:
-        where = tl.load(position + b * position_batch + t, mask=rows, other=0).to(tl.int32)
+        cos, sin = angles(tl.load(position + b * position_batch + t, mask=rows, other=0), inv_freq, half, d)
     if PROBE:
         p_at = prototypes + (g * C + c)[None, :] * d + half[:, None]
         p_fits = (c < C)[None, :] & (half < d // 2)[:, None]
@@ -290,8 +296,6 @@ def probe_kernel(
         here = rows[:, None] & (c < C)[None, :]
         left = tl.load(count_base + held, mask=here, other=0) + tl.load(before + fresh, mask=here, other=0)
         usable = (left > 0) & (tl.load(alive + g * C + c, mask=c < C, other=0) != 0)[None, :]
-        earlier = (tl.arange(0, BT)[:, None] > tl.arange(0, BT)[None, :]).to(tl.float16)
-        running = tl.zeros((CP,), tl.int32)
     for h in range(r):
         q_at = q + b * q_batch + at.to(tl.int64)[:, None] * q_token + (g * r + h) * d + half[None, :]
         first, second = tl.load(q_at, mask=fits, other=0.0), tl.load(q_at + d // 2, mask=fits, other=0.0)
@@ -303,52 +307,37 @@ def probe_kernel(
                 up = tl.load(awake + line, mask=rows, other=0) != 0
                 score = tl.where(up[:, None], score, -float("inf"))
             for i in range(n):
-                best = tl.argmax(score, 1)
-                opened = tl.max(score, 1) > -float("inf")
-                hot = (best[:, None] == c[None, :]) & opened[:, None]
-                so_far = running[None, :] + tl.dot(earlier, hot.to(tl.float16)).to(tl.int32)
+                most, best = tl.max(score, 1, return_indices=True)
+                opened = most > -float("inf")
                 tl.store(probes + line * n + i, tl.where(opened, best, -1), mask=rows)
-                tl.store(rank + line * n + i, tl.sum(tl.where(hot, so_far, 0), 1), mask=rows)
-                running += tl.sum(hot.to(tl.int32), 0)
-                score = tl.where(hot, -float("inf"), score)
+                score = tl.where(best[:, None] == c[None, :], -float("inf"), score)
         if ROPE:
-            first, second = turn(first, second, where, inv_freq, half, d, HP)
+            first, second = turn(first, second, cos, sin)
             out = q_out + line[:, None] * d + half[None, :]
             tl.store(out, first, mask=fits)
             tl.store(out + d // 2, second, mask=fits)
-    if PROBE:
-        tl.store(hist + (bg * tl.num_programs(0) + tl.program_id(0)) * C + c, running, mask=c < C)
 
 
 @triton.jit
 def bucket_kernel(
-    probes, rank, hist, bucket_start, bucket_count, bucket_rows, rows, G, r, C, n, segments,
-    TILES: tl.constexpr, TP: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr,
+    probes, bucket_count, bucket_rows, rows, G, C, segments,
+    SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Sort row ids (token x r + head) x n + probe, counted from the segment's first row, into buckets (segment, gate).
-
-    bucket_start, bucket_count (B G, segments, C); bucket_rows (B G, segments x SEG x r x n) int32. TILES tiles of BT
-    tokens make a segment.
-    """
-    tile, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """List the (row, probe) pairs of a segment that open gate c: their names, (token x R + head) x N + probe, counted
+    from the segment's first row, in that order. bucket_count (B G, segments, C); bucket_rows (.., SEG x R) int32."""
+    segment, c = tl.program_id(0) // C, tl.program_id(0) % C
+    bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
-    segment, inside = tile // TILES, tile % TILES
-    c, s = tl.arange(0, CP), tl.arange(0, TP)
-    here = (s < TILES) & (segment * TILES + s < tl.num_programs(0))
-    counts = tl.load(hist + (bg * tl.num_programs(0) + segment * TILES + s)[:, None] * C + c[None, :],
-                     mask=here[:, None] & (c < C)[None, :], other=0)  # fmt: skip
-    total = tl.sum(counts, 0)
-    start = tl.cumsum(total, 0) - total
-    if inside == 0:
-        tl.store(bucket_start + (bg * segments + segment) * C + c, start, mask=c < C)
-        tl.store(bucket_count + (bg * segments + segment) * C + c, total, mask=c < C)
-    start += tl.sum(tl.where((s < inside)[:, None], counts, 0), 0)
-    at = tile * BT + tl.arange(0, BT)
-    bucket_rows += (bg * segments + segment) * (TILES * BT * r * n)
-    for h in range(r):
-        line = (b * rows + at) * (G * r) + g * r + h
-        for i in range(n):
-            home = tl.load(probes + line * n + i, mask=at < rows, other=-1)
-            place = tl.sum(tl.where(home[:, None] == c[None, :], start[None, :], 0), 1)
-            place += tl.load(rank + line * n + i, mask=home >= 0, other=0)
-            tl.store(bucket_rows + place, ((inside * BT + tl.arange(0, BT)) * r + h) * n + i, mask=home >= 0)
+    bucket = (bg * segments + segment) * C + c
+    bucket_rows += bucket * (SEG * R)
+    probes += ((b * rows + segment * SEG) * G + g) * (R * N)
+    count = 0
+    for at in range(0, SEG * R * N, BT):
+        name = at + tl.arange(0, BT)
+        token = name // (R * N)
+        here = (name < SEG * R * N) & (segment * SEG + token < rows)
+        hit = tl.load(probes + token * (G * R * N) + name % (R * N), mask=here, other=-1) == c
+        place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+        tl.store(bucket_rows + place, name, mask=hit)
+        count += tl.sum(hit.to(tl.int32), 0)
+    tl.store(bucket_count + bucket, count)
