@@ -18,6 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..shortlist import Shortlist
+from .triton_backward import (
+    anchor_kernel,
+    delta_kernel,
+    far_key_kernel,
+    far_query_kernel,
+    near_key_kernel,
+    near_query_kernel,
+    note_grad_kernel,
+    spread_kernel,
+)
 from .triton_forward import far_kernel, near_kernel
 from .triton_index import (
     bucket_kernel,
@@ -26,6 +37,7 @@ from .triton_index import (
     order_kernel,
     probe_kernel,
     rank_kernel,
+    rotate_kernel,
     scan_counts_kernel,
     scan_sums_kernel,
     sums_kernel,
@@ -33,6 +45,7 @@ from .triton_index import (
 
 PIECE = 1 << 17  # tokens whose rows are handled at a time, without autograd: what they need on the way is freed again
 TOKENS = 64  # tokens per tile of the index
+TILE = 64  # rows per tile
 LOG2_E = 1.4426950408889634
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -49,14 +62,12 @@ class Plan:
     notes: bool
     CH: int  # tokens per chunk of keys
     SEG: int  # tokens per segment of rows
-    NT: int  # ticks per segment, at least 16
     TT: int  # tokens per near tile
     RC: int  # heads per near tile
-    NEAR_M: int  # rows per near tile
-    NEAR_BN: int  # keys per step of a near tile
-    FAR_M: int
-    FAR_BN: int
-    GB: int  # gates per block
+    M: int  # rows per tile
+    BN: int  # keys per step of a tile
+    NB: int  # notes per step of a tile
+    GB: int  # gates per block when keys are summed
     BS: int  # keys per step when a tick is summed
     HP: int  # d / 2, C, d as powers of two of at least 16
     CP: int
@@ -75,30 +86,32 @@ def make_plan(
     """The plan for r = `per_group` rows per token and group, head dim d and C = `gates`."""
     power = triton.next_power_of_2
     probes = probes if ring else 0
-    wanted = power(-(-128 * gates // (per_group * max(probes, 1))))  # about 128 rows per (segment, gate)
-    segment = max(TOKENS, min(wanted, 64 * block, 2048))
-    wide = d > 128
-    rows = 64 if wide else 128
-    heads = min(per_group, rows)
-    tokens = max(1, rows // heads)
+    wanted = power(-(-256 * gates // (per_group * max(probes, 1))))  # about 256 rows per (segment, gate)
+    segment = min(4096, max(TOKENS, wanted), max(TOKENS, 1 << 15 >> (per_group * max(probes, 1) - 1).bit_length()))
+    heads = min(per_group, TILE)
+    tokens = TILE // heads
     tokens = tokens // block * block if tokens >= block else 1 << (tokens.bit_length() - 1)
     return Plan(
         window, block, anchors, probes, ring, notes,
         CH=min(256, segment),
         SEG=segment,
-        NT=max(16, segment // block),
         TT=tokens,
         RC=heads,
-        NEAR_M=max(16, power(tokens * heads)),
-        NEAR_BN=32 if wide else 64,
-        FAR_M=64,
-        FAR_BN=32,
-        GB=max(16, min(32 if wide else 64, power(gates))),
+        M=TILE,
+        BN=32 if d > 128 else 64,
+        NB=max(16, min(32 if d > 128 else 64, power(gates * (2 if probes else 1)))),
+        GB=max(16, min(32 if d > 128 else 64, power(gates))),
         BS=max(16, block),
         HP=max(16, power(d // 2)),
         CP=max(16, power(gates)),
         DP=max(16, power(d)),
     )  # fmt: skip
+
+
+def tuned(plan: Plan) -> dict:
+    """Compiler options of the attention kernels: on NVIDIA, few enough registers that four tiles share a processor."""
+    options = {"num_warps": 8 if plan.DP > 128 else 4, "num_stages": 1}
+    return options | ({"maxnreg": 128} if plan.DP <= 64 and not torch.version.hip else {})
 
 
 class KeyIndex(NamedTuple):
@@ -187,9 +200,10 @@ def count_keys(k, v, k_scale, v_scale, gate: Tensor, C: int, plan: Plan, dtype: 
     before = torch.empty(X, chunks * (plan.CH // plan.block), C, **ints)
     count, count_base = torch.empty(X, chunks, C, **ints), torch.empty(X, chunks + 1, C, **ints)
     rank_kernel[(chunks, X)](
-        gate, rank, before, count, T, C, plan.window, plan.block, CH=plan.CH, BS=min(64, plan.CH), CP=plan.CP
-    )
-    scan_counts_kernel[(X,)](count, count_base, first, chunks, C, CP=plan.CP, ROWS=16)
+        gate, rank, before, count, T, C, plan.window, plan.block, CH=plan.CH, BS=min(64, plan.CH), CP=plan.CP,
+        num_warps=2, num_stages=1,
+    )  # fmt: skip
+    scan_counts_kernel[(X,)](count, count_base, first, chunks, C, CP=plan.CP, ROWS=64)
     order_kernel[(triton.cdiv(T, 256), X)](
         gate, rank, count_base, first, order, T, C, plan.window, chunks, CH=plan.CH, BT=256
     )
@@ -199,9 +213,10 @@ def count_keys(k, v, k_scale, v_scale, gate: Tensor, C: int, plan: Plan, dtype: 
             gate, rank, first, order, k, v, k_scale, v_scale, sums,
             T, G, d, C, plan.window, plan.ring, *k.stride()[:2], *v.stride()[:2],
             INT8=k.dtype == torch.int8, DTYPE=DTYPES[dtype], CH=plan.CH, BS=min(64, plan.CH), DP=plan.DP, GB=plan.GB,
+            num_warps=2, num_stages=1,
         )  # fmt: skip
         width = plan.kinds * C * 2 * d
-        scan_sums_kernel[(X, triton.cdiv(width, 128))](sums, sums_base, chunks, width, ROWS=16, COLS=128)
+        scan_sums_kernel[(X, triton.cdiv(width, 64))](sums, sums_base, chunks, width, ROWS=64, COLS=64)
     return KeyIndex(k, v, k_scale, v_scale, gate, rank, before, count_base, sums_base, first, order)
 
 
@@ -223,6 +238,7 @@ def index_rows(q: Tensor, keys: KeyIndex, find: Finder, awake: Tensor | None, t0
             keys.count_base, keys.sums_base, table, T, G, d, C, plan.window, plan.block, plan.ring, chunks,
             t0 // plan.CH, *keys.k.stride()[:2], *keys.v.stride()[:2],
             INT8=keys.k.dtype == torch.int8, DTYPE=DTYPES[q.dtype], CH=plan.CH, BS=plan.BS, DP=plan.DP, GB=plan.GB,
+            num_warps=2, num_stages=1,
         )  # fmt: skip
     tiles, segments = triton.cdiv(rows, TOKENS), triton.cdiv(rows, plan.SEG)
     opened = torch.empty(B, rows, H, n, **ints)
@@ -237,8 +253,8 @@ def index_rows(q: Tensor, keys: KeyIndex, find: Finder, awake: Tensor | None, t0
     size = torch.empty(X, segments, C, **ints)
     names = torch.empty(X, segments, C, plan.SEG * r if n else 0, **ints)
     if n:
-        bucket_kernel[(segments * C, X)](
-            opened, size, names, rows, G, C, segments, SEG=plan.SEG, R=r, N=n, BT=1024,
+        bucket_kernel[(segments * triton.cdiv(C, 4), X)](
+            opened, size, names, rows, G, C, segments, SEG=plan.SEG, R=r, N=n, BT=1024, num_warps=2,
         )  # fmt: skip
     return Rows(turned, opened, size, names, table)
 
@@ -258,24 +274,171 @@ def read_rows(
     far_lse = torch.empty(B, size, H, n, dtype=torch.float32, device=q.device)
     lse = torch.empty(B, size, H, dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:2], *keys.k.stride()[:2], *keys.v.stride()[:2])
-    shared = {"NOTES": plan.notes, "INT8": keys.k.dtype == torch.int8, "DTYPE": DTYPES[q.dtype], "CH": plan.CH,
-              "DP": plan.DP}  # fmt: skip
+    shared = {"INT8": keys.k.dtype == torch.int8, "DTYPE": DTYPES[q.dtype], "CH": plan.CH, "DP": plan.DP, **tuned(plan)}
     if n:
         segments = rows.bucket_count.shape[1]
         far_kernel[(segments * C, X)](
             q, keys.k, keys.v, keys.k_scale, keys.v_scale, keys.order, keys.first, keys.before, keys.count_base,
-            rows.notes, rows.bucket_count, rows.bucket_rows, far_out, far_lse,
-            T, t0, size, G, d, C, plan.ring, plan.block, chunks, segments, rows.notes.shape[1], scale * LOG2_E,
-            *strides,
-            SEG=plan.SEG, R=r, N=n, M=plan.FAR_M, BN=plan.FAR_BN, NT=plan.NT, **shared,
+            rows.bucket_count, rows.bucket_rows, far_out, far_lse,
+            T, t0, size, G, d, C, plan.ring, plan.block, chunks, segments, scale * LOG2_E, *strides,
+            SEG=plan.SEG, R=r, N=n, M=plan.M, BN=plan.BN, **shared,
         )  # fmt: skip
     near_kernel[(triton.cdiv(size, plan.TT), X, triton.cdiv(r, plan.RC))](
         q, keys.k, keys.v, keys.k_scale, keys.v_scale, rows.notes, keys.before, keys.count_base, opened, far_out,
         far_lse, weight, length, out, lse,
-        T, t0, size, G, r, d, C, plan.window, plan.block, plan.anchors, chunks, rows.notes.shape[1], scale * LOG2_E,
-        *strides, out.stride(0),
-        KINDS=plan.kinds, N=n, WEIGH=weight is not None, KEEP=length is not None, TT=plan.TT, RC=plan.RC, M=plan.NEAR_M,
-        BN=plan.NEAR_BN, AP=max(16, triton.next_power_of_2(plan.anchors)) if plan.anchors else 0, GB=plan.GB,
-        NTT=max(1, plan.TT // plan.block), **shared,
+        T, t0, size, G, r, d, C, plan.window, plan.block, plan.anchors, plan.ring, chunks, rows.notes.shape[1],
+        scale * LOG2_E, *strides, out.stride(0),
+        KINDS=plan.kinds, N=n, WEIGH=weight is not None, KEEP=length is not None, TT=plan.TT, RC=plan.RC, M=plan.M,
+        BN=plan.BN, NB=plan.NB, NTT=max(1, plan.TT // plan.block), **shared,
     )  # fmt: skip
     return lse, far_out, far_lse
+
+
+def backward(
+    grad: Tensor, out: Tensor, lse: Tensor, rows: Rows, keys: KeyIndex, find: Finder, plan: Plan, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of un-rotated q, k, v from that of out, all `(B, T, heads, d)` and contiguous; same bits every time."""
+    (B, T, H, d), q, n = grad.shape, rows.q, plan.probes
+    X, C, chunks = len(keys.gate), keys.first.shape[1], keys.count_base.shape[1] - 1
+    G, r = X // B, H // (X // B)
+    base2, kv = scale * LOG2_E, (*keys.k.stride()[:2], *keys.v.stride()[:2])
+    shared = {"DTYPE": DTYPES[q.dtype], "M": plan.M, "DP": plan.DP, "num_warps": 8 if plan.DP > 128 else 4,
+              "num_stages": 1}  # fmt: skip
+    buckets = {"CH": plan.CH, "SEG": plan.SEG, "R": r, "N": n, "BN": 32, **shared}
+    keep = {"KEEP": find.length is not None}
+    delta = torch.empty_like(lse)
+    delta_kernel[(triton.cdiv(B * T * H, 64),)](out, grad, delta, B * T * H, d, BT=64, DP=plan.DP)
+    stats = (q, keys.k, keys.v, grad, lse, delta)
+    far_dq, far_kv = q.new_empty(B, T, H, n, d), q.new_zeros(X, T if n else 0, 2 * d)
+    if n:
+        segments = rows.bucket_count.shape[1]
+        far_query_kernel[(segments * C, X)](
+            *stats, keys.order, keys.first, keys.before, keys.count_base, rows.bucket_count, rows.bucket_rows, far_dq,
+            T, G, d, C, plan.ring, plan.block, chunks, segments, base2, *kv, **buckets,
+        )  # fmt: skip
+        far_key_kernel[(triton.cdiv(T, 32), X)](
+            *stats, keys.gate, keys.rank, keys.order, keys.first, keys.before, keys.count_base, rows.bucket_count,
+            rows.bucket_rows, far_kv, T, G, d, C, plan.window, plan.ring, plan.block, chunks, segments, base2, scale,
+            *kv, **buckets,
+        )  # fmt: skip
+    dq = torch.empty_like(q)
+    near_query_kernel[(triton.cdiv(T, plan.TT), X, triton.cdiv(r, plan.RC))](
+        *stats, rows.notes, keys.before, keys.count_base, rows.probes, far_dq, find.length, dq,
+        T, G, r, d, C, plan.window, plan.block, plan.anchors, plan.ring, chunks, rows.notes.shape[1], base2, scale, *kv,
+        KINDS=plan.kinds, N=n, CH=plan.CH, TT=plan.TT, RC=plan.RC, BN=32, NB=min(32, plan.NB),
+        NTT=max(1, plan.TT // plan.block), **keep, **shared,
+    )  # fmt: skip
+    del far_dq
+    whole, rest = _spread_notes(stats, rows, keys, plan, T, G, r, d, C, chunks, base2, scale, shared)
+    spans, AP = triton.cdiv(T, 1024), max(16, triton.next_power_of_2(plan.anchors))
+    anchor_grad = q.new_empty(X, spans, AP, 2 * d, dtype=torch.float32)
+    sizes = (T, G, r, d, plan.window, plan.block, plan.anchors, base2, scale, *kv)
+    if plan.anchors:
+        anchor_kernel[(spans, X)](*stats, find.length, anchor_grad, *sizes, SPAN=1024, AP=AP, **keep, **shared)
+    dk, dv = (q.new_empty(B, T, G, d) for _ in "kv")
+    near_key_kernel[(triton.cdiv(T, 32), X)](
+        *stats, far_kv, whole, rest, anchor_grad.sum(1), find.length, dk, dv, *sizes,
+        FAR=n > 0, KINDS=plan.kinds, ANCHORS=plan.anchors > 0, AP=AP, BN=32, **keep, **shared,
+    )  # fmt: skip
+    for x in (dq, dk) if find.inv_freq is not None else ():
+        rotate_into(x, x, find.positions, find.inv_freq, -1.0)
+    return dq, dk, dv
+
+
+def _spread_notes(stats, rows: Rows, keys: KeyIndex, plan: Plan, T, G, r, d, C, chunks, base2, scale, shared):
+    """What members of notes get, `(X, T, 2 d)`: through whole notes, and through those less the ring."""
+    q, grad, lse, delta = stats[0], *stats[3:]
+    X, ticks, kinds = len(keys.gate), rows.notes.shape[1], plan.kinds
+    whole, rest = (q.new_zeros(X, T if kinds > i else 0, 2 * d) for i in (0, 1))
+    if kinds:
+        table, per, block = torch.empty_like(rows.notes), plan.CH // plan.block, min(32, plan.NB)
+        note_grad_kernel[(ticks, X, triton.cdiv(kinds * C, block))](
+            q, grad, lse, delta, rows.notes, keys.before, keys.count_base, rows.probes, table,
+            T, G, r, d, C, plan.block, plan.ring, chunks, ticks, base2, scale,
+            KINDS=kinds, N=plan.probes, CH=plan.CH, NB=block, **shared,
+        )  # fmt: skip
+        total = table.view(X, ticks // per, per, kinds, C, 2 * d).sum(2, dtype=torch.float32)
+        later = torch.zeros_like(total)
+        later[:, :-1] = total.flip(1).cumsum(1).flip(1)[:, 1:]
+        spread_kernel[(ticks // per, X, kinds * 2 * triton.cdiv(C, plan.GB))](
+            keys.gate, keys.rank, keys.first, keys.order, table, later, whole, rest,
+            T, d, C, plan.window, plan.block, plan.ring, ticks, ticks // per,
+            KINDS=kinds, DTYPE=DTYPES[q.dtype], CH=plan.CH, BS=plan.BS, DP=plan.DP, GB=plan.GB,
+        )  # fmt: skip
+    return whole, rest
+
+
+def rotate_into(x: Tensor, y: Tensor, positions: Tensor, inv_freq: Tensor, sign: float) -> None:
+    """RoPE of x `(B, T, N, d)` written to contiguous y, which may be x; sign -1 turns back."""
+    B, T, N, d = x.shape
+    stride = positions.stride(0) if positions.dim() == 2 else 0
+    rotate_kernel[(triton.cdiv(T, 32), B)](
+        x, y, positions, inv_freq, T, N, d, sign, stride, *x.stride()[:2],
+        HP=max(16, triton.next_power_of_2(d // 2)), BT=32,
+    )  # fmt: skip
+
+
+# -- the public operator ------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("proteus::shortlist", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, prototypes: Tensor, alive: Tensor, positions: Tensor, inv_freq: Tensor | None,
+    length: Tensor | None, awake: Tensor | None, weight: Tensor | None, sizes: list[int], scale: float, int8: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    find, plan = Finder(prototypes, alive, positions, inv_freq, length), make_plan(*sizes)
+    return _attend(q, index_keys(k, v, find, plan, int8), find, awake, weight, plan, scale)
+
+
+@_forward.register_fake
+def _(q, k, v, prototypes, alive, positions, inv_freq, length, awake, weight, sizes, scale, int8):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("proteus::shortlist_backward", mutates_args=())
+def _backward(
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, prototypes: Tensor, alive: Tensor,
+    positions: Tensor, inv_freq: Tensor | None, length: Tensor | None, awake: Tensor | None, sizes: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    find, plan = Finder(prototypes, alive, positions, inv_freq, length), make_plan(*sizes)
+    keys = index_keys(k, v, find, plan, False)  # again, rather than kept: the index is cheap and would be large
+    rows = index_rows(q.contiguous(), keys, find, awake, 0, plan)
+    return backward(grad.contiguous(), out, lse, rows, keys, find, plan, scale)
+
+
+@_backward.register_fake
+def _(grad, out, lse, q, k, v, *rest):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _save(ctx, inputs, output):
+    *tensors, weight, sizes, scale, int8 = inputs
+    if int8 or weight is not None:
+        raise ValueError("int8 keys and weights inside the kernel have no gradient: use them under torch.no_grad()")
+    ctx.save_for_backward(*output, *tensors)
+    ctx.sizes, ctx.scale = sizes, scale
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad, _):
+    out, lse, *tensors = ctx.saved_tensors
+    found = _backward(grad, out, lse, *tensors, ctx.sizes, ctx.scale)
+    return (*found, *[None] * 10)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _attend(q, keys: KeyIndex, find: Finder, awake, weight, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """All rows, piece by piece."""
+    B, T, H, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+    step = max(plan.SEG, PIECE // B // plan.SEG * plan.SEG)
+    for t0 in range(0, T, step):
+        cut = slice(t0, t0 + step)
+        up, loud = (None if x is None else x[:, cut].contiguous() for x in (awake, weight))
+        rows = index_rows(q[:, cut], keys, find, up, t0, plan)
+        lse[:, cut] = read_rows(rows, keys, out[:, cut], loud, find.length, t0, plan, scale)[0]
+    return out, lse

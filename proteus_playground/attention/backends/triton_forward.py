@@ -1,4 +1,4 @@
-"""Triton kernels of the forward pass: rings and their notes by bucket, then window, anchors and notes by block.
+"""Triton kernels of the forward pass: rings by bucket, then window, anchors and notes by block.
 
 Both parts are flash attention over short lists, in base 2; the near kernel merges what the far one left by log-sum-exp.
 Axes and names as in `triton_index`; `M` rows and `BN` keys make a tile.
@@ -32,13 +32,13 @@ def left_at(tick, count_base, before, bg, c, chunks, C, block, real, CH: tl.cons
 
 @triton.jit
 def far_kernel(
-    q, k, v, k_scale, v_scale, order, first, before, count_base, notes, bucket_count, bucket_rows, out,
-    lse, T, t0, rows, G, d, C, ring, block, chunks, segments, note_ticks, scale,
+    q, k, v, k_scale, v_scale, order, first, before, count_base, bucket_count, bucket_rows, out,
+    lse, T, t0, rows, G, d, C, ring, block, chunks, segments, scale,
     q_batch, q_token, k_batch, k_token, v_batch, v_token,
-    NOTES: tl.constexpr, INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, SEG: tl.constexpr,
-    R: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, NT: tl.constexpr, DP: tl.constexpr,
+    INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Every (row, probe) of one bucket over the ring of its gate and the note of the rest.
+    """Every (row, probe) of one bucket over the ring of its gate.
 
     out (B, rows, G r, n, d); lse, same without d, natural. scale: of the scores, times log2 e.
     """
@@ -58,14 +58,6 @@ def far_kernel(
     v_scale += b * T * G + g
     start = t0 + segment * SEG
     column = tl.arange(0, DP)
-    tick = start // block + tl.arange(0, NT)
-    real = (tl.arange(0, NT) < SEG // block) & (tick * block < t0 + rows)
-    if NOTES:
-        rest = left_at(tick, count_base, before, bg, c, chunks, C, block, real, CH) - ring
-        held = (rest > 0)[:, None] & (column < d)[None, :]
-        note_at = notes + ((bg * note_ticks + tick - t0 // block) * (2 * C) + C + c)[:, None] * (2 * d) + column[None, :]
-        rest_k, rest_v = tl.load(note_at, mask=held, other=0.0), tl.load(note_at + d, mask=held, other=0.0)
-        lift = tl.log2(tl.maximum(rest, 1).to(tl.float32))[None, :]
     for i0 in range(0, count, M):
         i = i0 + tl.arange(0, M)
         ok = i < count
@@ -78,9 +70,6 @@ def far_kernel(
         top = tl.zeros((M,), tl.float32) - 1e30
         mass = tl.zeros((M,), tl.float32)
         acc = tl.zeros((M, DP), tl.float32)
-        if NOTES:
-            own = ((t // block)[:, None] == tick[None, :]) & (rest > 0)[None, :]
-            top, mass, acc = absorb(x, rest_k, rest_v, own, lift, scale, top, mass, acc, DTYPE)
         low = tl.maximum(tl.min(tl.where(ok, left, T), 0) - ring, 0)
         high = tl.max(left, 0)
         for at in range(low, high, BN):
@@ -99,6 +88,23 @@ def far_kernel(
 
 
 @triton.jit
+def note_size(e, tick, count_base, before, bg, chunks, C, block, ring, end, KINDS: tl.constexpr, CH: tl.constexpr):
+    """How many keys note e of a tick stands for: e < C all that left gate e, then those of gate e - C less its ring."""
+    real = (e < KINDS * C) & (tick * block < end)
+    left = left_at(tick, count_base, before, bg, e % C, chunks, C, block, real, CH)
+    return tl.where(real, left - tl.where(e >= C, ring, 0), 0)
+
+
+@triton.jit
+def reads_note(e, size, probes, line, ok, C, N: tl.constexpr):
+    """Which rows read which notes of their tick: of a gate they opened the rest, of any other the whole."""
+    opened = (e < 0)[None, :] & ok[:, None]
+    for i in tl.static_range(N):
+        opened = opened | (tl.load(probes + line * N + i, mask=ok, other=-1)[:, None] == (e % C)[None, :])
+    return (size > 0)[None, :] & (opened == (e >= C)[None, :])
+
+
+@triton.jit
 def near_rows(tile, hc, t0, rows, r, TT: tl.constexpr, RC: tl.constexpr, M: tl.constexpr):
     """The rows of a near tile: token and head of each, and which of the M there are."""
     m = tl.arange(0, M)
@@ -110,11 +116,11 @@ def near_rows(tile, hc, t0, rows, r, TT: tl.constexpr, RC: tl.constexpr, M: tl.c
 @triton.jit
 def near_kernel(
     q, k, v, k_scale, v_scale, notes, before, count_base, probes, far_out, far_lse, weight, length, out, lse,
-    T, t0, rows, G, r, d, C, window, block, anchors, chunks, note_ticks, scale,
+    T, t0, rows, G, r, d, C, window, block, anchors, ring, chunks, note_ticks, scale,
     q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch,
-    NOTES: tl.constexpr, KINDS: tl.constexpr, N: tl.constexpr, WEIGH: tl.constexpr, KEEP: tl.constexpr, INT8: tl.constexpr,
+    KINDS: tl.constexpr, N: tl.constexpr, WEIGH: tl.constexpr, KEEP: tl.constexpr, INT8: tl.constexpr,
     DTYPE: tl.constexpr, CH: tl.constexpr, TT: tl.constexpr, RC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    AP: tl.constexpr, GB: tl.constexpr, NTT: tl.constexpr, DP: tl.constexpr,
+    NB: tl.constexpr, NTT: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Rows of TT tokens over window, anchors and notes, merged with the far results of their N probes.
 
@@ -124,13 +130,13 @@ def near_kernel(
     bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     column = tl.arange(0, DP)
-    at, t, h, ok = near_rows(tl.program_id(0), tl.program_id(2), t0, rows, r, TT, RC, M)
+    row, t, h, ok = near_rows(tl.program_id(0), tl.program_id(2), t0, rows, r, TT, RC, M)
     end = T
     if KEEP:
         end = tl.load(length + b).to(tl.int32)
     fits = ok[:, None] & (column < d)[None, :]
-    line = (b * rows + at) * (G * r) + g * r + h
-    q_at = q + b * q_batch + at.to(tl.int64)[:, None] * q_token + (g * r + h)[:, None] * d + column[None, :]
+    line = (b * rows + row) * (G * r) + g * r + h
+    q_at = q + b * q_batch + row.to(tl.int64)[:, None] * q_token + (g * r + h)[:, None] * d + column[None, :]
     x = tl.load(q_at, mask=fits, other=0.0)
     k += b * k_batch + g * d
     v += b * v_batch + g * d
@@ -143,35 +149,28 @@ def near_kernel(
     edge = t // block * block - window  # a row's first key in the window
     if begin < end:
         low = tl.maximum(begin // block * block - window, 0)
-        for j0 in range(low, tl.minimum(tl.minimum(begin + TT, t0 + rows), end), BN):
-            j = j0 + tl.arange(0, BN)
-            keys = load_rows(k, k_scale, j, k_token, G, column, j < end, d, INT8, DTYPE)
-            values = load_rows(v, v_scale, j, v_token, G, column, j < end, d, INT8, DTYPE)
-            seen = (j[None, :] <= t[:, None]) & (j[None, :] >= edge[:, None])
+        high = tl.minimum(tl.minimum(begin + TT, t0 + rows), end)
+        shown = tl.where((begin + TT - 1) // block * block > window, anchors, 0)  # anchors come before the window
+        for at in range(0, high - low + shown, BN):
+            place = at + tl.arange(0, BN)
+            anchor = place < shown
+            j = tl.where(anchor, place, low + place - shown)
+            keys = load_rows(k, k_scale, j, k_token, G, column, j < high, d, INT8, DTYPE)
+            values = load_rows(v, v_scale, j, v_token, G, column, j < high, d, INT8, DTYPE)
+            seen = (j[None, :] <= t[:, None]) & ((j[None, :] >= edge[:, None]) != anchor[None, :])
             top, mass, acc = absorb(x, keys, values, seen, 0.0, scale, top, mass, acc, DTYPE)
-        if (AP > 0) & ((begin + TT - 1) // block * block > window):
-            j = tl.arange(0, AP)
-            keys = load_rows(k, k_scale, j, k_token, G, column, j < anchors, d, INT8, DTYPE)
-            values = load_rows(v, v_scale, j, v_token, G, column, j < anchors, d, INT8, DTYPE)
-            seen = (j[None, :] < anchors) & (j[None, :] < edge[:, None])
-            top, mass, acc = absorb(x, keys, values, seen, 0.0, scale, top, mass, acc, DTYPE)
-        if NOTES:
-            for s in range(NTT):
-                tick = begin // block + s
-                note = (bg * note_ticks + tick - t0 // block) * (KINDS * C)
-                for c0 in range(0, C, GB):
-                    c = c0 + tl.arange(0, GB)
-                    real = (c < C) & (tick * block < t0 + rows)
-                    left = left_at(tick, count_base, before, bg, c, chunks, C, block, real, CH)
-                    note_at = notes + (note + c)[:, None] * (2 * d) + column[None, :]
-                    held = (left > 0)[:, None] & (column < d)[None, :]
-                    keys, values = tl.load(note_at, mask=held, other=0.0), tl.load(note_at + d, mask=held, other=0.0)
-                    seen = (left > 0)[None, :] & ((t // block)[:, None] == tick)
-                    for i in tl.static_range(N):
-                        opened = tl.load(probes + line * N + i, mask=ok, other=-1)
-                        seen = seen & (opened[:, None] != c[None, :])
-                    lift = tl.log2(tl.maximum(left, 1).to(tl.float32))[None, :]
-                    top, mass, acc = absorb(x, keys, values, seen, lift, scale, top, mass, acc, DTYPE)
+        for s in range(NTT * (KINDS > 0)):
+            tick = begin // block + s
+            note = notes + (bg * note_ticks + tick - t0 // block) * (KINDS * C) * (2 * d)
+            for e0 in range(0, KINDS * C, NB):
+                e = e0 + tl.arange(0, NB)
+                size = note_size(e, tick, count_base, before, bg, chunks, C, block, ring, t0 + rows, KINDS, CH)
+                held = (size > 0)[:, None] & (column < d)[None, :]
+                note_at = note + e[:, None] * (2 * d) + column[None, :]
+                keys, values = tl.load(note_at, mask=held, other=0.0), tl.load(note_at + d, mask=held, other=0.0)
+                seen = reads_note(e, size, probes, line, ok, C, N) & ((t // block)[:, None] == tick)
+                lift = tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
+                top, mass, acc = absorb(x, keys, values, seen, lift, scale, top, mass, acc, DTYPE)
         for i in tl.static_range(N):
             opened = tl.load(probes + line * N + i, mask=ok, other=-1) >= 0
             far = tl.load(far_lse + line * N + i, mask=opened, other=-float("inf")) * 1.4426950408889634
@@ -187,6 +186,6 @@ def near_kernel(
     loud = tl.where(alive, 1.0 / mass, 0.0)
     if WEIGH:
         loud *= tl.load(weight + line, mask=ok, other=0.0)
-    out_at = out + b * out_batch + (at.to(tl.int64) * (G * r) + g * r + h)[:, None] * d + column[None, :]
+    out_at = out + b * out_batch + (row.to(tl.int64) * (G * r) + g * r + h)[:, None] * d + column[None, :]
     tl.store(out_at, (acc * loud[:, None]).to(DTYPE), mask=fits)
     tl.store(lse + line, tl.where(alive, (top + tl.log2(mass)) * 0.6931471805599453, -float("inf")), mask=ok)

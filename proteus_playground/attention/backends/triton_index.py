@@ -55,6 +55,24 @@ def turn(first, second, cos, sin):
 
 
 @triton.jit
+def rotate_kernel(
+    x, y, position, inv_freq, T, N, d, sign, position_batch, x_batch, x_token, HP: tl.constexpr, BT: tl.constexpr
+):
+    """RoPE of x (B, T, N, d) into y, contiguous (y may be x): forwards (sign 1) or back (sign -1)."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    b, half = tl.program_id(1).to(tl.int64), tl.arange(0, HP)
+    cos, sin = angles(tl.load(position + b * position_batch + t, mask=t < T, other=0), inv_freq, half, d)
+    fits = (t < T)[:, None] & (half < d // 2)[None, :]
+    for h in range(N):
+        at = x + b * x_batch + t.to(tl.int64)[:, None] * x_token + h * d + half[None, :]
+        first, second = tl.load(at, mask=fits, other=0.0), tl.load(at + d // 2, mask=fits, other=0.0)
+        first, second = turn(first, second, cos, sin * sign)
+        out = y + ((b * T + t)[:, None] * N + h) * d + half[None, :]
+        tl.store(out, first, mask=fits)
+        tl.store(out + d // 2, second, mask=fits)
+
+
+@triton.jit
 def store_int8(x, y, at, scale_at, fits, rows):
     """Store the row whose halves are x and y (rows, HP) as int8 and its scale, max |value| / 127."""
     x, y = x.to(tl.float32), y.to(tl.float32)
@@ -323,21 +341,29 @@ def bucket_kernel(
     probes, bucket_count, bucket_rows, rows, G, C, segments,
     SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """List the (row, probe) pairs of a segment that open gate c: their names, (token x R + head) x N + probe, counted
-    from the segment's first row, in that order. bucket_count (B G, segments, C); bucket_rows (.., SEG x R) int32."""
-    segment, c = tl.program_id(0) // C, tl.program_id(0) % C
+    """List, for each of four gates, the (row, probe) pairs of a segment that open it, by their names: (token x R + head)
+    x N + probe, counted from the segment's first row. bucket_count (B G, segments, C); bucket_rows (.., SEG x R) int32.
+
+    One running sum counts all four gates: each has 16 bits of it.
+    """
+    quads = tl.cdiv(C, 4)
+    segment, quad = tl.program_id(0) // quads, tl.program_id(0) % quads
     bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
-    bucket = (bg * segments + segment) * C + c
-    bucket_rows += bucket * (SEG * R)
+    bucket = (bg * segments + segment) * C + quad * 4
     probes += ((b * rows + segment * SEG) * G + g) * (R * N)
-    count = 0
+    count = tl.zeros((1,), tl.int64)
     for at in range(0, SEG * R * N, BT):
         name = at + tl.arange(0, BT)
         token = name // (R * N)
         here = (name < SEG * R * N) & (segment * SEG + token < rows)
-        hit = tl.load(probes + token * (G * R * N) + name % (R * N), mask=here, other=-1) == c
-        place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
-        tl.store(bucket_rows + place, name, mask=hit)
-        count += tl.sum(hit.to(tl.int32), 0)
-    tl.store(bucket_count + bucket, count)
+        home = tl.load(probes + token * (G * R * N) + name % (R * N), mask=here, other=-1) - quad * 4
+        hit = (home >= 0) & (home < 4)
+        shift = tl.where(hit, home, 0).to(tl.int64) * 16
+        one = tl.where(hit, tl.full((BT,), 1, tl.int64) << shift, 0)
+        place = ((count + tl.cumsum(one, 0)) >> shift) & 0xFFFF
+        tl.store(bucket_rows + (bucket + home) * (SEG * R) + place - 1, name, mask=hit)
+        count += tl.sum(one, 0)
+    four = tl.arange(0, 4)
+    tl.store(bucket_count + bucket + four, ((count >> (four * 16).to(tl.int64)) & 0xFFFF).to(tl.int32),
+             mask=quad * 4 + four < C)  # fmt: skip
