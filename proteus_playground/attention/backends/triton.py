@@ -114,18 +114,28 @@ def tuned(plan: Plan) -> dict:
     return options | ({"maxnreg": 128} if plan.DP <= 64 and not torch.version.hip else {})
 
 
-class KeyIndex(NamedTuple):
-    """What the keys of a call come to. `X` = B G, `N` chunks."""
+class Store(NamedTuple):
+    """Keys, values and the gate of each key. `X` = B G."""
 
     k: Tensor  # (B, T, G, d) rotated, int8 or in the queries' precision
     v: Tensor  # (B, T, G, d)
-    k_scale: Tensor  # (B, T, G) float32; any tensor when nothing is int8
+    k_scale: Tensor  # (B, T, G) float32; empty when nothing is int8
     v_scale: Tensor
     gate: Tensor  # (X, T) int32, -1 for anchors, padding and dropped tokens
+
+
+class KeyIndex(NamedTuple):
+    """A store, and what its keys come to, over N chunks."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    gate: Tensor
     rank: Tensor  # (X, T) int32, keys of the same gate that came before
     before: Tensor  # (X, N CH / block, C) int32, keys of the chunk that left before a tick
     count_base: Tensor  # (X, N + 1, C) int32, keys of a gate in earlier chunks
-    sums_base: Tensor  # (X, N + 1, kinds, C, 2 d) float32, the sum of their keys and values; then the same less the ring
+    carry: Tensor  # (X, kinds C 2 d) float32, what notes had taken in when the last piece of rows ended
     first: Tensor  # (X, C) int32, where a gate begins in `order`
     order: Tensor  # (X, T) int32, tokens in (gate, position) order
 
@@ -170,60 +180,62 @@ def supported(device: torch.device | str) -> tuple[bool, str]:
     return True, f"{name} (sm_{major}{minor}): fused Triton kernels"
 
 
-def index_keys(k: Tensor, v: Tensor, find: Finder, plan: Plan, int8: bool) -> KeyIndex:
-    """Lure, rotate, rank and sum the keys; k and v `(B, T, G, d)` un-rotated, feature stride 1."""
-    B, T, G, d = k.shape
-    C, X = find.prototypes.shape[1], B * G
-    ints = {"dtype": torch.int32, "device": k.device}
-    gate = torch.empty(X, T, **ints)
-    k_scale = v_scale = torch.empty((B, T, G) if int8 else (0,), dtype=torch.float32, device=k.device)
-    k_out, v_out = k, v
-    if int8:
-        v_scale = torch.empty_like(k_scale)
-        k_out, v_out = (torch.empty(k.shape, dtype=torch.int8, device=k.device) for _ in "kv")
-    elif find.inv_freq is not None:
-        k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    gates_kernel[(triton.cdiv(T, TOKENS), X)](
-        k, v, find.prototypes, find.alive, find.positions, find.inv_freq, find.length, gate, k_out, v_out, k_scale,
-        v_scale, T, G, d, C, plan.anchors, *k.stride()[:2], *v.stride()[:2], find.position_stride,
-        ROPE=find.inv_freq is not None, INT8=int8, KEEP=find.length is not None, HP=plan.HP, CP=plan.CP, BT=TOKENS,
+def make_store(B: int, T: int, G: int, d: int, dtype: torch.dtype, device, int8: bool) -> Store:
+    """Room for the rotated keys and the values of T tokens."""
+    k, v = (torch.empty(B, T, G, d, dtype=torch.int8 if int8 else dtype, device=device) for _ in "kv")
+    k_scale, v_scale = (torch.empty((B, T, G) if int8 else (0,), dtype=torch.float32, device=device) for _ in "kv")
+    return Store(k, v, k_scale, v_scale, torch.empty(B * G, T, dtype=torch.int32, device=device))
+
+
+def lure_keys(k: Tensor, v: Tensor, store: Store, find: Finder, plan: Plan, t0: int) -> None:
+    """Find the gates of keys t0, t0 + 1, ..., rotate them, and store them and their values.
+
+    k and v `(B, tokens, G, d)` un-rotated, feature stride 1; where the store holds these very tensors they stay.
+    """
+    (B, tokens, G, d), T, C = k.shape, store.gate.shape[1], find.prototypes.shape[1]
+    gates_kernel[(triton.cdiv(tokens, TOKENS), B * G)](
+        k, v, find.prototypes, find.alive, find.positions, find.inv_freq, find.length, store.gate, store.k, store.v,
+        store.k_scale, store.v_scale, T, t0, tokens, G, d, C, plan.anchors, *k.stride()[:2], *v.stride()[:2],
+        find.position_stride, ROPE=find.inv_freq is not None, COPY=store.k is not k, INT8=store.k.dtype == torch.int8,
+        KEEP=find.length is not None, HP=plan.HP, CP=plan.CP, BT=TOKENS,
     )  # fmt: skip
-    return count_keys(k_out, v_out, k_scale, v_scale, gate, C, plan, k.dtype)
 
 
-def count_keys(k, v, k_scale, v_scale, gate: Tensor, C: int, plan: Plan, dtype: torch.dtype) -> KeyIndex:
-    """The index of rotated keys, whose gates are known."""
-    (B, T, G, d), X, device = k.shape, len(gate), k.device
-    chunks = triton.cdiv(T + plan.window, plan.CH)
-    ints, floats = {"dtype": torch.int32, "device": device}, {"dtype": torch.float32, "device": device}
+def index_keys(k: Tensor, v: Tensor, find: Finder, plan: Plan, int8: bool) -> KeyIndex:
+    """Lure, rotate, rank and order the keys of a whole call."""
+    B, T, G, d = k.shape
+    if int8 or find.inv_freq is not None:
+        store = make_store(B, T, G, d, k.dtype, k.device, int8)
+    else:
+        none = k.new_empty(0, dtype=torch.float32)
+        store = Store(k, v, none, none, torch.empty(B * G, T, dtype=torch.int32, device=k.device))
+    lure_keys(k, v, store, find, plan, 0)
+    return count_keys(store, find.prototypes.shape[1], plan)
+
+
+def count_keys(store: Store, C: int, plan: Plan) -> KeyIndex:
+    """Rank and order keys whose gates are known."""
+    (X, T), d, device = store.gate.shape, store.k.shape[3], store.gate.device
+    chunks, ints = triton.cdiv(T + plan.window, plan.CH), {"dtype": torch.int32, "device": device}
     rank, order, first = torch.empty(X, T, **ints), torch.empty(X, T, **ints), torch.empty(X, C, **ints)
     before = torch.empty(X, chunks * (plan.CH // plan.block), C, **ints)
     count, count_base = torch.empty(X, chunks, C, **ints), torch.empty(X, chunks + 1, C, **ints)
     rank_kernel[(chunks, X)](
-        gate, rank, before, count, T, C, plan.window, plan.block, CH=plan.CH, BS=min(64, plan.CH), CP=plan.CP,
+        store.gate, rank, before, count, T, C, plan.window, plan.block, CH=plan.CH, BS=min(64, plan.CH), CP=plan.CP,
         num_warps=2, num_stages=1,
     )  # fmt: skip
     scan_counts_kernel[(X,)](count, count_base, first, chunks, C, CP=plan.CP, ROWS=64)
     order_kernel[(triton.cdiv(T, 256), X)](
-        gate, rank, count_base, first, order, T, C, plan.window, chunks, CH=plan.CH, BT=256
+        store.gate, rank, count_base, first, order, T, C, plan.window, chunks, CH=plan.CH, BT=256
     )
-    sums, sums_base = (torch.empty(X, chunks + i, plan.kinds, C, 2 * d, **floats) for i in (0, 1))
-    if plan.notes:
-        sums_kernel[(chunks, X, plan.kinds * 2 * triton.cdiv(C, plan.GB))](
-            gate, rank, first, order, k, v, k_scale, v_scale, sums,
-            T, G, d, C, plan.window, plan.ring, *k.stride()[:2], *v.stride()[:2],
-            INT8=k.dtype == torch.int8, DTYPE=DTYPES[dtype], CH=plan.CH, BS=min(64, plan.CH), DP=plan.DP, GB=plan.GB,
-            num_warps=2, num_stages=1,
-        )  # fmt: skip
-        width = plan.kinds * C * 2 * d
-        scan_sums_kernel[(X, triton.cdiv(width, 64))](sums, sums_base, chunks, width, ROWS=64, COLS=64)
-    return KeyIndex(k, v, k_scale, v_scale, gate, rank, before, count_base, sums_base, first, order)
+    carry = torch.zeros(X, plan.kinds * C * 2 * d, dtype=torch.float32, device=device)
+    return KeyIndex(*store, rank, before, count_base, carry, first, order)
 
 
 def index_rows(q: Tensor, keys: KeyIndex, find: Finder, awake: Tensor | None, t0: int, plan: Plan) -> Rows:
     """Open gates for rows t0, t0 + 1, ... of q `(B, rows, H, d)` and sort them into buckets; write the ticks' notes.
 
-    t0 is a multiple of the segment, and everything before it has been through here.
+    Pieces come in order, each starting at a multiple of the segment.
     """
     B, rows, H, d = q.shape
     X, T = keys.gate.shape
@@ -233,13 +245,7 @@ def index_rows(q: Tensor, keys: KeyIndex, find: Finder, awake: Tensor | None, t0
     here = triton.cdiv(rows, plan.CH)
     table = torch.empty(X, here * (plan.CH // plan.block), plan.kinds, C, 2 * d, dtype=q.dtype, device=q.device)
     if plan.notes:
-        notes_kernel[(here, X, plan.kinds * 2 * triton.cdiv(C, plan.GB))](
-            keys.gate, keys.rank, keys.first, keys.order, keys.k, keys.v, keys.k_scale, keys.v_scale, keys.before,
-            keys.count_base, keys.sums_base, table, T, G, d, C, plan.window, plan.block, plan.ring, chunks,
-            t0 // plan.CH, *keys.k.stride()[:2], *keys.v.stride()[:2],
-            INT8=keys.k.dtype == torch.int8, DTYPE=DTYPES[q.dtype], CH=plan.CH, BS=plan.BS, DP=plan.DP, GB=plan.GB,
-            num_warps=2, num_stages=1,
-        )  # fmt: skip
+        _sum_notes(table, keys, plan, t0, here, G, DTYPES[q.dtype])
     tiles, segments = triton.cdiv(rows, TOKENS), triton.cdiv(rows, plan.SEG)
     opened = torch.empty(B, rows, H, n, **ints)
     rope = find.inv_freq is not None
@@ -257,6 +263,26 @@ def index_rows(q: Tensor, keys: KeyIndex, find: Finder, awake: Tensor | None, t0
             opened, size, names, rows, G, C, segments, SEG=plan.SEG, R=r, N=n, BT=1024, num_warps=2,
         )  # fmt: skip
     return Rows(turned, opened, size, names, table)
+
+
+def _sum_notes(table: Tensor, keys: KeyIndex, plan: Plan, t0: int, here: int, G: int, dtype) -> None:
+    """Write the notes of `here` chunks from token t0 on, and move the carry to their end."""
+    X, T, C, d, chunks = *keys.gate.shape, keys.first.shape[1], keys.k.shape[3], keys.count_base.shape[1] - 1
+    width = plan.kinds * C * 2 * d
+    sums, base = (torch.empty(X, here + i, width, dtype=torch.float32, device=table.device) for i in (0, 1))
+    grid, members = (here, X, plan.kinds * 2 * triton.cdiv(C, plan.GB)), (keys.gate, keys.rank, keys.first, keys.order)
+    vectors, strides = (keys.k, keys.v, keys.k_scale, keys.v_scale), (*keys.k.stride()[:2], *keys.v.stride()[:2])
+    shared = {"INT8": keys.k.dtype == torch.int8, "DTYPE": dtype, "CH": plan.CH, "DP": plan.DP, "GB": plan.GB,
+              "num_warps": 2, "num_stages": 1}  # fmt: skip
+    sums_kernel[grid](
+        *members, *vectors, sums, T, G, d, C, plan.window, plan.ring, t0 // plan.CH, *strides,
+        BS=min(64, plan.CH), **shared,
+    )  # fmt: skip
+    scan_sums_kernel[(X, triton.cdiv(width, 64))](sums, base, keys.carry, here, width, ROWS=64, COLS=64)
+    notes_kernel[grid](
+        *members, *vectors, keys.before, keys.count_base, base, table,
+        T, G, d, C, plan.window, plan.block, plan.ring, chunks, t0 // plan.CH, *strides, BS=plan.BS, **shared,
+    )  # fmt: skip
 
 
 def read_rows(

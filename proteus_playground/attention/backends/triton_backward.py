@@ -79,7 +79,7 @@ def far_query_kernel(
             keys = load_rows(k, k, j, k_token, G, column, here, d, False, DTYPE)
             values = load_rows(v, v, j, v_token, G, column, here, d, False, DTYPE)
             seen = ok[:, None] & (place[None, :] >= left[:, None] - ring) & (place[None, :] < left[:, None])
-            _, ds = weights(x, y, keys, values, seen, 0.0, scale, log, dl)
+            p, ds = weights(x, y, keys, values, seen, 0.0, scale, log, dl)
             acc = tl.dot(ds.to(DTYPE), keys, acc, input_precision="ieee")
         tl.store(dq + (line * N + name % N)[:, None] * d + column[None, :], acc.to(DTYPE), mask=fits)
 
@@ -96,7 +96,7 @@ def near_query_kernel(
     bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     column = tl.arange(0, DP)
-    _, t, h, ok = near_rows(tl.program_id(0), tl.program_id(2), 0, T, r, TT, RC, M)
+    row, t, h, ok = near_rows(tl.program_id(0), tl.program_id(2), 0, T, r, TT, RC, M)
     end = T
     if KEEP:
         end = tl.load(length + b).to(tl.int32)
@@ -120,7 +120,7 @@ def near_query_kernel(
         keys = load_rows(k, k, j, k_token, G, column, j < high, d, False, DTYPE)
         values = load_rows(v, v, j, v_token, G, column, j < high, d, False, DTYPE)
         seen = ok[:, None] & (j[None, :] <= t[:, None]) & ((j[None, :] >= edge[:, None]) != anchor[None, :])
-        _, ds = weights(x, y, keys, values, seen, 0.0, scale, log, dl)
+        p, ds = weights(x, y, keys, values, seen, 0.0, scale, log, dl)
         acc = tl.dot(ds.to(DTYPE), keys, acc, input_precision="ieee")
     for s in range(NTT * (KINDS > 0)):
         tick = begin // block + s
@@ -133,7 +133,7 @@ def near_query_kernel(
             keys, values = tl.load(note_at, mask=held, other=0.0), tl.load(note_at + d, mask=held, other=0.0)
             seen = ok[:, None] & reads_note(e, size, probes, line, ok, C, N) & ((t // block)[:, None] == tick)
             lift = tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
-            _, ds = weights(x, y, keys, values, seen, lift, scale, log, dl)
+            p, ds = weights(x, y, keys, values, seen, lift, scale, log, dl)
             acc = tl.dot(ds.to(DTYPE), keys, acc, input_precision="ieee")
     for i in tl.static_range(N):
         opened = tl.load(probes + line * N + i, mask=ok, other=-1) >= 0

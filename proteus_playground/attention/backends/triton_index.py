@@ -86,16 +86,21 @@ def store_int8(x, y, at, scale_at, fits, rows):
 @triton.jit
 def gates_kernel(
     k, v, prototypes, alive, position, inv_freq, length, gate, k_out, v_out, k_scale, v_scale,
-    T, G, d, C, anchors, k_batch, k_token, v_batch, v_token, position_batch,
-    ROPE: tl.constexpr, INT8: tl.constexpr, KEEP: tl.constexpr, HP: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr,
+    T, t0, tokens, G, d, C, anchors, k_batch, k_token, v_batch, v_token, position_batch,
+    ROPE: tl.constexpr, COPY: tl.constexpr, INT8: tl.constexpr, KEEP: tl.constexpr, HP: tl.constexpr,
+    CP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Lure keys to gates, `gate` (B, G, T) int32; write them rotated (and values, where INT8 asks for it)."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    """Lure the keys of tokens t0, t0 + 1, ... to gates, `gate` (B, G, T) int32; store them rotated, and their values.
+
+    COPY: whether k_out and v_out (B, T, G, d) take them; otherwise k and v stay where they are.
+    """
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    t = t0 + row
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
     half, c = tl.arange(0, HP), tl.arange(0, CP)
-    rows = t < T
+    rows = row < tokens
     fits = rows[:, None] & (half < d // 2)[None, :]
-    k_at = k + b.to(tl.int64) * k_batch + t.to(tl.int64)[:, None] * k_token + g * d + half[None, :]
+    k_at = k + b.to(tl.int64) * k_batch + row.to(tl.int64)[:, None] * k_token + g * d + half[None, :]
     first, second = tl.load(k_at, mask=fits, other=0.0), tl.load(k_at + d // 2, mask=fits, other=0.0)
     p_at = prototypes + (g * C + c)[None, :] * d + half[:, None]
     p_fits = (c < C)[None, :] & (half < d // 2)[:, None]
@@ -113,14 +118,17 @@ def gates_kernel(
         first, second = turn(first, second, cos, sin)
     line = (b.to(tl.int64) * T + t) * G + g
     out = line[:, None] * d + half[None, :]
-    if INT8:
-        store_int8(first, second, (k_out + out, k_out + out + d // 2), k_scale + line, fits, rows)
-        v_at = v + b.to(tl.int64) * v_batch + t.to(tl.int64)[:, None] * v_token + g * d + half[None, :]
-        first, second = tl.load(v_at, mask=fits, other=0.0), tl.load(v_at + d // 2, mask=fits, other=0.0)
-        store_int8(first, second, (v_out + out, v_out + out + d // 2), v_scale + line, fits, rows)
-    elif ROPE:
-        tl.store(k_out + out, first, mask=fits)
-        tl.store(k_out + out + d // 2, second, mask=fits)
+    if COPY:
+        v_at = v + b.to(tl.int64) * v_batch + row.to(tl.int64)[:, None] * v_token + g * d + half[None, :]
+        v1, v2 = tl.load(v_at, mask=fits, other=0.0), tl.load(v_at + d // 2, mask=fits, other=0.0)
+        if INT8:
+            store_int8(first, second, (k_out + out, k_out + out + d // 2), k_scale + line, fits, rows)
+            store_int8(v1, v2, (v_out + out, v_out + out + d // 2), v_scale + line, fits, rows)
+        else:
+            tl.store(k_out + out, first, mask=fits)
+            tl.store(k_out + out + d // 2, second, mask=fits)
+            tl.store(v_out + out, v1, mask=fits)
+            tl.store(v_out + out + d // 2, v2, mask=fits)
 
 
 @triton.jit
@@ -181,11 +189,12 @@ def scan_counts_kernel(count, base, first, chunks, C, CP: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def scan_sums_kernel(sums, base, chunks, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Running totals over chunks of `sums` (B G, chunks, width)."""
+def scan_sums_kernel(sums, base, carry, chunks, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Running totals over chunks of `sums` (B G, chunks, width), from `carry` (B G, width) on, which takes the last."""
     bg, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    scan(sums + bg * chunks * width, base + bg * (chunks + 1) * width, chunks, width, column,
-         tl.zeros((COLS,), tl.float32), ROWS)  # fmt: skip
+    held = tl.load(carry + bg * width + column, mask=column < width, other=0.0)
+    held = scan(sums + bg * chunks * width, base + bg * (chunks + 1) * width, chunks, width, column, held, ROWS)
+    tl.store(carry + bg * width + column, held, mask=column < width)
 
 
 @triton.jit
@@ -230,11 +239,11 @@ def sum_keys(
 @triton.jit
 def sums_kernel(
     gate, rank, first, order, k, v, k_scale, v_scale, sums,
-    T, G, d, C, window, ring, k_batch, k_token, v_batch, v_token,
+    T, G, d, C, window, ring, chunk0, k_batch, k_token, v_batch, v_token,
     INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, BS: tl.constexpr, DP: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to each note: sums (B G, chunks, kinds, C, 2 d) float32. Axis 2: see `note_block`."""
-    chunk, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, bg = chunk0 + tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     gates, values, ring_too = note_block(tl.program_id(2), C, GB)
     kinds = tl.num_programs(2) // (2 * tl.cdiv(C, GB))
@@ -246,7 +255,7 @@ def sums_kernel(
         total = sum_keys(total, gates, ring_too, x, scale, stride, gate + bg * T, rank + bg * T, first + bg * C,
                          order + bg * T, chunk * CH + at + tl.arange(0, BS), (chunk + 1) * CH, T, window, ring, G, d,
                          INT8, DTYPE, DP)  # fmt: skip
-    line = ((bg * tl.num_programs(0) + chunk) * kinds + ring_too) * C + gates
+    line = ((bg * tl.num_programs(0) + chunk - chunk0) * kinds + ring_too) * C + gates
     column = tl.arange(0, DP)
     tl.store(sums + line[:, None] * (2 * d) + values * d + column[None, :], total,
              mask=(gates < C)[:, None] & (column < d)[None, :])  # fmt: skip
@@ -268,7 +277,7 @@ def notes_kernel(
         x, scale, stride = v + b * v_batch + g * d, v_scale + b * T * G + g, v_token
     column = values * d + tl.arange(0, DP)
     fits = (gates < C)[:, None] & (tl.arange(0, DP) < d)[None, :]
-    line = ((bg * (chunks + 1) + chunk) * kinds + ring_too) * C + gates
+    line = ((bg * (tl.num_programs(0) + 1) + tl.program_id(0)) * kinds + ring_too) * C + gates
     total = tl.load(sums_base + line[:, None] * (2 * d) + column[None, :], mask=fits, other=0.0)
     held = tl.load(count_base + (bg * (chunks + 1) + chunk) * C + gates, mask=gates < C, other=0) - ring_too * ring
     ticks = CH // block
@@ -367,3 +376,67 @@ def bucket_kernel(
     four = tl.arange(0, 4)
     tl.store(bucket_count + bucket + four, ((count >> (four * 16).to(tl.int64)) & 0xFFFF).to(tl.int32),
              mask=quad * 4 + four < C)  # fmt: skip
+
+
+@triton.jit
+def route_kernel(
+    q, logits, prototypes, alive, confidence, log_share, head_of_gate, balance, awake, weight,
+    rows, G, r, d, C, least, most, top_p, alpha, temperature, prior_max, q_batch, q_token, l_batch, l_token,
+    HP: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Wake heads and weigh them, as `routing` defines it: awake (B, rows, G r) int8, weight the same shape float32."""
+    at = tl.program_id(0) * BT + tl.arange(0, BT)
+    b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    half, c, h = tl.arange(0, HP), tl.arange(0, CP), tl.arange(0, RP)
+    here = at < rows
+    fits = here[:, None] & (half < d // 2)[None, :]
+    first, second = tl.zeros((BT, HP), tl.float32), tl.zeros((BT, HP), tl.float32)
+    for i in range(r):
+        q_at = q + b * q_batch + at.to(tl.int64)[:, None] * q_token + (g * r + i) * d + half[None, :]
+        first += tl.load(q_at, mask=fits, other=0.0).to(tl.float32)
+        second += tl.load(q_at + d // 2, mask=fits, other=0.0).to(tl.float32)
+    length = tl.sqrt(tl.sum(first * first, 1) + tl.sum(second * second, 1))
+    p_at = prototypes + (g * C + c)[None, :] * d + half[:, None]
+    p_fits = (c < C)[None, :] & (half < d // 2)[:, None]
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    cosine = sharp_dot(first.to(DTYPE), tl.load(p_at, mask=p_fits, other=0.0), tl.zeros((BT, CP), tl.float32))
+    cosine = sharp_dot(second.to(DTYPE), tl.load(p_at + d // 2, mask=p_fits, other=0.0), cosine)
+    gate = g * C + c
+    usable = (tl.load(alive + gate, mask=c < C, other=0) != 0)[None, :]
+    share = tl.load(log_share + gate, mask=c < C, other=0.0)[None, :]
+    cosine = tl.where(usable, cosine / tl.maximum(length, 1e-12)[:, None], -float("inf"))
+    prior = softmax(cosine / temperature + share) * tl.load(confidence + gate, mask=c < C, other=0.0)[None, :]
+    prior = prior / tl.maximum(tl.sum(prior, 1), 1e-9)[:, None]
+    trust = prior_max * tl.minimum(tl.maximum(tl.max(cosine, 1), 0.0), 1.0)[:, None]
+    l_at = logits + b * l_batch + at.to(tl.int64)[:, None] * l_token + gate[None, :]
+    learned = tl.load(l_at, mask=here[:, None] & (c < C)[None, :], other=0.0).to(tl.float32) + share
+    prob = (1 - trust) * softmax(tl.where(usable, learned, -float("inf"))) + trust * prior
+    owner = tl.load(head_of_gate + gate, mask=c < C, other=-1)
+    of_head = tl.zeros((BT, RP), tl.float32)
+    for i in range(r):
+        mass = tl.sum(tl.where((owner == i)[None, :], prob, 0.0), 1)
+        of_head = tl.where((h == i)[None, :], mass[:, None], of_head)
+    score = of_head + tl.load(balance + g * r + h, mask=h < r, other=0.0)[None, :]
+    score = tl.where((h < r)[None, :], score, -float("inf"))
+    up, reached, woken = tl.zeros((BT, RP), tl.int1), tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
+    for i in range(most):
+        best = tl.argmax(score, 1)
+        hot = best[:, None] == h[None, :]
+        wake = (i < least) | (top_p >= 1) | (reached < top_p)
+        up = up | (hot & wake[:, None])
+        woken += wake.to(tl.float32)
+        reached += tl.sum(tl.where(hot, of_head, 0.0), 1)
+        score = tl.where(hot, -float("inf"), score)
+    loud = tl.where(up, of_head, 0.0)
+    loud = (1 - alpha) + alpha * woken[:, None] * loud / tl.maximum(tl.sum(loud, 1), 1e-9)[:, None]
+    line = ((b * rows + at) * G + g)[:, None] * r + h[None, :]
+    fits = here[:, None] & (h < r)[None, :]
+    tl.store(awake + line, up.to(tl.int8), mask=fits)
+    tl.store(weight + line, tl.where(up, loud, 0.0), mask=fits)
+
+
+@triton.jit
+def softmax(x):
+    """Softmax over the last axis of `(rows, columns)`; -inf gets nothing."""
+    x = tl.exp(x - tl.max(x, 1)[:, None])
+    return x / tl.sum(x, 1)[:, None]
