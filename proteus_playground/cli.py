@@ -106,6 +106,10 @@ def _forward(name: str, module: str, summary: str) -> None:
         inner(args=context.args, prog_name=f"proteus bench {name}")
 
 
+_forward("sweep", "proteus_playground.bench.sweep", "Us and rivals by length: time, memory, reads, floor.")
+_forward("page", "proteus_playground.bench.page", "A sweep's JSON as tables and as a page.")
+_forward("longest", "proteus_playground.bench.longest", "The longest text that fits a memory cap.")
+_forward("profile", "proteus_playground.bench.profile", "Where one call's time goes, by kernel.")
 _forward("layer", "proteus_playground.bench.layer", "One layer against dense attention, by length.")
 _forward("heads", "proteus_playground.bench.heads", "Many heads, few awake.")
 _forward("slider", "proteus_playground.bench.slider", "From slider to painted picture, in a real browser.")

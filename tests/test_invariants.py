@@ -1,6 +1,7 @@
 """The invariants of the design: what must hold for any length, alpha, keep ratio and DNA fraction."""
 
 import copy
+import dataclasses
 import os
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from proteus_playground import ProteusAttention
-from proteus_playground.attention import Gates, plan_budget, rope_frequencies, rotate
+from proteus_playground.attention import Gates, plan_budget, proteus_attention, rope_frequencies, rotate
 from proteus_playground.attention.backends.reference import memberships
+from proteus_playground.attention.backends.torch import attend as torch_attend
+from proteus_playground.attention.backends.torch_tile import attend_tile
 from proteus_playground.attention.functional import prepare
 
 ALPHA = st.sampled_from([0.0, 0.3, 0.7, 1.0])
@@ -203,15 +206,68 @@ def test_gradients_on_the_device(device):
 def test_long_pieces_agree_with_short_ones(monkeypatch):
     """Cutting the work differently changes nothing: every piece boundary is crossed."""
     from proteus_playground.attention.backends import torch as tiles
+    from proteus_playground.attention.backends import torch_keys, torch_rings
 
     cfg = config(shortlist=32)
     q, k, v = qkv(700)
     gates = Gates(2, 6, 8).fit(k)
     whole = attend(q, k, v, cfg, "torch", gates).out
     monkeypatch.setattr(tiles, "PIECE", 1 << 9)
-    monkeypatch.setattr(tiles, "ROWS", 1)
+    monkeypatch.setattr(torch_keys, "MEAN_ROWS", 1)
+    monkeypatch.setattr(torch_rings, "PIECE", 1)
     with torch.no_grad():
         assert off_by(attend(q, k, v, cfg, "torch", gates).out, whole) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows,keys,dim", [(1, 1, 8), (37, 63, 16), (64, 64, 64), (129, 200, 72)])
+def test_fused_tiles_agree_with_composed_ones(device, dtype, rows, keys, dim):
+    gen = torch.Generator().manual_seed(rows)
+    q, k, v = (torch.randn(3, 2, n, dim, generator=gen).to(device, dtype) for n in (rows, keys, keys))
+    bias = torch.randn(3, 2, rows, keys, generator=gen).to(device, dtype)
+    high = torch.randint(1, keys + 1, (3, 2, rows, 1), generator=gen).to(device)  # a row reads up to 5 keys
+    at = torch.arange(keys, device=device)
+    bias = bias.masked_fill((at >= high) | (at < high - 5), -torch.inf)
+    padded = F.pad(bias, (0, -keys % 8))[..., :keys]
+    shared = padded[:1, :1].expand_as(padded)
+    for mask in (padded, shared, *([None] if rows == keys else [])):
+        with torch.no_grad():
+            out, lse = attend_tile(q, k, v, mask, 0.3)
+        exact, exact_lse = attend_tile(q.double(), k.double(), v.double(), None if mask is None else mask.double(), 0.3)
+        assert out.shape == exact.shape and lse.shape == exact_lse.shape and lse.dtype == torch.float32
+        eps = max(torch.finfo(dtype).eps, 1e-5)
+        assert off_by(out, exact) <= eps and off_by(lse, exact_lse) <= eps
+
+
+def test_the_torch_backend_never_waits_for_a_device():
+    """A tensor without data cannot be asked for its values: whoever asks, fails."""
+    cfg = config(shortlist=40)
+    q, k, v = qkv(700)
+    gates = Gates(2, 6, 8).fit(k)
+    short = prepare(q, k, v, gates, plan_budget(cfg, 700), inv_freq=None, positions=None, keep=None).short
+    changes = {name: x.to("meta") for name, x in vars(short).items() if isinstance(x, torch.Tensor)}
+    out, lse = torch_attend(*(x.to("meta") for x in (q, k, v)), dataclasses.replace(short, **changes), 0.3)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+
+
+def test_a_call_on_a_gpu_never_waits_for_it():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    cfg = config(shortlist=40)
+    q, k, v = qkv(700, device="cuda")
+    gates, budget = Gates(2, 6, 8).cuda().fit(k), plan_budget(cfg, 700)
+    freq = rope_frequencies(8, cfg.rope_theta, "cuda")
+
+    def call():
+        return proteus_attention(q, k, v, gates, budget, inv_freq=freq, backend="torch").out
+
+    with torch.no_grad():
+        call()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # 4. a row needs nothing but its past: what decoding step by step will repeat

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class AttentionConfig:
     bias: bool = False
     """Whether the four projections carry a bias."""
     backend: str = "auto"
-    """One of 'auto', 'reference', 'torch'. An explicit name never falls back."""
+    """One of 'auto', 'reference', 'torch', 'triton'. An explicit name never falls back."""
+    int8: bool = False
+    """Whether sparse reads see keys and values stored in int8 with a scale per row. Has no gradient."""
     init_scale: float = field(default=1.0, repr=False)
     """Multiplies the initial projection weights, > 0."""
 
@@ -105,7 +107,7 @@ class AttentionConfig:
             self._real("flux_alpha", 0.0, 1.0, "in [0, 1], or None to follow the length")
         if self.rope_theta is not None:
             self._real("rope_theta", 0.0, float("inf"), "> 0, or None for no rotation", open_low=True, open_high=True)
-        for name in ("route_heads", "notes", "bias"):
+        for name in ("route_heads", "notes", "bias", "int8"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected True or False")
         if self.shortlist_from <= self.dense_below:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .backends.dispatch import attend, choose_backend, dense, dense_lse, everything
 from .budget import Budget
 from .gates import Gates
+from .int8 import through_int8
 from .rope import rotate
 from .shortlist import Shortlist, build_shortlist, count_reads
 
@@ -23,8 +24,8 @@ class AttentionResult:
 
     out: Tensor  # (B, T, H, d), zero for dropped tokens and sleeping heads
     lse: Tensor | None  # (B, T, H) float32 log-sum-exp of the scores read; None when dense, unless return_lse
-    reads: Tensor  # (B, T, H) int64, keys and notes read by each row; 0 for dropped tokens and sleeping heads
-    gate_of_key: Tensor  # (B, T, G) int64; -1 for anchors and dropped tokens
+    reads: Tensor | None  # (B, T, H) int64, keys and notes read by each row; 0 for dropped tokens and sleeping heads
+    gate_of_key: Tensor | None  # (B, T, G) int64; -1 for anchors and dropped tokens
     backend: str
     backend_reason: str
 
@@ -36,7 +37,7 @@ class Prepared:
     q: Tensor  # (B, S, H, d) rotated
     k: Tensor  # (B, S, G, d) rotated
     v: Tensor  # (B, S, G, d)
-    gate: Tensor  # (B, S, G) the gate each key falls into, before anchors are set apart
+    gate: Tensor | None  # (B, S, G) the gate each key falls into, before anchors are set apart; None when not asked
     short: Shortlist | None  # None when everything may be read
     index: Tensor | None  # (B, S) where each kept token stood; None when all T are kept
     length: Tensor  # (B,) kept tokens
@@ -56,21 +57,28 @@ def proteus_attention(
     backend: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
+    explain: bool = True,
+    int8: bool = False,
 ) -> AttentionResult:
     """Causal attention in which each row reads at most `budget.shortlist` keys and notes.
 
     q: `(B, T, H, d)`, k and v: `(B, T, G, d)`, all un-rotated, H a multiple of G. gates: `Gates` for G groups of
     width d. budget: from `plan_budget`. inv_freq: `(d / 2,)` rotary frequencies in radians per token, or None.
     positions: `(T,)` or `(B, T)`, in tokens, default 0..T-1. keep: `(B, T)` bool, tokens that take part (padding is
-    False). awake: `(B, T, H)` bool, rows that count. scale: of the scores, default d^-1/2.
+    False). awake: `(B, T, H)` bool, rows that count. scale: of the scores, default d^-1/2. explain: False leaves
+    `reads` and `gate_of_key` out, which costs time. int8: sparse reads see keys and values stored in int8 (no gradient).
 
     Raises `TypeError` or `ValueError` naming the argument. Dense (fused SDPA) when the budget holds every key.
     """
     check_inputs(q, k, v, gates, positions, keep, awake, inv_freq)
     check_budget(budget, q.shape[1], gates.gates_per_group)
-    name, why = choose_backend(q.device, backend)
+    name, why = choose_backend(q.device, backend, q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    ready = prepare(q, k, v, gates, budget, inv_freq=inv_freq, positions=positions, keep=keep)
+    if int8 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("int8=True: int8 keys and values have no gradient; call under torch.no_grad()")
+    if name == "triton" and not budget.dense:
+        return _fused(q, k, v, gates, budget, inv_freq, positions, keep, awake, scale, explain, int8, why)
+    ready = prepare(q, k, v, gates, budget, inv_freq=inv_freq, positions=positions, keep=keep, lured=explain)
     lse = None
     if ready.short is None and name != "reference":
         out = dense(ready.q, ready.k, ready.v, scale)
@@ -78,21 +86,51 @@ def proteus_attention(
             lse = dense_lse(ready.q, ready.k, scale)
         name, why = "dense", "everything fits the budget: fused scaled_dot_product_attention"
     else:
-        short = ready.short or everything(ready.gate, ready.q.shape[2])
-        out, lse = attend(ready.q, ready.k, ready.v, short, scale, name)
-    reads = count_reads(ready.short) if ready.short else _dense_reads(ready)
-    gate = ready.gate if ready.short is None else ready.short.gate
+        short = ready.short or everything(gates.lure(ready.k)[0], ready.q.shape[2])
+        keys, values = (through_int8(x) if int8 and ready.short else x for x in (ready.k, ready.v))
+        out, lse = attend(ready.q, keys, values, short, scale, name)
+    reads = gate = None
+    if explain:
+        reads = count_reads(ready.short) if ready.short else _dense_reads(ready)
+        gate = ready.gate if ready.short is None else ready.short.gate
+    T = q.shape[1]
     return AttentionResult(
-        out=_rest(_spread(out, ready, q.shape[1], 0), awake),
-        lse=_spread(lse, ready, q.shape[1], -torch.inf),
-        reads=_rest(_spread(reads, ready, q.shape[1], 0), awake),
-        gate_of_key=_spread(gate, ready, q.shape[1], -1),
+        out=_rest(_spread(out, ready, T, 0), awake),
+        lse=_spread(lse, ready, T, -torch.inf),
+        reads=_rest(_spread(reads, ready, T, 0), awake),
+        gate_of_key=_spread(gate, ready, T, -1),
         backend=name,
         backend_reason=why,
     )
 
 
-def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep) -> Prepared:
+def _fused(q, k, v, gates, budget, inv_freq, positions, keep, awake, scale, explain, int8, why) -> AttentionResult:
+    """The Triton backend: like the rest, but dropped tokens are moved to the end without asking how many there are."""
+    from .backends import triton
+
+    B, T = q.shape[:2]
+    positions = torch.arange(T, device=q.device) if positions is None else positions.to(q.device)
+    index = length = None
+    if keep is not None:
+        length = keep.sum(1)
+        index = (~keep).to(torch.int8).argsort(dim=1, stable=True)
+        q, k, v = (_take(x, index) for x in (q, k, v))
+        positions = _take(positions.expand(B, T), index)
+        up = None if awake is None else _take(awake, index)
+    else:
+        up = awake
+    find = triton.Finder(gates.prototypes, gates.alive, positions, inv_freq, length)
+    out, lse = triton.attend(q, k, v, find, up, budget, scale, int8)
+    ready = Prepared(q, k, v, None, None, index, length)
+    reads = gate = None
+    if explain:
+        short = triton.explain(q, k, v, find, up, budget)
+        reads, gate = _rest(_spread(count_reads(short), ready, T, 0), awake), _spread(short.gate, ready, T, -1)
+    out, lse = _rest(_spread(out, ready, T, 0), awake), _spread(lse, ready, T, -torch.inf)
+    return AttentionResult(out, lse, reads, gate, "triton", why)
+
+
+def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep, lured: bool = True) -> Prepared:
     """Drop tokens, lure keys, probe gates, rotate. Arguments as in `proteus_attention`, already checked."""
     B, T = q.shape[:2]
     positions = torch.arange(T, device=q.device) if positions is None else positions.to(q.device)
@@ -103,7 +141,7 @@ def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep)
         q, k, v = (_take(x, index) for x in (q, k, v))
         positions = _take(positions.expand(B, T), index)
     with torch.no_grad():
-        gate = gates.lure(k)[0]
+        gate = gates.lure(k)[0] if lured or not budget.dense else None
         short = None
         if not budget.dense:
             short = build_shortlist(
@@ -145,9 +183,9 @@ def _spread(x: Tensor | None, ready: Prepared, tokens: int, fill) -> Tensor | No
     return out.scatter(1, ready.index.view(*ready.index.shape, *tail).expand_as(x), x)
 
 
-def _rest(x: Tensor, awake: Tensor | None) -> Tensor:
+def _rest(x: Tensor | None, awake: Tensor | None) -> Tensor | None:
     """Zero the rows of sleeping heads."""
-    if awake is None:
+    if awake is None or x is None:
         return x
     return x.masked_fill(~awake.view(*awake.shape, *(1,) * (x.dim() - 3)), 0)
 

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
+from .backends import choose_backend
 from .budget import Budget, check_alpha, plan_budget
 from .config import AttentionConfig
 from .functional import AttentionResult, proteus_attention
 from .gates import Gates
 from .heads import is_grouped, pick_awake, project_in, project_out
+from .pieces import attend_in_pieces
 from .rope import rope_frequencies
 from .routing import Router, gate_probability, head_probability, wake_heads
 
@@ -110,9 +112,11 @@ class ProteusAttention(nn.Module):
             self._fold()
         cfg = self.cfg
         budget = plan_budget(cfg, x.shape[1])
+        if key_padding_mask is None and not (learning or return_stats) and self._fits_pieces(x, budget):
+            return attend_in_pieces(self, x, positions, budget)
         k, v = (proj(x).unflatten(-1, (cfg.n_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
         keep = self.kept(k, budget, key_padding_mask)
-        q, routes = self._queries(x, budget)
+        q, routes = self._queries(x, budget, keep)
         awake = None if routes is None else routes.real.flatten(2)
         result = proteus_attention(
             q,
@@ -124,6 +128,8 @@ class ProteusAttention(nn.Module):
             keep=keep,
             awake=awake,
             backend=cfg.backend,
+            explain=return_stats,
+            int8=cfg.int8,
             inv_freq=None if cfg.rope_theta is None else rope_frequencies(cfg.head_dim, cfg.rope_theta, x.device),
         )
         y = self._merge(result.out, routes)
@@ -142,7 +148,14 @@ class ProteusAttention(nn.Module):
             k, 1.0 if unmeasured else budget.keep_ratio, self.cfg.n_anchors, None if padding is None else ~padding
         )
 
-    def _queries(self, x: Tensor, budget: Budget) -> tuple[Tensor, _Routes | None]:
+    def _fits_pieces(self, x: Tensor, budget: Budget) -> bool:
+        """Whether the Triton backend can run the whole layer piece by piece: nothing dropped, no gradient asked."""
+        cfg = self.cfg
+        plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling())
+        whole = not budget.dense and budget.keep_ratio == 1 and budget.heads_awake_max == cfg.heads_per_group
+        return plain and whole and choose_backend(x.device, cfg.backend, cfg.head_dim)[0] == "triton"
+
+    def _queries(self, x: Tensor, budget: Budget, keep: Tensor | None) -> tuple[Tensor, _Routes | None]:
         """Rows to attend with, `(B, T, G K, d)`, un-rotated, and how they were routed."""
         cfg, G, r = self.cfg, self.cfg.n_kv_heads, self.cfg.heads_per_group
         if self.router is None:
@@ -177,6 +190,8 @@ class ProteusAttention(nn.Module):
         if slots == r:
             return q.flatten(2, 3), _Routes(awake, weight, None, awake)
         slot, real = pick_awake(awake, slots)
+        if keep is not None:
+            real = real & keep[..., None, None]  # a dropped token projects no query
         routes = _Routes(awake, weight, slot, real)
         if grouped:
             bias = self.q_proj.bias.view(cfg.n_heads, -1) if cfg.bias else None

@@ -25,6 +25,10 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None) -> Tensor:
     """
     if inv_freq is None:
         return x
+    if x.is_cuda and fused(x):
+        from .backends.triton import rotate as run
+
+        return run(x, positions, inv_freq)
     angle = positions.to(torch.float32)[..., None] * inv_freq.to(torch.float32)  # (B, T, d/2) or (T, d/2)
     cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
@@ -40,3 +44,10 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None) -> Tensor:
         torch.mul(first, c, out=left).addcmul_(second, s, value=-1)
         torch.mul(second, c, out=right).addcmul_(first, s)
     return out
+
+
+def fused(x: Tensor) -> bool:
+    """Whether Triton's kernel turns `x`."""
+    from .backends.dispatch import probe_triton
+
+    return x.stride(-1) == 1 and x.dtype != torch.float64 and probe_triton(x.device, x.shape[-1])[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 19  # query-prototype scores held at a time on a CPU
-PIECE_GPU = 1 << 27
+PIECE_GPU = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,19 @@ def _open_gates(q: Tensor, prototypes: Tensor, alive: Tensor, left: Tensor, bloc
     """
     B, T, H, _ = q.shape
     G, C = alive.shape
-    usable = ((left > 0) & alive[:, None]).transpose(1, 2)  # (B, N, G, C)
+    usable = ((left > 0) & alive[:, None]).transpose(2, 3)  # (B, G, C, N)
+    heads = prototypes.repeat_interleave(H // G, dim=0)  # (H, C, d)
     step = max(1, (PIECE if q.device.type == "cpu" else PIECE_GPU) // (B * H * C * block)) * block
-    parts = []
+    opened = torch.empty(B, T, H, probes, dtype=torch.int64, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for i in range(0, T, step):
-            rows = q[:, i : i + step].float().unflatten(2, (G, H // G))  # (B, t, G, r, d)
-            score = torch.einsum("btgrd,gcd->btgrc", rows, prototypes)
-            here = usable[:, i // block : (i + step - 1) // block + 1].repeat_interleave(block, dim=1)
-            score = score.masked_fill_(~here[:, : rows.shape[1], :, None], -torch.inf)
-            parts.append(_top(score, probes).flatten(2, 3))
-    return torch.cat(parts, dim=1)
+            rows = q[:, i : i + step].float().permute(0, 2, 3, 1)  # (B, H, d, t)
+            score = torch.matmul(heads, rows)  # (B, H, C, t): the maximum runs over whole vectors of rows
+            here = usable[..., i // block : (i + step - 1) // block + 1].repeat_interleave(block, dim=3)
+            score.unflatten(1, (G, H // G)).masked_fill_(~here[:, :, None, :, : rows.shape[3]], -torch.inf)
+            for pick, home in zip(_top(score, probes), opened[:, i : i + step].unbind(3), strict=True):
+                home.copy_(pick.transpose(1, 2))
+    return opened
 
 
 def _count_left(gate: Tensor, C: int, window: int, block: int) -> Tensor:
@@ -96,48 +98,47 @@ def _count_left(gate: Tensor, C: int, window: int, block: int) -> Tensor:
     B, T, G = gate.shape
     ticks = -(-T // block)
     tick = ((torch.arange(T, device=gate.device) + window) // block + 1).clamp(max=ticks)  # when key j leaves
-    slot = tick[:, None] * (C + 1) + gate.where(gate >= 0, torch.full_like(gate, C))  # (B, T, G)
-    flat = slot.permute(0, 2, 1).reshape(B * G, T)
-    counts = torch.zeros(B * G, (ticks + 1) * (C + 1), dtype=torch.int64, device=gate.device)
+    slot = gate.where(gate >= 0, C) * (ticks + 1) + tick[:, None]  # (B, T, G)
+    flat = slot.transpose(1, 2).reshape(B * G, T)
+    counts = torch.zeros(B * G, (C + 1) * (ticks + 1), dtype=torch.int64, device=gate.device)
     counts.scatter_add_(1, flat, torch.ones_like(flat))
-    return counts.view(B, G, ticks + 1, C + 1)[:, :, :ticks, :C].cumsum(2)
+    counts = counts.view(B, G, C + 1, ticks + 1)[:, :, :C, :ticks].cumsum(3)  # fast along the last axis only
+    return counts.transpose(2, 3).contiguous()
 
 
-def _top(score: Tensor, n: int) -> Tensor:
-    """Indices of the n largest along the last axis, ties to the lower index, -1 where the score is -inf."""
-    low_first = torch.arange(score.shape[-1], 0, -1, dtype=score.dtype, device=score.device)
+def _top(score: Tensor, n: int) -> list[Tensor]:
+    """Indices of the n largest along the axis before the last, ties to the lower index, -1 where the score is -inf."""
+    size = score.shape[-2]
+    low_first = torch.arange(size, 0, -1, dtype=score.dtype, device=score.device)[:, None]
     picks = []
-    for _ in range(n):  # twice as fast on a CPU as a maximum that also returns its index
-        best = score.amax(dim=-1, keepdim=True)
-        index = score.shape[-1] - torch.where(score == best, low_first, 0).amax(dim=-1, keepdim=True).long()
-        index = index.clamp(max=score.shape[-1] - 1)  # a NaN equals nothing; its row is NaN, the others stand
-        picks.append(index.masked_fill(best == -torch.inf, -1))
-        score.scatter_(-1, index, -torch.inf)
-    return torch.cat(picks, dim=-1)
-
-
-def probed_counts(short: Shortlist) -> Tensor:
-    """Keys that have left in each opened gate, 0 where nothing was opened: `(B, T, H, n)`."""
-    B, T, H, n = short.probes.shape
-    G, C = short.left.shape[1], short.gates_per_group
-    tick = short.row_tick(T)
-    base = torch.arange(B * G, device=tick.device).view(B, 1, G, 1, 1) * short.left.shape[2] + tick.view(1, T, 1, 1, 1)
-    probe = short.probes.view(B, T, G, H // G, n)
-    count = short.left.flatten()[base * C + probe.clamp(min=0)]
-    return count.masked_fill(probe < 0, 0).view(B, T, H, n)
+    for i in range(n):
+        if score.device.type == "cpu":  # half the time of a maximum that also returns its index
+            best = score.amax(dim=-2, keepdim=True)
+            index = size - torch.where(score == best, low_first, 0).amax(dim=-2, keepdim=True).long()
+            index = index.clamp(max=size - 1)  # a NaN equals nothing; its row is NaN, the others stand
+        else:
+            best, index = score.max(dim=-2, keepdim=True)
+        picks.append(index.masked_fill(best == -torch.inf, -1)[..., 0, :])
+        if i < n - 1:
+            score.scatter_(-2, index, -torch.inf)
+    return picks
 
 
 def count_reads(short: Shortlist) -> Tensor:
     """Keys and notes each row reads: `(B, T, H)` int64."""
-    B, T, H, _ = short.probes.shape
-    G = short.left.shape[1]
+    B, T, H, n = short.probes.shape
+    G, N, C = short.left.shape[1:]
     tick = short.row_tick(T)
     edge = (tick * short.block - short.window).clamp(min=0)  # first key still in the window
     near = torch.arange(T, device=tick.device) - edge + 1 + edge.clamp(max=short.anchors)
-    count = probed_counts(short)
-    reads = near[:, None] + count.clamp(max=short.ring).sum(-1)
+    gain = short.left.clamp(max=short.ring)  # what opening a gate adds
+    always = torch.zeros_like(short.left[..., 0])  # (B, G, N)
     if short.notes:
-        filled = (short.left > 0).sum(-1).permute(0, 2, 1)[:, tick]  # (B, T, G)
-        filled = filled.repeat_interleave(H // G, dim=2)
-        reads = reads + filled - ((count > 0) & (count <= short.ring)).sum(-1)
-    return reads
+        filled = short.left > 0
+        always = filled.sum(-1)
+        gain = gain - (filled & (short.left <= short.ring)).long()  # its note is empty then
+    gain = torch.nn.functional.pad(gain, (1, 0)).flatten()
+    base = torch.arange(B * G, device=tick.device).view(B, 1, G, 1, 1) * N + tick.view(1, T, 1, 1, 1)
+    spot = short.probes.view(B, T, G, H // G, n) + (base * (C + 1) + 1)
+    reads = gain.index_select(0, spot.flatten()).view(spot.shape).sum(-1)
+    return (reads + (near[:, None] + always.transpose(1, 2)[:, tick])[..., None]).flatten(2)

@@ -14,8 +14,8 @@ import torch
 import typer
 
 from ..attention import AttentionConfig, ProteusAttention
-from .layer import parse_lengths, peak_in_process, pick_device
-from .measure import environment, markdown, peak_extra_mb, summary, timed_ms, write_json
+from .measure import environment, markdown, peak_extra_mb, peak_in_process, summary, timed_ms, write_json
+from .options import parse_lengths, pick_device
 
 GROUPS = 8
 
@@ -49,7 +49,7 @@ def command(
     """Many heads, few awake: time and memory of 2,048 heads beside 64."""
     dev = pick_device(device)
     rows = []
-    for count in parse_lengths(heads):
+    for count in parse_lengths(heads, "--heads"):
         for option, value in (("--heads", count), ("--awake", awake)):
             if value % GROUPS or value > count:
                 raise typer.BadParameter(

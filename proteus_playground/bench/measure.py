@@ -5,6 +5,7 @@ Nothing here times an unsynchronised device, and every report carries what it wa
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -13,28 +14,82 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 
-def timed_ms(run: Callable[[], object], device: torch.device, repeats: int, budget_s: float = 30.0) -> list[float]:
-    """Wall-clock milliseconds of each of up to `repeats` calls, after one warm-up; at least one call is timed.
+def clock(run: Callable[[], object], device: torch.device) -> tuple[float, int | None]:
+    """Milliseconds of one call, and on CUDA its peak of allocated bytes, inputs included (elsewhere None).
 
-    Stops early once `budget_s` seconds are spent, so that a slow rival does not hold the table up. A first call
-    longer than the budget stands as the measurement: at that length warming up is lost in the time itself.
+    The device is idle before the call and done after it, so that launching counts. On CUDA the time is between two
+    events, and the level-2 cache holds nothing of the inputs.
     """
-    times: list[float] = []
-    for _ in range(repeats + 1):
+    if device.type != "cuda":
         sync(device)
         start = time.perf_counter()
         run()
         sync(device)
-        times.append((time.perf_counter() - start) * 1e3)
-        if sum(times) > budget_s * 1e3:
-            break
-    return times[1:] or times
+        return (time.perf_counter() - start) * 1e3, None
+    torch.zeros(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+    sync(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    sync(device)
+    return begin.elapsed_time(end), torch.cuda.max_memory_allocated(device)
+
+
+def repeat_ms(run: Callable[[], object], device: torch.device, repeats: int, budget_s: float) -> list[float]:
+    """Milliseconds of up to `repeats` calls, at least one, fewer once `budget_s` seconds are spent."""
+    times: list[float] = []
+    while not times or (len(times) < repeats and sum(times) < budget_s * 1e3):
+        times.append(clock(run, device)[0])
+    return times
+
+
+def timed_ms(run: Callable[[], object], device: torch.device, repeats: int, budget_s: float = 30.0) -> list[float]:
+    """`repeat_ms` after one call that warms up and is not counted."""
+    clock(run, device)
+    return repeat_ms(run, device, repeats, budget_s)
+
+
+@contextmanager
+def captured(run: Callable[[], object], device: torch.device) -> Iterator[Callable[[], None]]:
+    """A CUDA graph of `run`, as the call that replays it; `run` has been called before.
+
+    Raises `RuntimeError` where there are no graphs, or `run` waits for the device, which a graph cannot.
+    """
+    if device.type != "cuda":
+        raise RuntimeError(f"{device.type} has no CUDA graphs")
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    torch.cuda.set_sync_debug_mode("error")  # says so before a capture is begun: a broken one harms what follows
+    try:
+        with torch.cuda.stream(side):
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    try:
+        yield graph.replay
+    finally:
+        sync(device)
+        graph.reset()
+
+
+def release(device: torch.device) -> None:
+    """Give back what a finished or failed run left cached."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def sync(device: torch.device) -> None:
@@ -86,14 +141,43 @@ def peak_extra_mb(module: str, args: list[str]) -> float:
     return float(done.stdout.strip().splitlines()[-1])
 
 
+def peak_in_process(run) -> float:
+    """Peak resident memory that `run()` adds to what this process holds now, MB. Exact on Linux; elsewhere what it adds
+    to the highest there ever was, which can only be less."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back to what is held now
+    before = _memory("VmRSS")
+    run()
+    return (_memory("VmHWM") - before) / 1e6
+
+
+def _memory(name: str) -> int:
+    """Bytes this process holds (VmRSS) or has held at most (VmHWM)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(f"{name}:")[1].split()[0]) * 1024
+    except OSError:
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def write_json(path: Path, payload: dict) -> None:
     """Write a result whole or not at all."""
+    write_text(path, json.dumps(payload, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
-        json.dump(payload, part, indent=1)
-        part.write("\n")
-    os.chmod(part.name, 0o644)
-    os.replace(part.name, path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        pass
+    try:
+        Path(part.name).write_text(text, encoding="utf-8")
+        os.chmod(part.name, 0o644)
+        os.replace(part.name, path)
+    finally:
+        Path(part.name).unlink(missing_ok=True)
 
 
 def markdown(header: list[str], rows: list[list]) -> str:

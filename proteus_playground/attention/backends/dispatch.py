@@ -1,13 +1,19 @@
 """The one public door to the backends: it chooses, says why, and dispatches to bare kernels.
 
-`dense` is fused `scaled_dot_product_attention`; `reference` and `torch` compute the shortlist.
+`dense` is fused `scaled_dot_product_attention`; `reference`, `torch` and `triton` compute the shortlist.
 """
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import BACKENDS
 from ..shortlist import Shortlist
@@ -15,26 +21,51 @@ from ..shortlist import Shortlist
 LSE_ROWS = 1 << 22  # scores per piece while a dense log-sum-exp is worked out
 
 
-def choose_backend(device: torch.device | str, wanted: str = "auto") -> tuple[str, str]:
+def choose_backend(device: torch.device | str, wanted: str = "auto", head_dim: int = 64) -> tuple[str, str]:
     """The backend for a device and one sentence saying why. An explicit name is never replaced.
 
-    Raises `ValueError` for an unknown name.
+    Raises `ValueError` for an unknown name, and for 'triton' where its kernels cannot run as they should.
     """
     if wanted not in BACKENDS:
         raise ValueError(f"backend={wanted!r}: must be one of {', '.join(map(repr, BACKENDS))}")
-    if wanted != "auto":
+    if wanted in ("reference", "torch"):
         return wanted, "asked for by name"
     device = torch.device(device)
+    fits, why = probe_triton(device, head_dim)
+    if wanted == "triton":
+        if not fits:
+            raise ValueError(f"backend='triton': {why}; must be 'auto', 'torch' or 'reference' here")
+        return wanted, "asked for by name"
+    if fits and device.type == "cuda":
+        return "triton", why
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return ("torch", f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}): PyTorch tiles on its matrix units")
-    if device.type == "mps":
-        return "torch", "Apple GPU: PyTorch tiles"
-    return "torch", "CPU: PyTorch tiles, no GPU is in use"
+        return "torch", f"PyTorch tiles. {why}"
+    return "torch", {"mps": "Apple GPU: PyTorch tiles"}.get(device.type, "CPU: PyTorch tiles, no GPU is in use")
+
+
+@cache
+def probe_triton(device: torch.device, head_dim: int) -> tuple[bool, str]:
+    """Whether Triton's kernels can be used, and one sentence saying why."""
+    if find_spec("triton") is None:
+        return False, "Triton is not installed"
+    if head_dim > 256:
+        return False, f"head_dim={head_dim} is more than the 256 that the Triton kernels hold"
+    if device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return interpreted, "interpreted" if interpreted else f"Triton needs an NVIDIA or AMD GPU, this is {device.type}"
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip:
+        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        fits = arch.startswith(("gfx11", "gfx12", "gfx90a", "gfx94", "gfx95"))
+        return fits, f"{name} ({arch}): {'fused Triton kernels' if fits else 'no matrix units that Triton reaches'}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return False, f"{name} (sm_{major}{minor}): below sm_80 Triton multiplies matrices without tensor cores"
+    return True, f"{name} (sm_{major}{minor}): fused Triton kernels"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    """Run a chosen backend: rotated q `(B, T, H, d)`, k and v `(B, T, G, d)` -> out, log-sum-exp `(B, T, H)`."""
+    """Run `reference` or `torch`: rotated q `(B, T, H, d)`, k and v `(B, T, G, d)` -> out, log-sum-exp `(B, T, H)`."""
     if backend == "reference":
         from .reference import attend as run
     else:
@@ -46,10 +77,21 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Fused causal attention over everything, `(B, T, H, d)`; k and v `(B, T, G, d)`."""
     grouped = q.shape[2] != k.shape[2]
     qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
-    if grouped and q.device.type != "cpu":  # not every GPU kernel takes groups; a fused one is worth the copy
+    order = _fastest(q.device) if q.dtype in (torch.float16, torch.bfloat16) else None
+    if grouped and q.device.type != "cpu" and order is None:  # not every GPU kernel takes groups
         kh, vh = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (kh, vh))
         grouped = False
-    return F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    with sdpa_kernel(order, set_priority=True) if order else nullcontext():
+        out = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+@cache
+def _fastest(device: torch.device) -> list[SDPBackend] | None:
+    """SDPA's kernels, fastest first, where PyTorch's own order is not: cuDNN leads on Hopper and later."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
+        return None
+    return [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @torch.no_grad()

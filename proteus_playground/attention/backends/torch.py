@@ -22,7 +22,7 @@ from .torch_notes import Notes
 from .torch_rings import Rings, key_columns
 from .torch_tile import attend_tile, fuses_on_cuda, take_rows
 
-PIECE = 1 << 20  # scores per piece on a CPU, where a piece should stay in cache
+PIECE = 1 << 21  # scores of rings per piece on a CPU
 PIECE_FUSED = 1 << 26  # where the fused GPU kernel runs, which holds no scores
 PIECE_LARGE = 1 << 24  # elsewhere on a GPU, and in training, where every piece costs one gradient buffer
 BLOCKS = 1 << 15  # blocks per piece: a CUDA grid ends at 65,535
@@ -31,6 +31,11 @@ CHUNK = 64  # keys of a gate summed up before a carry is taken
 
 def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> tuple[Tensor, Tensor]:
     """Rotated q `(B, T, H, d)`, rotated k and v `(B, T, G, d)` -> out like q, log-sum-exp `(B, T, H)` float32."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        return _attend(q, k, v, short, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> tuple[Tensor, Tensor]:
     B, T, H, d = q.shape
     b, N = short.block, short.left.shape[2]
     head = -(-short.window // b)  # the first block that something has left

@@ -25,7 +25,7 @@ class Notes:
 
     def __init__(self, kv: Tensor, keys: SortedKeys | None, short: Shortlist):
         B, T, G, width = kv.shape
-        N, C, A = short.left.shape[2], short.gates_per_group, min(short.anchors, T)
+        N, A = short.left.shape[2], min(short.anchors, T)
         device, self.d, self.anchors = kv.device, width // 2, A
         anchors = kv[:, :A].reshape(-1, width)
         self.means = running_means(keys, anchors) if short.notes else pad(anchors, (0, 0, 1, 0))

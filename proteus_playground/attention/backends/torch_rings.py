@@ -17,6 +17,9 @@ from torch.nn.functional import pad
 from .torch_keys import SortedKeys
 from .torch_tile import attend_tile, take_rows
 
+PIECE = 1 << 18  # scores at a time on a CPU, where tiles should stay in cache
+GRID = 65535  # tiles at a time elsewhere: the most that CUDA launches along one axis
+
 
 def key_columns(ring: int, rows: int) -> tuple[int, int]:
     """Keys per column (a power of two) and keys per tile, for `rows` far rows per token and group.
@@ -42,7 +45,7 @@ class Rings:
         high, at = torch.arange(width + 1, device=device)[:, None], torch.arange(width, device=device)
         unread = (at >= high) | (at < high - ring)
         self.mask = keys.rows.new_zeros(width + 1, width).masked_fill_(unread, -torch.inf)  # row i reads [i - m, i)
-        self.per_tile = 64 if width <= 64 else 128
+        self.per_tile = 64 if width <= 64 or device.type == "cpu" else 128
 
     def attend(self, cut: slice, q: Tensor, opened: Tensor, scale: float):
         """Attention of q `(U, b, G, r, d)` over the rings of `opened` `(U, b, G, r, n)`, 0 for none.
@@ -55,14 +58,15 @@ class Rings:
         newest = self.newest[cut][:, None, :, None].expand(U, b, G, r, -1).gather(-1, opened)
         newest, far = newest.flatten().sort(stable=True)
         home, source, real = self._tiles(newest, self._bound(U, b, G, r * n))
-        first = self.opening[home][:, None]
         row = far[source]  # (tiles, Q)
-        high = torch.where(real, newest[source] - first + 1, 1)  # a spare slot reads one key
-        mask = self.mask.index_select(0, high.flatten()).view(-1, 1, Q, W)
-        keys = (first + torch.arange(W, dtype=torch.int32, device=device)).clamp_(max=len(self.rows) - 1)
-        kv = take_rows(self.rows, keys)[:, None]  # (tiles, 1, W, 2 d)
-        tiles = take_rows(q.reshape(-1, d), row // n)[:, None]
-        out, lse = attend_tile(tiles, kv[..., :d], kv[..., d:], mask, scale)
+        flat, step = q.reshape(-1, d), max(1, PIECE // (Q * W)) if device.type == "cpu" else GRID
+        parts = []
+        for i in range(0, len(row), step):
+            at = slice(i, i + step)
+            first = self.opening[home[at]][:, None]
+            high = torch.where(real[at], newest[source[at]] - first + 1, 1)  # a spare slot reads one key
+            parts.append(self._attend(take_rows(flat, row[at] // n), first, high, scale))
+        out, lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
         out, lse = out.reshape(-1, d), pad(lse.reshape(-1)[:-1], (0, 1), value=-torch.inf)
         out[-1] = 0  # the last tile holds nothing: where rows without a ring are sent
         back = torch.full((len(far) + 1,), len(out) - 1, dtype=torch.int32, device=device)
@@ -70,6 +74,15 @@ class Rings:
         back.scatter_(0, torch.where(real, row, len(far)).flatten(), slots)
         back = back[:-1].view(U, b, G, r, n)
         return out, lse[back], back
+
+    def _attend(self, q: Tensor, first: Tensor, high: Tensor, scale: float):
+        """Tiles of q `(tiles, Q, d)`, each over the W keys from row `first` (tiles, 1) on, of which a row reads the
+        ring that ends before `high` (tiles, Q)."""
+        W, d = self.mask.shape[1], q.shape[-1]
+        mask = self.mask.index_select(0, high.flatten()).view(-1, 1, q.shape[1], W)
+        keys = first + torch.arange(W, dtype=torch.int32, device=q.device)
+        kv = take_rows(self.rows, keys.clamp_(max=len(self.rows) - 1))[:, None]  # (tiles, 1, W, 2 d)
+        return attend_tile(q[:, None], kv[..., :d], kv[..., d:], mask, scale)
 
     def _bound(self, U: int, b: int, G: int, rows: int) -> int:
         """Tiles that are always enough, one of them empty."""

@@ -38,6 +38,7 @@ from .triton_index import (
     probe_kernel,
     rank_kernel,
     rotate_kernel,
+    route_kernel,
     scan_counts_kernel,
     scan_sums_kernel,
     sums_kernel,
@@ -162,22 +163,6 @@ class Rows(NamedTuple):
     bucket_count: Tensor  # (X, segments, C) int32, (row, probe) pairs of a segment that open a gate
     bucket_rows: Tensor  # (X, segments, C, SEG r) int32, their names; a row opens a gate at most once
     notes: Tensor  # (X, ticks, kinds, C, 2 d) mean of a gate's keys that have left the window; of those less the ring
-
-
-def supported(device: torch.device | str) -> tuple[bool, str]:
-    """Whether the kernels run fast on a device, and one sentence saying why."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return False, f"Triton needs an NVIDIA or AMD GPU, and this is {device.type}"
-    name = torch.cuda.get_device_name(device)
-    if torch.version.hip:
-        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        fits = arch.startswith(("gfx11", "gfx12", "gfx90a", "gfx94", "gfx95"))
-        return fits, f"{name} ({arch}): {'fused Triton kernels' if fits else 'no matrix units that Triton reaches'}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return False, f"{name} (sm_{major}{minor}): Triton compiles matrix products without tensor cores below sm_80"
-    return True, f"{name} (sm_{major}{minor}): fused Triton kernels"
 
 
 def make_store(B: int, T: int, G: int, d: int, dtype: torch.dtype, device, int8: bool) -> Store:
@@ -404,20 +389,82 @@ def rotate_into(x: Tensor, y: Tensor, positions: Tensor, inv_freq: Tensor, sign:
     )  # fmt: skip
 
 
+# -- what the rest of the package calls ---------------------------------------------------------------------------
+
+
+def plan_for(budget, per_group: int, d: int, gates: int) -> Plan:
+    """The plan for a `Budget`."""
+    return make_plan(*_sizes(budget, per_group, d, gates))
+
+
+def _sizes(budget, per_group: int, d: int, gates: int) -> list[int]:
+    return [budget.window, budget.block, budget.anchors, budget.probes, budget.ring, int(budget.notes), per_group, d,
+            gates]  # fmt: skip
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, find: Finder, awake: Tensor | None, budget, scale: float, int8: bool
+) -> tuple[Tensor, Tensor]:
+    """Un-rotated q `(B, T, H, d)`, k and v `(B, T, G, d)` -> out like q, log-sum-exp `(B, T, H)` float32.
+
+    awake: `(B, T, H)` bool, rows whose gates are worth opening. Differentiable, and whole under `torch.compile`.
+    """
+    q, k, v = (x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in (q, k, v))
+    sizes = _sizes(budget, q.shape[2] // k.shape[2], q.shape[3], find.prototypes.shape[1])
+    return _forward(q, k, v, *find, awake, sizes, scale, int8)
+
+
+@torch.no_grad()
+def explain(q: Tensor, k: Tensor, v: Tensor, find: Finder, awake: Tensor | None, budget) -> Shortlist:
+    """The index tables that `attend` reads by, in the form all backends share."""
+    (B, T, H, d), G, C = q.shape, k.shape[2], find.prototypes.shape[1]
+    plan = plan_for(budget, H // G, d, C)
+    keys = index_keys(k, v, find, plan, False)
+    probes = index_rows(q, keys, find, awake, 0, plan).probes
+    ticks = torch.arange(-(-T // plan.block), device=q.device)
+    left = keys.count_base[:, ticks * plan.block // plan.CH] + keys.before[:, ticks]
+    gate = keys.gate.view(B, G, T).transpose(1, 2).long()
+    return Shortlist(
+        plan.window, plan.block, plan.anchors, plan.ring, plan.notes, gate, left.view(B, G, -1, C).long(), probes.long()
+    )
+
+
+def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """RoPE of x `(B, T, N, d)` at positions `(T,)` or `(B, T)`, half-split; differentiable."""
+    return _rotate(x, positions, inv_freq, 1.0)
+
+
+def route(q: Tensor, logits: Tensor, gates, balance: Tensor, budget, temperature: float, prior_max: float):
+    """`routing` in one kernel: q `(B, T, H, d)` un-rotated, logits `(B, T, G C)` -> awake int8 and weight float32, both
+    `(B, T, H)`. gates: `Gates`; balance `(G, r)`."""
+    (B, T, H, d), (G, C) = q.shape, gates.alive.shape
+    r = H // G
+    awake = torch.empty(B, T, H, dtype=torch.int8, device=q.device)
+    weight = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
+    power = triton.next_power_of_2
+    route_kernel[(triton.cdiv(T, TOKENS), B * G)](
+        q, logits, gates.prototypes, gates.alive, gates.confidence, gates.log_share, gates.head_of_gate, balance, awake,
+        weight, T, G, r, d, C, budget.heads_awake_min, budget.heads_awake_max, float(budget.head_top_p),
+        float(budget.flux_alpha), temperature, prior_max, *q.stride()[:2], *logits.stride()[:2],
+        HP=max(16, power(d // 2)), CP=max(16, power(C)), RP=max(2, power(r)), BT=TOKENS,
+    )  # fmt: skip
+    return awake, weight
+
+
 # -- the public operator ------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("proteus::shortlist", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, prototypes: Tensor, alive: Tensor, positions: Tensor, inv_freq: Tensor | None,
-    length: Tensor | None, awake: Tensor | None, weight: Tensor | None, sizes: list[int], scale: float, int8: bool,
+    length: Tensor | None, awake: Tensor | None, sizes: list[int], scale: float, int8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     find, plan = Finder(prototypes, alive, positions, inv_freq, length), make_plan(*sizes)
-    return _attend(q, index_keys(k, v, find, plan, int8), find, awake, weight, plan, scale)
+    return _attend(q, index_keys(k, v, find, plan, int8), find, awake, plan, scale)
 
 
 @_forward.register_fake
-def _(q, k, v, prototypes, alive, positions, inv_freq, length, awake, weight, sizes, scale, int8):
+def _(q, k, v, prototypes, alive, positions, inv_freq, length, awake, sizes, scale, int8):
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -439,9 +486,7 @@ def _(grad, out, lse, q, k, v, *rest):
 
 
 def _save(ctx, inputs, output):
-    *tensors, weight, sizes, scale, int8 = inputs
-    if int8 or weight is not None:
-        raise ValueError("int8 keys and weights inside the kernel have no gradient: use them under torch.no_grad()")
+    *tensors, sizes, scale, _ = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.sizes, ctx.scale = sizes, scale
     ctx.mark_non_differentiable(output[1])
@@ -450,13 +495,13 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad, _):
     out, lse, *tensors = ctx.saved_tensors
     found = _backward(grad, out, lse, *tensors, ctx.sizes, ctx.scale)
-    return (*found, *[None] * 10)
+    return (*found, *[None] * 9)
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _attend(q, keys: KeyIndex, find: Finder, awake, weight, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(q, keys: KeyIndex, find: Finder, awake, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """All rows, piece by piece."""
     B, T, H, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -464,7 +509,29 @@ def _attend(q, keys: KeyIndex, find: Finder, awake, weight, plan: Plan, scale: f
     step = max(plan.SEG, PIECE // B // plan.SEG * plan.SEG)
     for t0 in range(0, T, step):
         cut = slice(t0, t0 + step)
-        up, loud = (None if x is None else x[:, cut].contiguous() for x in (awake, weight))
-        rows = index_rows(q[:, cut], keys, find, up, t0, plan)
-        lse[:, cut] = read_rows(rows, keys, out[:, cut], loud, find.length, t0, plan, scale)[0]
+        rows = index_rows(q[:, cut], keys, find, None if awake is None else awake[:, cut].contiguous(), t0, plan)
+        lse[:, cut] = read_rows(rows, keys, out[:, cut], None, find.length, t0, plan, scale)[0]
     return out, lse
+
+
+@torch.library.custom_op("proteus::rotate", mutates_args=())
+def _rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, sign: float) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rotate_into(x if x.stride(-2) == x.shape[-1] else x.contiguous(), y, positions, inv_freq, sign)
+    return y
+
+
+@_rotate.register_fake
+def _(x, positions, inv_freq, sign):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _save_rotation(ctx, inputs, output):
+    _, *tensors, ctx.sign = inputs
+    ctx.save_for_backward(*tensors)
+
+
+_rotate.register_autograd(
+    lambda ctx, grad: (_rotate(grad.contiguous(), *ctx.saved_tensors, -ctx.sign), None, None, None),
+    setup_context=_save_rotation,
+)
