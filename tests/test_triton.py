@@ -18,7 +18,7 @@ from proteus_playground.attention.backends import triton as fused  # noqa: E402
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
-LENGTH = 250 if GPU else 90  # a tile of the interpreter takes milliseconds
+LENGTH = 250 if GPU else 70  # a tile of the interpreter takes milliseconds
 LOW = [torch.float16, *([torch.bfloat16] if GPU else [])]  # the interpreter is silently wrong in bfloat16
 
 
@@ -58,7 +58,7 @@ def agree(oracle, ours, tolerance, awake=True):
 
 @pytest.mark.parametrize("tokens", [1, 17, 63, *([111, 300, 1025] if GPU else [])])
 def test_odd_lengths(tokens):
-    agree(*both(tokens, shortlist=32), 1e-5)
+    agree(*both(tokens, shortlist=32, planned=2000), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_odd_lengths(tokens):
     [
         {"dna_fraction": 0.0},
         {"dna_fraction": 0.0, "n_anchors": 0},
-        {"dna_fraction": 1.0},
+        {"dna_fraction": 0.8},
         {"notes": False},
         {"probes": 1},
         {"probes": 4},
@@ -78,12 +78,12 @@ def test_odd_lengths(tokens):
     ids=str,
 )
 def test_every_shape_of_shortlist(changes):
-    agree(*both(LENGTH, **{"shortlist": 32, **changes}), 1e-5)
+    agree(*both(LENGTH, **{"shortlist": 40, **changes}), 1e-5)
 
 
-@pytest.mark.parametrize(("heads", "groups", "batch"), [(1, 1, 1), (3, 1, 2), (6, 3, 1), (5, 5, 1)])
+@pytest.mark.parametrize(("heads", "groups", "batch"), [(1, 1, 1), (3, 1, 2), (4, 2, 1), (4, 4, 1)])
 def test_grouped_heads_and_batches(heads, groups, batch):
-    agree(*both(LENGTH, heads=heads, groups=groups, batch=batch, shortlist=28), 1e-5)
+    agree(*both(LENGTH, heads=heads, groups=groups, batch=batch, shortlist=40), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -146,8 +146,8 @@ def test_backward_gives_the_same_bits_each_time():
 @pytest.mark.parametrize("changes", [{}, {"route_heads": False}, {"head_top_p": 0.6}, {"n_kv_heads": 4}, {"bias": True}])
 def test_the_layer_piece_by_piece(changes, monkeypatch):
     """One matmul and fused routing, whole or in pieces, against the plain path of the `torch` backend."""
-    attn = layer(device=DEVICE, backend="torch", **changes)
-    x = torch.randn(2, 150, 32, device=DEVICE)
+    attn = layer(device=DEVICE, backend="torch", shortlist=40, **changes)
+    x = torch.randn(1, 150, 32, device=DEVICE)
     with torch.no_grad():
         plain = attn(x)
         attn.cfg = dataclasses.replace(attn.cfg, backend="triton")
@@ -166,7 +166,7 @@ def test_a_training_step(changes):
     """Every parameter's gradient is the `torch` backend's."""
     found = []
     for backend in ("torch", "triton"):
-        attn = layer(device=DEVICE, backend=backend, **changes).train()
+        attn = layer(device=DEVICE, backend=backend, **{"shortlist": 40, **changes}).train()
         x = torch.randn(1, LENGTH, 32, generator=torch.Generator().manual_seed(2)).to(DEVICE)
         attn(x).square().sum().backward()
         found.append({n: p.grad for n, p in attn.named_parameters()})
@@ -175,8 +175,8 @@ def test_a_training_step(changes):
 
 
 def test_checkpoint_gives_the_same_gradients():
-    attn = layer(device=DEVICE, backend="triton")
-    x = torch.randn(1, 70, 32, device=DEVICE, requires_grad=True)
+    attn = layer(device=DEVICE, backend="triton", shortlist=40)
+    x = torch.randn(1, 50, 32, device=DEVICE, requires_grad=True)
     grads = [
         torch.autograd.grad(run(x).square().sum(), x)[0]
         for run in (attn, lambda x: checkpoint(attn, x, use_reentrant=False))
@@ -185,8 +185,8 @@ def test_checkpoint_gives_the_same_gradients():
 
 
 def test_compile_traces_it_whole():
-    attn = layer(device=DEVICE, backend="triton", route_heads=False)
-    x = torch.randn(1, 70, 32, device=DEVICE, requires_grad=True)
+    attn = layer(device=DEVICE, backend="triton", route_heads=False, shortlist=40)
+    x = torch.randn(1, 50, 32, device=DEVICE, requires_grad=True)
     torch._dynamo.reset()
     compiled = torch.compile(attn, backend="inductor" if GPU else "aot_eager", fullgraph=True)
     grads = [torch.autograd.grad(run(x).square().sum(), x)[0] for run in (attn, compiled)]
@@ -195,7 +195,7 @@ def test_compile_traces_it_whole():
 
 @gpu
 def test_cuda_graph_replays_on_new_input():
-    attn = layer(device=DEVICE, backend="triton")
+    attn = layer(device=DEVICE, backend="triton", shortlist=40)
     x = torch.randn(1, 500, 32, device=DEVICE)
     with torch.no_grad():
         stream = torch.cuda.Stream()
@@ -213,7 +213,7 @@ def test_cuda_graph_replays_on_new_input():
 @gpu
 @pytest.mark.parametrize("training", [False, True])
 def test_nothing_waits_for_the_host(training):
-    attn = layer(device=DEVICE, backend="triton")
+    attn = layer(device=DEVICE, backend="triton", shortlist=40)
     x = torch.randn(1, 500, 32, device=DEVICE, requires_grad=training)
     with torch.set_grad_enabled(training):
         attn(x)

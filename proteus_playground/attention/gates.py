@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+OBSERVE_LIMIT = 1 << 13  # keys one training pass adds to the moving averages
 FIT_LIMIT = 1 << 16  # keys k-means looks at; more change a centroid by less than its own noise
 QUANTILES = 257  # resolution of the salience histogram the keep decision reads
 
@@ -191,64 +192,70 @@ class Gates(nn.Module):
         self.salience_quantiles.copy_(self._histogram(self.salience(keys)))
 
     @staticmethod
-    def _histogram(salience: Tensor) -> Tensor:
-        at = torch.linspace(0, 1, QUANTILES, device=salience.device)
-        ranked = salience.flatten().sort().values
-        return ranked[(at * (len(ranked) - 1)).round().long()]
+    def _histogram(salience: Tensor, keep: Tensor | None = None) -> Tensor:
+        at, last = torch.linspace(0, 1, QUANTILES, device=salience.device), salience.numel() - 1
+        if keep is not None:
+            salience, last = salience.masked_fill(~keep, torch.inf), (keep.sum() - 1).clamp(min=0)
+        return salience.flatten().sort().values[(at * last).round().long()]
 
-    def _per_gate_sums(self, gate: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Count and sum of `values` (N, G, f) per gate: `(G, C)`, `(G, C, f)`."""
-        hot = F.one_hot(gate.reshape(-1, self.n_groups), self.gates_per_group).to(values.dtype)
+    def _per_gate_sums(self, gate: Tensor, values: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Count and sum of `values` (N, G, f) per gate, where `keep` (N,): `(G, C)`, `(G, C, f)`."""
+        hot = (gate[..., None] == torch.arange(self.gates_per_group, device=gate.device)).to(values.dtype)
+        if keep is not None:
+            hot = hot * keep[:, None, None]
         return hot.sum(0), torch.einsum("ngc,ngf->gcf", hot, values.reshape(-1, *values.shape[-2:]))
 
     @torch.no_grad()
     def observe(self, k: Tensor, keep: Tensor) -> None:
-        """Note what a training pass saw: keys `(B, T, G, d)` where `keep` (B, T). Changes no prototype."""
-        keys = F.normalize(k.detach().float(), dim=-1)[keep]  # (N, G, d)
-        if not len(keys):
-            return
+        """Note what a training pass saw: keys `(B, T, G, d)` where `keep` (B, T). Changes no prototype.
+
+        Of a long text, evenly spaced tokens, about OBSERVE_LIMIT of them, stand for all.
+        """
+        step = -(-k.shape[0] * k.shape[1] // OBSERVE_LIMIT)
+        keep = keep[:, ::step].flatten()
+        keys = F.normalize(k[:, ::step].detach().float(), dim=-1).flatten(0, 1)  # (N, G, d)
         gate, best = self.lure(keys)
-        count, total = self._per_gate_sums(gate, keys)
+        count, total = self._per_gate_sums(gate, keys, keep)
         self.pending_count += count
         self.pending_sum += total
-        self.pending_sample = keys[best.mean(-1).argmin()]  # the key that fits worst: where a dead gate may go
-        fresh = self._histogram(self.salience(keys))
+        some = keep.any()
+        worst = best.mean(-1).masked_fill(~keep, torch.inf).argmin()  # the key that fits worst: where a dead gate may go
+        self.pending_sample = torch.where(some, keys.index_select(0, worst[None])[0], self.pending_sample)
+        fresh = self._histogram(self.salience(keys), keep)
         known = self.salience_quantiles
-        self.pending_quantiles = torch.where(known.isnan(), fresh, torch.lerp(fresh, known, self.ema_decay))
+        fresh = torch.where(known.isnan(), fresh, torch.lerp(fresh, known, self.ema_decay))
+        self.pending_quantiles = torch.where(some, fresh, self.pending_quantiles)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Move prototypes, usage and confidence towards what has been observed since the last fold.
 
-        Buffers are replaced, never written in place: a backward pass may still need the old ones.
+        Buffers are replaced, never written in place: a backward pass may still need the old ones. Nothing here waits
+        for the device.
         """
-        if not self.pending_count.any():
-            return
         count, total = self.pending_count, self.pending_sum
-        seen = (count > 0)[..., None]
+        some, seen = count.any(), (count > 0)[..., None]
         mean = total / count.clamp(min=1)[..., None]
         moved = F.normalize(torch.lerp(F.normalize(mean, dim=-1), self.prototypes, self.ema_decay), dim=-1)
         self.prototypes = torch.where(seen, moved, self.prototypes)
         tight = (mean * self.prototypes).sum(-1).clamp(0, 1)
         self.confidence = torch.where(seen[..., 0], torch.lerp(tight, self.confidence, self.ema_decay), self.confidence)
         share = count / count.sum(1, keepdim=True).clamp(min=1)
-        self.usage = torch.lerp(share, self.usage, self.ema_decay)
-        self._revive()
-        self.salience_quantiles = self.pending_quantiles.clone()
+        self.usage = torch.where(some, torch.lerp(share, self.usage, self.ema_decay), self.usage)
+        self._revive(some)
+        self.salience_quantiles = torch.where(some, self.pending_quantiles, self.salience_quantiles)
         self.pending_sum = torch.zeros_like(total)
         self.pending_count = torch.zeros_like(count)
 
-    def _revive(self) -> None:
+    def _revive(self, some: Tensor) -> None:
         """Send the least used gate of each group to the key that fitted worst, once it has died out."""
-        floor = 0.02 / self.gates_per_group
         usage = self.usage.masked_fill(~self.alive, torch.inf)
-        least, slot = usage.min(dim=1)
-        for g in (least < floor).nonzero()[:, 0].tolist():
-            if self.pending_sample[g].isfinite().all():
-                prototypes, usage = self.prototypes.clone(), self.usage.clone()
-                prototypes[g, slot[g]] = F.normalize(self.pending_sample[g], dim=-1)
-                usage[g, slot[g]] = 1 / self.gates_per_group
-                self.prototypes, self.usage = prototypes, usage
+        least, slot = usage.min(dim=1, keepdim=True)  # (G, 1)
+        dead = some & (least < 0.02 / self.gates_per_group) & self.pending_sample.isfinite().all(1, keepdim=True)
+        here = dead & (torch.arange(self.gates_per_group, device=slot.device) == slot)  # (G, C)
+        sample = F.normalize(self.pending_sample, dim=-1)[:, None]
+        self.prototypes = torch.where(here[..., None], sample, self.prototypes)
+        self.usage = torch.where(here, 1 / self.gates_per_group, self.usage)
 
 
 def spherical_kmeans(x: Tensor, clusters: int, seed: int, iterations: int) -> tuple[Tensor, Tensor]:

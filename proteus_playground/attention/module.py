@@ -22,7 +22,7 @@ from .config import AttentionConfig
 from .functional import AttentionResult, proteus_attention
 from .gates import Gates
 from .heads import is_grouped, pick_awake, project_in, project_out
-from .pieces import attend_in_pieces
+from .pieces import attend_densely, attend_in_pieces
 from .rope import rope_frequencies
 from .routing import Router, gate_probability, head_probability, wake_heads
 
@@ -112,8 +112,11 @@ class ProteusAttention(nn.Module):
             self._fold()
         cfg = self.cfg
         budget = plan_budget(cfg, x.shape[1])
-        if key_padding_mask is None and not (learning or return_stats) and self._fits_pieces(x, budget):
-            return attend_in_pieces(self, x, positions, budget)
+        if key_padding_mask is None and not (learning or return_stats):
+            if budget.flux_alpha == 0:  # every head wakes with weight 1, every token stays: nothing to decide
+                return attend_densely(self, x, positions)
+            if self._fits_pieces(x, budget):
+                return attend_in_pieces(self, x, positions, budget)
         k, v = (proj(x).unflatten(-1, (cfg.n_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
         keep = self.kept(k, budget, key_padding_mask)
         q, routes = self._queries(x, budget, keep)
@@ -143,7 +146,8 @@ class ProteusAttention(nn.Module):
 
     def kept(self, k: Tensor, budget: Budget, padding: Tensor | None) -> Tensor | None:
         """Tokens that take part, `(B, T)` bool; None for all. The anchors always do."""
-        unmeasured = self.training and bool(self.gates.salience_quantiles[0].isnan())  # the first training pass
+        cut = budget.keep_ratio < 1
+        unmeasured = cut and self.training and bool(self.gates.salience_quantiles[0].isnan())  # the first training pass
         return self.gates.keep_tokens(
             k, 1.0 if unmeasured else budget.keep_ratio, self.cfg.n_anchors, None if padding is None else ~padding
         )

@@ -1,6 +1,6 @@
-"""The layer on the Triton backend without autograd, a piece of rows at a time, so that long texts fit.
+"""Two short ways through the layer: dense, and the Triton backend without autograd, a piece of rows at a time.
 
-Keys and values of the whole text are kept; queries, routes, notes and heads' outputs live for one piece. A text of one
+In pieces, keys and values of the whole text are kept; queries, routes, notes and heads' outputs live for one piece. A text of one
 piece is projected by a single matmul.
 
 Axes: `B` batch, `T` tokens, `D` model width, `H` query heads, `G` KV groups, `d` head dim.
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .backends.dispatch import choose_backend, dense
 from .budget import Budget
-from .rope import rope_frequencies
+from .rope import rope_frequencies, rotate
 
 
 def attend_in_pieces(attn, x: Tensor, positions: Tensor | None, budget: Budget, piece: int = 1 << 16) -> Tensor:
@@ -59,13 +60,25 @@ def attend_in_pieces(attn, x: Tensor, positions: Tensor | None, budget: Budget, 
     return y
 
 
+def attend_densely(attn, x: Tensor, positions: Tensor | None) -> Tensor:
+    """`ProteusAttention.forward` at flux alpha 0: one matmul, RoPE, fused attention, one matmul. Any device."""
+    cfg = attn.cfg
+    choose_backend(x.device, cfg.backend, cfg.head_dim)  # a backend asked for by name must be one that runs here
+    freq = None if cfg.rope_theta is None else rope_frequencies(cfg.head_dim, cfg.rope_theta, x.device)
+    positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions.to(x.device)
+    q, k, v = project(x, (attn.q_proj, attn.k_proj, attn.v_proj))
+    q, k, v = _heads(q, cfg.n_heads), _heads(k, cfg.n_kv_heads), _heads(v, cfg.n_kv_heads)
+    out = dense(rotate(q, positions, freq), rotate(k, positions, freq), v, cfg.head_dim**-0.5)
+    return linear(out.flatten(2), attn.o_proj.weight, attn.o_proj.bias)
+
+
 def project(x: Tensor, layers) -> list[Tensor]:
     """x `(B, T, D)` through several linear maps at once: their outputs `(B, T, features)`, views of one matmul."""
-    weights = [layer.weight.flatten(0, -2).to(x.dtype) for layer in layers]
+    weights = [layer.weight.flatten(0, -2) for layer in layers]
     biases = [getattr(layer, "bias", None) for layer in layers]
     bias = None
     if any(b is not None for b in biases):
-        bias = torch.cat([x.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
+        bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
     return list(linear(x, torch.cat(weights), bias).split([len(w) for w in weights], dim=-1))
 
 

@@ -37,10 +37,9 @@ class Router(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         """Nudge under-used heads up and over-used heads down by the balance rate; buffers are replaced."""
-        if self.pending_load.any():
-            load = self.pending_load
-            self.balance = self.balance + self.balance_rate * (load.mean(1, keepdim=True) - load).sign()
-            self.pending_load = torch.zeros_like(load)
+        load = self.pending_load
+        self.balance = self.balance + self.balance_rate * (load.mean(1, keepdim=True) - load).sign()
+        self.pending_load = torch.zeros_like(load)
 
 
 def gate_probability(

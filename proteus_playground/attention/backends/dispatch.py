@@ -21,6 +21,7 @@ from ..shortlist import Shortlist
 LSE_ROWS = 1 << 22  # scores per piece while a dense log-sum-exp is worked out
 
 
+@torch.compiler.assume_constant_result
 def choose_backend(device: torch.device | str, wanted: str = "auto", head_dim: int = 64) -> tuple[str, str]:
     """The backend for a device and one sentence saying why. An explicit name is never replaced.
 
@@ -43,6 +44,7 @@ def choose_backend(device: torch.device | str, wanted: str = "auto", head_dim: i
     return "torch", {"mps": "Apple GPU: PyTorch tiles"}.get(device.type, "CPU: PyTorch tiles, no GPU is in use")
 
 
+@torch.compiler.assume_constant_result
 @cache
 def probe_triton(device: torch.device, head_dim: int) -> tuple[bool, str]:
     """Whether Triton's kernels can be used, and one sentence saying why."""
@@ -86,6 +88,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.transpose(1, 2)
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _fastest(device: torch.device) -> list[SDPBackend] | None:
     """SDPA's kernels, fastest first, where PyTorch's own order is not: cuDNN leads on Hopper and later."""

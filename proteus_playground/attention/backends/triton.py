@@ -94,7 +94,7 @@ def make_plan(
     tokens = tokens // block * block if tokens >= block else 1 << (tokens.bit_length() - 1)
     return Plan(
         window, block, anchors, probes, ring, notes,
-        CH=min(256, segment),
+        CH=min(segment, max(TOKENS, min(256, 16 * block))),
         SEG=segment,
         TT=tokens,
         RC=heads,
