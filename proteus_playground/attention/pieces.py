@@ -45,14 +45,19 @@ def attend_in_pieces(attn, x: Tensor, positions: Tensor | None, budget: Budget, 
     for t0 in range(0, T, step):
         here = slice(t0, t0 + step)
         q, *logits = rest or project(x[:, here], late)
-        q, awake, weight = _heads(q, H), None, None
-        if routed:
-            awake, weight = triton.route(
+        q, found = _heads(q, H), [None, None]  # who is awake, and how loud
+
+        def route():
+            found[:] = triton.route(
                 q, logits[0], attn.gates, attn.router.balance, budget, cfg.prior_temperature, cfg.prior_max
             )
-        rows = triton.index_rows(q, keys, find, awake, t0, plan)
+
+        if routed and budget.head_top_p < 1:
+            route()
+        everyone = routed and budget.head_top_p >= 1  # then no probe has to wait for the routes
+        rows = triton.index_rows(q, keys, find, found[0], t0, plan, route if everyone else None)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        triton.read_rows(rows, keys, out, weight, None, t0, plan, d**-0.5)
+        triton.read_rows(rows, keys, out, found[1], None, t0, plan, d**-0.5)
         done = linear(out.flatten(2), attn.o_proj.weight, attn.o_proj.bias)
         if T <= step:
             return done

@@ -79,7 +79,7 @@ class Rings:
         """Tiles of q `(tiles, Q, d)`, each over the W keys from row `first` (tiles, 1) on, of which a row reads the
         ring that ends before `high` (tiles, Q)."""
         W, d = self.mask.shape[1], q.shape[-1]
-        mask = self.mask.index_select(0, high.flatten()).view(-1, 1, q.shape[1], W)
+        mask = take_rows(self.mask, high.flatten()).view(-1, 1, q.shape[1], W)
         keys = first + torch.arange(W, dtype=torch.int32, device=q.device)
         kv = take_rows(self.rows, keys.clamp_(max=len(self.rows) - 1))[:, None]  # (tiles, 1, W, 2 d)
         return attend_tile(q[:, None], kv[..., :d], kv[..., d:], mask, scale)

@@ -100,7 +100,7 @@ def make_plan(
         RC=heads,
         M=TILE,
         BN=32 if d > 128 else 64,
-        NB=max(16, min(32 if d > 128 else 64, power(gates * (2 if probes else 1)))),
+        NB=max(16, min(32, power(gates * (2 if probes else 1)))),
         GB=max(16, min(32 if d > 128 else 64, power(gates))),
         BS=max(16, block),
         HP=max(16, power(d // 2)),
@@ -163,6 +163,7 @@ class Rows(NamedTuple):
     bucket_count: Tensor  # (X, segments, C) int32, (row, probe) pairs of a segment that open a gate
     bucket_rows: Tensor  # (X, segments, C, SEG r) int32, their names; a row opens a gate at most once
     notes: Tensor  # (X, ticks, kinds, C, 2 d) mean of a gate's keys that have left the window; of those less the ring
+    ready: torch.cuda.Event | None  # when the notes are written; None for already
 
 
 def make_store(B: int, T: int, G: int, d: int, dtype: torch.dtype, device, int8: bool) -> Store:
@@ -217,10 +218,12 @@ def count_keys(store: Store, C: int, plan: Plan) -> KeyIndex:
     return KeyIndex(*store, rank, before, count_base, carry, first, order)
 
 
-def index_rows(q: Tensor, keys: KeyIndex, find: Finder, awake: Tensor | None, t0: int, plan: Plan) -> Rows:
+def index_rows(
+    q: Tensor, keys: KeyIndex, find: Finder, awake: Tensor | None, t0: int, plan: Plan, meanwhile=None
+) -> Rows:
     """Open gates for rows t0, t0 + 1, ... of q `(B, rows, H, d)` and sort them into buckets; write the ticks' notes.
 
-    Pieces come in order, each starting at a multiple of the segment.
+    Pieces come in order, each starting at a multiple of the segment. `meanwhile` is called beside, with the notes.
     """
     B, rows, H, d = q.shape
     X, T = keys.gate.shape
@@ -229,8 +232,14 @@ def index_rows(q: Tensor, keys: KeyIndex, find: Finder, awake: Tensor | None, t0
     ints = {"dtype": torch.int32, "device": q.device}
     here = triton.cdiv(rows, plan.CH)
     table = torch.empty(X, here * (plan.CH // plan.block), plan.kinds, C, 2 * d, dtype=q.dtype, device=q.device)
-    if plan.notes:
-        _sum_notes(table, keys, plan, t0, here, G, DTYPES[q.dtype])
+
+    def beside():
+        if plan.notes:
+            _sum_notes(table, keys, plan, t0, here, G, DTYPES[q.dtype])
+        if meanwhile:
+            meanwhile()
+
+    ready = _aside(q.device, beside)
     tiles, segments = triton.cdiv(rows, TOKENS), triton.cdiv(rows, plan.SEG)
     opened = torch.empty(B, rows, H, n, **ints)
     rope = find.inv_freq is not None
@@ -240,14 +249,37 @@ def index_rows(q: Tensor, keys: KeyIndex, find: Finder, awake: Tensor | None, t0
             q, turned, find.prototypes, find.alive, find.positions, find.inv_freq, awake, keys.before,
             keys.count_base, opened, T, t0, t0 + rows, G, r, d, C, n, plan.block, chunks, *q.stride()[:2], find.position_stride,
             ROPE=rope, AWAKE=awake is not None, PROBE=n > 0, CH=plan.CH, HP=plan.HP, CP=plan.CP, BT=TOKENS,
+            **(tuned(plan) if r > 1 else {}),
         )  # fmt: skip
     size = torch.empty(X, segments, C, **ints)
     names = torch.empty(X, segments, C, plan.SEG * r if n else 0, **ints)
     if n:
         bucket_kernel[(segments * triton.cdiv(C, 4), X)](
-            opened, size, names, rows, G, C, segments, SEG=plan.SEG, R=r, N=n, BT=1024, num_warps=2,
+            opened, size, names, rows, G, C, segments, SEG=plan.SEG, R=r, N=n, BT=1024, num_warps=4 if r > 1 else 2,
         )  # fmt: skip
-    return Rows(turned, opened, size, names, table)
+    return Rows(turned, opened, size, names, table, ready)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _aside(device: torch.device, work) -> torch.cuda.Event | None:
+    """Run `work` on a stream of its own, which waits for this one; the event says when it is done."""
+    if device.type != "cuda":
+        work()
+        return None
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        work()
+        return side.record_event()
+
+
+def _join(ready: torch.cuda.Event | None) -> None:
+    if ready is not None:
+        torch.cuda.current_stream().wait_event(ready)
 
 
 def _sum_notes(table: Tensor, keys: KeyIndex, plan: Plan, t0: int, here: int, G: int, dtype) -> None:
@@ -294,6 +326,7 @@ def read_rows(
             T, t0, size, G, d, C, plan.ring, plan.block, chunks, segments, scale * LOG2_E, *strides,
             SEG=plan.SEG, R=r, N=n, M=plan.M, BN=plan.BN, **shared,
         )  # fmt: skip
+    _join(rows.ready)
     near_kernel[(triton.cdiv(size, plan.TT), X, triton.cdiv(r, plan.RC))](
         q, keys.k, keys.v, keys.k_scale, keys.v_scale, rows.notes, keys.before, keys.count_base, opened, far_out,
         far_lse, weight, length, out, lse,
@@ -313,10 +346,12 @@ def backward(
     X, C, chunks = len(keys.gate), keys.first.shape[1], keys.count_base.shape[1] - 1
     G, r = X // B, H // (X // B)
     base2, kv = scale * LOG2_E, (*keys.k.stride()[:2], *keys.v.stride()[:2])
-    shared = {"DTYPE": DTYPES[q.dtype], "M": plan.M, "DP": plan.DP, "num_warps": 8 if plan.DP > 128 else 4,
+    wide = plan.DP > 128
+    shared = {"DTYPE": DTYPES[q.dtype], "M": 32 if wide else plan.M, "DP": plan.DP, "num_warps": 8 if wide else 4,
               "num_stages": 1}  # fmt: skip
     buckets = {"CH": plan.CH, "SEG": plan.SEG, "R": r, "N": n, "BN": 32, **shared}
     keep = {"KEEP": find.length is not None}
+    _join(rows.ready)
     delta = torch.empty_like(lse)
     delta_kernel[(triton.cdiv(B * T * H, 64),)](out, grad, delta, B * T * H, d, BT=64, DP=plan.DP)
     stats = (q, keys.k, keys.v, grad, lse, delta)
@@ -337,7 +372,7 @@ def backward(
         *stats, rows.notes, keys.before, keys.count_base, rows.probes, far_dq, find.length, dq,
         T, G, r, d, C, plan.window, plan.block, plan.anchors, plan.ring, chunks, rows.notes.shape[1], base2, scale, *kv,
         KINDS=plan.kinds, N=n, CH=plan.CH, TT=plan.TT, RC=plan.RC, BN=32, NB=min(32, plan.NB),
-        NTT=max(1, plan.TT // plan.block), **keep, **shared,
+        NTT=max(1, plan.TT // plan.block), **keep, **{**shared, "M": plan.M},
     )  # fmt: skip
     del far_dq
     whole, rest = _spread_notes(stats, rows, keys, plan, T, G, r, d, C, chunks, base2, scale, shared)
@@ -420,7 +455,9 @@ def explain(q: Tensor, k: Tensor, v: Tensor, find: Finder, awake: Tensor | None,
     (B, T, H, d), G, C = q.shape, k.shape[2], find.prototypes.shape[1]
     plan = plan_for(budget, H // G, d, C)
     keys = index_keys(k, v, find, plan, False)
-    probes = index_rows(q, keys, find, awake, 0, plan).probes
+    rows = index_rows(q, keys, find, awake, 0, plan)
+    _join(rows.ready)
+    probes = rows.probes
     ticks = torch.arange(-(-T // plan.block), device=q.device)
     left = keys.count_base[:, ticks * plan.block // plan.CH] + keys.before[:, ticks]
     gate = keys.gate.view(B, G, T).transpose(1, 2).long()
