@@ -31,9 +31,9 @@ class AttentionConfig:
     """Upper bound on the share of tokens that take part at flux alpha 1, in (0, 1]."""
     flux_alpha: float | None = None
     """Pins alpha in [0, 1]: 0 is dense, 1 is the constant shortlist. None lets the length choose."""
-    dense_below: int = 512
+    dense_below: int = 4096
     """Without a pinned alpha: at and below this many tokens alpha is 0, >= 1."""
-    shortlist_from: int = 4096
+    shortlist_from: int = 16384
     """Without a pinned alpha: from this many tokens alpha is 1; linear in log T between, > dense_below."""
     route_heads: bool = True
     """Whether a router may put heads to sleep and weigh those awake. False keeps every head, weight 1."""

@@ -109,13 +109,13 @@ def _fused(q, k, v, gates, budget, inv_freq, positions, keep, awake, scale, expl
     from .backends import triton
 
     B, T = q.shape[:2]
-    positions = torch.arange(T, device=q.device) if positions is None else positions.to(q.device)
+    positions = None if positions is None else positions.to(q.device)
     index = length = None
     if keep is not None:
         length = keep.sum(1)
         index = (~keep).to(torch.int8).argsort(dim=1, stable=True)
         q, k, v = (_take(x, index) for x in (q, k, v))
-        positions = _take(positions.expand(B, T), index)
+        positions = index if positions is None else _take(positions.expand(B, T), index)
         up = None if awake is None else _take(awake, index)
     else:
         up = awake

@@ -23,7 +23,7 @@ from .functional import AttentionResult, proteus_attention
 from .gates import Gates
 from .heads import is_grouped, pick_awake, project_in, project_out
 from .pieces import attend_densely, attend_in_pieces
-from .rope import rope_frequencies
+from .rope import Frequencies
 from .routing import Router, gate_probability, head_probability, wake_heads
 
 
@@ -74,11 +74,17 @@ class ProteusAttention(nn.Module):
         self.o_proj = nn.Linear(H * d, D, bias=cfg.bias)
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.normal_(proj.weight, std=cfg.init_scale * proj.in_features**-0.5)
+        self.rope = None if cfg.rope_theta is None else Frequencies(d, cfg.rope_theta)
         self.gates = Gates(G, C, d, cfg.heads_per_group, cfg.ema_decay)
         self.router = Router(G, C, cfg.heads_per_group, D, cfg.balance_rate) if cfg.route_heads else None
 
     def extra_repr(self) -> str:
         return f"flux_alpha={self.cfg.flux_alpha}, shortlist={self.cfg.shortlist}, backend={self.cfg.backend!r}"
+
+    @property
+    def inv_freq(self) -> Tensor | None:
+        """Rotary frequencies, `(d / 2,)` float32, radians per token."""
+        return None if self.rope is None else self.rope.inv_freq
 
     def set_flux_alpha(self, value: float | None) -> None:
         """Pin alpha in [0, 1], or release it with None so that the length decides."""
@@ -133,7 +139,7 @@ class ProteusAttention(nn.Module):
             backend=cfg.backend,
             explain=return_stats,
             int8=cfg.int8,
-            inv_freq=None if cfg.rope_theta is None else rope_frequencies(cfg.head_dim, cfg.rope_theta, x.device),
+            inv_freq=self.inv_freq,
         )
         y = self._merge(result.out, routes)
         if keep is not None and cfg.bias:

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from .backends.dispatch import choose_backend, dense
 from .budget import Budget
-from .rope import rope_frequencies, rotate
+from .rope import rotate
 
 
 def attend_in_pieces(attn, x: Tensor, positions: Tensor | None, budget: Budget, piece: int = 1 << 16) -> Tensor:
@@ -23,8 +23,8 @@ def attend_in_pieces(attn, x: Tensor, positions: Tensor | None, budget: Budget, 
 
     cfg, (B, T, _) = attn.cfg, x.shape
     H, G, d = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-    positions = torch.arange(T, device=x.device) if positions is None else positions.to(x.device)
-    freq = None if cfg.rope_theta is None else rope_frequencies(d, cfg.rope_theta, x.device)
+    positions = None if positions is None else positions.to(x.device)
+    freq = attn.inv_freq
     find = triton.Finder(attn.gates.prototypes, attn.gates.alive, positions, freq, None)
     plan = triton.plan_for(budget, H // G, d, cfg.gates_per_group)
     routed = attn.router is not None and H > G
@@ -69,8 +69,7 @@ def attend_densely(attn, x: Tensor, positions: Tensor | None) -> Tensor:
     """`ProteusAttention.forward` at flux alpha 0: one matmul, RoPE, fused attention, one matmul. Any device."""
     cfg = attn.cfg
     choose_backend(x.device, cfg.backend, cfg.head_dim)  # a backend asked for by name must be one that runs here
-    freq = None if cfg.rope_theta is None else rope_frequencies(cfg.head_dim, cfg.rope_theta, x.device)
-    positions = torch.arange(x.shape[1], device=x.device) if positions is None else positions.to(x.device)
+    freq, positions = attn.inv_freq, None if positions is None else positions.to(x.device)
     q, k, v = project(x, (attn.q_proj, attn.k_proj, attn.v_proj))
     q, k, v = _heads(q, cfg.n_heads), _heads(k, cfg.n_kv_heads), _heads(v, cfg.n_kv_heads)
     out = dense(rotate(q, positions, freq), rotate(k, positions, freq), v, cfg.head_dim**-0.5)

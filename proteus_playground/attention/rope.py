@@ -6,7 +6,7 @@ Su et al. 2021, https://arxiv.org/abs/2104.09864.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PIECE = 2048  # tokens turned at a time on a CPU
 
@@ -17,10 +17,25 @@ def rope_frequencies(head_dim: int, theta: float, device=None) -> Tensor:
     return theta ** (-pairs / head_dim)
 
 
-def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None) -> Tensor:
+class Frequencies(nn.Module):
+    """`rope_frequencies` that follow a module between devices and stay float32."""
+
+    def __init__(self, head_dim: int, theta: float):
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+        self.register_buffer("inv_freq", rope_frequencies(head_dim, theta), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:
+            self.inv_freq = rope_frequencies(self.head_dim, self.theta, self.inv_freq.device)
+        return self
+
+
+def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor | None) -> Tensor:
     """Turn each feature pair of `x` by position x frequency.
 
-    x: `(B, T, N, d)`; positions: `(B, T)` or `(T,)`, in tokens; inv_freq: `(d / 2,)`, or None for no turn.
+    x: `(B, T, N, d)`; positions: `(B, T)` or `(T,)`, in tokens, None for 0, 1, ...; inv_freq: `(d / 2,)`, or None for no turn.
     The angles are float32 whatever the dtype of `x`. Negative positions undo a rotation.
     """
     if inv_freq is None:
@@ -29,6 +44,8 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor | None) -> Tensor:
         from .backends.triton import rotate as run
 
         return run(x, positions, inv_freq)
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device)
     angle = positions.to(torch.float32)[..., None] * inv_freq.to(torch.float32)  # (B, T, d/2) or (T, d/2)
     cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:

@@ -74,6 +74,10 @@ def wake_heads(
     prob: `(B, T, G, r)`; balance: `(G, r)`, added for the choice only. Returns awake `(B, T, G, r)` bool and
     weight `(B, T, G, r)` float32: `(1 - alpha) + alpha k p`, p renormalised over the k awake heads, 0 asleep.
     """
+    if top_p >= 1 and most >= prob.shape[-1]:
+        awake = torch.ones_like(prob, dtype=torch.bool)
+        share = prob / prob.sum(-1, keepdim=True).clamp(min=1e-9)
+        return awake, (1 - flux_alpha) + flux_alpha * prob.shape[-1] * share
     score = prob.detach() if balance is None else prob.detach() + balance
     order = score.argsort(dim=-1, descending=True, stable=True)
     ranked = prob.detach().gather(-1, order)

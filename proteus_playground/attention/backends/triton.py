@@ -109,6 +109,10 @@ def make_plan(
     )  # fmt: skip
 
 
+def _stride(positions: Tensor | None) -> int:
+    return positions.stride(0) if positions is not None and positions.dim() == 2 else 0
+
+
 def tuned(plan: Plan) -> dict:
     """Compiler options of the attention kernels: on NVIDIA, few enough registers that four tiles share a processor."""
     options = {"num_warps": 8 if plan.DP > 128 else 4, "num_stages": 1}
@@ -133,12 +137,12 @@ class KeyIndex(NamedTuple):
     k_scale: Tensor
     v_scale: Tensor
     gate: Tensor
-    rank: Tensor  # (X, T) int32, keys of the same gate that came before
+    rank: Tensor  # (X, T) int32, keys of the same gate and chunk that came before; of the same gate once ordered
     before: Tensor  # (X, N CH / block, C) int32, keys of the chunk that left before a tick
     count_base: Tensor  # (X, N + 1, C) int32, keys of a gate in earlier chunks
     carry: Tensor  # (X, kinds C 2 d) float32, what notes had taken in when the last piece of rows ended
     first: Tensor  # (X, C) int32, where a gate begins in `order`
-    order: Tensor  # (X, T) int32, tokens in (gate, position) order
+    order: Tensor  # (X, T) int32, tokens in (gate, position) order; the first piece of rows fills it
 
 
 class Finder(NamedTuple):
@@ -146,13 +150,13 @@ class Finder(NamedTuple):
 
     prototypes: Tensor  # (G, C, d) float32
     alive: Tensor  # (G, C) bool
-    positions: Tensor  # (T,) or (B, T), in tokens
+    positions: Tensor | None  # (T,) or (B, T), in tokens; None for 0, 1, ...
     inv_freq: Tensor | None  # (d / 2,) float32; None for no rotation
     length: Tensor | None  # (B,) how many of the T tokens are real; None for all
 
     @property
     def position_stride(self) -> int:
-        return self.positions.stride(0) if self.positions.dim() == 2 else 0
+        return _stride(self.positions)
 
 
 class Rows(NamedTuple):
@@ -163,7 +167,7 @@ class Rows(NamedTuple):
     bucket_count: Tensor  # (X, segments, C) int32, (row, probe) pairs of a segment that open a gate
     bucket_rows: Tensor  # (X, segments, C, SEG r) int32, their names; a row opens a gate at most once
     notes: Tensor  # (X, ticks, kinds, C, 2 d) mean of a gate's keys that have left the window; of those less the ring
-    ready: torch.cuda.Event | None  # when the notes are written; None for already
+    ready: torch.cuda.Event | None  # when order and notes are written; None for already
 
 
 def make_store(B: int, T: int, G: int, d: int, dtype: torch.dtype, device, int8: bool) -> Store:
@@ -188,7 +192,7 @@ def lure_keys(k: Tensor, v: Tensor, store: Store, find: Finder, plan: Plan, t0: 
 
 
 def index_keys(k: Tensor, v: Tensor, find: Finder, plan: Plan, int8: bool) -> KeyIndex:
-    """Lure, rotate, rank and order the keys of a whole call."""
+    """Lure, rotate and rank the keys of a whole call."""
     B, T, G, d = k.shape
     if int8 or find.inv_freq is not None:
         store = make_store(B, T, G, d, k.dtype, k.device, int8)
@@ -200,7 +204,7 @@ def index_keys(k: Tensor, v: Tensor, find: Finder, plan: Plan, int8: bool) -> Ke
 
 
 def count_keys(store: Store, C: int, plan: Plan) -> KeyIndex:
-    """Rank and order keys whose gates are known."""
+    """Rank keys whose gates are known."""
     (X, T), d, device = store.gate.shape, store.k.shape[3], store.gate.device
     chunks, ints = triton.cdiv(T + plan.window, plan.CH), {"dtype": torch.int32, "device": device}
     rank, order, first = torch.empty(X, T, **ints), torch.empty(X, T, **ints), torch.empty(X, C, **ints)
@@ -211,10 +215,7 @@ def count_keys(store: Store, C: int, plan: Plan) -> KeyIndex:
         num_warps=2, num_stages=1,
     )  # fmt: skip
     scan_counts_kernel[(X,)](count, count_base, first, chunks, C, CP=plan.CP, ROWS=64)
-    order_kernel[(triton.cdiv(T, 256), X)](
-        store.gate, rank, count_base, first, order, T, C, plan.window, chunks, CH=plan.CH, BT=256
-    )
-    carry = torch.zeros(X, plan.kinds * C * 2 * d, dtype=torch.float32, device=device)
+    carry = torch.empty(X, plan.kinds * C * 2 * d, dtype=torch.float32, device=device)
     return KeyIndex(*store, rank, before, count_base, carry, first, order)
 
 
@@ -234,6 +235,11 @@ def index_rows(
     table = torch.empty(X, here * (plan.CH // plan.block), plan.kinds, C, 2 * d, dtype=q.dtype, device=q.device)
 
     def beside():
+        if t0 == 0:
+            order_kernel[(triton.cdiv(T, 256), X)](
+                keys.gate, keys.rank, keys.count_base, keys.first, keys.order, T, C, plan.window, chunks, CH=plan.CH,
+                BT=256,
+            )  # fmt: skip
         if plan.notes:
             _sum_notes(table, keys, plan, t0, here, G, DTYPES[q.dtype])
         if meanwhile:
@@ -295,7 +301,7 @@ def _sum_notes(table: Tensor, keys: KeyIndex, plan: Plan, t0: int, here: int, G:
         *members, *vectors, sums, T, G, d, C, plan.window, plan.ring, t0 // plan.CH, *strides,
         BS=min(64, plan.CH), **shared,
     )  # fmt: skip
-    scan_sums_kernel[(X, triton.cdiv(width, 64))](sums, base, keys.carry, here, width, ROWS=64, COLS=64)
+    scan_sums_kernel[(X, triton.cdiv(width, 64))](sums, base, keys.carry, here, width, FIRST=t0 == 0, ROWS=64, COLS=64)
     notes_kernel[grid](
         *members, *vectors, keys.before, keys.count_base, base, table,
         T, G, d, C, plan.window, plan.block, plan.ring, chunks, t0 // plan.CH, *strides, BS=plan.BS, **shared,
@@ -318,6 +324,7 @@ def read_rows(
     lse = torch.empty(B, size, H, dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:2], *keys.k.stride()[:2], *keys.v.stride()[:2])
     shared = {"INT8": keys.k.dtype == torch.int8, "DTYPE": DTYPES[q.dtype], "CH": plan.CH, "DP": plan.DP, **tuned(plan)}
+    _join(rows.ready)
     if n:
         segments = rows.bucket_count.shape[1]
         far_kernel[(segments * C, X)](
@@ -326,7 +333,6 @@ def read_rows(
             T, t0, size, G, d, C, plan.ring, plan.block, chunks, segments, scale * LOG2_E, *strides,
             SEG=plan.SEG, R=r, N=n, M=plan.M, BN=plan.BN, **shared,
         )  # fmt: skip
-    _join(rows.ready)
     near_kernel[(triton.cdiv(size, plan.TT), X, triton.cdiv(r, plan.RC))](
         q, keys.k, keys.v, keys.k_scale, keys.v_scale, rows.notes, keys.before, keys.count_base, opened, far_out,
         far_lse, weight, length, out, lse,
@@ -349,7 +355,8 @@ def backward(
     wide = plan.DP > 128
     shared = {"DTYPE": DTYPES[q.dtype], "M": 32 if wide else plan.M, "DP": plan.DP, "num_warps": 8 if wide else 4,
               "num_stages": 1}  # fmt: skip
-    buckets = {"CH": plan.CH, "SEG": plan.SEG, "R": r, "N": n, "BN": 32, **shared}
+    step = 64 if plan.DP <= 64 else 32
+    buckets = {"CH": plan.CH, "SEG": plan.SEG, "R": r, "N": n, "BN": step, **shared}
     keep = {"KEEP": find.length is not None}
     _join(rows.ready)
     delta = torch.empty_like(lse)
@@ -362,7 +369,7 @@ def backward(
             *stats, keys.order, keys.first, keys.before, keys.count_base, rows.bucket_count, rows.bucket_rows, far_dq,
             T, G, d, C, plan.ring, plan.block, chunks, segments, base2, *kv, **buckets,
         )  # fmt: skip
-        far_key_kernel[(triton.cdiv(T, 32), X)](
+        far_key_kernel[(triton.cdiv(T, step), X)](
             *stats, keys.gate, keys.rank, keys.order, keys.first, keys.before, keys.count_base, rows.bucket_count,
             rows.bucket_rows, far_kv, T, G, d, C, plan.window, plan.ring, plan.block, chunks, segments, base2, scale,
             *kv, **buckets,
@@ -382,9 +389,9 @@ def backward(
     if plan.anchors:
         anchor_kernel[(spans, X)](*stats, find.length, anchor_grad, *sizes, SPAN=1024, AP=AP, **keep, **shared)
     dk, dv = (q.new_empty(B, T, G, d) for _ in "kv")
-    near_key_kernel[(triton.cdiv(T, 32), X)](
+    near_key_kernel[(triton.cdiv(T, step), X)](
         *stats, far_kv, whole, rest, anchor_grad.sum(1), find.length, dk, dv, *sizes,
-        FAR=n > 0, KINDS=plan.kinds, ANCHORS=plan.anchors > 0, AP=AP, BN=32, **keep, **shared,
+        FAR=n > 0, KINDS=plan.kinds, ANCHORS=plan.anchors > 0, AP=AP, BN=step, **keep, **shared,
     )  # fmt: skip
     for x in (dq, dk) if find.inv_freq is not None else ():
         rotate_into(x, x, find.positions, find.inv_freq, -1.0)
@@ -414,10 +421,10 @@ def _spread_notes(stats, rows: Rows, keys: KeyIndex, plan: Plan, T, G, r, d, C, 
     return whole, rest
 
 
-def rotate_into(x: Tensor, y: Tensor, positions: Tensor, inv_freq: Tensor, sign: float) -> None:
+def rotate_into(x: Tensor, y: Tensor, positions: Tensor | None, inv_freq: Tensor, sign: float) -> None:
     """RoPE of x `(B, T, N, d)` written to contiguous y, which may be x; sign -1 turns back."""
     B, T, N, d = x.shape
-    stride = positions.stride(0) if positions.dim() == 2 else 0
+    stride = _stride(positions)
     rotate_kernel[(triton.cdiv(T, 32), B)](
         x, y, positions, inv_freq, T, N, d, sign, stride, *x.stride()[:2],
         HP=max(16, triton.next_power_of_2(d // 2)), BT=32,
@@ -466,8 +473,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, find: Finder, awake: Tensor | None,
     )
 
 
-def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
-    """RoPE of x `(B, T, N, d)` at positions `(T,)` or `(B, T)`, half-split; differentiable."""
+def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor) -> Tensor:
+    """RoPE of x `(B, T, N, d)` at positions `(T,)`, `(B, T)` or 0, 1, ..., half-split; differentiable."""
     return _rotate(x, positions, inv_freq, 1.0)
 
 
@@ -493,7 +500,7 @@ def route(q: Tensor, logits: Tensor, gates, balance: Tensor, budget, temperature
 
 @torch.library.custom_op("proteus::shortlist", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, prototypes: Tensor, alive: Tensor, positions: Tensor, inv_freq: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, prototypes: Tensor, alive: Tensor, positions: Tensor | None, inv_freq: Tensor | None,
     length: Tensor | None, awake: Tensor | None, sizes: list[int], scale: float, int8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     find, plan = Finder(prototypes, alive, positions, inv_freq, length), make_plan(*sizes)
@@ -508,7 +515,7 @@ def _(q, k, v, prototypes, alive, positions, inv_freq, length, awake, sizes, sca
 @torch.library.custom_op("proteus::shortlist_backward", mutates_args=())
 def _backward(
     grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, prototypes: Tensor, alive: Tensor,
-    positions: Tensor, inv_freq: Tensor | None, length: Tensor | None, awake: Tensor | None, sizes: list[int],
+    positions: Tensor | None, inv_freq: Tensor | None, length: Tensor | None, awake: Tensor | None, sizes: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     find, plan = Finder(prototypes, alive, positions, inv_freq, length), make_plan(*sizes)
@@ -552,7 +559,7 @@ def _attend(q, keys: KeyIndex, find: Finder, awake, plan: Plan, scale: float) ->
 
 
 @torch.library.custom_op("proteus::rotate", mutates_args=())
-def _rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, sign: float) -> Tensor:
+def _rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor, sign: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rotate_into(x if x.stride(-2) == x.shape[-1] else x.contiguous(), y, positions, inv_freq, sign)
     return y

@@ -7,18 +7,21 @@ Axes and names as in `triton_index`; `M` rows and `BN` keys make a tile.
 import triton
 import triton.language as tl
 
-from .triton_index import load_rows
+from .triton_index import load_scales, load_stored
 
 
 @triton.jit
-def absorb(x, keys, values, seen, lift, scale, top, mass, acc, DTYPE: tl.constexpr):
-    """Take the keys and values that rows x have `seen` into a running softmax; `lift` is added to their scores."""
+def absorb(x, keys, values, seen, lift, scale, v_scale, top, mass, acc, DTYPE: tl.constexpr):
+    """Take the keys and values that rows x have `seen` into a running softmax.
+
+    `scale` multiplies scores, `v_scale` the values; numbers, or one per key. `lift` is added to the scores.
+    """
     score = tl.dot(x, tl.trans(keys), input_precision="ieee") * scale + lift
     score = tl.where(seen, score, -float("inf"))
     new = tl.maximum(top, tl.max(score, 1))
     p = tl.exp2(score - new[:, None])
     fade = tl.exp2(top - new)
-    acc = tl.dot(p.to(DTYPE), values, acc * fade[:, None], input_precision="ieee")
+    acc = tl.dot((p * v_scale).to(DTYPE), values, acc * fade[:, None], input_precision="ieee")
     return new, mass * fade + tl.sum(p, 1), acc
 
 
@@ -76,10 +79,11 @@ def far_kernel(
             place = at + tl.arange(0, BN)
             here = place < high
             j = tl.load(order + place, mask=here, other=0)
-            keys = load_rows(k, k_scale, j, k_token, G, column, here, d, INT8, DTYPE)
-            values = load_rows(v, v_scale, j, v_token, G, column, here, d, INT8, DTYPE)
+            keys = load_stored(k, j, k_token, column, here, d, DTYPE)
+            values = load_stored(v, j, v_token, column, here, d, DTYPE)
+            ks, vs = load_scales(k_scale, j, G, here, INT8), load_scales(v_scale, j, G, here, INT8)
             seen = (place[None, :] >= left[:, None] - ring) & (place[None, :] < left[:, None])
-            top, mass, acc = absorb(x, keys, values, seen, 0.0, scale, top, mass, acc, DTYPE)
+            top, mass, acc = absorb(x, keys, values, seen, 0.0, scale * ks, vs, top, mass, acc, DTYPE)
         mass = tl.maximum(mass, 1e-30)
         line = (b * rows * (G * R) + line) * N + name % N
         tl.store(out + line[:, None] * d + column[None, :], (acc / mass[:, None]).to(DTYPE),
@@ -155,10 +159,11 @@ def near_kernel(
             place = at + tl.arange(0, BN)
             anchor = place < shown
             j = tl.where(anchor, place, low + place - shown)
-            keys = load_rows(k, k_scale, j, k_token, G, column, j < high, d, INT8, DTYPE)
-            values = load_rows(v, v_scale, j, v_token, G, column, j < high, d, INT8, DTYPE)
+            keys = load_stored(k, j, k_token, column, j < high, d, DTYPE)
+            values = load_stored(v, j, v_token, column, j < high, d, DTYPE)
+            ks, vs = load_scales(k_scale, j, G, j < high, INT8), load_scales(v_scale, j, G, j < high, INT8)
             seen = (j[None, :] <= t[:, None]) & ((j[None, :] >= edge[:, None]) != anchor[None, :])
-            top, mass, acc = absorb(x, keys, values, seen, 0.0, scale, top, mass, acc, DTYPE)
+            top, mass, acc = absorb(x, keys, values, seen, 0.0, scale * ks, vs, top, mass, acc, DTYPE)
         for s in range(NTT * (KINDS > 0)):
             tick = begin // block + s
             note = notes + (bg * note_ticks + tick - t0 // block) * (KINDS * C) * (2 * d)
@@ -170,7 +175,7 @@ def near_kernel(
                 keys, values = tl.load(note_at, mask=held, other=0.0), tl.load(note_at + d, mask=held, other=0.0)
                 seen = reads_note(e, size, probes, line, ok, C, N) & ((t // block)[:, None] == tick)
                 lift = tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
-                top, mass, acc = absorb(x, keys, values, seen, lift, scale, top, mass, acc, DTYPE)
+                top, mass, acc = absorb(x, keys, values, seen, lift, scale, 1.0, top, mass, acc, DTYPE)
         for i in tl.static_range(N):
             opened = tl.load(probes + line * N + i, mask=ok, other=-1) >= 0
             far = tl.load(far_lse + line * N + i, mask=opened, other=-float("inf")) * 1.4426950408889634

@@ -48,6 +48,14 @@ def angles(position, inv_freq, half, d):
 
 
 @triton.jit
+def positions_of(position, offset, t, rows):
+    """Where tokens t stand: as given, or 0, 1, ... when nothing is given."""
+    if position is None:
+        return t
+    return tl.load(position + offset + t, mask=rows, other=0)
+
+
+@triton.jit
 def turn(first, second, cos, sin):
     """RoPE on both halves `(rows, HP)` of a tile, in float32, back in the tile's precision."""
     a, b = first.to(tl.float32), second.to(tl.float32)
@@ -61,7 +69,7 @@ def rotate_kernel(
     """RoPE of x (B, T, N, d) into y, contiguous (y may be x): forwards (sign 1) or back (sign -1)."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     b, half = tl.program_id(1).to(tl.int64), tl.arange(0, HP)
-    cos, sin = angles(tl.load(position + b * position_batch + t, mask=t < T, other=0), inv_freq, half, d)
+    cos, sin = angles(positions_of(position, b * position_batch, t, t < T), inv_freq, half, d)
     fits = (t < T)[:, None] & (half < d // 2)[None, :]
     for h in range(N):
         at = x + b * x_batch + t.to(tl.int64)[:, None] * x_token + h * d + half[None, :]
@@ -113,8 +121,7 @@ def gates_kernel(
         end = tl.load(length + b)
     tl.store(gate + tl.program_id(1).to(tl.int64) * T + t, tl.where((t >= anchors) & (t < end), best, -1), mask=rows)
     if ROPE:
-        at = tl.load(position + b.to(tl.int64) * position_batch + t, mask=rows, other=0)
-        cos, sin = angles(at, inv_freq, half, d)
+        cos, sin = angles(positions_of(position, b.to(tl.int64) * position_batch, t, rows), inv_freq, half, d)
         first, second = turn(first, second, cos, sin)
     line = (b.to(tl.int64) * T + t) * G + g
     out = line[:, None] * d + half[None, :]
@@ -129,6 +136,22 @@ def gates_kernel(
             tl.store(k_out + out + d // 2, second, mask=fits)
             tl.store(v_out + out, v1, mask=fits)
             tl.store(v_out + out + d // 2, v2, mask=fits)
+
+
+@triton.jit
+def load_scales(scale, t, G, rows, INT8: tl.constexpr):
+    """What the rows at tokens t are to be multiplied by, `(1, rows)`, when they are read as they are stored."""
+    if INT8:
+        return tl.load(scale + t.to(tl.int64) * G, mask=rows, other=0.0)[None, :]
+    return 1.0
+
+
+@triton.jit
+def load_stored(x, t, stride, column, rows, d, DTYPE: tl.constexpr):
+    """Rows `(rows, DP)` at tokens t as they are stored; int8 is exact in every DTYPE."""
+    t = t.to(tl.int64)
+    tile = tl.load(x + t[:, None] * stride + column[None, :], mask=rows[:, None] & (column < d)[None, :], other=0)
+    return tile.to(DTYPE)
 
 
 @triton.jit
@@ -189,10 +212,15 @@ def scan_counts_kernel(count, base, first, chunks, C, CP: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def scan_sums_kernel(sums, base, carry, chunks, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Running totals over chunks of `sums` (B G, chunks, width), from `carry` (B G, width) on, which takes the last."""
+def scan_sums_kernel(
+    sums, base, carry, chunks, width, FIRST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """Running totals over chunks of `sums` (B G, chunks, width), from `carry` (B G, width) on
+    unless they are the FIRST; the carry takes the last."""
     bg, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    held = tl.load(carry + bg * width + column, mask=column < width, other=0.0)
+    held = tl.zeros((COLS,), tl.float32)
+    if not FIRST:
+        held = tl.load(carry + bg * width + column, mask=column < width, other=0.0)
     held = scan(sums + bg * chunks * width, base + bg * (chunks + 1) * width, chunks, width, column, held, ROWS)
     tl.store(carry + bg * width + column, held, mask=column < width)
 
@@ -313,7 +341,7 @@ def probe_kernel(
     fits = rows[:, None] & (half < d // 2)[None, :]
     size = rows_end - t0
     if ROPE:
-        cos, sin = angles(tl.load(position + b * position_batch + t, mask=rows, other=0), inv_freq, half, d)
+        cos, sin = angles(positions_of(position, b * position_batch, t, rows), inv_freq, half, d)
     if PROBE:
         p_at = prototypes + (g * C + c)[None, :] * d + half[:, None]
         p_fits = (c < C)[None, :] & (half < d // 2)[:, None]
