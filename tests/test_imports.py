@@ -27,6 +27,7 @@ def imported(statement: str) -> set[str]:
         ("import proteus_playground.probe", WIDGETS | {"transformers"}),
         ("import proteus_playground.texts, proteus_playground.hub", WIDGETS | {"transformers", "torch", "datasets"}),
         ("import proteus_playground.hf.models", WIDGETS | {"transformers", "huggingface_hub"}),
+        ("import proteus_playground.bench.sweep, proteus_playground.bench.page", WIDGETS | {"plotly"}),
         ("import proteus_playground.cli", WIDGETS | {"transformers", "torch"}),
     ],
 )

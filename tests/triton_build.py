@@ -1,7 +1,10 @@
-"""Compile the Triton backend for a GPU that need not be here: `python triton_build.py sm_80` prints a JSON line per kernel.
+"""Compile the Triton backend for a GPU that need not be here, and print a JSON line per kernel and case.
 
-The host code itself runs, on CPU tensors; a launch becomes a warm-up, so that Triton's own launcher decides how arguments
-are specialised and which options it accepts. What the kernels would have computed stays as allocated.
+    python tests/triton_build.py gfx942                 # every kernel, in every case
+    python tests/triton_build.py sm_75 rank_kernel      # some, in the first case
+
+The host code itself runs, on CPU tensors, and each launch becomes a warm-up: Triton's own launcher then decides how
+arguments are specialised and which options the target takes. No kernel runs, so tensors hold whatever they held.
 """
 
 import json
@@ -9,7 +12,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -25,15 +27,51 @@ UNITS = {"sm": r"mma\.sync|wgmma\.mma_async", "gfx1101": r"v_wmma", "gfx942": r"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
+def config(d: int, heads: int, groups: int, **changes) -> AttentionConfig:
+    return AttentionConfig(
+        d_model=64, n_heads=heads, n_kv_heads=groups, head_dim=d, flux_alpha=1.0, shortlist=256, **changes
+    )
+
+
+def layer(dtype=torch.bfloat16, d=64, heads=8, groups=2, tokens=16384, **changes) -> None:
+    """A layer without gradient: routes, weights of heads, int8 where `changes` say so."""
+    cfg = config(d, heads, groups, **changes)
+    x = torch.zeros(1, tokens, cfg.d_model, dtype=dtype)
+    with torch.no_grad():
+        attend_in_pieces(ProteusAttention(cfg).to(dtype), x, None, plan_budget(cfg, tokens))
+
+
+def training(dtype=torch.bfloat16, d=64, heads=8, groups=2, tokens=16384, keep=False) -> None:
+    """The operator, forwards and back; keep: with a number of tokens that stay, and positions of their own."""
+    cfg = config(d, heads, groups)
+    q, k, v = (torch.zeros(1, tokens, n, d, dtype=dtype, requires_grad=True) for n in (heads, groups, groups))
+    gates = Gates(groups, cfg.gates_per_group, d)
+    length, positions = (torch.tensor([tokens]), torch.arange(tokens)[None]) if keep else (None, None)
+    find = fused.Finder(gates.prototypes, gates.alive, positions, rope_frequencies(d, 1e4), length)
+    out, _ = fused.attend(q, k, v, find, None, plan_budget(cfg, tokens), d**-0.5, False)
+    torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+
+
+FP16_BY_3 = {"dtype": torch.float16, "d": 32, "heads": 9, "groups": 3, "tokens": 9001}
+CASES = [  # what runs, with which sizes, and which kernels of it are built (none named: all)
+    (layer, {}, ()),
+    (training, {}, ()),
+    (layer, {"dtype": torch.float16, "groups": 8, "int8": True}, ()),
+    (layer, {**FP16_BY_3, "head_top_p": 0.6}, ("probe_kernel", "route_kernel")),
+    (training, {**FP16_BY_3, "keep": True}, ()),
+    (layer, {"d": 256}, ("route_kernel",)),
+    (layer, {"dtype": torch.float16, "d": 256, "int8": True}, ("far_kernel", "near_kernel")),
+    *((training, {"d": d}, ()) for d in (256, 128, 96, 80)),  # the last two are kernels of 128: compiled once
+]
+
+
 class Absent:
-    """What the launcher asks a driver, answered for a GPU by its name."""
+    """What the launcher asks of a driver, answered for a GPU by its name, such as 'sm_80' or 'gfx942'."""
 
     def __init__(self, name: str):
         kind, number = re.fullmatch(r"(sm_|gfx)(\w+)", name).groups()
-        if kind == "sm_":
-            self.target = GPUTarget("cuda", int(number), 32)
-        else:
-            self.target = GPUTarget("hip", name, 64 if number.startswith("9") else 32)
+        waves = 64 if number.startswith("9") else 32
+        self.target = GPUTarget("cuda", int(number), 32) if kind == "sm_" else GPUTarget("hip", name, waves)
 
     def get_current_target(self):
         return self.target
@@ -45,84 +83,55 @@ class Absent:
         return 0
 
 
-def spilled(kernel) -> int | None:
-    """Spilled registers of a thread (gfx), or bytes of its stack (sm); None where that cannot be told."""
+class Builder:
+    """Builds kernels for the GPU `name` in place of `JITFunction.run`, and prints what came of each."""
+
+    def __init__(self, name: str):
+        self.units = next(pattern for kind, pattern in UNITS.items() if name.startswith(kind))
+        self.launch, self.built = JITFunction.run, {}
+        self.case, self.only = "", ()
+
+    def run(self, fn, *args, grid, warmup, **options) -> None:
+        if self.only and fn.__name__ not in self.only:
+            return
+        try:
+            kernel = self.launch(fn, *args, grid=grid, warmup=True, **options)
+            if kernel.hash not in self.built:
+                self.built[kernel.hash] = self.measure(kernel)
+            found = self.built[kernel.hash]
+        except Exception as err:  # whatever a compiler may raise is a finding, and the next kernel is tried too
+            while err.__cause__:
+                err = err.__cause__
+            found = {"error": f"{type(err).__name__}: {err}"}
+        print(json.dumps({"kernel": fn.__name__, "case": self.case, **found}), flush=True)
+
+    def measure(self, kernel) -> dict:
+        """Shared memory in bytes, matrix instructions in the code, and what registers could not hold."""
+        code = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+        return {"shared": kernel.metadata.shared, "units": len(re.findall(self.units, code)), "spills": spills(kernel)}
+
+
+def spills(kernel) -> int | None:
+    """A thread's spilled registers (gfx) or bytes of stack (sm); None where this Triton brings no cuobjdump."""
     if "amdgcn" in kernel.asm:
         return int(re.search(r"vgpr_spill_count: *(\d+)", kernel.asm["amdgcn"])[1])
     if not CUOBJDUMP.exists():
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
 
 
-class Report:
-    """Stands in for `JITFunction.run`: builds a kernel for the GPU `name` and prints what came of it."""
-
-    def __init__(self, name: str):
-        self.units = next(pattern for kind, pattern in UNITS.items() if name.startswith(kind))
-        self.build, self.built = JITFunction.run, {}
-        self.case, self.only = "", ()
-
-    def run(self, fn, *args, grid, warmup, **options) -> None:
-        if self.only and fn.__name__ not in self.only:
-            return
-        start = time.perf_counter()
-        try:
-            kernel = self.build(fn, *args, grid=grid, warmup=True, **options)
-            found = self.built.setdefault(kernel.hash, None) or self.measure(kernel)
-            self.built[kernel.hash] = found
-        except Exception as err:  # whatever a compiler may throw is a finding, and the next kernel has to be tried
-            found = {"error": f"{type(err).__name__}: {err}"}
-        print(json.dumps({"kernel": fn.__name__, "case": self.case, **found, "s": round(time.perf_counter() - start, 2)}), flush=True)
-
-    def measure(self, kernel) -> dict:
-        code = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
-        return {"shared": kernel.metadata.shared, "units": len(re.findall(self.units, code)), "spills": spilled(kernel)}
-
-
-def config(d: int, heads: int, groups: int, **changes) -> AttentionConfig:
-    return AttentionConfig(d_model=64, n_heads=heads, n_kv_heads=groups, head_dim=d, flux_alpha=1.0, shortlist=256, **changes)
-
-
-def layer(dtype, d: int, heads: int, groups: int, tokens: int, **changes) -> None:
-    """A layer's forward pass: routing, kernels and weights, without gradient."""
-    cfg = config(d, heads, groups, **changes)
-    with torch.no_grad():
-        attend_in_pieces(
-            ProteusAttention(cfg).to(dtype), torch.zeros(1, tokens, 64, dtype=dtype), None, plan_budget(cfg, tokens)
-        )
-
-
-def training(dtype, d: int, heads: int, groups: int, tokens: int, keep: bool = False) -> None:
-    """Forward and backward of the operator; keep: with a number of tokens that stay."""
-    cfg = config(d, heads, groups)
-    q, k, v = (torch.zeros(1, tokens, n, d, dtype=dtype, requires_grad=True) for n in (heads, groups, groups))
-    gates, length = Gates(groups, cfg.gates_per_group, d), torch.full((1,), tokens) if keep else None
-    find = fused.Finder(gates.prototypes, gates.alive, torch.arange(tokens), rope_frequencies(d, 1e4), length)
-    out, _ = fused.attend(q, k, v, find, None, plan_budget(cfg, tokens), d**-0.5, False)
-    torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
-
-
-def main(name: str) -> None:
-    report = Report(name)
+def main(name: str, *names: str) -> None:
+    builder = Builder(name)
     triton.runtime.driver.set_active(Absent(name))
-    torch.version.hip = "any" if name.startswith("gfx") else None  # what the host code chooses its options by
-    JITFunction.run = lambda fn, *args, **options: report.run(fn, *args, **options)
-    half, brain = torch.float16, torch.bfloat16
-    for case, run in {
-        "layer bf16 64 8/2": lambda: layer(brain, 64, 8, 2, 16384),
-        "training bf16 64 8/2": lambda: training(brain, 64, 8, 2, 16384),
-        "layer fp16 64 8/8 int8": lambda: layer(half, 64, 8, 8, 16384, int8=True),
-        "training keep fp16 32 9/3": lambda: training(half, 32, 9, 3, 9001, keep=True),
-        "layer fp16 32 9/3": lambda: layer(half, 32, 9, 3, 9001),
-        **{f"{f.__name__} bf16 {d}": lambda d=d, f=f: f(brain, d, 8, 2, 16384) for d in (256, 128, 96, 80) for f in (layer,training)},
-        "layer int8 256": lambda: layer(half, 256, 4, 1, 16384, int8=True),
-        **{f"training fp32 {d}": lambda d=d: training(torch.float32, d, 8, 2, 16384) for d in (64, 128,256)},
-    }.items():
-        report.case = case
-        run()
+    torch.version.hip = name if name.startswith("gfx") else None  # the host code chooses options by it
+    JITFunction.run = lambda fn, *args, **options: builder.run(fn, *args, **options)
+    for run, sizes, only in CASES[:1] if names else CASES:
+        builder.case = " ".join([run.__name__, *(f"{key}={value}" for key, value in sizes.items())])
+        builder.only = names or only
+        run(**sizes)
 
 
 if __name__ == "__main__":

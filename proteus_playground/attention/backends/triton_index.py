@@ -51,8 +51,10 @@ def angles(position, inv_freq, half, d):
 def positions_of(position, offset, t, rows):
     """Where tokens t stand: as given, or 0, 1, ... when nothing is given."""
     if position is None:
-        return t
-    return tl.load(position + offset + t, mask=rows, other=0)
+        where = t
+    else:
+        where = tl.load(position + offset + t, mask=rows, other=0)
+    return where
 
 
 @triton.jit
@@ -142,8 +144,10 @@ def gates_kernel(
 def load_scales(scale, t, G, rows, INT8: tl.constexpr):
     """What the rows at tokens t are to be multiplied by, `(1, rows)`, when they are read as they are stored."""
     if INT8:
-        return tl.load(scale + t.to(tl.int64) * G, mask=rows, other=0.0)[None, :]
-    return 1.0
+        scales = tl.load(scale + t.to(tl.int64) * G, mask=rows, other=0.0)[None, :]
+    else:
+        scales = 1.0
+    return scales
 
 
 @triton.jit
