@@ -227,6 +227,22 @@ def test_nothing_waits_for_the_host(training):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@gpu
+def test_grouped_projections_on_the_device():
+    """Many heads, few awake, in bfloat16: PyTorch's grouped matmul, forward and backward, against float32 pieces."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        attn = layer(device=DEVICE, n_heads=64, n_kv_heads=8, head_dim=16, heads_awake_max=2, gates_per_group=8)
+        attn.to(dtype)
+        x = torch.randn(1, 300, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16).to(dtype)
+        x.requires_grad_()
+        y = attn(x)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), (x, attn.q_proj.weight, attn.o_proj.weight))))
+    for exact, ours in zip(*found, strict=True):  # a rounding may wake another head for a token or two
+        assert off_by(ours, exact) <= 0.1
+
+
 # int8
 
 
