@@ -134,16 +134,17 @@ def test_backward_gives_the_same_bits_each_time():
     q, k, v = qkv(LENGTH, dim=16, grad=True, device=DEVICE, batch=1)
     cfg = config(head_dim=16, shortlist=32)
     gates = Gates(2, 6, 16).to(DEVICE).fit(k.detach())
-    runs = [
-        torch.autograd.grad(attend(q, k, v, cfg, "triton", gates).out.square().sum(), (q, k, v)) for _ in range(2)
-    ]
+    runs = [torch.autograd.grad(attend(q, k, v, cfg, "triton", gates).out.square().sum(), (q, k, v)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 # the layer
 
 
-@pytest.mark.parametrize("changes", [{}, {"route_heads": False}, {"head_top_p": 0.6}, {"n_kv_heads": 4}, {"bias": True}])
+LAYERS = [{}, {"route_heads": False}, {"head_top_p": 0.6}, {"n_kv_heads": 4}, {"bias": True}]
+
+
+@pytest.mark.parametrize("changes", LAYERS)
 def test_the_layer_piece_by_piece(changes, monkeypatch):
     """One matmul and fused routing, whole or in pieces, against the plain path of the `torch` backend."""
     attn = layer(device=DEVICE, backend="torch", shortlist=40, **changes)

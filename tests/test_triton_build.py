@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed for this system")
 from proteus_playground.attention.backends import triton as fused  # noqa: E402
 
+pytestmark = pytest.mark.slow
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx1101": 64 << 10, "gfx942": 64 << 10}  # bytes a block may have
 MULTIPLY = {
     "gates_kernel", "rank_kernel", "sums_kernel", "notes_kernel", "probe_kernel", "route_kernel", "far_kernel",
@@ -35,7 +36,8 @@ def build(cache: Path, target: str, *kernels: str) -> list[dict]:
     done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{target}: ended with {done.returncode}\n{done.stdout[-500:]}\n{done.stderr[-3000:]}"
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    said = "".join(f"\n{line}" for line in done.stderr.splitlines() if "Assertion" in line)  # the compiler's own words
+    asserted = dict.fromkeys(line for line in done.stderr.splitlines() if "Assertion" in line)  # in the compiler
+    said = "".join(f"\n{line}" for line in asserted)
     return [{**line, "error": line["error"] + said} if "error" in line else line for line in lines]
 
 

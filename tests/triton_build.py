@@ -52,16 +52,20 @@ def training(dtype=torch.bfloat16, d=64, heads=8, groups=2, tokens=16384, keep=F
     torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
 
 
-FP16_BY_3 = {"dtype": torch.float16, "d": 32, "heads": 9, "groups": 3, "tokens": 9001}
-CASES = [  # what runs, with which sizes, and which kernels of it are built (none named: all)
+THREES = {"dtype": torch.float16, "d": 32, "heads": 9, "groups": 3, "tokens": 9001}
+STORED = ("gates_kernel", "sums_kernel", "notes_kernel", "far_kernel", "near_kernel")  # read or write stored keys
+LARGE = (
+    "gates_kernel", "probe_kernel", "far_kernel", "near_kernel", "far_query_kernel", "far_key_kernel",
+    "near_query_kernel", "near_key_kernel", "note_grad_kernel",
+)  # fmt: skip
+CASES = [  # what runs, at which sizes, and which kernels of it are built (none named: all)
     (layer, {}, ()),
     (training, {}, ()),
-    (layer, {"dtype": torch.float16, "groups": 8, "int8": True}, ()),
-    (layer, {**FP16_BY_3, "head_top_p": 0.6}, ("probe_kernel", "route_kernel")),
-    (training, {**FP16_BY_3, "keep": True}, ()),
-    (layer, {"d": 256}, ("route_kernel",)),
+    (layer, {"dtype": torch.float16, "groups": 8, "int8": True}, STORED),
+    (layer, {**THREES, "head_top_p": 0.6}, ("probe_kernel", "route_kernel")),
+    (training, {**THREES, "keep": True}, ()),
     (layer, {"dtype": torch.float16, "d": 256, "int8": True}, ("far_kernel", "near_kernel")),
-    *((training, {"d": d}, ()) for d in (256, 128, 96, 80)),  # the last two are kernels of 128: compiled once
+    *((training, {"d": d}, LARGE) for d in (256, 128, 96, 80)),  # the last two are kernels of 128: compiled once
 ]
 
 

@@ -66,7 +66,7 @@ def proteus_attention(
     width d. budget: from `plan_budget`. inv_freq: `(d / 2,)` rotary frequencies in radians per token, or None.
     positions: `(T,)` or `(B, T)`, in tokens, default 0..T-1. keep: `(B, T)` bool, tokens that take part (padding is
     False). awake: `(B, T, H)` bool, rows that count. scale: of the scores, default d^-1/2. explain: False leaves
-    `reads` and `gate_of_key` out, which costs time. int8: sparse reads see keys and values stored in int8 (no gradient).
+    `reads` and `gate_of_key` out, which saves time. int8: sparse reads see keys and values stored in int8, no gradient.
 
     Raises `TypeError` or `ValueError` naming the argument. Dense (fused SDPA) when the budget holds every key.
     """
@@ -196,8 +196,10 @@ def check_budget(budget: Budget, tokens: int, gates_per_group: int) -> None:
         raise ValueError(f"budget was planned for {budget.tokens} tokens: must be planned for at least {tokens}")
     planned = budget.window + budget.block + budget.anchors + budget.probes * budget.ring
     if not budget.dense and planned + budget.notes * gates_per_group > budget.shortlist:
-        raise ValueError(f"budget has no room for the notes of {gates_per_group} gates: plan it with "
-                         f"gates_per_group={gates_per_group}")
+        raise ValueError(
+            f"budget has no room for the notes of {gates_per_group} gates: plan it with "
+            f"gates_per_group={gates_per_group}"
+        )
 
 
 def check_inputs(q, k, v, gates, positions, keep, awake, inv_freq) -> None:

@@ -219,7 +219,7 @@ class Gates(nn.Module):
         self.pending_count += count
         self.pending_sum += total
         some = keep.any()
-        worst = best.mean(-1).masked_fill(~keep, torch.inf).argmin()  # the key that fits worst: where a dead gate may go
+        worst = best.mean(-1).masked_fill(~keep, torch.inf).argmin()  # the worst fit: where a dead gate may go
         self.pending_sample = torch.where(some, keys.index_select(0, worst[None])[0], self.pending_sample)
         fresh = self._histogram(self.salience(keys), keep)
         known = self.salience_quantiles

@@ -161,7 +161,8 @@ class ProteusAttention(nn.Module):
     def _fits_pieces(self, x: Tensor, budget: Budget) -> bool:
         """Whether the Triton backend can run the whole layer piece by piece: nothing dropped, no gradient asked."""
         cfg = self.cfg
-        plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling())
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        plain = not (traced or torch.is_autocast_enabled(x.device.type))
         whole = not budget.dense and budget.keep_ratio == 1 and budget.heads_awake_max == cfg.heads_per_group
         return plain and whole and choose_backend(x.device, cfg.backend, cfg.head_dim)[0] == "triton"
 

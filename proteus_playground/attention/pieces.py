@@ -1,12 +1,14 @@
 """Two short ways through the layer: dense, and the Triton backend without autograd, a piece of rows at a time.
 
-In pieces, keys and values of the whole text are kept; queries, routes, notes and heads' outputs live for one piece. A text of one
-piece is projected by a single matmul.
+In pieces, keys and values of the whole text are kept; queries, routes, notes and heads' outputs live for one piece. A
+text of one piece is projected by a single matmul.
 
 Axes: `B` batch, `T` tokens, `D` model width, `H` query heads, `G` KV groups, `d` head dim.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def attend_in_pieces(attn, x: Tensor, positions: Tensor | None, budget: Budget, 
     step = max(plan.SEG, piece // B // plan.SEG * plan.SEG)
     early = (attn.k_proj, attn.v_proj)
     late = (attn.q_proj, attn.router) if routed else (attn.q_proj,)
-    if T <= step:
+    if step >= T:
         k, v, *rest = project(x, (*early, *late))
         store = triton.make_store(B, T, G, d, k.dtype, x.device, cfg.int8)
         triton.lure_keys(_heads(k, G), _heads(v, G), store, find, plan, 0)
@@ -46,23 +48,25 @@ def attend_in_pieces(attn, x: Tensor, positions: Tensor | None, budget: Budget, 
         here = slice(t0, t0 + step)
         q, *logits = rest or project(x[:, here], late)
         q, found = _heads(q, H), [None, None]  # who is awake, and how loud
-
-        def route():
-            found[:] = triton.route(
-                q, logits[0], attn.gates, attn.router.balance, budget, cfg.prior_temperature, cfg.prior_max
-            )
-
+        route = partial(_route, found, attn, q, logits, budget) if routed else None
         if routed and budget.head_top_p < 1:
             route()
-        everyone = routed and budget.head_top_p >= 1  # then no probe has to wait for the routes
-        rows = triton.index_rows(q, keys, find, found[0], t0, plan, route if everyone else None)
+            route = None
+        rows = triton.index_rows(q, keys, find, found[0], t0, plan, route)  # all awake: no probe waits for the routes
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         triton.read_rows(rows, keys, out, found[1], None, t0, plan, d**-0.5)
         done = linear(out.flatten(2), attn.o_proj.weight, attn.o_proj.bias)
-        if T <= step:
+        if step >= T:
             return done
         y[:, here] = done
     return y
+
+
+def _route(found: list, attn, q: Tensor, logits: list[Tensor], budget: Budget) -> None:
+    from .backends import triton
+
+    cfg = attn.cfg
+    found[:] = triton.route(q, logits[0], attn.gates, attn.router.balance, budget, cfg.prior_temperature, cfg.prior_max)
 
 
 def attend_densely(attn, x: Tensor, positions: Tensor | None) -> Tensor:

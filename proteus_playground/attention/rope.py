@@ -35,7 +35,8 @@ class Frequencies(nn.Module):
 def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor | None) -> Tensor:
     """Turn each feature pair of `x` by position x frequency.
 
-    x: `(B, T, N, d)`; positions: `(B, T)` or `(T,)`, in tokens, None for 0, 1, ...; inv_freq: `(d / 2,)`, or None for no turn.
+    x: `(B, T, N, d)`; positions: `(B, T)` or `(T,)`, in tokens, None for 0, 1, ...; inv_freq: `(d / 2,)`,
+    or None for no turn.
     The angles are float32 whatever the dtype of `x`. Negative positions undo a rotation.
     """
     if inv_freq is None:

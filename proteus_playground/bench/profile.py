@@ -22,7 +22,7 @@ from .table import PASSES, SCOPES, name
 
 BUDGET_S = 30.0  # of timed calls
 MATRIX = r"gemm(?!v)|nvjet|cutlass|xmma|wgmma|fmha|flash|sdpa|flex_attention|(?:^|::)(?:add|b|baddb)?mm$"
-NOT_MATRIX = r"simt|sgemm|splitkreduce|combine|dot_do_o|convert_dq"  # fp32 cores, and helpers of the above
+NOT_MATRIX = r"simt|sgemm|ffma|splitkreduce|combine|dot_do_o|convert_dq"  # fp32 cores, and helpers of the above
 RULE = (f"a kernel runs matrix units if its name matches /{MATRIX}/ and not /{NOT_MATRIX}/, or if it is a Triton "
         "kernel of ours whose source, or that of a function it calls, has a dot")  # fmt: skip
 

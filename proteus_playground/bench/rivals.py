@@ -184,7 +184,8 @@ def _our_attention(case: Case) -> Entry:
                 "heads_awake": cfg.n_heads, "flux_alpha": budget.flux_alpha, "backend": result.backend,
                 "backend_reason": result.backend_reason}  # fmt: skip
 
-    return Entry({"": lambda: call(explain=False).out}, [x.requires_grad_(case.passes == "training") for x in (q, k, v)], facts)
+    leaves = [x.requires_grad_(case.passes == "training") for x in (q, k, v)]
+    return Entry({"": lambda: call(explain=False).out}, leaves, facts)
 
 
 # -- rivals ---------------------------------------------------------------------------------------------------

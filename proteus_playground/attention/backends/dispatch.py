@@ -54,7 +54,8 @@ def probe_triton(device: torch.device, head_dim: int) -> tuple[bool, str]:
         return False, f"head_dim={head_dim} is more than the 256 that the Triton kernels hold"
     if device.type != "cuda":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return interpreted, "interpreted" if interpreted else f"Triton needs an NVIDIA or AMD GPU, this is {device.type}"
+        needs = f"Triton needs an NVIDIA or AMD GPU, this is {device.type}"
+        return interpreted, "interpreted" if interpreted else needs
     name = torch.cuda.get_device_name(device)
     if torch.version.hip:
         arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]

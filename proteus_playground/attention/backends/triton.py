@@ -253,7 +253,8 @@ def index_rows(
     if n or rope:
         probe_kernel[(tiles, X)](
             q, turned, find.prototypes, find.alive, find.positions, find.inv_freq, awake, keys.before,
-            keys.count_base, opened, T, t0, t0 + rows, G, r, d, C, n, plan.block, chunks, *q.stride()[:2], find.position_stride,
+            keys.count_base, opened, T, t0, t0 + rows, G, r, d, C, n, plan.block, chunks, *q.stride()[:2],
+            find.position_stride,
             ROPE=rope, AWAKE=awake is not None, PROBE=n > 0, CH=plan.CH, HP=plan.HP, CP=plan.CP, BT=TOKENS,
             **(tuned(plan) if r > 1 else {}),
         )  # fmt: skip
@@ -312,8 +313,11 @@ def read_rows(
     rows: Rows, keys: KeyIndex, out: Tensor, weight: Tensor | None, length: Tensor | None, t0: int, plan: Plan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Attend: fills out `(B, rows, H, d)`, times weight `(B, rows, H)` if given; returns log-sum-exp `(B, rows, H)` float32
-    and the far part: its out `(B, rows, H, n, d)` and log-sum-exp `(B, rows, H, n)`."""
+    """Attend: fills out `(B, rows, H, d)`, times weight `(B, rows, H)` if given.
+
+    Returns log-sum-exp `(B, rows, H)` float32 and the far part: its out `(B, rows, H, n, d)` and log-sum-exp
+    `(B, rows, H, n)`.
+    """
     q, opened = rows.q, rows.probes
     (B, size, H, d), n = q.shape, plan.probes
     X, T = keys.gate.shape
@@ -500,8 +504,8 @@ def route(q: Tensor, logits: Tensor, gates, balance: Tensor, budget, temperature
 
 @torch.library.custom_op("proteus::shortlist", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, prototypes: Tensor, alive: Tensor, positions: Tensor | None, inv_freq: Tensor | None,
-    length: Tensor | None, awake: Tensor | None, sizes: list[int], scale: float, int8: bool,
+    q: Tensor, k: Tensor, v: Tensor, prototypes: Tensor, alive: Tensor, positions: Tensor | None,
+    inv_freq: Tensor | None, length: Tensor | None, awake: Tensor | None, sizes: list[int], scale: float, int8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     find, plan = Finder(prototypes, alive, positions, inv_freq, length), make_plan(*sizes)
     return _attend(q, index_keys(k, v, find, plan, int8), find, awake, plan, scale)

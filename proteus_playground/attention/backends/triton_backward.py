@@ -1,8 +1,8 @@
-"""Triton kernels of the backward pass. Every gradient has one writer and one order of additions: the same bits each time.
+"""Triton kernels of the backward pass.
 
-Scores are computed again, tile by tile, from the log-sum-exp of the forward pass. A key's gradient comes from five
-places: rows that read it in their window, as an anchor, in a ring, and through the notes of its gate, whole and rest.
-Axes and names as in `triton_index`.
+Each gradient has one writer and one order of additions: the same bits every time. Scores are computed again, tile by
+tile, from the log-sum-exp of the forward pass. A key's gradient comes from five places: rows that read it in their
+window, as an anchor, in a ring, and through the notes of its gate, whole and rest. Axes and names as in `triton_index`.
 """
 
 import triton
@@ -89,7 +89,8 @@ def near_query_kernel(
     q, k, v, do, lse, delta, notes, before, count_base, probes, far_dq, length, dq,
     T, G, r, d, C, window, block, anchors, ring, chunks, note_ticks, scale, natural,
     k_batch, k_token, v_batch, v_token,
-    KINDS: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, TT: tl.constexpr, RC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr,
+    KINDS: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, TT: tl.constexpr,
+    RC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr,
     NTT: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rotated queries, far part taken in, into dq (B, T, G r, d). `natural`: scale without log2 e."""
@@ -185,7 +186,7 @@ def spread_kernel(
     KINDS: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, BS: tl.constexpr, DP: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
     """Hand the notes' gradient to their members, going back in time: a key belongs to the notes of every tick after it
-    came in. `later` (B G, chunks, kinds, C, 2 d) float32 is the gradient of all later chunks; whole, rest (B G, T, 2 d).
+    came in. `later` (B G, chunks, kinds, C, 2 d) float32 is the gradient of all later chunks; whole, rest (B G, T, 2d).
     """
     chunk, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(C, GB)
@@ -277,10 +278,10 @@ def far_key_kernel(
 
 @triton.jit
 def read_by_rows(
-    dk, dv, q, do, lse, delta, b, g, keys, values, j, start, stop, anchors_only, T, G, r, d, window, block, anchors, end,
-    scale, DTYPE: tl.constexpr, M: tl.constexpr, DP: tl.constexpr,
+    dk, dv, q, do, lse, delta, b, g, keys, values, j, start, stop, anchors_only, T, G, r, d, window, block, anchors,
+    end, scale, DTYPE: tl.constexpr, M: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Add what keys j get from rows of tokens [start, stop): through their windows, or as anchors that have left them."""
+    """Add what keys j get from rows of tokens [start, stop): through their windows, or as anchors that left them."""
     column = tl.arange(0, DP)
     for m0 in range(start * r, stop * r, M):
         m = m0 + tl.arange(0, M)
@@ -347,8 +348,8 @@ def near_key_kernel(
     values = load_rows(v + b * v_batch + g * d, v, j, v_token, G, column, here, d, False, DTYPE)
     dk, dv = tl.zeros((BN, DP), tl.float32), tl.zeros((BN, DP), tl.float32)
     stop = tl.minimum((start + BN - 1 + window) // block * block + block, end)
-    dk, dv = read_by_rows(dk, dv, q, do, lse, delta, b, g, keys, values, j, start, stop, False, T, G, r, d, window, block,
-                          anchors, end, scale, DTYPE, M, DP)  # fmt: skip
+    dk, dv = read_by_rows(dk, dv, q, do, lse, delta, b, g, keys, values, j, start, stop, False, T, G, r, d, window,
+                          block, anchors, end, scale, DTYPE, M, DP)  # fmt: skip
     dk *= natural
     fits = here[:, None] & (column < d)[None, :]
     at = (bg * T + j)[:, None] * (2 * d) + column[None, :]

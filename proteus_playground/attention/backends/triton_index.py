@@ -1,7 +1,7 @@
 """Triton kernels that build the index: which gate each key falls into, which gates each row opens, and in what order.
 
 Nothing here waits for the host. Keys are counted in chunks of CH tokens, shifted so that a chunk holds exactly the keys
-that leave the window during one stretch of clock ticks: key j stands at u = j + window and leaves at tick u // block + 1.
+that leave the window during one stretch of clock ticks: key j stands at u = j + window and leaves at u // block + 1.
 Rows are bucketed by gate inside segments of SEG tokens, so that a bucket reads one short span of its gate's keys.
 
 Axes: `B` batch, `T` tokens, `G` KV groups, `r` rows (heads) per group, `C` gates, `d` head dim, `n` probes. A name in
@@ -50,7 +50,7 @@ def angles(position, inv_freq, half, d):
 @triton.jit
 def positions_of(position, offset, t, rows):
     """Where tokens t stand: as given, or 0, 1, ... when nothing is given."""
-    if position is None:
+    if position is None:  # noqa: SIM108 - a compile-time branch
         where = t
     else:
         where = tl.load(position + offset + t, mask=rows, other=0)
@@ -143,7 +143,7 @@ def gates_kernel(
 @triton.jit
 def load_scales(scale, t, G, rows, INT8: tl.constexpr):
     """What the rows at tokens t are to be multiplied by, `(1, rows)`, when they are read as they are stored."""
-    if INT8:
+    if INT8:  # noqa: SIM108 - a compile-time branch
         scales = tl.load(scale + t.to(tl.int64) * G, mask=rows, other=0.0)[None, :]
     else:
         scales = 1.0
@@ -169,9 +169,7 @@ def load_rows(x, scale, t, stride, G, column, rows, d, INT8: tl.constexpr, DTYPE
 
 
 @triton.jit
-def rank_kernel(
-    gate, rank, before, count, T, C, window, block, CH: tl.constexpr, BS: tl.constexpr, CP: tl.constexpr
-):
+def rank_kernel(gate, rank, before, count, T, C, window, block, CH: tl.constexpr, BS: tl.constexpr, CP: tl.constexpr):
     """Per chunk: rank of each key in its gate, counts at every tick, and how many keys a gate takes.
 
     rank (B G, T); before (B G, ticks, C), keys of the chunk that left before a tick; count (B G, chunks, C).
@@ -216,9 +214,7 @@ def scan_counts_kernel(count, base, first, chunks, C, CP: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def scan_sums_kernel(
-    sums, base, carry, chunks, width, FIRST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def scan_sums_kernel(sums, base, carry, chunks, width, FIRST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Running totals over chunks of `sums` (B G, chunks, width), from `carry` (B G, width) on
     unless they are the FIRST; the carry takes the last."""
     bg, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -299,7 +295,7 @@ def notes_kernel(
     T, G, d, C, window, block, ring, chunks, chunk0, k_batch, k_token, v_batch, v_token,
     INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, BS: tl.constexpr, DP: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
-    """Means at each tick, `notes` (B G, ticks, kinds, C, 2 d): of all keys that have left, and of those less the ring."""
+    """Means at each tick, `notes` (B G, ticks, kinds, C, 2 d): of all keys that left, and of those less the ring."""
     chunk, bg = chunk0 + tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     gates, values, ring_too = note_block(tl.program_id(2), C, GB)
@@ -382,10 +378,10 @@ def bucket_kernel(
     probes, bucket_count, bucket_rows, rows, G, C, segments,
     SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """List, for each of four gates, the (row, probe) pairs of a segment that open it, by their names: (token x R + head)
-    x N + probe, counted from the segment's first row. bucket_count (B G, segments, C); bucket_rows (.., SEG x R) int32.
+    """List, for each of four gates, the (row, probe) pairs of a segment that open it, by their names.
 
-    One running sum counts all four gates: each has 16 bits of it.
+    A name is (token x R + head) x N + probe, counted from the segment's first row. bucket_count (B G, segments, C);
+    bucket_rows (.., SEG x R) int32. One running sum counts all four gates: each has 16 bits of it.
     """
     quads = tl.cdiv(C, 4)
     segment, quad = tl.program_id(0) // quads, tl.program_id(0) % quads
