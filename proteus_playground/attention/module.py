@@ -164,7 +164,7 @@ class ProteusAttention(nn.Module):
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
         plain = not (traced or torch.is_autocast_enabled(x.device.type))
         whole = not budget.dense and budget.keep_ratio == 1 and budget.heads_awake_max == cfg.heads_per_group
-        return plain and whole and choose_backend(x.device, cfg.backend, cfg.head_dim)[0] == "triton"
+        return plain and whole and choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype)[0] == "triton"
 
     def _queries(self, x: Tensor, budget: Budget, keep: Tensor | None) -> tuple[Tensor, _Routes | None]:
         """Rows to attend with, `(B, T, G K, d)`, un-rotated, and how they were routed."""

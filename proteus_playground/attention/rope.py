@@ -68,4 +68,4 @@ def fused(x: Tensor) -> bool:
     """Whether Triton's kernel turns `x`."""
     from .backends.dispatch import probe_triton
 
-    return x.stride(-1) == 1 and x.dtype != torch.float64 and probe_triton(x.device, x.shape[-1])[0]
+    return x.stride(-1) == 1 and probe_triton(x.device, x.shape[-1], x.dtype)[0]

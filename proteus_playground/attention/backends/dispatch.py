@@ -22,8 +22,10 @@ LSE_ROWS = 1 << 22  # scores per piece while a dense log-sum-exp is worked out
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(device: torch.device | str, wanted: str = "auto", head_dim: int = 64) -> tuple[str, str]:
-    """The backend for a device and one sentence saying why. An explicit name is never replaced.
+def choose_backend(
+    device: torch.device | str, wanted: str = "auto", head_dim: int = 64, dtype: torch.dtype = torch.float16
+) -> tuple[str, str]:
+    """The backend for a device, head dim and precision, and one sentence saying why. A name is never replaced.
 
     Raises `ValueError` for an unknown name, and for 'triton' where its kernels cannot run as they should.
     """
@@ -32,7 +34,7 @@ def choose_backend(device: torch.device | str, wanted: str = "auto", head_dim: i
     if wanted in ("reference", "torch"):
         return wanted, "asked for by name"
     device = torch.device(device)
-    fits, why = probe_triton(device, head_dim)
+    fits, why = probe_triton(device, head_dim, dtype)
     if wanted == "triton":
         if not fits:
             raise ValueError(f"backend='triton': {why}; must be 'auto', 'torch' or 'reference' here")
@@ -46,12 +48,13 @@ def choose_backend(device: torch.device | str, wanted: str = "auto", head_dim: i
 
 @torch.compiler.assume_constant_result
 @cache
-def probe_triton(device: torch.device, head_dim: int) -> tuple[bool, str]:
+def probe_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether Triton's kernels can be used, and one sentence saying why."""
     if find_spec("triton") is None:
         return False, "Triton is not installed"
-    if head_dim > 256:
-        return False, f"head_dim={head_dim} is more than the 256 that the Triton kernels hold"
+    most = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}.get(dtype, 0)
+    if head_dim > most:
+        return False, f"head_dim={head_dim} is more than the {most} that the Triton kernels hold in {dtype}"
     if device.type != "cuda":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         needs = f"Triton needs an NVIDIA or AMD GPU, this is {device.type}"

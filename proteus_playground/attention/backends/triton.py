@@ -356,10 +356,10 @@ def backward(
     X, C, chunks = len(keys.gate), keys.first.shape[1], keys.count_base.shape[1] - 1
     G, r = X // B, H // (X // B)
     base2, kv = scale * LOG2_E, (*keys.k.stride()[:2], *keys.v.stride()[:2])
-    wide = plan.DP > 128
+    wide = plan.DP * q.element_size() > 256
     shared = {"DTYPE": DTYPES[q.dtype], "M": 32 if wide else plan.M, "DP": plan.DP, "num_warps": 8 if wide else 4,
               "num_stages": 1}  # fmt: skip
-    step = 64 if plan.DP <= 64 else 32
+    step = 64 if plan.DP <= 64 and not torch.version.hip else 32  # 64 spills on AMD
     buckets = {"CH": plan.CH, "SEG": plan.SEG, "R": r, "N": n, "BN": step, **shared}
     keep = {"KEEP": find.length is not None}
     _join(rows.ready)
@@ -494,7 +494,7 @@ def route(q: Tensor, logits: Tensor, gates, balance: Tensor, budget, temperature
         q, logits, gates.prototypes, gates.alive, gates.confidence, gates.log_share, gates.head_of_gate, balance, awake,
         weight, T, G, r, d, C, budget.heads_awake_min, budget.heads_awake_max, float(budget.head_top_p),
         float(budget.flux_alpha), temperature, prior_max, *q.stride()[:2], *logits.stride()[:2],
-        HP=max(16, power(d // 2)), CP=max(16, power(C)), RP=max(2, power(r)), BT=TOKENS,
+        HP=max(16, power(d // 2)), CP=max(16, power(C)), RP=max(16, power(r)), BT=TOKENS,
     )  # fmt: skip
     return awake, weight
 
