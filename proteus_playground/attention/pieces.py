@@ -72,7 +72,7 @@ def _route(found: list, attn, q: Tensor, logits: list[Tensor], budget: Budget) -
 def attend_densely(attn, x: Tensor, positions: Tensor | None) -> Tensor:
     """`ProteusAttention.forward` at flux alpha 0: one matmul, RoPE, fused attention, one matmul. Any device."""
     cfg = attn.cfg
-    choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype)  # a backend asked for by name must be one that runs here
+    choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype)  # a backend asked for by name must run here
     freq, positions = attn.inv_freq, None if positions is None else positions.to(x.device)
     q, k, v = project(x, (attn.q_proj, attn.k_proj, attn.v_proj))
     q, k, v = _heads(q, cfg.n_heads), _heads(k, cfg.n_kv_heads), _heads(v, cfg.n_kv_heads)
