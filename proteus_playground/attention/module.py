@@ -122,7 +122,8 @@ class ProteusAttention(nn.Module):
             if budget.flux_alpha == 0:  # every head wakes with weight 1, every token stays: nothing to decide
                 return attend_densely(self, x, positions)
             if self._fits_pieces(x, budget):
-                return attend_in_pieces(self, x, positions, budget)
+                with torch.cuda.device_of(x):
+                    return attend_in_pieces(self, x, positions, budget)
         k, v = (proj(x).unflatten(-1, (cfg.n_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
         keep = self.kept(k, budget, key_padding_mask)
         q, routes = self._queries(x, budget, keep)

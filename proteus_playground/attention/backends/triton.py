@@ -465,9 +465,10 @@ def explain(q: Tensor, k: Tensor, v: Tensor, find: Finder, awake: Tensor | None,
     """The index tables that `attend` reads by, in the form all backends share."""
     (B, T, H, d), G, C = q.shape, k.shape[2], find.prototypes.shape[1]
     plan = plan_for(budget, H // G, d, C)
-    keys = index_keys(k, v, find, plan, False)
-    rows = index_rows(q, keys, find, awake, 0, plan)
-    _join(rows.ready)
+    with torch.cuda.device_of(q):
+        keys = index_keys(k, v, find, plan, False)
+        rows = index_rows(q, keys, find, awake, 0, plan)
+        _join(rows.ready)
     probes = rows.probes
     ticks = torch.arange(-(-T // plan.block), device=q.device)
     left = keys.count_base[:, ticks * plan.block // plan.CH] + keys.before[:, ticks]
@@ -508,7 +509,8 @@ def _forward(
     inv_freq: Tensor | None, length: Tensor | None, awake: Tensor | None, sizes: list[int], scale: float, int8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     find, plan = Finder(prototypes, alive, positions, inv_freq, length), make_plan(*sizes)
-    return _attend(q, index_keys(k, v, find, plan, int8), find, awake, plan, scale)
+    with torch.cuda.device_of(q):
+        return _attend(q, index_keys(k, v, find, plan, int8), find, awake, plan, scale)
 
 
 @_forward.register_fake
@@ -523,9 +525,10 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     find, plan = Finder(prototypes, alive, positions, inv_freq, length), make_plan(*sizes)
-    keys = index_keys(k, v, find, plan, False)  # again, rather than kept: the index is cheap and would be large
-    rows = index_rows(q.contiguous(), keys, find, awake, 0, plan)
-    return backward(grad.contiguous(), out, lse, rows, keys, find, plan, scale)
+    with torch.cuda.device_of(q):
+        keys = index_keys(k, v, find, plan, False)  # again, rather than kept: the index is cheap and would be large
+        rows = index_rows(q.contiguous(), keys, find, awake, 0, plan)
+        return backward(grad.contiguous(), out, lse, rows, keys, find, plan, scale)
 
 
 @_backward.register_fake
@@ -565,7 +568,8 @@ def _attend(q, keys: KeyIndex, find: Finder, awake, plan: Plan, scale: float) ->
 @torch.library.custom_op("proteus::rotate", mutates_args=())
 def _rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor, sign: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rotate_into(x if x.stride(-2) == x.shape[-1] else x.contiguous(), y, positions, inv_freq, sign)
+    with torch.cuda.device_of(x):
+        rotate_into(x if x.stride(-2) == x.shape[-1] else x.contiguous(), y, positions, inv_freq, sign)
     return y
 
 
