@@ -214,8 +214,10 @@ def spread_kernel(
             share = tl.dot(hot.to(DTYPE), total.to(DTYPE), input_precision="ieee")
             mine = (tl.sum(hot.to(tl.int32), 1) > 0)[:, None] & (tl.arange(0, DP) < d)[None, :]
             out = (bg * T + j)[:, None] * (2 * d) + column[None, :]
-            tl.store(whole + out, share.to(DTYPE), mask=mine & (kind == 0))
-            tl.store(rest + out, share.to(DTYPE), mask=mine & (kind > 0))
+            if kind == 0:
+                tl.store(whole + out, share.to(DTYPE), mask=mine)
+            else:
+                tl.store(rest + out, share.to(DTYPE), mask=mine)
         line = ((bg * note_ticks + chunk * ticks + tick) * KINDS + kind) * C + gates
         total += tl.load(grad + line[:, None] * (2 * d) + column[None, :], mask=fits, other=0.0).to(tl.float32)
 
@@ -248,7 +250,7 @@ def far_key_kernel(
             start = ((oldest + window) // block + 1) * block // SEG
             over = tl.load(first + bg * C + c) + newest + ring
             total = tl.load(count_base + (bg * (chunks + 1) + chunks) * C + c)
-            last = tl.load(order + bg * T + over, mask=newest + ring < total, other=T)
+            last = tl.where(newest + ring < total, tl.load(order + bg * T + tl.minimum(over, T - 1)), T)
             stop = tl.minimum((last + window) // block * block // SEG + 1, segments)
             for segment in range(start, tl.where(newest >= 0, stop, start)):
                 bucket = (bg * segments + segment) * C + c

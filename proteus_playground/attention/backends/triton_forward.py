@@ -94,7 +94,7 @@ def far_kernel(
 @triton.jit
 def note_size(e, tick, count_base, before, bg, chunks, C, block, ring, end, KINDS: tl.constexpr, CH: tl.constexpr):
     """How many keys note e of a tick stands for: e < C all that left gate e, then those of gate e - C less its ring."""
-    real = (e < KINDS * C) & (tick * block < end)
+    real = e < tl.where(tick * block < end, KINDS * C, 0)
     left = left_at(tick, count_base, before, bg, e % C, chunks, C, block, real, CH)
     return tl.where(real, left - tl.where(e >= C, ring, 0), 0)
 
