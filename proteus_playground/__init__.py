@@ -3,7 +3,7 @@
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["AttentionConfig", "ProteusAttention"]
+__all__ = ["AttentionConfig", "KVBank", "ProteusAttention"]
 
 
 def __getattr__(name: str):

@@ -91,10 +91,11 @@ def models_remove(name: ModelName) -> None:
     typer.echo(f"Removed {name}: {models.remove(name) / 1e6:.0f} MB are free again.")
 
 
-def _forward(name: str, module: str, summary: str) -> None:
+def _forward(name: str, module: str, summary: str, group: typer.Typer = bench_app) -> None:
     """Add `proteus bench NAME`, whose options stand in `module.command` and are read when it is called."""
+    called = f"proteus bench {name}" if group is bench_app else f"proteus {name}"
 
-    @bench_app.command(
+    @group.command(
         name,
         help=summary,
         add_help_option=False,
@@ -103,16 +104,20 @@ def _forward(name: str, module: str, summary: str) -> None:
     def forward(context: typer.Context) -> None:
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
         inner.command(help=summary)(import_module(module).command)
-        inner(args=context.args, prog_name=f"proteus bench {name}")
+        inner(args=context.args, prog_name=called)
 
 
+_forward("stream", "proteus_playground.stream_command", "Read a document of any length and ask it.", app)
 _forward("sweep", "proteus_playground.bench.sweep", "Us and rivals by length: time, memory, reads, floor.")
 _forward("page", "proteus_playground.bench.page", "A sweep's JSON as tables and as a page.")
 _forward("longest", "proteus_playground.bench.longest", "The longest text that fits a memory cap.")
 _forward("profile", "proteus_playground.bench.profile", "Where one call's time goes, by kernel.")
 _forward("layer", "proteus_playground.bench.layer", "One layer against dense attention, by length.")
 _forward("heads", "proteus_playground.bench.heads", "Many heads, few awake.")
+_forward("decode", "proteus_playground.bench.decode", "One more token after a short text and a long one.")
+_forward("stream", "proteus_playground.bench.stream", "A million tokens, chunk by chunk: speed and memory.")
 _forward("slider", "proteus_playground.bench.slider", "From slider to painted picture, in a real browser.")
+_forward("verify", "proteus_playground.experiments.command", "Plant facts in long documents and look for them.", app)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -56,13 +56,22 @@ class ProteusLayer:
             call.q, call.k, call.v, inv_freq=call.inv_freq, positions=call.positions, scale=call.scale, real=call.keep
         ).out
 
-    def decide(self, q: Tensor, k: Tensor, real: Tensor | None = None):
+    def decide(
+        self,
+        q: Tensor,
+        k: Tensor,
+        real: Tensor | None = None,
+        *,
+        budget: Budget | None = None,
+        before: Tensor | None = None,
+    ):
         """Budget, keep `(B, T)`, awake `(B, T, H)` and weight `(B, T, H)`; None stands for "all".
 
-        real: `(B, T)` bool, False at padding. A token's decision depends on that token only.
+        real: `(B, T)` bool, False at padding. budget: None plans one for T tokens. before: `(B,)`, tokens kept of a
+        text that these go on. A token's decision depends on that token only.
         """
-        budget = plan_budget(self.config, k.shape[1])
-        keep = self.gates.keep_tokens(k, budget.keep_ratio, self.config.n_anchors, real)
+        budget = budget or plan_budget(self.config, k.shape[1])
+        keep = self.gates.keep_tokens(k, budget.keep_ratio, self.config.n_anchors, real, before)
         awake = weight = None
         if self.config.route_heads:
             awake, weight = prior_route(q, self.gates, budget, self.config.prior_temperature)
@@ -78,9 +87,10 @@ class ProteusLayer:
         positions: Tensor | None = None,
         scale: float,
         real: Tensor | None = None,
+        budget: Budget | None = None,
     ) -> LayerRun:
-        """q `(B, T, H, d)`, k and v `(B, T, G, d)`, un-rotated."""
-        budget, keep, awake, weight = self.decide(q, k, real)
+        """q `(B, T, H, d)`, k and v `(B, T, G, d)`, un-rotated. real, budget: as in `decide`."""
+        budget, keep, awake, weight = self.decide(q, k, real, budget=budget)
         result = proteus_attention(
             q,
             k,
@@ -93,6 +103,7 @@ class ProteusLayer:
             awake=awake,
             backend=self.config.backend,
             scale=scale,
+            int8=self.config.int8,
         )
         out = result.out if weight is None else result.out * weight[..., None].to(result.out.dtype)
         return LayerRun(out, result, budget, keep, awake, weight)

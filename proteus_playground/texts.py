@@ -7,6 +7,7 @@ tokenizer can count them.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,33 +102,38 @@ def _from_file(name: str) -> Text:
     return Text(path.name, body, str(path))
 
 
-def _from_hub(name: str) -> Text:
+def hub_rows(name: str) -> tuple[str, Iterable[dict]]:
+    """The revision and the rows of "hub:owner/dataset[/config]", its split "train", streamed; errors as `load_text`."""
     owner, _, rest = name.removeprefix(HUB).partition("/")
     dataset, _, config = rest.partition("/")
     if not owner or not dataset or "/" in config:
         raise ValueError(f"name={name!r}: allowed is 'hub:owner/dataset' or 'hub:owner/dataset/config'")
     repo = f"{owner}/{dataset}"
-    _ask_hub(name, repo)
+    revision = _ask_hub(name, repo)
     from datasets import load_dataset
 
     try:
         # Streamed: a book collection of many gigabytes gives its first megabytes at once.
-        rows = load_dataset(repo, config or None, split="train", streaming=True)
+        return revision, load_dataset(repo, config or None, split="train", streaming=True, revision=revision)
     except ValueError as err:
         raise ValueError(f"name={name!r} cannot be opened: {err}") from err
+
+
+def _from_hub(name: str) -> Text:
     parts, size = [], 0
-    for row in rows:
+    for row in hub_rows(name)[1]:
         if not isinstance(row.get("text"), str):
             raise ValueError(f"name={name!r} has no 'text' column, only {sorted(row)}: allowed is text")
         parts.append(row["text"])
         size += len(row["text"])
         if size > MAX_BYTES // 8:
             break
+    repo = "/".join(name.removeprefix(HUB).split("/")[:2])
     return pasted("\n".join(parts), name, f"{repo} on the Hugging Face hub")
 
 
-def _ask_hub(name: str, repo: str) -> None:
-    """ConnectionError where the hub is away, ValueError where it lacks the data set: at once, no retries."""
+def _ask_hub(name: str, repo: str) -> str:
+    """The data set's revision. ConnectionError where the hub is away, ValueError where it lacks it: no retries."""
     away = f"name={name!r} needs the Hugging Face hub, which cannot be reached"
     hint = f"allowed without it is {', '.join(map(repr, text_names()))} or a file"
     if variable := hub.switched_off():
@@ -136,7 +142,7 @@ def _ask_hub(name: str, repo: str) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        HfApi(endpoint=hub.endpoint()).dataset_info(repo, timeout=hub.SECONDS)
+        return HfApi(endpoint=hub.endpoint()).dataset_info(repo, timeout=hub.SECONDS).sha
     except RepositoryNotFoundError as err:
         raise ValueError(f"name={name!r}: the hub has no public data set {repo!r}") from err
     except Exception as err:  # the hub's clients raise their own families, which change between versions

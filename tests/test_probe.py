@@ -10,6 +10,7 @@ from threading import Event, Thread
 import numpy as np
 import pytest
 import torch
+from tiny_llama import WORDS, build
 
 from proteus_playground import captured, probe
 from proteus_playground.calibration import Store
@@ -19,27 +20,6 @@ from proteus_playground.texts import Text, calibration_text, load_text
 from proteus_playground.timing import RUNS, Stopwatch
 from proteus_playground.views import ANCHOR, DNA, LOCAL, NOTE, UNSEEN, Settings
 
-WORDS = [
-    "the",
-    "soup",
-    "was",
-    "cold",
-    "and",
-    "a",
-    "humble",
-    "token",
-    "waited",
-    "on",
-    "page",
-    "five",
-    "for",
-    "somebody",
-    "who",
-    "would",
-    "read",
-    "it",
-    "again",
-]
 T = 150
 SMALL = Settings(shortlist=32, gates=6)
 
@@ -52,25 +32,7 @@ def story(tokens: int, seed: int = 0, name: str = "a tale") -> Text:
 @pytest.fixture(scope="module")
 def net():
     pytest.importorskip("transformers")
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({word: at for at, word in enumerate(["?", *WORDS])}, unk_token="?"))
-    words.pre_tokenizer = Whitespace()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS) + 1,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    return build()
 
 
 def open_probe(net, **kwargs) -> LayerProbe:

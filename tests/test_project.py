@@ -32,7 +32,7 @@ def test_every_package_is_listed():
     listed = set(setup_cfg()["options"]["packages"].split())
     folders = {path.parent for path in (ROOT / "proteus_playground").rglob("*.py")}
     found = {str(folder.relative_to(ROOT)).replace(os.sep, ".") for folder in folders}
-    assert listed == found | {"proteus_playground.widgets", "proteus_playground.notebooks"}
+    assert listed == found | {f"proteus_playground.{name}" for name in ("widgets", "notebooks", "paraphrases")}
 
 
 def test_version_and_address_stand_in_one_place():
@@ -94,7 +94,7 @@ def test_pictures_and_pages_that_the_readme_links_exist():
 
 @pytest.mark.slow
 def test_a_wheel_holds_widgets_notebooks_and_the_story(tmp_path):
-    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "tests")
+    skip = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "test_*.py")
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=skip)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -110,6 +110,7 @@ def test_a_wheel_holds_widgets_notebooks_and_the_story(tmp_path):
         for path in (ROOT / "widgets").rglob("*")
         if path.suffix in {".py", ".js", ".css", ".json"} and "__pycache__" not in path.parts
     }
+    wanted |= {"proteus_playground/paraphrases/paraphrases.json"}
     wanted |= {f"proteus_playground/data/{path.name}" for path in (ROOT / "proteus_playground" / "data").iterdir()}
     assert wanted <= names, wanted - names
     assert not any(name.startswith(("widgets/", "notebooks/", "tests/")) for name in names)

@@ -146,18 +146,18 @@ def test_a_hub_that_cannot_be_reached_is_given_up_on_quickly(monkeypatch, tmp_pa
 def test_rows_of_a_data_set_are_joined_up_to_the_limit(monkeypatch):
     import datasets
 
-    monkeypatch.setattr(texts, "_ask_hub", lambda name, repo: None)
+    monkeypatch.setattr(texts, "_ask_hub", lambda name, repo: "5f0e")
     monkeypatch.setattr(texts, "MAX_BYTES", 80)
     asked = []
 
-    def load_dataset(repo, config, *, split, streaming):
-        asked.append((repo, config, split, streaming))
+    def load_dataset(repo, config, *, split, streaming, revision):
+        asked.append((repo, config, split, streaming, revision))
         return iter([{"text": "potato"}] * 1000)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     text = load_text("hub:Salesforce/wikitext/wikitext-2-raw-v1")
     assert text.body == "potato\npotato" and text.name.startswith("hub:")
-    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "train", True)]
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "train", True, "5f0e")]
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kw: iter([{"image": 1}]))
     with pytest.raises(ValueError, match="name='hub:a/pictures' has no 'text' column"):
         load_text("hub:a/pictures")

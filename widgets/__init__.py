@@ -1,7 +1,7 @@
 """The playground's widgets: `display(playground())`."""
 
-from .apps import playground
+from .apps import bank_panel, playground, stream_panel
 from .state import PRESETS, PlayState
 from .workbench import Workbench
 
-__all__ = ["PRESETS", "PlayState", "Workbench", "playground"]
+__all__ = ["PRESETS", "PlayState", "Workbench", "bank_panel", "playground", "stream_panel"]

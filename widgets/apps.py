@@ -1,10 +1,16 @@
-"""`playground()`: the one call that a notebook needs."""
+"""`playground()`, `stream_panel()` and `bank_panel()`: the calls that a notebook needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from .state import PlayState, parse
+from proteus_playground.bank_reading import Reading
+
+from .bank_panel import BankPanel
+from .state import PlayState, check, parse
+from .stream_panel import Source, StreamPanel
+from .stream_state import StreamState
 from .workbench import Workbench
 
 
@@ -62,3 +68,80 @@ def playground(
     if probe is not None:
         return Workbench(now, lambda source, stop, progress: (probe, ""))
     return Workbench(now, make_probe)
+
+
+def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:
+    """A text as tokens of `model`, or as whole words with random vectors where it is not pulled."""
+    from proteus_playground.experiments.haystacks import build
+    from proteus_playground.streaming.random_words import RandomWords
+
+    why = "" if model == "random" else _why_not(model)
+    if model == "random" or why:
+        words = RandomWords()
+    else:
+        from proteus_playground.hf.embeddings import PulledWords
+
+        words = PulledWords(model)
+    progress(0.3, f"reading {tokens:,} tokens of {text}")
+    return Source(words, build(text, tokens, words), why)
+
+
+def make_subject(model: str, folder: str):
+    """The model itself, ready to score in context and to answer; the keys it makes are kept in `folder`."""
+    from proteus_playground.experiments.subjects import load
+
+    return load(model, cache=Path(folder) / f"{model}.keys")
+
+
+def stream_panel(
+    text: str | None = None,
+    prompt: str | None = None,
+    needle: str | None = None,
+    *,
+    source: Source | None = None,
+    subject=None,
+    **settings,
+) -> StreamPanel:
+    """The chunk buffer panel, to `display(...)`.
+
+    text: "pydoc", "jargon" or "bible" where they are installed, "auto", or the path of a UTF-8 file; prompt: what is
+    asked; needle: a sentence to plant, "" for none; settings: `page` to plant it on, `tokens` of the document, `model`
+    ("smollm2" or "random"), `chunk_tokens`, `per_chunk_budget`, `buffer_tokens`, `neighbours`. source, subject: a ready
+    document, and what scores it in context and answers, instead. Raises ValueError or TypeError naming what is not allowed. Random
+    word vectors stand in for a model that is not pulled.
+    """
+    state = StreamState()
+    named = {"text": text, "prompt": prompt, "needle": needle}
+    state.update({**{name: value for name, value in named.items() if value is not None}, **settings})
+    made = make_source if source is None else lambda *_: source
+    return StreamPanel(state, made, make_subject if subject is None else lambda *_: subject)
+
+
+def bank_panel(
+    text: str = "humble token",
+    model: str = "smollm2",
+    *,
+    tokens: int = 1024,
+    start: int = 256,
+    layer: int = 12,
+    group: int = 1,
+    reading: Reading | None = None,
+) -> BankPanel:
+    """The KV bank panel, to `display(...)`.
+
+    text: a name or path for `load_text`; model: "smollm2" or "random"; tokens: of the text that are read before the
+    model writes on, `start` of them at once; layer, group: whose bank is shown first; reading: a ready `Reading`
+    instead. A random layer stands in for a model that is not pulled.
+    """
+    from proteus_playground.bank_reading import open_reading
+    from proteus_playground.texts import load_text
+
+    check("model", model)
+
+    def make() -> tuple[Reading, str]:
+        if reading is not None:
+            return reading, ""
+        why = "" if model == "random" else _why_not(model)
+        return open_reading(load_text(text), "random" if why else model, tokens=tokens, start=start), why
+
+    return BankPanel(make, layer, group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import log2
+
 import ipywidgets as w
 from traitlets import HasTraits
 
@@ -19,7 +21,7 @@ def tip(widget: w.Widget, sentence: str) -> w.Widget:
     return widget
 
 
-def bind(state: PlayState, name: str, widget: HasTraits, to_state=lambda v: v, to_widget=lambda v: v) -> None:
+def bind(state: HasTraits, name: str, widget: HasTraits, to_state=lambda v: v, to_widget=lambda v: v) -> None:
     """Widget and trait follow each other; a value the state refuses goes back to what the state holds."""
 
     def from_widget(change) -> None:
@@ -38,16 +40,23 @@ def bind(state: PlayState, name: str, widget: HasTraits, to_state=lambda v: v, t
 
 
 class Knob(w.VBox):
-    """Label, numeric entry, reset and slider of one number. `live`: follows the drag; else the release."""
+    """Label, numeric entry, reset and slider of one number. `live`: follows the drag; else the release.
 
-    def __init__(self, state: PlayState, field: Field, *, live: bool, log: bool = False, high: float | None = None):
+    log: whether the slider moves in powers of two, `fine` of one at a time.
+    """
+
+    def __init__(
+        self, state: HasTraits, field: Field, *, live: bool, log: bool = False, high: float | None = None,
+        fine: float = 0.25,
+    ):  # fmt: skip
         self._state, self._field = state, field
         top = field.high if high is None else high
         value = min(getattr(state, field.name), top)
         wide = w.Layout(width="auto", margin="0 4px 0 4px")
         given = {"readout": False, "continuous_update": live, "layout": wide}
         if log:
-            self.slider = w.FloatLogSlider(value=value, base=2, min=4, max=10, step=0.25, **given)
+            ends = {"min": log2(field.low), "max": log2(top)}
+            self.slider = w.FloatLogSlider(value=value, base=2, step=fine, **ends, **given)
         elif field.whole:
             self.slider = w.IntSlider(value=value, min=int(field.low), max=int(top), **given)
         else:
@@ -224,6 +233,6 @@ class ShareControls(w.VBox):
             self.message.value = f'<span class="pp-error">{escape(str(err))}</span>'
 
 
-def _labelled(text: str, widget: w.Widget) -> w.HBox:
-    label = w.HTML(f'<span class="pp-knob-name">{text}</span>', layout=w.Layout(flex="0 0 56px"))
+def _labelled(text: str, widget: w.Widget, wide: str = "56px") -> w.HBox:
+    label = w.HTML(f'<span class="pp-knob-name">{text}</span>', layout=w.Layout(flex=f"0 0 {wide}"))
     return w.HBox([label, widget], layout=w.Layout(align_items="center"))

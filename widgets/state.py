@@ -88,7 +88,7 @@ def preset_settings(name: str) -> dict:
 def check(name: str, value):
     """`value` as trait `name` holds it. ValueError or TypeError names the argument, the value and what is allowed."""
     if name in BY_NAME:
-        return _number(BY_NAME[name], value)
+        return number(BY_NAME[name], value)
     if name in SWITCHES:
         text = str(value).lower()
         if text not in {"true", "false", "0", "1", "on", "off"}:
@@ -105,17 +105,18 @@ def check(name: str, value):
     return value
 
 
-def _number(field: Field, value):
+def number(field: Field, value):
+    """`value` as `field` holds it. ValueError or TypeError names the field, the value and what is allowed."""
     allowed = f"allowed is {'a whole number' if field.whole else 'a number'} in [{field.low:g}, {field.high:g}]"
     if isinstance(value, bool):
         raise TypeError(f"{field.name}={value!r}: {allowed}")
     try:
-        number = float(value)
+        found = float(value)
     except (TypeError, ValueError) as err:
         raise type(err)(f"{field.name}={value!r}: {allowed}") from err
-    if not field.low <= number <= field.high or (field.whole and number != int(number)):
+    if not field.low <= found <= field.high or (field.whole and found != int(found)):
         raise ValueError(f"{field.name}={value!r}: {allowed}")
-    return int(number) if field.whole else round(number, 4)
+    return int(found) if field.whole else round(found, 4)
 
 
 class PlayState(HasTraits):

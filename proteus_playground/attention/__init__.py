@@ -1,6 +1,8 @@
 """The attention stack. Imports run one way: leaves, then backends, then the functional core, then the modules."""
 
 from .backends import choose_backend
+from .bank import ENDLESS, KVBank
+from .bank_view import BankContents, GateContents
 from .budget import Budget, plan_budget
 from .config import AttentionConfig
 from .functional import AttentionResult, proteus_attention
@@ -12,12 +14,16 @@ from .routing import prior_route
 from .rows import RowReads, row_reads
 
 __all__ = [
+    "ENDLESS",
     "AttentionConfig",
     "AttentionResult",
     "AttentionStats",
+    "BankContents",
     "Budget",
     "CausalProteusMultiheadAttention",
+    "GateContents",
     "Gates",
+    "KVBank",
     "ProteusAttention",
     "RowReads",
     "choose_backend",

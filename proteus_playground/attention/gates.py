@@ -138,17 +138,21 @@ class Gates(nn.Module):
             )
         return self.salience(k) >= self._quantile(1 - keep_ratio)
 
-    def keep_tokens(self, k: Tensor, keep_ratio: float, n_anchors: int, real: Tensor | None = None) -> Tensor | None:
+    def keep_tokens(
+        self, k: Tensor, keep_ratio: float, n_anchors: int, real: Tensor | None = None, before: Tensor | None = None
+    ) -> Tensor | None:
         """Tokens that take part, `(B, T)` bool, None for all: `keep_mask`, never padding, always the first few.
 
-        real: `(B, T)` bool, False at padding. Attention sinks look like nothing else, so salience alone would drop
-        what every row leans on: the first max(1, n_anchors) real tokens stay.
+        real: `(B, T)` bool, False at padding. before: `(B,)`, how many tokens of each sequence were kept before these.
+        Attention sinks look like nothing else, so salience alone would drop what every row leans on: the first
+        max(1, n_anchors) real tokens of a sequence stay.
         """
         if keep_ratio == 1:
             return real
         salient = self.keep_mask(k, keep_ratio)
         real = torch.ones_like(salient) if real is None else real
-        return real & (salient | (real.cumsum(1) <= max(1, n_anchors)))
+        nth = real.cumsum(1) if before is None else real.cumsum(1) + before[:, None]
+        return real & (salient | (nth <= max(1, n_anchors)))
 
     def _quantile(self, q: float) -> Tensor:
         """Linear interpolation in the stored histogram."""

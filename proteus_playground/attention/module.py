@@ -6,17 +6,16 @@ Axes: `B` batch, `T` tokens, `D` model width, `H` query heads, `G` KV groups, `r
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
+from ..tensors import read_tensors, write_tensors
+from . import decoding
 from .backends import choose_backend
+from .bank import KVBank
 from .budget import Budget, check_alpha, plan_budget
 from .config import AttentionConfig
 from .functional import AttentionResult, proteus_attention
@@ -116,8 +115,12 @@ class ProteusAttention(nn.Module):
         learning = self.training and torch._C._current_graph_task_id() == -1  # not a recomputation in backward
         if learning:
             self._fold()
+        budget = plan_budget(self.cfg, x.shape[1])
+        return self._pass(x, budget, positions, key_padding_mask, learning, return_stats)
+
+    def _pass(self, x: Tensor, budget: Budget, positions, key_padding_mask, learning: bool, return_stats: bool):
+        """The parallel pass, by the shortest way there is."""
         cfg = self.cfg
-        budget = plan_budget(cfg, x.shape[1])
         if key_padding_mask is None and not (learning or return_stats):
             if budget.flux_alpha == 0:  # every head wakes with weight 1, every token stays: nothing to decide
                 return attend_densely(self, x, positions)
@@ -148,6 +151,63 @@ class ProteusAttention(nn.Module):
         if learning:
             self._observe(k, keep, routes)
         return (y, self._stats(result, routes, keep, key_padding_mask, budget)) if return_stats else y
+
+    # -- token by token ---------------------------------------------------------------------------------------
+
+    def new_state(self, batch: int = 1, tokens: int | None = None, *, dtype: torch.dtype | None = None) -> KVBank:
+        """An empty state for `decode`, for `batch` sequences.
+
+        tokens: the most the sequences may come to hold, which budgets follow below flux alpha 1 and the state's size
+        with them. None: without end, at alpha 1 or where alpha follows the length (it is 1 then) with the constant
+        budget, at alpha 0 as a cache that grows. Raises `ValueError` for None at an alpha between.
+        dtype: of stored keys and values, default the weights'.
+        """
+        return decoding.new_state(self, batch, tokens, dtype)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        x: Tensor,
+        tokens: int | None = None,
+        *,
+        positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, KVBank]:
+        """The parallel pass over x `(B, T, D)` and the state after it, to go on from with `decode`.
+
+        Arguments as in `forward`, but budgets are those of `new_state(B, tokens)`. Positions follow on from each
+        sequence's last token that is not padding. In eval mode only, without autograd. Raises as `forward` does.
+        """
+        self._check(x, positions, key_padding_mask)
+        self._refuse_training()
+        state = self.new_state(len(x), tokens, dtype=x.dtype)
+        if x.shape[1] > state.budget.tokens:
+            raise ValueError(f"tokens={tokens}: must be at least the {x.shape[1]} tokens of x")
+        y = self._pass(x, state.budget, positions, key_padding_mask, False, False)
+        decoding.fill(self, x, state, positions, key_padding_mask)
+        return y, state
+
+    @torch.no_grad()
+    def decode(
+        self, x: Tensor, state: KVBank, *, positions: Tensor | None = None, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """The next n tokens, `(B, n, D)` -> `(B, n, D)`: the rows of the parallel pass over all so far.
+
+        Changes `state` in place. positions: `(n,)` or `(B, n)`, by default they follow on. key_padding_mask: `(B, n)`
+        bool, True for what is no token (a sequence that has ended). In eval mode only: in training prototypes would
+        move between a key's step and its query's. Without autograd. Raises `TypeError` or `ValueError`.
+        """
+        self._check(x, positions, key_padding_mask)
+        self._refuse_training()
+        if not isinstance(state, KVBank):
+            raise TypeError(f"state={type(state).__name__}: expected KVBank, from new_state or prefill")
+        if state.gates is not self.gates:
+            raise ValueError("state is of another layer: must come from this layer's new_state or prefill")
+        return decoding.advance(self, x, state, positions, key_padding_mask)
+
+    def _refuse_training(self) -> None:
+        if self.training:
+            raise ValueError("training=True: must be eval mode to decode, where prototypes stand still; call eval()")
 
     # -- steps ------------------------------------------------------------------------------------------------
 
@@ -306,30 +366,15 @@ class ProteusAttention(nn.Module):
 
     def save(self, path: str | Path) -> Path:
         """Write weights, gates and config to one safetensors file, whole or not at all."""
-        path = Path(path)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-            pass
-        try:
-            save_file(
-                {n: t.contiguous() for n, t in self.state_dict().items()},
-                part.name,
-                metadata={"config": json.dumps(self.cfg.to_dict())},
-            )
-            os.replace(part.name, path)
-        finally:
-            Path(part.name).unlink(missing_ok=True)
-        return path
+        return write_tensors(path, self.state_dict(), self.cfg.to_dict())
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> ProteusAttention:
         """Rebuild a saved layer. Raises `FileNotFoundError`, or `ValueError` when the file is not one of ours."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path={str(path)!r}: no such file")
+        tensors, about = read_tensors(path, "ProteusAttention.save")
         try:
-            with safe_open(path, "pt") as file:
-                cfg = AttentionConfig(**json.loads((file.metadata() or {})["config"]))
-            attn = cls(cfg)
-            attn.load_state_dict(load_file(path))
+            attn = cls(AttentionConfig(**about))
+            attn.load_state_dict(tensors)
         except Exception as problem:
             raise ValueError(
                 f"path={str(path)!r}: not a file that ProteusAttention.save wrote ({problem})"

@@ -67,11 +67,11 @@ def build_shortlist(
     left = _count_left(gate, C, window, block)
     opened = gate.new_full((*q.shape[:3], 0), -1)
     if probes and ring:
-        opened = _open_gates(q, prototypes, alive, left, block, probes)
+        opened = open_gates(q, prototypes, alive, left, block, probes)
     return Shortlist(window, block, anchors, ring, notes, gate, left, opened)
 
 
-def _open_gates(q: Tensor, prototypes: Tensor, alive: Tensor, left: Tensor, block: int, probes: int) -> Tensor:
+def open_gates(q: Tensor, prototypes: Tensor, alive: Tensor, left: Tensor, block: int, probes: int) -> Tensor:
     """The live gates with the largest q.p among those that hold a key at the row's tick: `(B, T, H, n)`, -1 for none.
 
     An empty gate is never opened: a probe would be wasted on it.

@@ -131,14 +131,21 @@ def _cpu_name() -> str:
 
 
 def peak_extra_mb(module: str, args: list[str]) -> float:
-    """Peak resident memory, MB, that `python -m module args` reports having added: its last printed line.
+    """Peak resident memory, MB, that `python -m module args` reports having added."""
+    return float(in_own_process(module, args))
 
-    A process of its own, because the high-water mark of this one cannot be set back.
-    """
+
+def in_own_process(module: str, args: list[str]) -> str:
+    """The last line that `python -m module args` prints: the high-water mark of this process cannot be set back."""
     done = subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True, env=dict(os.environ))
     if done.returncode:
-        raise RuntimeError(f"memory probe failed: {done.stderr.strip()[-500:]}")
-    return float(done.stdout.strip().splitlines()[-1])
+        raise RuntimeError(f"{module} failed in a process of its own: {done.stderr.strip()[-500:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def peak_mb() -> float:
+    """The most resident memory that this process has held, MB."""
+    return _memory("VmHWM") / 1e6
 
 
 def peak_in_process(run) -> float:

@@ -50,6 +50,14 @@ def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
     return lengths
 
 
+def parse_size(text: str, option: str) -> int:
+    """'64k' -> 65536."""
+    number = _number(text.lower())
+    if number is None:
+        raise typer.BadParameter(f"{text!r}: must be a whole number >= 1, such as 500, 64k or 1m", param_hint=option)
+    return number
+
+
 def _number(text: str) -> int | None:
     digits, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1)
     return int(digits) * unit if digits.isdecimal() and int(digits) >= 1 else None

@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from proteus_playground.files import cache_dir
 from proteus_playground.hf import fetch
 from proteus_playground.hf.fetch import Known, PullError, Say, Unreachable
 
@@ -42,14 +43,6 @@ class ModelInfo:
     licence: str
     path: Path
     bytes: int
-
-
-def cache_dir() -> Path:
-    """The folder for models and calibrations: $PROTEUS_CACHE, else the user's cache folder."""
-    from platformdirs import user_cache_path
-
-    chosen = os.environ.get("PROTEUS_CACHE")
-    return Path(chosen).expanduser() if chosen else user_cache_path("proteus-playground", appauthor=False)
 
 
 def is_pulled(name: str) -> bool:

@@ -3,9 +3,9 @@
 transformers hands an attention function queries and keys that RoPE has already turned. They are turned back
 with the model's own frequencies and positions, because prototypes live in key space before RoPE. Supported:
 decoders whose layers hold a causal `self_attn` with `q_proj`, `k_proj`, `v_proj`, `o_proj` and half-split
-RoPE over the whole head (Llama, SmolLM2, Mistral, Qwen2, Qwen3 with its QK-norm, the full layers of Gemma 3),
-in full passes: no KV-cache decoding. Layers that are not chosen, sliding-window layers among them, run
-transformers' own `sdpa`.
+RoPE over the whole head (Llama, SmolLM2, Mistral, Qwen2, Qwen3 with its QK-norm, the full layers of Gemma 3).
+Layers that are not chosen, sliding-window layers among them, run transformers' own `sdpa`. Decoding with a
+transformers KV cache is refused: `hf.cache.ProteusCache` keeps one that goes through the patch.
 
 Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `D` model width.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ..attention.rope import rotate
 from ..captured import CapturedLayer, half
+from ..layer_run import LayerShape
 
 NAME = "proteus_playground"
 REFUSED = ("softcap", "s_aux", "position_bias", "sliding_window", "cache")  # would change the scores unseen
@@ -45,13 +47,18 @@ Attend = Callable[[AttentionCall], Tensor | None]  # (B, T, H, d), or None to le
 
 
 class _Slot:
-    """One chosen layer while it is patched: what to call, and the pass's rotary tables."""
+    """One chosen layer while it is patched: what to call, and the pass's rotary tables.
 
-    def __init__(self, layer: int, attend: Attend, rotary: nn.Module):
-        self.layer, self.attend, self.rotary = layer, attend, rotary
+    thread: the only one whose passes may come here, None for any. checked: what all slots know to be right.
+    """
+
+    def __init__(self, layer: int, attend: Attend, rotary: nn.Module, thread: int | None, checked: list):
+        self.layer, self.attend, self.rotary, self.thread, self.checked = layer, attend, rotary, thread, checked
         self.tables, self.positions = None, None
 
     def remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.thread not in (None, get_ident()):
+            raise RuntimeError("another thread is generating with this model: wait for it, or load the model again")
         self.tables, self.positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
 
 
@@ -59,27 +66,31 @@ _SLOTS: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
 
 
 @contextmanager
-def patched(model, layers: Mapping[int, Attend], before_layer: Callable[[int], None] | None = None) -> Iterator[None]:
+def patched(
+    model, layers: Mapping[int, Attend], before_layer: Callable[[int], None] | None = None, *, one_thread: bool = False
+) -> Iterator[None]:
     """Run `model` with `layers[i]` in place of layer i's attention; everything is undone on the way out.
 
     before_layer: called with each decoder layer's index before it runs; an exception from it ends the pass.
-    One patch at a time per model: a pass started by another thread meanwhile would go through it as well.
+    one_thread: refuse passes of other threads with a `RuntimeError`; else they would go through the patch as well.
+    One patch at a time per model.
     Raises `TypeError` for a model of another build, `ValueError` for a layer that cannot be patched,
     `RuntimeError` when the model is patched already. The pass itself raises `ValueError` for what is refused.
     """
     decoder = find_decoder(model)
     attentions = [block.self_attn for block in decoder.layers]
-    _check_layers(layers, decoder, attentions)
+    check_layers(layers, decoder)
     _register()
     config = decoder.config
     if config._attn_implementation == NAME:
         raise RuntimeError("this model is already patched: leave the first `patched` block before entering another")
+    thread, checked = get_ident() if one_thread else None, []
     with ExitStack() as undo:
         undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
         config._attn_implementation = NAME
         for index, attend in layers.items():
             module = attentions[index]
-            _SLOTS[module] = slot = _Slot(index, attend, decoder.rotary_emb)
+            _SLOTS[module] = slot = _Slot(index, attend, decoder.rotary_emb, thread, checked)
             undo.callback(_SLOTS.pop, module, None)
             undo.callback(module.register_forward_pre_hook(slot.remember, with_kwargs=True).remove)
         if before_layer is not None:
@@ -142,7 +153,15 @@ def full_attention_layers(model) -> tuple[int, ...]:
     return tuple(i for i, module in enumerate(attentions) if getattr(module, "sliding_window", None) is None)
 
 
-def _check_layers(layers: Mapping[int, Attend], decoder: nn.Module, attentions: list) -> None:
+def layer_shape(attention: nn.Module) -> LayerShape:
+    """Sizes of a `self_attn`."""
+    heads, groups = (proj.weight.shape[0] // attention.head_dim for proj in (attention.q_proj, attention.k_proj))
+    return LayerShape(heads, groups, attention.head_dim)
+
+
+def check_layers(layers: Mapping[int, Attend], decoder: nn.Module) -> None:
+    """Raise `TypeError` or `ValueError` naming the first of `layers` that cannot be patched."""
+    attentions = [block.self_attn for block in decoder.layers]
     for index, attend in layers.items():
         if not callable(attend):
             raise TypeError(f"layers[{index!r}]={attend!r}: expected a function of an AttentionCall")
@@ -182,8 +201,8 @@ def _dispatch(module, q, k, v, attention_mask, dropout=0.0, scaling=None, **kwar
 def _refuse(slot: _Slot, q: Tensor, k: Tensor, dropout: float, kwargs: dict) -> None:
     if q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"layer {slot.layer} got {q.shape[2]} queries for {k.shape[2]} keys: decoding with a KV cache "
-            "does not run through the patch; pass the whole text with use_cache=False"
+            f"layer {slot.layer} got {q.shape[2]} queries for {k.shape[2]} keys: decoding with this KV cache "
+            "does not run through the patch; use a ProteusCache, or pass the whole text with use_cache=False"
         )
     if dropout:
         raise ValueError(f"attention_dropout={dropout}: must be 0 in a patched layer; call model.eval()")
@@ -232,6 +251,8 @@ def _check_tables(slot: _Slot, positions: Tensor, inv_freq: Tensor) -> None:
     """Turning back is right only if the model's cosines are half-split ones of these positions."""
     if slot.tables is None:
         raise ValueError(f"layer {slot.layer} was given no position_embeddings: the patch needs RoPE to turn back")
+    if slot.checked and slot.checked[0] is slot.tables[0]:  # layers of one pass share their tables
+        return
     cos, sin = (table.float() for table in slot.tables)
     angle = positions.float()[..., None] * inv_freq
     size = (cos.square() + sin.square()).sqrt()  # scaled RoPE (YaRN) stretches both alike
@@ -240,12 +261,17 @@ def _check_tables(slot: _Slot, positions: Tensor, inv_freq: Tensor) -> None:
             f"layer {slot.layer}: position_embeddings are not half-split RoPE of the model's own "
             "frequencies, so they cannot be turned back"
         )
+    slot.checked[:] = [slot.tables[0]]
 
 
 def _padding(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Which tokens are real, `(B, T)`, from a causal mask with padding; any other mask is refused."""
+    """Which tokens are real, `(B, T)`, from a causal mask with padding; any other mask is refused.
+
+    A mask that also covers earlier tokens ends with the new ones.
+    """
     if mask is None:
         return None
+    mask = mask[..., -tokens:]
     seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
     keep = seen[:, -1]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()

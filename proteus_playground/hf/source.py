@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..captured import CapturedLayer
-from ..layer_run import LayerShape
-from .patch import Attend, capture, find_decoder, full_attention_layers, patched
+from .patch import Attend, capture, find_decoder, full_attention_layers, layer_shape, patched
 
 NLL_ROWS = 256  # rows of logits turned into float32 probabilities at a time
 
@@ -31,11 +30,8 @@ class ModelSource:
         if not self.full_layers:
             raise ValueError(f"model={name!r}: every layer reads a sliding window, so there is nothing to replace")
         self.name, self._model, self._tokenizer = name, model, tokenizer
-        attention = decoder.layers[self.full_layers[0]].self_attn
         self._o_proj = [block.self_attn.o_proj for block in decoder.layers]
-        d = attention.head_dim
-        heads = attention.q_proj.weight.shape[0] // d
-        self.shape = LayerShape(heads, attention.k_proj.weight.shape[0] // d, d)
+        self.shape = layer_shape(decoder.layers[self.full_layers[0]].self_attn)
         self.n_layers, self.width = len(decoder.layers), self._o_proj[0].weight.shape[0]
         self.context = getattr(decoder.config, "max_position_embeddings", None)
         self.device = model.device

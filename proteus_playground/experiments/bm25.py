@@ -1,0 +1,69 @@
+"""BM25, the rival to beat at equal buffer: windows of the document ranked by the words they share with the question.
+
+The ranking is bm25s's, the stems are Snowball's. Windows overlap by half, so that no fact has to be cut in two.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .haystacks import Words, read
+
+if TYPE_CHECKING:
+    from .cases import Case, PlantedStore
+
+STRIDE = 32  # tokens
+WINDOW = 2 * STRIDE
+
+
+def stems(texts: list[str]) -> list[list[str]]:
+    """The stems of each text's content words, as BM25 sees them. ImportError without the `verify` extra."""
+    try:
+        import bm25s
+        import snowballstemmer
+    except ImportError as err:
+        raise ImportError(f"BM25 needs the verify extra: pip install 'proteus-playground[verify]' ({err})") from err
+    stemmer = snowballstemmer.stemmer("english")
+    return bm25s.tokenize(texts, stopwords="english_plus", stemmer=stemmer, return_ids=False, show_progress=False)
+
+
+class WindowIndex:
+    """Ranks the windows of one haystack for many cases: only windows that a case has written to are read again."""
+
+    def __init__(self, tokens: np.ndarray, words: Words):
+        self._words = words
+        self._stems = stems([read(tokens[at : at + WINDOW], words) for at in range(0, len(tokens), STRIDE)])
+
+    def rank(self, store: PlantedStore, case: Case, seed: int) -> np.ndarray:
+        """Positions of the document, best window first, each once; windows that share no word come last, shuffled."""
+        import bm25s
+
+        total = -(-case.length // STRIDE)
+        texts = self._stems[:total]
+        changed = {at // STRIDE for start, ids in case.written for at in range(start, start + len(ids))}
+        changed |= {at - 1 for at in changed} | {total - 2, total - 1}  # the last ones end with the document
+        changed = sorted(at for at in changed if 0 <= at < total)
+        fresh = stems([read(store.read(*_span(at, case.length)), self._words) for at in changed])
+        for at, text in zip(changed, fresh, strict=True):
+            texts[at] = text
+        index, asked = bm25s.BM25(), stems([case.prompt])[0]
+        index.index(texts, show_progress=False)
+        score = index.get_scores(asked) if asked else np.zeros(total)
+        tie = np.random.default_rng(seed).permutation(total)
+        order = np.lexsort((np.where(score > 0, np.arange(total), tie), -score))
+        return _positions(order, case.length)
+
+
+def _span(window: int, length: int) -> tuple[int, int]:
+    return window * STRIDE, min(window * STRIDE + WINDOW, length)
+
+
+def _positions(order: np.ndarray, length: int) -> np.ndarray:
+    """The tokens of windows in `order`, each at its first window: `(length,)`."""
+    halves = np.stack([order, order + 1], axis=1).ravel()  # a window is two strides
+    _, first = np.unique(halves, return_index=True)
+    halves = halves[np.sort(first)]
+    tokens = (halves[:, None] * STRIDE + np.arange(STRIDE)).ravel()
+    return tokens[tokens < length]

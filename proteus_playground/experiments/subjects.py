@@ -1,0 +1,111 @@
+"""Who is examined: a language model, or a random layer that shows what chance gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..streaming.pipeline import Scorer
+from .answers import Reader
+from .haystacks import Words
+
+LAYER = "layer"
+FRAME = ("These passages were taken from a long document:\n\n", "\n\nAnswer in a few words, from the passages. {}")
+REPLY_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything the suite needs of a model."""
+
+    name: str
+    note: str  # one sentence for the report
+    words: Words
+    scorer: Callable[[str], Scorer]  # prompt -> scorer
+    reader: Reader | None  # None where it cannot answer
+    device: str
+    dtype: str
+
+
+def load(name: str, device: str = "cpu", cache: Path | None = None) -> Subject:
+    """A subject by name: "layer", or a pulled model. cache: a file for keys by content. ValueError for another name."""
+    return _layer() if name == LAYER else _model(name, device, cache)
+
+
+def _layer(seed: int = 0) -> Subject:
+    import torch
+
+    from ..attention import AttentionConfig, ProteusAttention
+    from ..streaming.layer_scorer import LayerScorer
+    from ..streaming.random_words import WIDTH, RandomWords
+
+    words = RandomWords()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        attn = ProteusAttention(AttentionConfig(d_model=WIDTH, n_heads=4, n_kv_heads=2, head_dim=16)).eval()
+
+    class OfWords:
+        def __init__(self, prompt: str):
+            ids = words.encode(prompt)
+            labels = [words.vocabulary[i].strip() for i in ids]
+            self._inner = LayerScorer(attn, torch.from_numpy(words.table[ids]), labels)
+            self.fingerprint, self.explain = self._inner.fingerprint, self._inner.explain
+
+        def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return self._inner.score(words.table[rows])
+
+    note = ("One attention layer with random weights over whole words: its recall is what chance gives, and it cannot "
+            "answer.")  # fmt: skip
+    return Subject("random layer", note, words, OfWords, None, "cpu", "float32")
+
+
+def _model(name: str, device: str, cache: Path | None) -> Subject:
+    from ..hf import models
+    from ..hf.scorer import Asker
+
+    model, tokenizer = models.load(name, device)
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+    asker = Asker(model, tokenizer, name, cache=cache)
+    heads = ", ".join(f"{head.layer}.{head.head}" for head in asker.heads)
+    note = f"{name} scores tokens by content match in heads (layer.head) {heads}."
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Subject(name, note, _Words(tokenizer), asker.ask, _Reader(model, tokenizer), str(model.device), dtype)
+
+
+class _Words:
+    """A model's tokenizer as `Words`."""
+
+    def __init__(self, tokenizer):
+        every = [[token] for token in range(len(tokenizer))]
+        self._tokenizer = tokenizer
+        self.vocabulary = tokenizer.batch_decode(every, clean_up_tokenization_spaces=False)
+
+    def encode(self, body: str) -> np.ndarray:
+        return np.array(self._tokenizer(body, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+
+
+class _Reader:
+    """A chat model that answers from passages; greedy, so that a seed changes nothing."""
+
+    def __init__(self, model, tokenizer):
+        self._model, self._tokenizer = model, tokenizer
+        self.context = int(model.config.max_position_embeddings)
+
+    def answer(self, tokens: np.ndarray, positions: np.ndarray, prompt: str) -> str:
+        """`streaming.second_pass.Answerer`; positions are compacted, which is what `generate` counts anyway."""
+        import torch
+
+        mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+        message = [{"role": "user", "content": FRAME[0] + mark + FRAME[1].format(prompt)}]
+        chat = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        before, after = chat.split(mark)
+        head, tail = (self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+        ids = torch.tensor([[*head, *tokens.tolist(), *tail]], device=self._model.device)
+        with torch.inference_mode():
+            out = self._model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=REPLY_TOKENS,
+                                       do_sample=False, pad_token_id=self._tokenizer.eos_token_id)  # fmt: skip
+        return self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()

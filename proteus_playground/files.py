@@ -1,0 +1,43 @@
+"""Where files are kept, and files that appear whole or not at all: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """The folder for models, calibrations and documents: $PROTEUS_CACHE, else the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    chosen = os.environ.get("PROTEUS_CACHE")
+    return Path(chosen).expanduser() if chosen else user_cache_path("proteus-playground", appauthor=False)
+
+
+@contextmanager
+def whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path to write to; it takes the name `path` when the block ends, and vanishes if the block fails.
+
+    The folder is made if need be. A process that is killed leaves only a `.part` file. OSError as the system says.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        os.chmod(part, 0o666 & ~_umask())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """What the user wants taken from a new file's rights; a temporary file is private until it is renamed."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

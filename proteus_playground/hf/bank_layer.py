@@ -1,0 +1,123 @@
+"""One decoder layer's KV bank behind the face that transformers' caches have.
+
+Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from ..attention import AttentionConfig, Budget, Gates
+from ..attention.bank import ENDLESS, KVBank
+from ..layer_run import ProteusLayer
+from .patch import AttentionCall
+
+
+class BankLayer(CacheLayerMixin):
+    """One decoder layer's bank, as a cache sees it: new keys and values pass through, `attend` remembers them.
+
+    alone: whether every layer that reads the whole past has a bank. transformers makes one mask for all of these: of
+    the new tokens only if so, else of the whole past.
+    """
+
+    is_sliding = is_compileable = is_croppable = supports_early_init = False
+
+    def __init__(self, layer: ProteusLayer, budget: Budget, alone: bool):
+        super().__init__()
+        self.layer, self.budget, self.alone = layer, budget, alone
+        self.bank: KVBank | None = None
+
+    @torch.no_grad()
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Rows of the new tokens, `(B, T, H, d)`, which the bank then remembers."""
+        layer, budget = self.layer, self.budget
+        if self.bank is None:
+            self._make(len(call.k), call.inv_freq, call.scale, call.k.dtype)
+        bank, near = self.bank, {"inv_freq": call.inv_freq, "positions": call.positions, "scale": call.scale}
+        if bank.tokens == 0 and call.k.shape[1] > 1:
+            run = layer.run(call.q, call.k, call.v, real=call.keep, budget=budget, **near)
+            bank.extend(call.k, call.v, keep=run.keep, positions=call.positions)
+            return run.out
+        _, keep, awake, weight = layer.decide(call.q, call.k, call.keep, budget=budget, before=bank.count)
+        advance = bank.step if call.k.shape[1] == 1 else bank.steps
+        out = advance(call.q, call.k, call.v, keep=keep, awake=awake, positions=call.positions)
+        return out if weight is None else out * weight[..., None].to(out.dtype)
+
+    def _make(self, batch: int, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> None:
+        int8 = self.layer.config.int8
+        dtype = torch.float32 if dtype == torch.int8 else dtype
+        self.bank = KVBank.empty(
+            self.budget, self.layer.gates, batch, inv_freq=inv_freq, scale=scale, dtype=dtype, int8=int8
+        )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the bank is made by the first `attend`."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0 if self.bank is None else self.bank.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        seen = self.get_seq_length()
+        return (query_length, seen) if self.alone else (seen + query_length, 0)
+
+    def get_max_length(self) -> int:
+        return -1 if self.budget.tokens == ENDLESS else self.budget.tokens
+
+    def reset(self) -> None:
+        self.bank = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.bank is not None:
+            self.bank = self.bank.select(indices.to(self.bank.count.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.bank is not None:
+            self.batch_select_indices(torch.arange(self.bank.batch).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: a KV bank cannot take tokens back, so assisted generation does "
+                "not run with a ProteusCache; fork() the cache before a continuation that may be thrown away"
+            )
+
+    def offload(self) -> None:
+        raise ValueError("offloading: a ProteusCache is small and stays on its device")
+
+    prefetch = offload
+
+    # -- files ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict | None]:
+        """Tensors of the gates and the bank, and the bank's plain values. Layers may share gates and frequencies, files
+        may not: those are copies."""
+        tensors = {f"gates.{name}": tensor.clone() for name, tensor in self.layer.gates.state_dict().items()}
+        if self.bank is None:
+            return tensors, None
+        state = self.bank.state_dict()
+        tensors |= {f"bank.{name}": tensor for name, tensor in state["tensors"].items()}
+        return tensors | {"inv_freq": self.bank.inv_freq.clone()}, state["about"]
+
+    def load_state_dict(self, tensors: dict[str, Tensor], about: dict | None) -> None:
+        """Take over a bank, for the same gates and budget. Raises `ValueError` or `KeyError` where it does not fit."""
+        if about is None:
+            return
+        mine = {name.removeprefix("bank."): x for name, x in tensors.items() if name.startswith("bank.")}
+        self._make(len(mine["count"]), tensors["inv_freq"], about["scale"], mine["rows"].dtype)
+        self.bank.load_state_dict({"about": about, "tensors": mine})
+
+
+def gates_from(tensors: dict[str, Tensor], config: AttentionConfig) -> Gates:
+    """The gates among `BankLayer.state_dict`'s tensors."""
+    with torch.random.fork_rng(devices=[]):  # new gates start at random; the caller's seed is not ours
+        gates = Gates(config.n_kv_heads, config.gates_per_group, config.head_dim, config.heads_per_group)
+    gates.load_state_dict({n.removeprefix("gates."): x for n, x in tensors.items() if n.startswith("gates.")})
+    return gates.eval().to(tensors["gates.prototypes"].device)

@@ -1,0 +1,247 @@
+"""Generate without end in fixed memory: `model.generate(ids, past_key_values=ProteusCache(model, gates, settings))`.
+
+The chosen layers of a transformers decoder keep a KV bank each; the other layers keep the cache that transformers
+would give them. While a cache lives, its model's passes look for it: one that carries it runs those layers through
+their banks, every other pass is native. A prompt goes through the parallel pass, then tokens go one by one. Positions
+are the text's own and grow without bound, so a model reads beyond what it was trained on sooner or later.
+
+transformers' `generate` itself keeps the ids and mask of the whole text, 16 bytes per token; `hf.text.stream_text`
+keeps nothing.
+
+Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from weakref import WeakKeyDictionary, finalize
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from ..attention import AttentionConfig, Gates, plan_budget
+from ..attention.bank import ENDLESS, KVBank
+from ..calibration import Calibration
+from ..layer_run import ProteusLayer, config_for
+from ..tensors import read_tensors, write_tensors
+from ..texts import Text, calibration_text
+from ..views import Settings
+from .bank_layer import BankLayer, gates_from
+from .patch import check_layers, find_decoder, full_attention_layers, layer_shape, patched
+from .source import ModelSource, fingerprint
+
+CALIBRATION_TOKENS = 2048
+
+
+class ProteusCache(Cache):
+    """A transformers cache whose chosen layers remember in KV banks, for one model and one batch of texts.
+
+    Beams are reordered; taking tokens back (`crop`, assisted generation) is refused. No gradient. Each text keeps its
+    own count, so prompts may be padded on the left. A pass that another thread runs through the same model meanwhile
+    is refused. `close()`, the end of a `with` block, or the end of the cache's life leaves the model as it was.
+    """
+
+    def __init__(
+        self, model, gates: Mapping[int, Gates], settings: Settings | AttentionConfig, *, tokens: int | None = None
+    ):
+        """An empty cache.
+
+        model: a causal LM that `hf.patch` supports. gates: prototypes of each layer that gets a bank, by its index.
+        settings: the budgets, as the playground's controls or as a config of the layers' sizes. tokens: how long a text
+        may become; None: without end at flux alpha 0 (a plain cache, which grows) and 1, and the model's trained
+        context in between, where budgets depend on the length.
+        Raises `TypeError` or `ValueError` naming the argument.
+        """
+        decoder = find_decoder(model)
+        check_layers(dict.fromkeys(gates, id), decoder)
+        if not gates:
+            raise ValueError(f"gates={gates!r}: must hold the gates of at least one layer")
+        shape = layer_shape(decoder.layers[next(iter(gates))].self_attn)
+        config = settings if isinstance(settings, AttentionConfig) else config_for(settings, shape)
+        if (config.n_heads, config.n_kv_heads, config.head_dim) != (shape.n_heads, shape.n_groups, shape.head_dim):
+            raise ValueError(f"settings is for other layers ({config}): must be for {shape}")
+        alpha = 1 if config.flux_alpha is None else config.flux_alpha
+        context = ENDLESS if alpha in (0, 1) else decoder.config.max_position_embeddings
+        budget = plan_budget(config, context if tokens is None else tokens)
+        for index, its in gates.items():
+            _check_gates(index, its, config)
+        self._model, self._decoder, self._config, self._tokens = model, decoder, config, tokens
+        layers = DynamicCache(config=model.config).layers
+        alone = set(gates) == set(full_attention_layers(model))
+        for index, its in gates.items():
+            layers[index] = BankLayer(ProteusLayer(its, config), budget, alone)
+        super().__init__(layers=layers)
+        self._running = False
+        _watch(decoder)
+        self._closing = finalize(self, _unwatch, decoder)
+        self._closing.atexit = False
+
+    @classmethod
+    def for_model(
+        cls,
+        model,
+        tokenizer,
+        settings: Settings | None = None,
+        *,
+        layers: Iterable[int] | None = None,
+        tokens: int | None = None,
+        name: str | None = None,
+        calibration: Text | None = None,
+        folder: Path | None = None,
+    ) -> ProteusCache:
+        """A cache whose gates are read from `folder`, or fitted to the model's keys of another text and kept there.
+
+        settings: default `Settings()`. layers: which get a bank, default all that read the whole past. name: under
+        which the gates are kept, default the model's class. calibration: the text, default one that comes with the
+        package. folder: default the user's cache. The first time takes one pass over 2,048 tokens.
+        """
+        from .models import cache_dir
+
+        settings = settings or Settings()
+        source = ModelSource(model, tokenizer, name or type(model).__name__)
+        text = calibration or calibration_text("")
+        enough = min(CALIBRATION_TOKENS, source.context or CALIBRATION_TOKENS)
+        learned = Calibration(source, text, enough, folder or cache_dir() / "gates")
+        chosen = source.full_layers if layers is None else layers
+        gates = {index: learned.gates(index, settings.gates) for index in chosen}
+        return cls(model, gates, settings, tokens=tokens)
+
+    # -- a life -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leave the model as it was. The cache can still be saved and looked at."""
+        self._closing()
+
+    def __enter__(self) -> ProteusCache:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    @contextmanager
+    def run(self, decoder: nn.Module) -> Iterator[None]:
+        """One pass of the model goes through the banks."""
+        if decoder is not self._decoder or not self._closing.alive:
+            raise RuntimeError("this ProteusCache is closed, or was made for another model")
+        lengths = {layer.get_seq_length() for layer in self.layers}
+        if len(lengths) > 1:
+            raise RuntimeError("a pass through this ProteusCache was cut short: reset() it, or go on from a fork")
+        layers = {i: layer.attend for i, layer in enumerate(self.layers) if isinstance(layer, BankLayer)}
+        with patched(self._model, layers, one_thread=True):
+            self._running = True
+            try:
+                yield
+            finally:
+                self._running = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """New keys and values of a layer, `(B, G, T, d)`, go in; the keys and values to attend to come back."""
+        if not self._running:
+            raise RuntimeError("this ProteusCache is closed, or was made for another model")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @property
+    def banks(self) -> dict[int, KVBank | None]:
+        """Each chosen layer's bank; None before the first token."""
+        return {i: layer.bank for i, layer in enumerate(self.layers) if isinstance(layer, BankLayer)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is remembered, layers without a bank included."""
+        banks = sum(bank.nbytes for bank in self.banks.values() if bank is not None)
+        native = (x for layer in self.layers if not isinstance(layer, BankLayer) for x in (layer.keys, layer.values))
+        return banks + sum(x.nbytes for x in native if x is not None)
+
+    # -- copies and files -------------------------------------------------------------------------------------
+
+    def fork(self) -> ProteusCache:
+        """An independent copy for the same model: two continuations can share what they have read."""
+        gates = {i: layer.layer.gates for i, layer in enumerate(self.layers) if isinstance(layer, BankLayer)}
+        twin = ProteusCache(self._model, gates, self._config, tokens=self._tokens)
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, BankLayer):
+                twin.layers[index] = copy.deepcopy(layer)
+            elif layer.bank is not None:
+                twin.layers[index].bank = layer.bank.fork()
+        return twin
+
+    def __deepcopy__(self, memo) -> ProteusCache:
+        return self.fork()
+
+    def save(self, path: str | Path) -> Path:
+        """Write all that is remembered, and the gates, to one safetensors file, whole or not at all."""
+        tensors, banks = {}, {}
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, BankLayer):
+                mine, banks[index] = layer.state_dict()
+            else:
+                mine = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+            tensors |= {f"{index}.{name}": tensor for name, tensor in mine.items()}
+        about = {"model": fingerprint(self._model), "config": self._config.to_dict(), "tokens": self._tokens}
+        return write_tensors(path, tensors, about | {"length": self.get_seq_length(), "banks": banks})
+
+    @classmethod
+    def load(cls, path: str | Path, model) -> ProteusCache:
+        """A saved cache, for the same model. Raises `FileNotFoundError`, or `ValueError` when it is not one of it."""
+        tensors, about = read_tensors(path, "ProteusCache.save")
+        try:
+            if about["model"] != fingerprint(model):
+                raise ValueError("it was made for another model")
+            config = AttentionConfig(**about["config"])
+            mine = [{} for _ in find_decoder(model).layers]
+            for name, tensor in tensors.items():
+                index, _, rest = name.partition(".")
+                mine[int(index)][rest] = tensor.to(model.device)
+            gates = {int(index): gates_from(mine[int(index)], config) for index in about["banks"]}
+            cache = cls(model, gates, config, tokens=about["tokens"])
+            for index, layer in enumerate(cache.layers):
+                if isinstance(layer, BankLayer):
+                    layer.load_state_dict(mine[index], about["banks"][str(index)])
+                elif mine[index]:
+                    layer.update(mine[index]["keys"], mine[index]["values"])
+                    layer.cumulative_length = about["length"]  # a sliding window has forgotten how long the text is
+        except (KeyError, TypeError, ValueError, RuntimeError) as problem:
+            raise ValueError(f"path={str(path)!r}: not a cache of this model ({problem})") from problem
+        return cache
+
+
+def _check_gates(index: int, gates: Gates, config: AttentionConfig) -> None:
+    if not isinstance(gates, Gates):
+        raise TypeError(f"gates[{index}]={type(gates).__name__}: expected Gates")
+    found = (gates.n_groups, gates.gates_per_group, gates.head_dim)
+    wanted = (config.n_kv_heads, config.gates_per_group, config.head_dim)
+    if found != wanted:
+        raise ValueError(f"gates[{index}] has groups, gates and head dim {found}: must have {wanted}")
+
+
+# -- what a decoder does while caches of it live --------------------------------------------------------------
+
+_WATCHED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many caches
+
+
+def _forward(decoder: nn.Module, *args, **kwargs):
+    """A decoder's own forward, through the banks of the `ProteusCache` that it is handed, if it is."""
+    native = MethodType(type(decoder).forward, decoder)
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, ProteusCache):
+        return native(*args, **kwargs)
+    with cache.run(decoder):
+        return native(*args, **kwargs)
+
+
+def _watch(decoder: nn.Module) -> None:
+    mine = getattr(vars(decoder).get("forward"), "__func__", _forward)
+    if mine is not _forward:
+        raise ValueError(f"model: something else has taken the place of {type(decoder).__name__}.forward already")
+    _WATCHED[decoder] = _WATCHED.get(decoder, 0) + 1
+    decoder.forward = MethodType(_forward, decoder)  # a method, so that a deep copy of the model runs the copy
+
+
+def _unwatch(decoder: nn.Module) -> None:
+    _WATCHED[decoder] -= 1
+    if not _WATCHED[decoder]:
+        del _WATCHED[decoder], decoder.forward

@@ -1,0 +1,190 @@
+"""Which attention heads of a language model find a fact by a question that shares no word with it.
+
+Calibration plants facts in English prose and asks for each in other words. A head is good when, of all the text, few
+tokens score as high as the fact. Heads are added one at a time, each the one that helps most. The pairs are the
+project's own and are not those that `proteus verify` asks about.
+
+Axes: `R` rows of a prompt, `n` tokens, `N` windows, `L` layers, `H` query heads, `G` KV groups, `d` head dim.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..progress import Progress, Stop, check_stop, tell
+from .key_reader import Head
+from .patch import AttentionCall, full_attention_layers, patched
+
+RADIUS = 8  # tokens on either side over which a prompt row looks for its best match
+WINDOW, WINDOWS = 256, 32  # haystack that calibration reads
+CANDIDATES = 20  # heads that are best on their own, of which the set is made
+FLOOR = 1e-3  # shares below this are as good as zero: an easy fact must not outweigh a hard one
+KNOWN = Path(__file__).parent.parent / "data" / "retrieval_heads.json"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """One more head has been chosen, and what the set achieves on the calibration pairs."""
+
+    heads: tuple[Head, ...]
+    median: float  # share of the haystack that scores at least as high as the fact
+    mean: float
+    within: float  # share of the facts with less than 3% of the haystack above them
+
+
+def known_heads(name: str) -> tuple[Head, ...] | None:
+    """Heads found by an earlier calibration of the model called `name`, None where there was none."""
+    found = json.loads(KNOWN.read_text(encoding="utf-8")).get(name)
+    return None if found is None else tuple(Head(*pair) for pair in found["heads"])
+
+
+def calibration_pairs() -> list[dict]:
+    """The pairs of `fact` and `question` that heads are chosen by."""
+    return json.loads((KNOWN.parent / "calibration_pairs.json").read_text(encoding="utf-8"))
+
+
+def prompt_ids(tokenizer, prompt: str) -> tuple[Tensor, int]:
+    """Token ids `(R,)` of a prompt as the model is asked, and how many at the front are the same for every prompt."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return torch.tensor(tokenizer(prompt, verbose=False)["input_ids"]), 0
+    both = [_rendered(tokenizer, text) for text in (prompt, "?" if prompt.strip() != "?" else "!")]
+    same = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), 0)
+    return torch.tensor(both[0]), same
+
+
+def _rendered(tokenizer, text: str) -> list[int]:
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    return tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def prompt_queries(model, tokenizer, prompt: str, layers: tuple[int, ...]) -> tuple[dict[int, Tensor], Tensor]:
+    """Un-rotated queries of the prompt's own rows, layer -> `(R, H, d)` float32, and their ids `(R,)`."""
+    ids, same = prompt_ids(tokenizer, prompt)
+    if not len(ids):
+        raise ValueError(f"prompt={prompt!r}: must have at least one token")
+    found = _pass(model, ids[None], layers)
+    same = min(same, len(ids) - 1) or (1 if len(ids) > 1 else 0)  # the first row of all is a sink
+    return {layer: found[layer][0][0, same:].float().cpu() for layer in layers}, ids[same:]
+
+
+def mean_queries(model, tokenizer, layers: tuple[int, ...], stop: Stop | None = None) -> dict[int, Tensor]:
+    """What questions have in common: layer -> `(H, d)` float32, over the calibration questions."""
+    rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for pair in calibration_pairs():
+        check_stop(stop)
+        for layer, q in prompt_queries(model, tokenizer, pair["question"], layers)[0].items():
+            rows[layer].append(q.mean(0))
+    return {layer: torch.stack(means).mean(0) for layer, means in rows.items()}
+
+
+def match(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Best match of each prompt row near each token: q `(R, d)`, k `(n, d)` -> `(R, n)`, maxima over RADIUS tokens."""
+    return near_max(scale * (q.float() @ k.float().T), RADIUS)
+
+
+def near_max(x: Tensor, radius: int) -> Tensor:
+    """Largest of `x` `(R, n)` within `radius` columns, by doubling: log2(radius) passes."""
+    width, n = 2 * radius + 1, x.shape[1]
+    wide = torch.nn.functional.pad(x, (radius, radius), value=-torch.inf)
+    best, reach = wide, 1
+    while 2 * reach <= width:
+        best = torch.maximum(best[:, :-reach], best[:, reach:])
+        reach *= 2
+    return torch.maximum(best[:, :n], best[:, width - reach : width - reach + n])
+
+
+@torch.no_grad()
+def find_heads(
+    model, tokenizer, text: str, *, most: int = 4, last_layer: int | None = None, progress: Progress | None = None,
+    stop: Stop | None = None
+) -> Iterator[Calibrated]:  # fmt: skip
+    """Choose heads, one more with each step. text: prose to hide facts in, at least 8,192 tokens of it.
+
+    most: heads to choose; last_layer: look no further up, since every layer costs time. `ValueError` for a short text.
+    """
+    layers = tuple(i for i in full_attention_layers(model) if last_layer is None or i <= last_layer)
+    hay = torch.tensor(tokenizer(text[: WINDOW * WINDOWS * 20], verbose=False)["input_ids"][: WINDOW * WINDOWS])
+    if len(hay) < WINDOW * WINDOWS:
+        raise ValueError(f"text has {len(hay):,} tokens: calibration needs {WINDOW * WINDOWS:,}")
+    hay, pairs = hay.view(WINDOWS, WINDOW), calibration_pairs()
+    tell(progress, 0.0, "reading the calibration text")
+    keys = [_pass(model, hay[i : i + 4], layers) for i in range(0, WINDOWS, 4)]
+    keys = {layer: torch.cat([part[layer][1] for part in keys]).half() for layer in layers}  # (N, W, G, d)
+    centre = mean_queries(model, tokenizer, layers, stop)
+    planted = _planted(model, tokenizer, hay, pairs, layers)
+    scores = []
+    for i, pair in enumerate(pairs):
+        check_stop(stop)
+        tell(progress, (1 + i) / (1 + len(pairs)), f"asking: {pair['question']}")
+        q = prompt_queries(model, tokenizer, pair["question"], layers)[0]
+        scores.append(_every_head(q, centre, keys, planted[i], layers))
+    yield from _greedy(scores, [Head(layer, h) for layer in layers for h in range(q[layers[0]].shape[1])], most)
+
+
+def _planted(model, tokenizer, hay: Tensor, pairs: list[dict], layers) -> list[tuple[int, int, dict[int, Tensor]]]:
+    """Each fact in the middle of a window of prose: its first token, its end, and the window's keys."""
+    out = []
+    for i, pair in enumerate(pairs):
+        window, fact = hay[7 * i % len(hay)].clone(), tokenizer(" " + pair["fact"], verbose=False)["input_ids"]
+        at = 40 + 37 * i % (WINDOW - 80 - len(fact))
+        window[at : at + len(fact)] = torch.tensor(fact)
+        found = _pass(model, window[None], layers)
+        out.append((at, at + len(fact), {layer: found[layer][1][0] for layer in layers}))
+    return out
+
+
+def _every_head(q, centre, keys, planted, layers) -> tuple[Tensor, Tensor]:
+    """Scores of a prompt by every head: of every fourth token of the haystack `(L H, n)`, of the fact `(L H,)`."""
+    at, end, window = planted
+    hay, fact = [], []
+    for layer in layers:
+        G, d = keys[layer].shape[2:]
+        H = q[layer].shape[1]
+        for head in range(H):
+            rows, group = q[layer][:, head] - centre[layer][head], head // (H // G)
+            k = torch.cat((keys[layer][:, :, group], window[layer][None, :, group].half())).float()  # (N + 1, W, d)
+            best = near_max(torch.einsum("rd,nwd->rnw", rows, k).flatten(0, 1), RADIUS)
+            best = best.view(len(rows), len(k), WINDOW).mean(0) * d**-0.5
+            hay.append(best[:-1, 1::4].flatten())
+            fact.append(best[-1, at:end].mean())
+    return torch.stack(hay), torch.stack(fact)
+
+
+def _greedy(scores, heads: list[Head], most: int) -> Iterator[Calibrated]:
+    def shares(chosen: list[int]) -> Tensor:
+        return torch.stack([(hay[chosen].sum(0) >= fact[chosen].sum()).float().mean() for hay, fact in scores])
+
+    def cost(chosen: list[int]) -> float:
+        return float((shares(chosen) + FLOOR).log().mean())
+
+    alone = sorted(range(len(heads)), key=lambda i: cost([i]))[:CANDIDATES]
+    chosen: list[int] = []
+    for _ in range(most):
+        chosen.append(min((i for i in alone if i not in chosen), key=lambda i: cost([*chosen, i])))
+        found = shares(chosen)
+        yield Calibrated(
+            tuple(heads[i] for i in chosen),
+            float(found.median()),
+            float(found.mean()),
+            float((found < 0.03).float().mean()),
+        )
+
+
+def _pass(model, ids: Tensor, layers: tuple[int, ...]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Un-rotated queries and keys `(B, T, heads, d)` of `layers`, on the CPU. Layers above the last do not matter."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def record(call: AttentionCall) -> None:
+        found[call.layer] = call.q.cpu(), call.k.cpu()
+
+    with torch.no_grad(), patched(model, dict.fromkeys(layers, record)):
+        model.get_decoder()(ids.to(model.device), use_cache=False)
+    return found

@@ -1,0 +1,10 @@
+"""The chunked shortlist: a document of any length is read by slices, scored, and a fixed buffer of champions is kept.
+
+Imports run one way: stores, tokenising, buffer <- token_cache, arrays, pipeline <- sources.
+"""
+
+from .sources import TextRows, open_document
+from .stores import Store, generated, parse_bytes
+from .tokenising import encoder
+
+__all__ = ["Store", "TextRows", "encoder", "generated", "open_document", "parse_bytes"]

@@ -1,0 +1,70 @@
+"""Where pass 1 stands, on disk: the buffer, the next chunk, and the recipe that both belong to.
+
+The file is replaced whole, so a process killed at any moment leaves the state after some chunk, and the chunks that
+follow are read again: pass 1 has no other state, and so ends with the same buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..tensors import read_tensors, write_tensors
+from .buffer import Champions, StreamPlan
+
+FORMAT = 1
+NAMES = tuple(field.name for field in fields(Champions))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A safetensors file and the recipe of the run that may write it."""
+
+    path: Path
+    recipe: Mapping[str, object]  # plain values; a run with any other value is another run
+
+    def load(self) -> tuple[Champions, int] | None:
+        """The buffer and the next chunk; None where there is no file.
+
+        `ValueError` for a file of another recipe, naming what differs, or for one that is no checkpoint.
+        """
+        if not self.path.exists():
+            return None
+        tensors, about = read_tensors(self.path, "a checkpointed stream")
+        theirs = about.get("recipe")
+        if not isinstance(theirs, dict) or tensors.keys() != set(NAMES):
+            raise ValueError(f"checkpoint={str(self.path)!r}: not a checkpoint of a stream")
+        differing = [
+            f"{name} is {self.recipe.get(name)!r} now, {theirs.get(name)!r} there"
+            for name in dict.fromkeys((*self.recipe, *theirs))
+            if theirs.get(name) != self.recipe.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"checkpoint={str(self.path)!r}: belongs to another run ({'; '.join(differing)}); "
+                "start afresh (fresh=True, --fresh) or name another file"
+            )
+        return Champions(*(tensors[name].numpy() for name in NAMES)), about["next_chunk"]
+
+    def save(self, buffer: Champions, next_chunk: int) -> None:
+        """`OSError` where the file cannot be written; the one before it stays."""
+        tensors = {name: torch.from_numpy(getattr(buffer, name)) for name in NAMES}
+        write_tensors(self.path, tensors, {"recipe": dict(self.recipe), "next_chunk": next_chunk})
+
+
+def recipe(store, scorer, plan: StreamPlan, rank: int, ranks: int) -> dict[str, object]:
+    """Everything that decides which buffer a run ends with, in words that a message can repeat."""
+    return {
+        "document": store.fingerprint,
+        "tokens": len(store),
+        "scorer": scorer.fingerprint,
+        **asdict(plan),
+        "rank": rank,
+        "ranks": ranks,
+        "version": __version__,
+        "format": FORMAT,
+    }

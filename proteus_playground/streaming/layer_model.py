@@ -1,0 +1,165 @@
+"""The built-in layer as a reader of documents: what `proteus stream` uses where no language model is.
+
+Nothing is learned. Words are hashed to fixed random vectors and the layer's queries resemble its keys, so a word of the
+prompt finds itself; a word that the document is full of counts for little, by its logarithmic rarity.
+
+Axes: `n` tokens, `P` words of the prompt, `D` model width.
+"""
+
+from __future__ import annotations
+
+from binascii import crc32
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..attention import AttentionConfig, ProteusAttention
+from ..random_layer import WORD
+from .buffer import Champions
+from .layer_scorer import LayerScorer, one_thread_each
+from .second_pass import attend_over
+from .sources import open_document
+from .stores import Store, generated
+
+WIDTH, HEADS, GROUPS = 512, 8, 2
+TABLE = 8192  # vectors; a word is the sum of two, so that hardly any two words are alike
+FORMS = 32  # ids of one word: with and without a capital or a space before it
+FITTED = 8192  # rows that prototypes are fitted to
+AT_ONCE = 1 << 20  # tokens counted at a time
+MOST_READ = 5
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A document of words as one of embeddings."""
+
+    store: Store
+    table: np.ndarray  # (TABLE, D)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.store.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.embed(self.store.read(start, stop) // FORMS)
+
+    def embed(self, words: np.ndarray) -> np.ndarray:
+        """Hashes of words `(n,)` -> `(n, D)` float32."""
+        rows = self.table[words % TABLE]
+        rows += self.table[words // TABLE]
+        return rows
+
+
+def number(word: str) -> int:
+    """A hash in [0, TABLE^2), the same for any case and with or without the space before it."""
+    return crc32(word.strip().lower().encode()) % TABLE**2
+
+
+class LayerModel:
+    """Reads text or embeddings for one prompt, or for salience where it is None.
+
+    source: the document, to read it again for words that this process has not met, as when its ids were on disk.
+    """
+
+    name, fingerprint = "layer", "hashed words"
+
+    def __init__(self, prompt: str | None, *, source: str | None = None, seed: int = 0, device: str = "cpu"):
+        self._prompt, self._source, self._seed, self._device = prompt, source, seed, torch.device(device)
+        self._words: dict[int, str] = {}
+
+    def encode(self, body: str) -> list[int]:
+        """Words, each with the space before it, as hashes of the word and of its form."""
+        ids = []
+        for word in WORD.findall(body):
+            ids.append(number(word) * FORMS + crc32(word.encode()) % FORMS)
+            self._words.setdefault(ids[-1], word)
+        return ids
+
+    def generated(self, tokens: int) -> Store:
+        return generated(tokens, seed=self._seed, width=WIDTH)
+
+    def text(self, rows: np.ndarray) -> str | None:
+        """What tokens read as; None for embeddings."""
+        if rows.ndim == 2:
+            return None
+        if self._source is not None and not self._words.keys() >= set(rows.tolist()):
+            with TemporaryDirectory() as nowhere:
+                open_document(self._source, encode=self.encode, fingerprint=self.fingerprint, cache=nowhere)
+        return "".join(self._words[int(i)] for i in rows)
+
+    def on(self, store: Store) -> LayerTask:
+        """`ValueError` for a prompt that says nothing to this document."""
+        rows = store
+        if store.kind == "tokens":
+            draw = torch.Generator().manual_seed(self._seed + 1_000_003)  # not the numbers that the weights are made of
+            rows = Embedded(store, (torch.randn(TABLE, WIDTH, generator=draw) * 0.5**0.5).numpy())
+        attn = _attention(rows, store.width or WIDTH, self._seed).to(self._device)
+        if self._prompt is None:
+            return LayerTask(rows, LayerScorer(attn), attn, None)
+        prompt, weight, labels = self._asked(store, rows)
+        prompt, weight = prompt.to(self._device), weight.to(self._device)
+        return LayerTask(rows, LayerScorer(attn, prompt * weight[:, None], labels), attn, prompt)
+
+    def _asked(self, store: Store, rows: Store | Embedded) -> tuple[Tensor, Tensor, list[str]]:
+        """The prompt's rows `(P, D)`, what each counts `(P,)`, and what it is called."""
+        if store.kind == "embeddings":
+            if Path(self._prompt).suffix != ".npy":
+                raise ValueError(f"prompt={self._prompt!r}: for embeddings must be .npy rows (P, D={store.width})")
+            given = torch.from_numpy(np.load(self._prompt, allow_pickle=False).astype(np.float32))
+            return given, torch.ones(len(given)), [str(row) for row in range(len(given))]
+        words = dict.fromkeys(word.strip().lower() for word in WORD.findall(self._prompt))
+        words = [word for word in words if any(map(str.isalnum, word))]
+        if not words:
+            raise ValueError(f"prompt={self._prompt!r}: must have at least one word")
+        asked = np.array([number(word) for word in words])
+        return torch.from_numpy(rows.embed(asked)), torch.from_numpy(_rarity(store, asked)), words
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One document and one prompt, ready for both passes."""
+
+    rows: Store | Embedded
+    scorer: LayerScorer
+    attn: ProteusAttention
+    prompt: Tensor | None  # (P, D)
+
+    def answer(self, champions: Champions, positions: str) -> dict:
+        """Which champions the prompt's last row reads, best first: random weights have no more to say.
+
+        A share is of what the row gives to champions, the rest going to the prompt itself. `ValueError` without prompt.
+        """
+        if self.prompt is None:
+            raise ValueError("prompt=None: pass 2 needs a prompt")
+        share = attend_over(self.attn, self.rows, champions, self.prompt, positions=positions).reads().astype(float)
+        total = float(share.sum())
+        most = np.argsort(-share, kind="stable")[:MOST_READ] if total else []
+        read = [{"token": int(champions.position[i]), "share": float(share[i]) / total} for i in most]
+        return {"share_to_champions": total, "most_read": read}
+
+
+def _attention(rows: Store | Embedded, width: int, seed: int) -> ProteusAttention:
+    """The layer, the same for a seed and a document, with prototypes fitted to the document's beginning."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread_each():  # no bit depends on the threads' number
+        torch.manual_seed(seed)
+        attn = ProteusAttention(AttentionConfig(width, HEADS, GROUPS, head_dim=64, route_heads=False)).eval()
+        keys = attn.k_proj.weight.view(GROUPS, 64, width).repeat_interleave(HEADS // GROUPS, dim=0)
+        attn.q_proj.weight.copy_(keys.flatten(0, 1) + attn.q_proj.weight / 2)
+        return attn.calibrate(torch.from_numpy(rows.read(0, min(FITTED, len(rows)))).float()[None])
+
+
+def _rarity(store: Store, asked: np.ndarray) -> np.ndarray:
+    """log(tokens / occurrences) of each word number, float32; one pass over the document."""
+    order, count = np.argsort(asked), np.zeros(len(asked), np.int64)
+    for start in range(0, len(store), AT_ONCE):
+        words = store.read(start, min(start + AT_ONCE, len(store))) // FORMS
+        found = words[np.isin(words, asked)]
+        count += np.bincount(order[np.searchsorted(asked, found, sorter=order)], minlength=len(asked))
+    return np.log(len(store) / np.maximum(1, count)).astype(np.float32)

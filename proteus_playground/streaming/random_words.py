@@ -1,0 +1,44 @@
+"""Random vectors for whole words: what a table scorer uses where no model is pulled.
+
+Equal words, whatever their case, have equal vectors, so a literal word finds itself; nothing else means anything.
+"""
+
+from __future__ import annotations
+
+from binascii import crc32
+
+import numpy as np
+
+from ..random_layer import WORD
+
+WIDTH = 512
+
+
+class RandomWords:
+    """Numbers words as it meets them. `vocabulary[i]` is word i with the space before it, `table` its row."""
+
+    name, random = "random vectors", True
+    note = "Nothing is learned: a word finds itself, whatever its case, and no other."
+
+    def __init__(self) -> None:
+        self.vocabulary: list[str] = []
+        self._number: dict[str, int] = {}
+        self._rows = np.zeros((0, WIDTH), np.float32)
+
+    def encode(self, body: str) -> np.ndarray:
+        """Word numbers `(n,)` int32."""
+        words = WORD.findall(body)
+        for word in words:
+            if word not in self._number:
+                self._number[word] = len(self.vocabulary)
+                self.vocabulary.append(word)
+        return np.array([self._number[word] for word in words], np.int32)
+
+    @property
+    def table(self) -> np.ndarray:
+        """`(V, 512)` float32, a row per word met so far."""
+        fresh = [np.random.default_rng(crc32(word.strip().lower().encode())).standard_normal(WIDTH, np.float32)
+                 for word in self.vocabulary[len(self._rows):]]  # fmt: skip
+        if fresh:
+            self._rows = np.concatenate([self._rows, fresh])
+        return self._rows

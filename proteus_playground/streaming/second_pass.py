@@ -1,0 +1,103 @@
+"""Pass 2: attention over what pass 1 kept, with the prompt behind it.
+
+Champions keep the positions they had in the document, so that "a million tokens ago" still means that; or they are
+numbered afresh ("compacted"), which a model needs whose training never saw such distances.
+
+Axes: `K` champions, `P` prompt rows, `D` model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..attention import AttentionStats, ProteusAttention, plan_budget, row_reads
+from .buffer import Champions
+
+POSITIONS = ("original", "compacted")
+WINDOW = 1024  # rows: champions that stand in the same stretch of so many are read at once
+
+
+class Answerer(Protocol):
+    """A language model as pass 2 sees it."""
+
+    def answer(self, tokens: np.ndarray, positions: np.ndarray, prompt: str) -> str:
+        """tokens: `(K,)` ids in document order; positions: `(K,)`, where the model is to believe they stand; the
+        prompt follows them."""
+
+
+def gather(store, position: np.ndarray) -> np.ndarray | Tensor:
+    """The rows of `store` at `position`, `(K,)` ascending: `(K,)` ids or `(K, D)` embeddings."""
+    ends = np.flatnonzero(np.diff(position // WINDOW)) + 1
+    parts = [store.read(0, 0)]
+    for some in np.split(position, ends):
+        if len(some):
+            first = int(some[0])
+            parts.append(store.read(first, int(some[-1]) + 1)[some - first])
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else np.concatenate(parts)
+
+
+def placed(champions: Champions, tokens: int, prompt_rows: int, positions: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of champions `(K,)` and prompt `(P,)` in a document of `tokens`; `positions` as in `POSITIONS`."""
+    if positions not in POSITIONS:
+        raise ValueError(f"positions={positions!r}: must be one of {', '.join(POSITIONS)}")
+    first = tokens if positions == "original" else len(champions)
+    stand = champions.position if positions == "original" else np.arange(len(champions))
+    return stand, np.arange(first, first + prompt_rows)
+
+
+def second_pass(store, champions: Champions, prompt: str, model: Answerer, *, positions: str = "original") -> str:
+    """What a language model says to `prompt` after reading the champions, and nothing else of the document."""
+    stand, _ = placed(champions, len(store), 0, positions)
+    return model.answer(gather(store, champions.position), stand, prompt)
+
+
+@dataclass(frozen=True)
+class LayerAnswer:
+    """The built-in layer over champions and prompt."""
+
+    out: Tensor  # (P, D), the prompt's rows
+    stats: AttentionStats  # of all K + P rows
+    attn: ProteusAttention
+    rows: Tensor  # (K + P, D)
+    positions: Tensor  # (K + P,)
+
+    def reads(self, row: int = -1) -> np.ndarray:
+        """How prompt row `row` shared its attention among the champions, `(K,)` float32.
+
+        The mean over its awake heads, each with its weight; what is missing to 1 went to the prompt itself.
+        """
+        P, attn, cfg = len(self.out), self.attn, self.attn.cfg
+        if not -P <= row < P:
+            raise ValueError(f"row={row!r}: must be in [{-P}, {P})")
+        token = len(self.rows) - P + row % P
+        weight = self.stats.head_weights[0, token]  # (H,)
+        with torch.no_grad():
+            k, v = (proj(self.rows[None]).unflatten(-1, (cfg.n_kv_heads, -1)) for proj in (attn.k_proj, attn.v_proj))
+            q = attn.q_proj(self.rows[token]).view(1, 1, cfg.n_heads, -1).expand(1, len(self.rows), -1, -1)
+            budget = plan_budget(cfg, len(self.rows))
+            keep = attn.kept(k, budget, None)
+            total = np.zeros(len(self.rows), np.float32)
+            for head in weight.nonzero()[:, 0].tolist():
+                seen = row_reads(
+                    q, k, v, attn.gates, budget, token=token, head=head,
+                    inv_freq=attn.inv_freq, positions=self.positions, keep=keep,
+                )  # fmt: skip
+                total += seen.weight * float(weight[head])
+        return (total / max(float(weight.sum()), 1e-12))[: len(self.rows) - P]
+
+
+def attend_over(
+    attn: ProteusAttention, store, champions: Champions, prompt: Tensor, *, positions: str = "original"
+) -> LayerAnswer:
+    """The layer's output for `prompt` `(P, D)` when it reads the champions of `store` and nothing else of it."""
+    kept = torch.as_tensor(gather(store, champions.position)).to(prompt.device, prompt.dtype)
+    rows = torch.cat((kept, prompt))
+    place = torch.from_numpy(np.concatenate(placed(champions, len(store), len(prompt), positions))).to(prompt.device)
+    with torch.no_grad():
+        out, stats = attn(rows[None], positions=place, return_stats=True)
+    return LayerAnswer(out[0, len(kept) :], stats, attn, rows, place)

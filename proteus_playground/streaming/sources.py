@@ -1,0 +1,232 @@
+"""What a document can be made of: text files, rows of text, token and embedding arrays. `open_document` opens any.
+
+Axes: `T` rows of a document, `D` width of an embedding.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from .. import texts
+from ..files import cache_dir
+from ..progress import Progress, Stop, check_stop, tell
+from . import tokenising
+from .arrays import file_recipe, npy_rows, safetensors_rows
+from .stores import ArrayRows, FileRows, Seen, Store, digest, fits, row_bytes, size_words
+from .token_cache import TokenCache
+from .tokenising import Encode, TextSource, Work
+
+READ = 1 << 20  # bytes of a text file at a time
+LOAD = 16 << 20  # bytes of rows at a time
+BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
+ALLOWED = (
+    "a UTF-8 text file, .npy, .safetensors, .jsonl, .parquet, 'hub:owner/dataset', a named text, TextRows or Store"
+)
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Rows with a column of text, joined by line breaks: a `datasets` stream, or any iterable of mappings.
+
+    `identity` must change when the rows do: a cache of the tokens is found again by it.
+    """
+
+    name: str
+    rows: Iterable[Mapping[str, object]]
+    identity: str
+    column: str = "text"
+    nbytes: int | None = None
+
+    @property
+    def recipe(self) -> dict[str, object]:
+        return {"source": self.name, "identity": self.identity, "column": self.column}
+
+    def text(self, start: int) -> Iterator[str]:
+        """Rows before byte `start` are read again, for a stream knows no way around, but given to nobody."""
+        for number, row in enumerate(self.rows):
+            if not isinstance(row.get(self.column), str):
+                raise ValueError(
+                    f"{self.name} has no text in column {self.column!r} of row {number}, only {sorted(row)}"
+                )
+            part = ("\n" if number else "") + row[self.column]
+            if start:
+                raw = part.encode()
+                part, start = raw[start:].decode(), max(0, start - len(raw))
+            yield part
+
+    def check(self) -> None:
+        """Nothing to look at."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A UTF-8 file, with or without a byte order mark, read in blocks."""
+
+    path: Path
+    seen: Seen
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        return self.seen.size
+
+    @cached_property
+    def recipe(self) -> dict[str, object]:
+        return file_recipe(self.path, self.seen)
+
+    def text(self, start: int) -> Iterator[str]:
+        """ValueError names the byte that is not UTF-8."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with open(self.path, "rb") as file:
+            self.seen.check(os.fstat(file.fileno()), self.path)
+            mark = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+            file.seek(start + mark)
+            more = True
+            while more:
+                at = file.tell() - len(decoder.getstate()[0])
+                block = file.read(READ)
+                self.seen.check(os.fstat(file.fileno()), self.path)
+                more = bool(block)
+                try:
+                    yield decoder.decode(block, final=not more)
+                except UnicodeDecodeError as err:
+                    byte = f"byte {at + err.start} is {err.object[err.start]:#04x}"
+                    raise ValueError(f"{self.path} is not UTF-8 text ({byte}): allowed is a UTF-8 file") from err
+
+    def check(self) -> None:
+        self.seen.check(os.stat(self.path), self.path)
+
+
+def open_document(
+    source: str | os.PathLike | TextRows | Store,
+    *,
+    encode: Encode | None = None,
+    fingerprint: str = "",
+    ram_limit: int | None = None,
+    cache: str | os.PathLike | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> Store:
+    """`source` as a `Store` of token ids or embeddings, in memory if it fits and on disk if not.
+
+    source: a UTF-8 text file of any size; `.npy` with `(T,)` whole numbers or `(T, D)` floats; `.safetensors` with one
+    `(T, D)` tensor; `.jsonl`, `.parquet` or "hub:owner/dataset[/config]" with a column "text", read as a stream;
+    `TextRows`; a name of `texts.text_names()`.
+    encode, fingerprint: text to ids, called from `workers` threads at once, and what changes when it does
+    (`tokenising.encoder` gives both); for text only.
+    ram_limit: bytes that may be kept in memory; half of what is free unless told. cache: the folder for ids that do
+    not fit, the user's unless told; ids found there are used even where they would fit.
+
+    The ids do not depend on `workers`, `ram_limit` or `cache`. ValueError or TypeError names what is not allowed,
+    broken UTF-8 with its byte; OSError a file that is missing, changes or cannot be read, or a disk that is full, where
+    the next run goes on; `Stopped` when `stop` asks, likewise.
+    """
+    if isinstance(source, Store):
+        return source
+    _check(ram_limit, workers)
+    opened = source if isinstance(source, TextRows) else _opened(source)
+    if isinstance(opened, FileRows):
+        identity = digest(*file_recipe(opened.path, opened.seen).values())
+        return _place(str(opened.path), opened, identity, ram_limit, progress, stop)
+    if encode is None or not fingerprint:
+        raise ValueError(f"encode={encode!r}, fingerprint={fingerprint!r}: allowed for text is a function and its name")
+    return _tokenised(opened, Work(opened, encode, workers, progress, stop), fingerprint, ram_limit, cache)
+
+
+def _tokenised(
+    text: TextSource, work: Work, fingerprint: str, ram_limit: int | None, cache: str | os.PathLike | None
+) -> Store:
+    folder = Path(cache).expanduser() if cache is not None else cache_dir() / "documents"
+    stem = re.sub(r"\W+", "-", Path(text.name).name)[:20] + "-" + digest(text.name, fingerprint)[:12]
+    kept = TokenCache(folder, stem, text.recipe | {"tokeniser": fingerprint, "piece": tokenising.PIECE})
+    found = kept.find()
+    if found is None and text.nbytes is not None:
+        able, figures = fits(text.nbytes * tokenising.IDS.itemsize, ram_limit)
+        if able:
+            ids, sha = tokenising.to_memory(work)
+            identity = digest(fingerprint, len(ids), sha)
+            return Store(text.name, ArrayRows(ids), "ram", f"in memory: at most {figures}", identity)
+    rows, sha = found or kept.make(work)
+    return _place(text.name, rows, digest(fingerprint, *rows.shape, sha), ram_limit, work.progress, work.stop)
+
+
+def _place(
+    name: str, rows: FileRows, identity: str, ram_limit: int | None, progress: Progress | None, stop: Stop | None
+) -> Store:
+    """Rows of a file, loaded if they fit."""
+    able, figures = fits(row_bytes(rows) * rows.shape[0], ram_limit)
+    if not able:
+        return Store(name, rows, "disk", f"on disk, in {rows.path}: {figures}", identity)
+    array = np.empty(rows.shape, rows.dtype)
+    step = max(1, LOAD // row_bytes(rows))
+    for start in range(0, len(array), step):
+        check_stop(stop)
+        array[start : start + step] = rows.read(start, min(start + step, len(array)))
+        tell(progress, start / len(array), f"loading {size_words(array.nbytes)}")
+    return Store(name, ArrayRows(array), "ram", f"in memory: {figures}", identity)
+
+
+def _opened(source: str | os.PathLike) -> TextSource | FileRows:
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source={source!r}: allowed is {ALLOWED}")
+    name = os.fspath(source)
+    if name.startswith(texts.HUB):
+        revision, rows = texts.hub_rows(name)
+        return TextRows(name, rows, revision)
+    if name in texts.text_names():
+        body = texts.load_text(name).body
+        return TextRows(name, [{"text": body}], digest(body), nbytes=len(body.encode()))
+    path = _path(name)
+    if path.suffix == ".npy":
+        return npy_rows(path)
+    if path.suffix == ".safetensors":
+        return safetensors_rows(path)
+    if path.suffix in BUILDERS:
+        return _rows_of_file(path)
+    return TextFile(path, Seen.now(path))
+
+
+def _path(name: str) -> Path:
+    """A file that can be opened; the system's OSError, in our words, if not."""
+    path = Path(name).expanduser().absolute()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"a folder is no document: allowed is {ALLOWED}", str(path))
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, f"no such file: allowed is {ALLOWED}", str(path))
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file, so it cannot be read twice: save it first", str(path))
+    with open(path, "rb") as file:
+        if not file.read(1):
+            raise ValueError(f"{path} is an empty file: allowed is {ALLOWED}")
+    return path
+
+
+def _rows_of_file(path: Path) -> TextRows:
+    from datasets import load_dataset
+
+    recipe = file_recipe(path, Seen.now(path))
+    rows = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+    return TextRows(str(path), rows, digest(*recipe.values()))
+
+
+def _check(ram_limit: int | None, workers: int) -> None:
+    for name, value, low in (("ram_limit", ram_limit, 0), ("workers", workers, 1)):
+        if name == "ram_limit" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r}: allowed is a whole number >= {low}")
+        if value < low:
+            raise ValueError(f"{name}={value!r}: allowed is a whole number >= {low}")

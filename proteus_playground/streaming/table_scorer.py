@@ -1,0 +1,72 @@
+"""Scores by a table of one row per vocabulary entry: a document is scored as fast as its tokens can be looked up.
+
+A token's score is the best, over the words of the prompt, of (how rare that word is in this document) x (cosine of the
+two rows). Rarity is log(tokens / (1 + occurrences)), so "the" and "is" in a prompt
+hardly count. A token is judged alone: what stands around it changes nothing.
+
+Axes: `T` tokens of the document, `V` vocabulary entries, `D` width of a row, `n` words of the prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+class WordTable(Protocol):
+    """A tokenizer with a row for each of its tokens; encoding may add to both."""
+
+    vocabulary: list[str]  # V, what each token reads as
+    table: np.ndarray  # (V, D) float32
+
+    def encode(self, body: str) -> np.ndarray:
+        """Token ids `(n,)` int32."""
+
+
+class TableScorer:
+    """A `Scorer` of token ids. `words` are the prompt's words that take part, in the order of their reason codes.
+
+    document: token ids `(T,)`, which say how rare a word is. `ValueError` where the prompt has no word (a token with a
+    letter or a digit).
+    """
+
+    def __init__(self, words: WordTable, document: np.ndarray, prompt: str):
+        ids = words.encode(prompt)
+        table, vocabulary = words.table, words.vocabulary
+        asked = [int(i) for i in dict.fromkeys(ids.tolist()) if any(map(str.isalnum, vocabulary[i]))]
+        if not asked:
+            raise ValueError("prompt has no word: must have at least one token with a letter or a digit")
+        self.words = [vocabulary[i].strip() for i in asked]
+        count = np.bincount(document, minlength=len(vocabulary))
+        used = np.flatnonzero(count)
+        match = _unit(table[used]) @ _unit(table[asked]).T * _rarity(vocabulary, count, self.words)  # (used, n)
+        self._score = np.full(len(vocabulary), -np.inf, np.float32)
+        self._reason = np.zeros(len(vocabulary), np.int32)
+        self._score[used], self._reason[used] = match.max(1), match.argmax(1)
+        digest = hashlib.sha256(self._score.tobytes() + self._reason.tobytes() + "\n".join(self.words).encode())
+        self.fingerprint = f"table-{digest.hexdigest()[:32]}"
+
+    def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """rows: `(n,)` token ids -> score `(n,)` float32, reason `(n,)` int32."""
+        return self._score[rows], self._reason[rows]
+
+    def explain(self, reason: int) -> str:
+        return f"matches “{self.words[reason]}” of the prompt"
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+
+
+def _rarity(vocabulary: Sequence[str], count: np.ndarray, words: list[str]) -> np.ndarray:
+    """`(n,)` float32: log(tokens / (1 + occurrences)) of each word, whatever its case or the space before it."""
+    wanted = {word.lower(): 0 for word in words}
+    for i in np.flatnonzero(count):
+        word = vocabulary[i].strip().lower()
+        if word in wanted:
+            wanted[word] += int(count[i])
+    seen = np.array([wanted[word.lower()] for word in words])
+    return np.log(np.maximum(count.sum(), 1) / (1 + seen)).clip(0.05).astype(np.float32)

@@ -1,0 +1,32 @@
+"""Named tensors and a few plain values in one safetensors file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import safe_open, save_file
+from torch import Tensor
+
+from .files import whole
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], about: dict) -> Path:
+    """Write `tensors` and `about`, values that JSON can hold. OSError as the system says."""
+    with whole(path) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"about": json.dumps(about)})
+    return Path(path)
+
+
+def read_tensors(path: str | os.PathLike, writer: str) -> tuple[dict[str, Tensor], dict]:
+    """What `write_tensors` wrote, on the CPU. Raises `FileNotFoundError`, or `ValueError` where `writer` did not."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path={str(path)!r}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 -- no mapping
+    except Exception as problem:
+        raise ValueError(f"path={str(path)!r}: not a file that {writer} wrote ({problem})") from problem

@@ -1,0 +1,328 @@
+"""The chunk buffer panel: one state, a worker for what is quick, another one for the model's layers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from proteus_playground.experiments.haystacks import Haystack
+from proteus_playground.streaming.replay import Document, Replay, Scores, empty_scores, fill, plant, replay
+from proteus_playground.streaming.table_scorer import TableScorer
+
+from . import stream_words
+from .stream_board import StreamBoard
+from .stream_figure import StreamPictures
+from .stream_state import PLAN, StreamState, Wanted
+from .worker import Worker
+from .workbench import STALE_SECONDS
+
+PIECE = 2048  # tokens that the layers score at a time: progress, Cancel and the picture move on after each
+ROOM = 512  # tokens of the model's context left to prompt and answer
+LOOK_SECONDS = 0.7  # between pictures while the layers score
+REMEMBERED = 6  # score tables kept
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text as tokens, and the words that they are."""
+
+    words: object  # `vocabulary`, `table`, `encode`, `random`, `note`
+    haystack: Haystack
+    why: str  # why the words are random, "" if they are not or were asked for
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A finished picture: what was wanted and what came of it."""
+
+    wanted: Wanted
+    document: Document
+    scores: Scores
+    replay: Replay
+    asked: list[str]  # the prompt's words that take part
+
+
+class StreamPanel(StreamBoard):
+    """What `stream_panel` returns. `drawn` is the last `Frame`, `number` counts pictures, `transport.step` is where."""
+
+    def __init__(self, state: StreamState, make_source: Callable, make_subject: Callable):
+        self.pictures = StreamPictures()
+        super().__init__(state, self.pictures.widget, self._step, self._load)
+        self._make_source, self._make_subject = make_source, make_subject
+        self.source: Source | None = None
+        self.drawn: Frame | None = None
+        self.subject, self.number, self.problem = None, 0, ""
+        self._folder = TemporaryDirectory(prefix="proteus-keys-", ignore_cleanup_errors=True)  # gone with this panel
+        self._reply: tuple[str, Frame, int, int] | None = None  # answer, frame, step, tokens
+        self._documents: dict[tuple, Document] = {}
+        self._tables: dict[tuple, tuple[Scores, list[str]]] = {}
+        self._layers: dict[tuple, Scores] = {}
+        self._running: tuple | None = None  # what the layers are scoring
+        self._looked = 0.0
+        self.worker, self.layers_worker = Worker(), Worker()
+        self.buttons.layers.on_click(lambda _: self.score_in_context())
+        self.buttons.answer.on_click(lambda _: self.ask_for_answer())
+        self.buttons.cancel.on_click(lambda _: self.stop())
+        self.transport.jump.on_click(lambda _: self._to_needle())
+        state.observe(lambda _: self._ask(), [*PLAN, "prompt", "needle", "page", "judge"])
+        state.observe(lambda _: self._load(), ["model"])
+        self._load()
+
+    # What is wanted
+
+    def wanted(self) -> Wanted:
+        state = self.state
+        page = min(state.page, self._pages()) if self.source else state.page
+        scores = self._layers.get(self._key()) if state.judge == "layers" else None
+        return Wanted(state.judge, state.prompt, state.needle, page, state.plan(), scores.until if scores else 0)
+
+    def _key(self) -> tuple:
+        """What scores in context belong to."""
+        state = self.state
+        return id(self.source), state.prompt, state.needle, min(state.page, self._pages()) if self.source else 0
+
+    def _pages(self) -> int:
+        return -(-len(self.source.haystack.tokens) // 512)
+
+    def _ask(self) -> None:
+        """One request for the picture as the controls now are."""
+        source, wanted = self.source, self.wanted()
+        if self._running not in (None, self._key()):
+            self.layers_worker.cancel("model")  # its answer would be to a question that is gone
+            self._running = None
+        if source is None or (self.drawn is not None and wanted == self.drawn.wanted and not self.problem):
+            return
+        self._mark_stale()
+        self.worker.submit("frame", lambda stop, _: self._compute(source, wanted, stop), self._draw, self._failed)
+
+    def _mark_stale(self) -> None:
+        """Says that the picture is old, unless the new one is there before anybody could read it."""
+        try:
+            asyncio.get_running_loop().call_later(STALE_SECONDS, self._still_stale)
+        except RuntimeError:
+            self._say_state("stale")
+
+    def _still_stale(self) -> None:
+        if self.drawn is None or self.wanted() != self.drawn.wanted:
+            self._say_state("stale")
+
+    def _say_state(self, state: str) -> None:
+        """Unless the layers are at work, whose progress is what the status shows."""
+        if self._running is None:
+            self.say(state)
+            self.buttons.cancel.disabled = state != "stale"
+
+    # On the worker
+
+    def _compute(self, source: Source, wanted: Wanted, stop) -> Frame:
+        document = self._planted(source, wanted)
+        if wanted.judge == "words":
+            scores, asked = self._table(source, wanted, document)
+        else:
+            scores, asked = self._layers.get(self._key()), []
+            scores = scores or Scores(np.full(len(document), -np.inf, np.float32), np.zeros(len(document), np.int32),
+                                      str, "nothing")  # fmt: skip
+        return Frame(wanted, document, scores, replay(scores, wanted.plan, document.needle, stop), asked)
+
+    def _planted(self, source: Source, wanted: Wanted) -> Document:
+        at = (id(source), wanted.needle, wanted.page)
+        if at not in self._documents:
+            words, needle = source.words, wanted.needle.strip()
+            ids = words.encode(f"\n\n{needle}") if needle else np.zeros(0, np.int32)
+            lead = next((i for i, token in enumerate(ids) if words.vocabulary[token].strip()), 0)
+            self._documents[at] = plant(source.haystack.tokens, source.haystack.ends, ids, wanted.page, lead)
+            _forget(self._documents)
+        return self._documents[at]
+
+    def _table(self, source: Source, wanted: Wanted, document: Document) -> tuple[Scores, list[str]]:
+        at = (id(document), wanted.prompt)
+        if at not in self._tables:
+            words = source.words
+            begun = time.perf_counter()
+            scorer = TableScorer(words, document.ids, wanted.prompt)
+            scores = empty_scores(document, scorer)
+            fill(scores, document, scorer, len(document))
+            scores.seconds = time.perf_counter() - begun
+            self._tables[at] = scores, scorer.words
+            _forget(self._tables)
+        return self._tables[at]
+
+    # What is shown
+
+    def _draw(self, _: int, frame: Frame) -> None:
+        old, now = self.drawn, frame
+        step = self._where(old, now)
+        self.drawn, self.problem = now, ""
+        with self.pictures.widget.batch_update():
+            if old is None or old.scores is not now.scores or old.wanted.until != now.wanted.until:
+                self.pictures.scored(now.document, now.scores)
+            self.pictures.replayed(now.replay)
+            self.transport.extend(now.replay.steps, step)
+            self._show(step)
+        self.banner.value = stream_words.banner_html(
+            self.source, now.wanted.judge, now.asked, self.subject
+        )
+        if self.wanted() == now.wanted:
+            self._say_state("fresh")
+
+    def _where(self, old: Frame | None, now: Frame) -> int:
+        """The step that has read as far as the picture had; the end, where that was its end or all is new."""
+        if old is None or old.document is not now.document or old.wanted.prompt != now.wanted.prompt:
+            return now.replay.steps
+        if old.wanted.judge != now.wanted.judge or self.transport.step >= self.transport.last:
+            return now.replay.steps
+        read = old.replay.read(self.transport.step)
+        return min(now.replay.steps, round(read / now.replay.plan.chunk_tokens))
+
+    def _step(self, step: int) -> None:
+        if self.drawn is not None:
+            with self.pictures.widget.batch_update():
+                self._show(step)
+
+    def _show(self, step: int) -> None:
+        """The state after `step` chunks, everywhere. Inside a `batch_update`, so that all of it leaves together."""
+        self.number += 1
+        frame, number, words = self.drawn, self.number, self.source.words.vocabulary
+        run, document, scores = frame.replay, frame.document, frame.scores
+        self.pictures.draw(number, step, scores, words)
+        self.buffer.value = stream_words.buffer_html(number, run, step, document, words, scores)
+        self.events.value = stream_words.events_html(run, step, document, words, scores)
+        self.numbers.value = stream_words.numbers_html(number, run, step, document, scores)
+        waiting = frame.wanted.judge == "layers" and not run.steps
+        empty = "Nothing is scored in context yet: press “Score in context”." if waiting else ""
+        self.caption("sky", "Scores along the document", empty or stream_words.step_sentence(run, step))
+        self.caption("curves", "How much is in the buffer", stream_words.needle_sentence(run, step, document))
+        self.caption("text", "What the buffer holds, best first", "")
+        self._show_reply(step)
+
+    def _to_needle(self) -> None:
+        if self.drawn is not None and len(self.drawn.document.needle):
+            self.transport.pause()
+            self.transport.go(self.drawn.document.needle.stop // self.drawn.replay.plan.chunk_tokens + 1)
+
+    # Work that takes longer
+
+    def _load(self) -> None:
+        """Another text or model: the old picture stays until the new one is there."""
+        model, text, tokens = self.state.model, self.state.text, self.state.tokens
+        self.worker.cancel()
+        self.layers_worker.cancel()
+        self._running = None
+        self.say("busy", 0.0, f"reading {tokens:,} tokens of {text}")
+        self.buttons.cancel.disabled = False
+        self.worker.submit(
+            "load", lambda stop, progress: self._make_source(model, text, tokens, stop, progress), self._loaded,
+            self._failed, lambda _, share, what: self.say("busy", share, what),
+        )  # fmt: skip
+
+    def _loaded(self, _: int, source: Source) -> None:
+        if self.source is not None and self.source.words is not source.words:
+            self.subject = None
+        self.source, self.drawn = source, None
+        for old in (self._documents, self._tables, self._layers):
+            old.clear()
+        self.page.max = self._pages()
+        self.buttons.layers.disabled = self.buttons.answer.disabled = source.words.random
+        self._ask()
+
+    def score_in_context(self) -> None:
+        """Lets the model's layers judge every token, from where they were stopped before."""
+        if self.source is None or self.drawn is None or self.source.words.random:
+            return
+        self.state.judge = "layers"
+        source, wanted, key = self.source, self.wanted(), self._key()
+        self._running = key
+        self.say("busy", 0.0, "loading the model")
+        self.buttons.cancel.disabled = False
+
+        def work(stop, progress) -> Scores:
+            document, scorer = self._planted(source, wanted), self._ready(source).scorer(wanted.prompt)
+            scorer.stop = stop
+            scores = self._layers.setdefault(key, empty_scores(document, scorer))
+            fill(scores, document, scorer, PIECE, progress=progress, stop=stop)
+            return scores
+
+        self.layers_worker.submit("model", work, self._scored, self._failed, self._scoring)
+
+    def _ready(self, source: Source):
+        """The model, loaded by the first who needs it."""
+        self.subject = self.subject or self._make_subject(source.words.model, self._folder.name)
+        return self.subject
+
+    def ask_for_answer(self) -> None:
+        """Lets the model answer the prompt from the buffer on show; where it is too large to be read, from its best."""
+        source, frame, step = self.source, self.drawn, self.transport.step
+        if source is None or frame is None or source.words.random or not frame.replay.held[step]:
+            return
+        self.say("busy", None, "the model reads the buffer")
+        self.buttons.cancel.disabled = False
+
+        def work(stop, progress) -> tuple:
+            reader = self._ready(source).reader
+            kept = frame.replay.buffer(step).best(reader.context - ROOM)
+            said = reader.answer(frame.document.ids[kept.position], kept.position, frame.wanted.prompt)
+            return said, frame, step, len(kept)
+
+        self.layers_worker.submit("frame", work, self._answered, self._failed)
+
+    def _answered(self, _: int, reply: tuple) -> None:
+        self._reply = reply
+        self._say_state("fresh")
+        self._show_reply(self.transport.step)
+
+    def _show_reply(self, step: int) -> None:
+        if self._reply is not None:
+            said, frame, at, tokens = self._reply
+            self.answer.value = stream_words.answer_html(said, at, tokens, frame is not self.drawn or at != step)
+
+    def _scoring(self, _: int, share: float, what: str) -> None:
+        scores = self._layers.get(self._running)
+        if scores is None:
+            return
+        speed = scores.until / max(scores.seconds, 1e-9)
+        left = (len(scores.score) - scores.until) / speed
+        self.say("busy", share, f"{what}, {speed:,.0f} a second, {_minutes(left)} left")
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._ask()
+
+    def _scored(self, _: int, scores: Scores) -> None:
+        self._running = None
+        self._say_state("fresh")
+        self._ask()
+
+    def stop(self) -> None:
+        """Cancel: what runs stops at its next check; what is scored stays and can be played."""
+        self.worker.cancel()
+        self.layers_worker.cancel()
+        self._running = None
+        self.say("stopped")
+        self.buttons.cancel.disabled = True
+        if self.source is not None:
+            self._ask()
+
+    def close(self) -> None:
+        self.worker.cancel()
+        self.layers_worker.cancel()
+        super().close()
+
+    def _failed(self, _: int, err: BaseException) -> None:
+        self._running = None
+        self.problem = str(err) or type(err).__name__
+        self.say("error", what=self.problem)
+        self.buttons.cancel.disabled = True
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _forget(table: dict) -> None:
+    """Keeps the newest few."""
+    while len(table) > REMEMBERED:
+        table.pop(next(iter(table)))
