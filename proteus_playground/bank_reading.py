@@ -66,7 +66,9 @@ class RandomReading:
         """Reads the first `tokens` words of `text`, of which `start` are in the banks already."""
         source = RandomSource(seed)
         self._words = source.encode(text.body)[:tokens]
-        self.note = f"Random weights, nothing learned: a stand-in layer reads {len(self._words):,} words of {text.name}."
+        self.note = (
+            f"Random weights, nothing learned: a stand-in layer reads {len(self._words):,} words of {text.name}."
+        )
         self._captured = source.capture(source.ids(self._words))
         learned = Calibration(source, calibration_text(text.name), CALIBRATION_TOKENS, None)
         budget = plan_budget(config_for(settings, source.shape), ENDLESS)

@@ -64,7 +64,10 @@ def make_model(name: str, prompt: str | None, source: str | None, seed: int, dev
         from .streaming.layer_model import LayerModel
 
         return LayerModel(prompt, source=source, seed=seed, device=device)
-    raise ValueError(f"model={name!r}: must be one of layer")
+    from .hf.stream_model import StreamModel
+    from .streaming.tokenising import encoder
+
+    return StreamModel(name, prompt, device, encoder)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from pathlib import Path
-
 import pytest
+from notebook_page import notebook_page, screenshots
 
 from proteus_playground.bench import slider
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 pytestmark = pytest.mark.slow
 TRACES = """() => {
   const figure = document.querySelector('.pp-figure .js-plotly-plot');
@@ -23,41 +19,19 @@ AXES = "[...document.querySelectorAll('.pp-figure .nsewdrag')].map((e) => e.getB
 
 
 @pytest.fixture(scope="module")
-def shots(tmp_path_factory) -> Path:
-    folder = Path(os.environ.get("PROTEUS_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def shots(tmp_path_factory):
+    return screenshots(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, shots):
+def page(tmp_path_factory):
     """The notebook with every cell run, and what the console complained about in `page.complaints`."""
-    executable = slider.chromium()
-    if executable is None:
-        pytest.skip("no Chromium here: install one or set PROTEUS_CHROMIUM")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    folder = tmp_path_factory.mktemp("lab")
-    shutil.copytree(NOTEBOOKS, folder / "notebooks")
-    with slider.jupyter_lab(folder) as address, api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=list(slider.CHROMIUM_ARGS))
-        page = browser.new_page(viewport={"width": 1400, "height": 1060})
-        page.complaints = []
-        page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda err: page.complaints.append(str(err)))
-        # The badge and the first cell's picture come from elsewhere, and a test asks nothing of the network.
-        for elsewhere in ("https://colab.research.google.com/**", "https://raw.githubusercontent.com/**"):
-            page.route(
-                elsewhere,
-                lambda route: route.fulfill(
-                    body="<svg xmlns='http://www.w3.org/2000/svg'/>", content_type="image/svg+xml"
-                ),
-            )
+    with notebook_page(tmp_path_factory.mktemp("lab")) as (page, address):
         slider.run_all(page, address, f"notebooks/{slider.NOTEBOOK}")
         page.keyboard.press("Control+b")
         page.wait_for_timeout(500)
         page.locator(".pp-app").scroll_into_view_if_needed()
         yield page
-        browser.close()
 
 
 @pytest.mark.parametrize("name", slider.SLIDERS)

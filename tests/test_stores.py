@@ -438,6 +438,16 @@ def test_text_that_changes_while_it_is_tokenised(tmp_path, book, small, how, lim
     assert left_in(tmp_path / "cache") == set()
 
 
+def test_text_that_is_replaced_while_it_is_tokenised(tmp_path, book, small):
+    def replace(share, said):
+        (tmp_path / "new.txt").write_bytes(book.read_bytes() + b"!")
+        os.replace(tmp_path / "new.txt", book)
+
+    with pytest.raises(OSError, match="book.txt grew while it was in use"):
+        disk(book, tmp_path, progress=replace)
+    assert left_in(tmp_path / "cache") == set()
+
+
 def test_an_array_that_changes_afterwards(tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, np.arange(1000))
@@ -506,6 +516,14 @@ def test_stop_is_heard_and_the_next_run_goes_on(tmp_path, book, small):
     resumed = run("cut")
     assert len(calls) < len(whole) + 4 and calls[done:] == whole[-len(calls[done:]) :]
     assert resumed.fingerprint == plain.fingerprint and left_in(tmp_path / "cut") == {".npy", ".json"}
+
+
+def test_rows_go_on_in_the_middle_of_a_row(tmp_path, small):
+    book = TextRows("rows", [{"text": row} for row in (WORDS * 60).split("naïve")], "1")
+    done = []
+    with pytest.raises(Stopped):
+        disk(book, tmp_path, progress=lambda *_: done.append(1), stop=lambda: len(done) > 40)
+    assert disk(book, tmp_path).fingerprint == disk(book, tmp_path / "plain").fingerprint
 
 
 def test_a_part_that_is_not_what_the_journal_says_is_begun_again(tmp_path, book, small):

@@ -473,7 +473,7 @@ def test_embeddings_and_generated_documents(proteus, tmp_path):
         ([], "give a FILE or --generated N"),
         (["x.txt", "--generated", "2k"], "give a FILE or --generated N"),
         (["no.txt", "--model", "layer"], "no.txt"),
-        (["--generated", "2k", "--model", "elk"], "model='elk'"),
+        (["--generated", "2k", "--model", "elk", "--prompt", "tea"], "'elk'"),
         (["--generated", "2x", "--model", "layer"], "--generated"),
         (["--generated", "2k", "--model", "layer", "--chunk-tokens", "0"], "--chunk-tokens"),
         (["--generated", "2k", "--model", "layer", "--positions", "new"], "original, compacted"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proteus_playground.widgets import bank_panel, bank_words, stream_figure, stream_panel, stream_words
-from proteus_playground.widgets.stream_panel import Source
+from proteus_playground.widgets.stream_frames import Source
 from proteus_playground.widgets.stream_state import FIELDS, StreamState, check
 
 from proteus_playground.attention.bank_view import BankContents, GateContents
@@ -19,16 +21,7 @@ from proteus_playground.experiments.haystacks import Haystack, read
 from proteus_playground.streaming.buffer import StreamPlan
 from proteus_playground.streaming.pipeline import stream
 from proteus_playground.streaming.random_words import RandomWords
-from proteus_playground.streaming.replay import (
-    Document,
-    Scores,
-    empty_scores,
-    fill,
-    page_of,
-    plant,
-    replay,
-    runs,
-)
+from proteus_playground.streaming.replay import Document, Scores, empty_scores, fill, page_of, plant, replay, runs
 from proteus_playground.streaming.table_scorer import TableScorer
 from proteus_playground.texts import pasted
 
@@ -60,6 +53,22 @@ class Known:
 
     def explain(self, reason: int) -> str:
         return str(reason)
+
+
+# The notebook
+
+
+def test_the_notebook_says_what_colab_needs_and_carries_no_outputs():
+    folder = Path(__file__).parent.parent / "notebooks"
+    book, first = (json.loads((folder / name).read_text(encoding="utf-8"))
+                   for name in ("04_million_tokens.ipynb", "00_start_here.ipynb"))  # fmt: skip
+    assert book["metadata"] == first["metadata"]
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    source = "".join("".join(cell["source"]) for cell in code)
+    assert source.count("enable_custom_widget_manager()") == 1 and "torch==" not in source
+    assert all(f"display({name})" in source for name in ("panel", "bank", "million"))
+    assert "blob/main/notebooks/04_million_tokens.ipynb" in "".join(book["cells"][0]["source"])
 
 
 # Replay
@@ -163,7 +172,9 @@ def test_a_word_finds_itself_and_rare_words_count_more():
     scorer = TableScorer(words, ids, "The soup?")
     score, reason = scorer.score(ids)
     best = int(score.argmax())
-    assert words.vocabulary[ids[best]] == " Soup" and scorer.explain(int(reason[best])) == "matches “soup” of the prompt"
+    assert (
+        words.vocabulary[ids[best]] == " Soup" and scorer.explain(int(reason[best])) == "matches “soup” of the prompt"
+    )
     assert score[best] == pytest.approx(np.log(len(ids) / 2), rel=1e-5)
     the = np.array([words.vocabulary[i].strip().lower() == "the" for i in ids])
     assert (score[the] < score[best] / 2).all() and np.isfinite(score).all()
@@ -357,20 +368,20 @@ def test_scoring_in_context_is_cancelled_and_goes_on():
     rest(made)
     made.buttons.layers.click()
     end = time.monotonic() + 10
-    while not made._layers or next(iter(made._layers.values())).until < 4096:
+    while not made.frames.layers or next(iter(made.frames.layers.values())).until < 4096:
         assert time.monotonic() < end
         time.sleep(0.005)
     assert "a second" in made.status.value and not made.buttons.cancel.disabled
     made.buttons.cancel.click()
     made.layers_worker.wait()
     rest(made)
-    done = next(iter(made._layers.values())).until
+    done = next(iter(made.frames.layers.values())).until
     assert 4096 <= done < 12_000 and "pp-stopped" in made.status.value
     assert made.transport.last == done // 1024 == made.drawn.replay.steps
     made.buttons.layers.click()
     made.layers_worker.wait()
     rest(made)
-    assert next(iter(made._layers.values())).done and made.transport.last == 12
+    assert next(iter(made.frames.layers.values())).done and made.transport.last == 12
     assert "is &lt;odd&gt;" in made.buffer.value and "<odd>" not in made.buffer.value + made.events.value
     made.state.judge = "words"
     rest(made)
@@ -382,7 +393,7 @@ def test_another_prompt_ends_a_run_in_context_and_its_scores_are_never_drawn():
     made = make_panel(seconds=0.05)
     rest(made)
     made.buttons.layers.click()
-    while not made._layers:
+    while not made.frames.layers:
         time.sleep(0.005)
     made.state.prompt = "Where is the cat?"
     made.layers_worker.wait()

@@ -9,7 +9,8 @@ from proteus_playground.bank_reading import Reading
 
 from .bank_panel import BankPanel
 from .state import PlayState, check, parse
-from .stream_panel import Source, StreamPanel
+from .stream_frames import Source
+from .stream_panel import StreamPanel
 from .stream_state import StreamState
 from .workbench import Workbench
 
@@ -107,8 +108,8 @@ def stream_panel(
     text: "pydoc", "jargon" or "bible" where they are installed, "auto", or the path of a UTF-8 file; prompt: what is
     asked; needle: a sentence to plant, "" for none; settings: `page` to plant it on, `tokens` of the document, `model`
     ("smollm2" or "random"), `chunk_tokens`, `per_chunk_budget`, `buffer_tokens`, `neighbours`. source, subject: a ready
-    document, and what scores it in context and answers, instead. Raises ValueError or TypeError naming what is not allowed. Random
-    word vectors stand in for a model that is not pulled.
+    document, and what scores it in context and answers, instead. Random word vectors stand in for a model that is not
+    pulled. Raises ValueError or TypeError naming what is not allowed.
     """
     state = StreamState()
     named = {"text": text, "prompt": prompt, "needle": needle}

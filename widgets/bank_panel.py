@@ -47,8 +47,8 @@ class BankPanel(w.VBox):
         self.again.on_click(lambda _: self._load())
         for box in (self.layer, self.group):
             box.observe(lambda _: self._look_elsewhere(), "value")
-        row = _row("pp-transport", self.back, self.play, self.forward, self.speed, _labelled("layer", self.layer, "44px"),
-                   _labelled("KV group", self.group, "74px"), self.again)  # fmt: skip
+        where = _labelled("layer", self.layer, "44px"), _labelled("KV group", self.group, "74px")
+        row = _row("pp-transport", self.back, self.play, self.forward, self.speed, *where, self.again)
         head = _row("pp-head", self.title, self.status)
         super().__init__([styles(), head, self.banner, row, self.numbers, self.near, self.caption, self.gates])
         self.add_class("pp-app")

@@ -55,7 +55,8 @@ def near_html(now: BankContents, tokens: list[str], given: int) -> str:
     return (
         f'<div class="pp-near pp-near-anchors"><span>anchors: the first {len(now.anchors)}</span>'
         f"<p>{_text(tokens, now.anchors)}</p></div>"
-        f'<div class="pp-near pp-near-window"><span>window: {where}</span><p>{_text(tokens, window[:-1])}{last}</p></div>'
+        f'<div class="pp-near pp-near-window"><span>window: {where}</span>'
+        f"<p>{_text(tokens, window[:-1])}{last}</p></div>"
     )
 
 

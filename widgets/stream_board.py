@@ -65,12 +65,11 @@ class Transport(w.HBox):
     def go(self, step: int) -> None:
         """To `step`, within what there is. A moving player is not sent its own position: it may be further already."""
         step = max(0, min(step, self.last))
-        moved = step != self.scrub.value
+        new, self._heard = step != self._heard, step
         self.scrub.value = step
         if abs(self.play.value - step) > (1 if self.playing else 0):
             self.play.value = step
-        if moved or self._heard != step:
-            self._heard = step
+        if new:
             self._on_step(step)
 
     _heard = -1
@@ -109,7 +108,9 @@ class Buttons:
 class StreamBoard(w.VBox):
     """The widgets in their places."""
 
-    def __init__(self, state: StreamState, figure: w.DOMWidget, on_step: Callable[[int], None], on_read: Callable[[], None]):
+    def __init__(
+        self, state: StreamState, figure: w.DOMWidget, on_step: Callable[[int], None], on_read: Callable[[], None]
+    ):
         self.state = state
         self.title = w.HTML('<div class="pp-title"><b>Chunk buffer</b></div>')
         self.banner, self.numbers, self.status, self.events = w.HTML(), w.HTML(), w.HTML(), w.HTML()
@@ -118,10 +119,11 @@ class StreamBoard(w.VBox):
         self.transport = Transport(on_step, "to the needle", "Go to the step that reads the needle")
         self.buttons = Buttons(
             w.Button(description="Score in context", layout=AUTO,
-                     tooltip="Let SmolLM2's own queries and keys judge every token: a thousand or so a second on a CPU"),
+                     tooltip="Let SmolLM2's own queries and keys judge every token: minutes on a CPU, once"),
             w.Button(description="Answer", layout=AUTO,
                      tooltip="Let SmolLM2 answer the prompt from what the buffer holds now, and nothing else"),
-            w.Button(description="Cancel", tooltip="Stop what is running; what is scored stays", layout=AUTO, disabled=True),
+            w.Button(description="Cancel", layout=AUTO, disabled=True,
+                     tooltip="Stop what is running; what is scored stays"),
             w.ToggleButton(description="Another document", icon="file-text-o", layout=AUTO),
         )  # fmt: skip
         for name, caption in self.captions.items():
@@ -162,8 +164,8 @@ class StreamBoard(w.VBox):
         for name, widget in (("prompt", prompt), ("needle", needle), ("page", page), ("judge", judge)):
             widget.add_class(f"pp-{name}")
             bind(state, name, widget)
-        first = _row("pp-actions", _labelled("prompt", prompt), _labelled("judged by", judge, "76px"), self.buttons.layers,
-                     self.buttons.answer)  # fmt: skip
+        first = _row("pp-actions", _labelled("prompt", prompt), _labelled("judged by", judge, "76px"),
+                     self.buttons.layers, self.buttons.answer)  # fmt: skip
         second = _row("pp-actions", _labelled("needle", needle), _labelled("on page", page, "76px"), self.buttons.more,
                       self.buttons.cancel)  # fmt: skip
         return w.VBox([first, second])
@@ -181,7 +183,9 @@ def _source(state: StreamState, on_read: Callable[[], None]) -> w.VBox:
     """Behind a button: which document, how long."""
     text = w.Text(value=state.text, layout=w.Layout(width="320px"))
     tokens = w.BoundedIntText(value=state.tokens, min=2048, max=1_048_576, step=1024, layout=w.Layout(width="110px"))
-    sizes = w.HBox([w.Button(description=name, layout=AUTO, tooltip=f"{size:,} tokens") for name, size in SIZES.items()])
+    sizes = w.HBox(
+        [w.Button(description=name, layout=AUTO, tooltip=f"{size:,} tokens") for name, size in SIZES.items()]
+    )
     read = w.Button(description="Read it", button_style="info", tooltip="Make a document of this text", layout=AUTO)
     tip(text, "“pydoc” (Python's manual), “jargon” or “bible” where they are installed, or the path of a UTF-8 file")
     tip(tokens, BY_NAME["tokens"].tip)

@@ -19,13 +19,20 @@ SKY, STRIP, CURVES = (58, 262), (278, 306), (354, 432)  # pixels from the top
 KEPT, PROMOTED, EVICTED, NEEDLE = "#0072B2", "#009E73", "#D55E00", "#B0307E"
 NEW_CODE, GONE_CODE = 101, 102  # in the strip, above the shares 2..100
 BORDERS = 260  # chunks of which the borders can still be told apart
+
+
+def _mark(symbol: str, size: float, colour: str, edge: str, width: float) -> dict:
+    marker = {"symbol": symbol, "size": size, "color": colour, "line": {"width": width, "color": edge}}
+    return {"mode": "markers", "marker": marker}
+
+
 LOOK = {
     "sky": {"mode": "lines", "line": {"width": 0.6, "color": "#aab2bb"}, "fill": "tozeroy", "fillcolor": "#d5dae0"},
     "bar": {"mode": "lines", "line": {"width": 1.6, "color": INK, "shape": "hv"}},
-    "kept": {"mode": "markers", "marker": {"size": 5, "color": KEPT}},
-    "evicted": {"mode": "markers", "marker": {"size": 9, "color": EVICTED, "symbol": "x-thin", "line": {"width": 2.2, "color": EVICTED}}},
-    "promoted": {"mode": "markers", "marker": {"size": 10, "color": PROMOTED, "symbol": "triangle-up", "line": {"width": 1, "color": "white"}}},
-    "needle": {"mode": "markers", "marker": {"size": 15, "color": NEEDLE, "symbol": "star", "line": {"width": 1.2, "color": "white"}}},
+    "kept": _mark("circle", 5, KEPT, KEPT, 0),
+    "evicted": _mark("x-thin", 9, EVICTED, EVICTED, 2.2),
+    "promoted": _mark("triangle-up", 10, PROMOTED, "white", 1),
+    "needle": _mark("star", 15, NEEDLE, "white", 1.2),
 }  # fmt: skip
 
 
@@ -105,8 +112,8 @@ class StreamPictures:
         x = float(pages(middle))
         layout.shapes[2].update(x0=x, x1=x, visible=bool(len(document.needle)))
         right = x > float(pages(size * 0.8))
-        layout.annotations[0].update(x=x, text=f"the needle, page {page_of(document.needle.start):,}",
-                                     xanchor="right" if right else "left", visible=bool(len(document.needle)))  # fmt: skip
+        said = f"the needle, page {page_of(document.needle.start):,}" if len(document.needle) else ""
+        layout.annotations[0].update(x=x, text=said, xanchor="right" if right else "left")
 
     def replayed(self, replay: Replay) -> None:
         """Another plan: chunk borders."""
@@ -138,7 +145,8 @@ class StreamPictures:
 
     def _draw_front(self, replay: Replay, step: int) -> None:
         """The chunk that was just read, and the veil over what was not."""
-        first, last, end = (float(pages(at)) for at in (replay.read(step - 1) if step else 0, replay.read(step), replay.tokens))
+        read = replay.read(max(0, step - 1)), replay.read(step), replay.tokens
+        first, last, end = (float(pages(at)) for at in read)
         chunk, veil = self.widget.layout.shapes[:2]
         chunk.update(x0=first, x1=last)
         veil.update(x0=last, x1=end)
@@ -155,8 +163,9 @@ class StreamPictures:
         best = needle.start + int(part.argmax())
         found = np.searchsorted(kept.position, [needle.start, needle.stop])
         share = int(found[1] - found[0])
+        said = f"{share} of the needle's {len(needle)} tokens are kept"
         self._trace["needle"].update(
-            x=[float(pages(best))], y=[float(part.max())], text=[f"{share} of the needle's {len(needle)} tokens are kept"],
+            x=[float(pages(best))], y=[float(part.max())], text=[said],
             marker={"symbol": "star" if share else "star-open", "line": {"color": "white" if share else NEEDLE}},
         )  # fmt: skip
 

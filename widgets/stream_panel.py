@@ -5,46 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 
-import numpy as np
-
-from proteus_playground.experiments.haystacks import Haystack
-from proteus_playground.streaming.replay import Document, Replay, Scores, empty_scores, fill, plant, replay
-from proteus_playground.streaming.table_scorer import TableScorer
+from proteus_playground.streaming.replay import PAGE, Scores
 
 from . import stream_words
 from .stream_board import StreamBoard
 from .stream_figure import StreamPictures
+from .stream_frames import Frame, Frames, Source
 from .stream_state import PLAN, StreamState, Wanted
-from .worker import Worker
 from .workbench import STALE_SECONDS
+from .worker import Worker
 
-PIECE = 2048  # tokens that the layers score at a time: progress, Cancel and the picture move on after each
 ROOM = 512  # tokens of the model's context left to prompt and answer
 LOOK_SECONDS = 0.7  # between pictures while the layers score
-REMEMBERED = 6  # score tables kept
-
-
-@dataclass(frozen=True)
-class Source:
-    """A text as tokens, and the words that they are."""
-
-    words: object  # `vocabulary`, `table`, `encode`, `random`, `note`
-    haystack: Haystack
-    why: str  # why the words are random, "" if they are not or were asked for
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A finished picture: what was wanted and what came of it."""
-
-    wanted: Wanted
-    document: Document
-    scores: Scores
-    replay: Replay
-    asked: list[str]  # the prompt's words that take part
 
 
 class StreamPanel(StreamBoard):
@@ -55,13 +30,11 @@ class StreamPanel(StreamBoard):
         super().__init__(state, self.pictures.widget, self._step, self._load)
         self._make_source, self._make_subject = make_source, make_subject
         self.source: Source | None = None
+        self.frames: Frames | None = None
         self.drawn: Frame | None = None
         self.subject, self.number, self.problem = None, 0, ""
         self._folder = TemporaryDirectory(prefix="proteus-keys-", ignore_cleanup_errors=True)  # gone with this panel
         self._reply: tuple[str, Frame, int, int] | None = None  # answer, frame, step, tokens
-        self._documents: dict[tuple, Document] = {}
-        self._tables: dict[tuple, tuple[Scores, list[str]]] = {}
-        self._layers: dict[tuple, Scores] = {}
         self._running: tuple | None = None  # what the layers are scoring
         self._looked = 0.0
         self.worker, self.layers_worker = Worker(), Worker()
@@ -77,28 +50,20 @@ class StreamPanel(StreamBoard):
 
     def wanted(self) -> Wanted:
         state = self.state
-        page = min(state.page, self._pages()) if self.source else state.page
-        scores = self._layers.get(self._key()) if state.judge == "layers" else None
-        return Wanted(state.judge, state.prompt, state.needle, page, state.plan(), scores.until if scores else 0)
-
-    def _key(self) -> tuple:
-        """What scores in context belong to."""
-        state = self.state
-        return id(self.source), state.prompt, state.needle, min(state.page, self._pages()) if self.source else 0
-
-    def _pages(self) -> int:
-        return -(-len(self.source.haystack.tokens) // 512)
+        now = Wanted(state.judge, state.prompt, state.needle, min(state.page, self.page.max), state.plan())
+        known = self.frames.layers.get(self.frames.key(now)) if self.frames and state.judge == "layers" else None
+        return now if known is None else replace(now, until=known.until)
 
     def _ask(self) -> None:
         """One request for the picture as the controls now are."""
-        source, wanted = self.source, self.wanted()
-        if self._running not in (None, self._key()):
+        frames, wanted = self.frames, self.wanted()
+        if self._running not in (None, Frames.key(wanted)):
             self.layers_worker.cancel("model")  # its answer would be to a question that is gone
             self._running = None
-        if source is None or (self.drawn is not None and wanted == self.drawn.wanted and not self.problem):
+        if frames is None or (self.drawn is not None and wanted == self.drawn.wanted and not self.problem):
             return
         self._mark_stale()
-        self.worker.submit("frame", lambda stop, _: self._compute(source, wanted, stop), self._draw, self._failed)
+        self.worker.submit("frame", lambda stop, _: frames.make(wanted, stop), self._draw, self._failed)
 
     def _mark_stale(self) -> None:
         """Says that the picture is old, unless the new one is there before anybody could read it."""
@@ -113,44 +78,11 @@ class StreamPanel(StreamBoard):
 
     def _say_state(self, state: str) -> None:
         """Unless the layers are at work, whose progress is what the status shows."""
+        if state == "fresh" and self.drawn is not None and 0 < self.drawn.scores.until < len(self.drawn.scores.score):
+            state = "stopped"
         if self._running is None:
             self.say(state)
             self.buttons.cancel.disabled = state != "stale"
-
-    # On the worker
-
-    def _compute(self, source: Source, wanted: Wanted, stop) -> Frame:
-        document = self._planted(source, wanted)
-        if wanted.judge == "words":
-            scores, asked = self._table(source, wanted, document)
-        else:
-            scores, asked = self._layers.get(self._key()), []
-            scores = scores or Scores(np.full(len(document), -np.inf, np.float32), np.zeros(len(document), np.int32),
-                                      str, "nothing")  # fmt: skip
-        return Frame(wanted, document, scores, replay(scores, wanted.plan, document.needle, stop), asked)
-
-    def _planted(self, source: Source, wanted: Wanted) -> Document:
-        at = (id(source), wanted.needle, wanted.page)
-        if at not in self._documents:
-            words, needle = source.words, wanted.needle.strip()
-            ids = words.encode(f"\n\n{needle}") if needle else np.zeros(0, np.int32)
-            lead = next((i for i, token in enumerate(ids) if words.vocabulary[token].strip()), 0)
-            self._documents[at] = plant(source.haystack.tokens, source.haystack.ends, ids, wanted.page, lead)
-            _forget(self._documents)
-        return self._documents[at]
-
-    def _table(self, source: Source, wanted: Wanted, document: Document) -> tuple[Scores, list[str]]:
-        at = (id(document), wanted.prompt)
-        if at not in self._tables:
-            words = source.words
-            begun = time.perf_counter()
-            scorer = TableScorer(words, document.ids, wanted.prompt)
-            scores = empty_scores(document, scorer)
-            fill(scores, document, scorer, len(document))
-            scores.seconds = time.perf_counter() - begun
-            self._tables[at] = scores, scorer.words
-            _forget(self._tables)
-        return self._tables[at]
 
     # What is shown
 
@@ -164,9 +96,7 @@ class StreamPanel(StreamBoard):
             self.pictures.replayed(now.replay)
             self.transport.extend(now.replay.steps, step)
             self._show(step)
-        self.banner.value = stream_words.banner_html(
-            self.source, now.wanted.judge, now.asked, self.subject
-        )
+        self.banner.value = stream_words.banner_html(self.source, now.wanted.judge, now.asked, self.subject)
         if self.wanted() == now.wanted:
             self._say_state("fresh")
 
@@ -223,10 +153,8 @@ class StreamPanel(StreamBoard):
     def _loaded(self, _: int, source: Source) -> None:
         if self.source is not None and self.source.words is not source.words:
             self.subject = None
-        self.source, self.drawn = source, None
-        for old in (self._documents, self._tables, self._layers):
-            old.clear()
-        self.page.max = self._pages()
+        self.source, self.frames, self.drawn = source, Frames(source), None
+        self.page.max = -(-len(source.haystack.tokens) // PAGE)
         self.buttons.layers.disabled = self.buttons.answer.disabled = source.words.random
         self._ask()
 
@@ -235,17 +163,15 @@ class StreamPanel(StreamBoard):
         if self.source is None or self.drawn is None or self.source.words.random:
             return
         self.state.judge = "layers"
-        source, wanted, key = self.source, self.wanted(), self._key()
-        self._running = key
+        source, frames, wanted = self.source, self.frames, self.wanted()
+        self._running = Frames.key(wanted)
         self.say("busy", 0.0, "loading the model")
         self.buttons.cancel.disabled = False
 
         def work(stop, progress) -> Scores:
-            document, scorer = self._planted(source, wanted), self._ready(source).scorer(wanted.prompt)
+            scorer = self._ready(source).scorer(wanted.prompt)
             scorer.stop = stop
-            scores = self._layers.setdefault(key, empty_scores(document, scorer))
-            fill(scores, document, scorer, PIECE, progress=progress, stop=stop)
-            return scores
+            return frames.score_in_context(wanted, scorer, progress, stop)
 
         self.layers_worker.submit("model", work, self._scored, self._failed, self._scoring)
 
@@ -281,7 +207,7 @@ class StreamPanel(StreamBoard):
             self.answer.value = stream_words.answer_html(said, at, tokens, frame is not self.drawn or at != step)
 
     def _scoring(self, _: int, share: float, what: str) -> None:
-        scores = self._layers.get(self._running)
+        scores = self.frames.layers.get(self._running)
         if scores is None:
             return
         speed = scores.until / max(scores.seconds, 1e-9)
@@ -320,9 +246,3 @@ class StreamPanel(StreamBoard):
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def _forget(table: dict) -> None:
-    """Keeps the newest few."""
-    while len(table) > REMEMBERED:
-        table.pop(next(iter(table)))

@@ -43,9 +43,8 @@ def run_html(run: Run, document: Document, words: list[str], scores: Scores) -> 
     needle = document.needle
     mine = run.start < needle.stop and needle.start < run.stop
     kind = " pp-needle" * mine + " pp-new" * run.fresh
-    pages = page_of(run.start) if page_of(run.start) == page_of(run.stop - 1) else f"{page_of(run.start):,} and on"
     why = escape(scores.explain(run.reason))
-    head = f"<b>{run.score:.2f}</b> page {pages} · {why}" + (" · <b>the needle</b>" if mine else "")
+    head = f"<b>{run.score:.2f}</b> page {page_of(run.champion):,} · {why}" + (" · <b>the needle</b>" if mine else "")
     return f'<div class="pp-run{kind}"><span>{head}</span><p>{"".join(parts)}</p></div>'
 
 
@@ -118,7 +117,8 @@ def numbers_html(request: int, replay: Replay, step: int, document: Document, sc
     cells = [
         _cell("chunk", f"{step:,}", f"of {replay.chunks:,}", "Chunks read so far, and in the whole document."),
         _cell("tokens read", f"{read:,}", f"of {replay.tokens:,}", "Tokens that have been read and scored."),
-        _cell("in the buffer", f"{kept:,} of {replay.plan.buffer_tokens:,}", f"{kept / max(1, read):.1%} of what was read",
+        _cell("in the buffer", f"{kept:,} of {replay.plan.buffer_tokens:,}",
+              f"{kept / max(1, read):.1%} of what was read",
               "Tokens that are kept, and how many fit."),
         _cell("to get in", f"{bar:.2f}" if np.isfinite(bar) else "any score", "is the lowest score in"
               if np.isfinite(bar) else "there is room", "A token has to score above the lowest one of a full buffer."),
@@ -138,15 +138,16 @@ def banner_html(source, judge: str, asked: list[str], subject) -> str:
     if judge == "words":
         whose = "" if words.random else f"{NAMES.get(words.model, words.model)}'s "
         names = listed([f"“{word}”" for word in asked[:12]])
-        how = (f"A token's score: how near it is (cosine of {whose}{words.name}) to the nearest of {names}, times how rare that "
-               "word is here. Each token is judged alone.")  # fmt: skip
+        how = (f"A token's score: how near it is (cosine of {whose}{words.name}) to the nearest of {names}, times how "
+               "rare that word is here. Each token is judged alone.")  # fmt: skip
     else:
         how = "A token's score: how well the model's own queries for the prompt match its keys, in context. "
         how += subject.note.replace(words.model, NAMES.get(words.model, words.model)) if subject is not None else ""
     said = f'<div class="pp-note">{escape(note)}, one sentence planted. {escape(how)}</div>'
     if not words.random:
         return said
-    return f'<div class="pp-random"><b>The word vectors are random.</b> {escape(words.note)} {escape(source.why)}</div>{said}'
+    loud = f"<b>The word vectors are random.</b> {escape(words.note)} {escape(source.why)}"
+    return f'<div class="pp-random">{loud}</div>{said}'
 
 
 def answer_html(answer: str, chunks: int, tokens: int, old: bool) -> str:

@@ -36,7 +36,11 @@ class KVBank(Slots):
     Both change the bank in place, without autograd. Memory is fixed, whatever the length, unless `budget.dense`: then
     this is a plain KV cache that grows with its tokens. `count` `(B,)`: kept tokens; `seen` `(B,)`: tokens,
     dropped ones included; `tokens`: the same as a Python int (it stands still while a CUDA graph replays a step).
+    `reach`, tokens, None for no bound: once a sequence holds more, what has left the window stops ageing, step by step:
+    no key ever seems farther from its reader than that. The parallel pass knows no such bound.
     """
+
+    reach: int | None = None
 
     # -- making -----------------------------------------------------------------------------------------------
 

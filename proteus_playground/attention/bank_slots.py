@@ -15,6 +15,7 @@ from torch import Tensor
 from .budget import Budget
 from .gates import Gates
 from .int8 import quantize_rows
+from .rope import rotate
 
 GROWTH = 64  # slots a dense cache starts with
 
@@ -125,11 +126,22 @@ class Slots:
             due = (self.count % b == 0)[:, None]
             due = due if keep is None else due & keep.any(1, keepdim=True)
             if k.device.type != "cpu" or due.any():  # looking would make a GPU wait, and a CUDA graph cannot
+                self._stop_ageing(due)
                 oldest = self.count[:, None] + torch.arange(b, device=k.device) - self.window
                 self._leave(oldest, due.expand(-1, b))
         new, index = self._keys(k, turned, v, keep)
         self._put(new, (self.anchors + index % self.window)[:, None], None if keep is None else keep[:, None])
         self.count += k.shape[1] if keep is None else keep.sum(1)
+
+    def _stop_ageing(self, due: Tensor) -> None:
+        """Turn anchors, rings and sums along by the block that passed, where a sequence `(B, 1)` is beyond reach."""
+        if self.reach is None or self.inv_freq is None:
+            return
+        turn = (due & (self.count > self.reach - self.budget.block)[:, None]) * self.budget.block  # (B, 1), tokens
+        near = self.anchors + self.window
+        for far in (self.rows[:, :, : self.anchors, 0], self.rows[:, :, near:, 0], self.sums[..., 0, :]):
+            if far.numel():
+                far.copy_(rotate(far.flatten(1, -2)[:, None], turn, self.inv_freq).view(far.shape))
 
     def _leave(self, index: Tensor, leaves: Tensor) -> None:
         """Send the window's keys at places `index` (B, K), in order, on their way where `leaves` (B, K)."""

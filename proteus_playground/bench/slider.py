@@ -134,6 +134,14 @@ def _wait_for(address: str, server: subprocess.Popen, log) -> None:
 
 def run_all(page, address: str, notebook: str = NOTEBOOK, ready_ms: int = READY_MS) -> None:
     """Opens `notebook` in a page, runs every cell and waits until the workbench is up to date."""
+    start_all(page, address, notebook)
+    page.wait_for_selector(".pp-text[data-request]", state="attached", timeout=ready_ms)
+    settle(page, ready_ms)
+    page.locator(".pp-app").scroll_into_view_if_needed()
+
+
+def start_all(page, address: str, notebook: str) -> None:
+    """Opens `notebook` in a page and has every cell run."""
     from playwright.sync_api import TimeoutError
 
     page.goto(f"{address}/lab/tree/{notebook}?reset")
@@ -144,9 +152,6 @@ def run_all(page, address: str, notebook: str = NOTEBOOK, ready_ms: int = READY_
         with contextlib.suppress(TimeoutError):
             page.wait_for_function(STARTED, timeout=8_000)
             break
-    page.wait_for_selector(".pp-text[data-request]", state="attached", timeout=ready_ms)
-    settle(page, ready_ms)
-    page.locator(".pp-app").scroll_into_view_if_needed()
 
 
 def settle(page, timeout: int = 30_000) -> int:

@@ -112,13 +112,14 @@ def measure(case: Case) -> dict:
     for _ in range(case.repeats):
         watched = Watched(store)
         begun = perf_counter()
-        *_, last = run(watched, scorer, case.plan)
+        for step in run(watched, scorer, case.plan):
+            kept = step.buffer  # and no step before it: each holds a buffer
         first.append((perf_counter() - begun) * 1e3)
         reading.append(watched.seconds * 1e3 / first[-1])
     held = peak_mb()
     for _ in range(case.repeats):
         begun = perf_counter()
-        attend_over(attn, store, last.buffer, prompt)
+        attend_over(attn, store, kept, prompt)
         sync(device)
         second.append((perf_counter() - begun) * 1e3)
     row = {
@@ -126,7 +127,7 @@ def measure(case: Case) -> dict:
         "storage": case.storage,
         "why": why,
         "by": case.by,
-        "kept": len(last.buffer),
+        "kept": len(kept),
         "pass_1": summary(first),
         "tokens_per_s": case.tokens / summary(first)["median_ms"] * 1e3,
         "reading_share": float(np.median(reading)),

@@ -36,12 +36,11 @@ class Reply:
 
 def answer(reader: Reader, store: PlantedStore, case: Case, kept: Kept | None, most: int) -> Reply | None:
     """Ask `reader` the case's question. kept: what may be read, `most` tokens of it; None for the whole document, which
-    is dense reading, and gives None where it does not fit the model. Positions are compacted: what is kept of a long
-    document stands further apart than a small model was trained for."""
+    is dense reading, and gives None where it does not fit the model."""
     if kept is None and len(store) + ROOM > reader.context:
         return None
     positions = np.arange(len(store)) if kept is None else kept.best(min(most, reader.context - ROOM))
-    text = reader.answer(gather(store, positions), np.arange(len(positions)), case.prompt)
+    text = reader.answer(gather(store, positions), positions, case.prompt)
     return Reply(text, matches(text, case.answers))
 
 

@@ -24,9 +24,9 @@ class BankLayer(CacheLayerMixin):
 
     is_sliding = is_compileable = is_croppable = supports_early_init = False
 
-    def __init__(self, layer: ProteusLayer, budget: Budget, alone: bool):
+    def __init__(self, layer: ProteusLayer, budget: Budget, alone: bool, reach: int | None):
         super().__init__()
-        self.layer, self.budget, self.alone = layer, budget, alone
+        self.layer, self.budget, self.alone, self.reach = layer, budget, alone, reach
         self.bank: KVBank | None = None
 
     @torch.no_grad()
@@ -51,6 +51,7 @@ class BankLayer(CacheLayerMixin):
         self.bank = KVBank.empty(
             self.budget, self.layer.gates, batch, inv_freq=inv_freq, scale=scale, dtype=dtype, int8=int8
         )
+        self.bank.reach = self.reach
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the bank is made by the first `attend`."""

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary, finalize
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..attention import AttentionConfig, Gates, plan_budget
+from ..attention import AttentionConfig, Budget, Gates, plan_budget
 from ..attention.bank import ENDLESS, KVBank
 from ..calibration import Calibration
 from ..layer_run import ProteusLayer, config_for
@@ -46,14 +46,22 @@ class ProteusCache(Cache):
     """
 
     def __init__(
-        self, model, gates: Mapping[int, Gates], settings: Settings | AttentionConfig, *, tokens: int | None = None
+        self,
+        model,
+        gates: Mapping[int, Gates],
+        settings: Settings | AttentionConfig,
+        *,
+        tokens: int | None = None,
+        reach: int | None = None,
     ):
         """An empty cache.
 
         model: a causal LM that `hf.patch` supports. gates: prototypes of each layer that gets a bank, by its index.
         settings: the budgets, as the playground's controls or as a config of the layers' sizes. tokens: how long a text
         may become; None: without end at flux alpha 0 (a plain cache, which grows) and 1, and the model's trained
-        context in between, where budgets depend on the length.
+        context in between, where budgets depend on the length. reach: tokens; once a text is longer, no key that left
+        the window seems farther away than that (see `KVBank`), so that a model goes on making sense beyond what it was
+        trained on. None leaves all positions as they are. Not with int8 or at flux alpha 0.
         Raises `TypeError` or `ValueError` naming the argument.
         """
         decoder = find_decoder(model)
@@ -69,11 +77,14 @@ class ProteusCache(Cache):
         budget = plan_budget(config, context if tokens is None else tokens)
         for index, its in gates.items():
             _check_gates(index, its, config)
-        self._model, self._decoder, self._config, self._tokens = model, decoder, config, tokens
+        if reach is not None:
+            _check_reach(reach, budget, config.int8)
+        self._model, self._decoder, self._config = model, decoder, config
+        self._plan = {"tokens": tokens, "reach": reach}
         layers = DynamicCache(config=model.config).layers
         alone = set(gates) == set(full_attention_layers(model))
         for index, its in gates.items():
-            layers[index] = BankLayer(ProteusLayer(its, config), budget, alone)
+            layers[index] = BankLayer(ProteusLayer(its, config), budget, alone, reach)
         super().__init__(layers=layers)
         self._running = False
         _watch(decoder)
@@ -89,6 +100,7 @@ class ProteusCache(Cache):
         *,
         layers: Iterable[int] | None = None,
         tokens: int | None = None,
+        reach: int | None = None,
         name: str | None = None,
         calibration: Text | None = None,
         folder: Path | None = None,
@@ -108,7 +120,7 @@ class ProteusCache(Cache):
         learned = Calibration(source, text, enough, folder or cache_dir() / "gates")
         chosen = source.full_layers if layers is None else layers
         gates = {index: learned.gates(index, settings.gates) for index in chosen}
-        return cls(model, gates, settings, tokens=tokens)
+        return cls(model, gates, settings, tokens=tokens, reach=reach)
 
     # -- a life -----------------------------------------------------------------------------------------------
 
@@ -161,7 +173,7 @@ class ProteusCache(Cache):
     def fork(self) -> ProteusCache:
         """An independent copy for the same model: two continuations can share what they have read."""
         gates = {i: layer.layer.gates for i, layer in enumerate(self.layers) if isinstance(layer, BankLayer)}
-        twin = ProteusCache(self._model, gates, self._config, tokens=self._tokens)
+        twin = ProteusCache(self._model, gates, self._config, **self._plan)
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, BankLayer):
                 twin.layers[index] = copy.deepcopy(layer)
@@ -181,7 +193,7 @@ class ProteusCache(Cache):
             else:
                 mine = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
             tensors |= {f"{index}.{name}": tensor for name, tensor in mine.items()}
-        about = {"model": fingerprint(self._model), "config": self._config.to_dict(), "tokens": self._tokens}
+        about = {"model": fingerprint(self._model), "config": self._config.to_dict(), "plan": self._plan}
         return write_tensors(path, tensors, about | {"length": self.get_seq_length(), "banks": banks})
 
     @classmethod
@@ -197,7 +209,7 @@ class ProteusCache(Cache):
                 index, _, rest = name.partition(".")
                 mine[int(index)][rest] = tensor.to(model.device)
             gates = {int(index): gates_from(mine[int(index)], config) for index in about["banks"]}
-            cache = cls(model, gates, config, tokens=about["tokens"])
+            cache = cls(model, gates, config, **about["plan"])
             for index, layer in enumerate(cache.layers):
                 if isinstance(layer, BankLayer):
                     layer.load_state_dict(mine[index], about["banks"][str(index)])
@@ -216,6 +228,14 @@ def _check_gates(index: int, gates: Gates, config: AttentionConfig) -> None:
     wanted = (config.n_kv_heads, config.gates_per_group, config.head_dim)
     if found != wanted:
         raise ValueError(f"gates[{index}] has groups, gates and head dim {found}: must have {wanted}")
+
+
+def _check_reach(reach: int, budget: Budget, int8: bool) -> None:
+    near = budget.window + 2 * budget.block
+    if isinstance(reach, bool) or not isinstance(reach, int) or reach < near:
+        raise ValueError(f"reach={reach!r}: must be a whole number >= {near}, the window and two blocks, or None")
+    if int8 or budget.dense:
+        raise ValueError(f"reach={reach}: must be None for int8 keys, which cannot be turned, and for a dense cache")
 
 
 # -- what a decoder does while caches of it live --------------------------------------------------------------

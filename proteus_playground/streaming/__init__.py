@@ -1,6 +1,6 @@
 """The chunked shortlist: a document of any length is read by slices, scored, and a fixed buffer of champions is kept.
 
-Imports run one way: stores, tokenising, buffer <- token_cache, arrays, pipeline <- sources.
+A document: stores <- tokenising, arrays <- token_cache <- sources. Imports run one way, as the arrows read.
 """
 
 from .sources import TextRows, open_document

@@ -54,7 +54,9 @@ def plant(body: np.ndarray, ends: np.ndarray, needle: np.ndarray, page: int, lea
     first = min((page - 1) * PAGE, room)
     after = ends[np.searchsorted(ends, first) :]
     at = int(after[0]) if len(after) and after[0] < min(first + PAGE - len(needle), room) else first
-    return Document(np.concatenate([body[:at], needle, body[at:room]]).astype(np.int32), range(at + lead, at + len(needle)))
+    return Document(
+        np.concatenate([body[:at], needle, body[at:room]]).astype(np.int32), range(at + lead, at + len(needle))
+    )
 
 
 @dataclass
@@ -197,6 +199,7 @@ def runs(kept: Champions, fresh_from: int) -> list[Run]:
     out = []
     for a, b in zip(first.tolist(), last.tolist(), strict=True):
         best = a + int(kept.score[a:b].argmax())
-        out.append(Run(int(kept.position[a]), int(kept.position[b - 1]) + 1, float(kept.score[best]),
-                       int(kept.champion[best]), int(kept.reason[best]), bool(kept.position[b - 1] >= fresh_from)))  # fmt: skip
+        start, last_one = int(kept.position[a]), int(kept.position[b - 1])
+        owner, reason = int(kept.champion[best]), int(kept.reason[best])
+        out.append(Run(start, last_one + 1, float(kept.score[best]), owner, reason, last_one >= fresh_from))
     return sorted(out, key=lambda run: (-run.score, run.start))

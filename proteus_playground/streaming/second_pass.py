@@ -33,11 +33,12 @@ class Answerer(Protocol):
 def gather(store, position: np.ndarray) -> np.ndarray | Tensor:
     """The rows of `store` at `position`, `(K,)` ascending: `(K,)` ids or `(K, D)` embeddings."""
     ends = np.flatnonzero(np.diff(position // WINDOW)) + 1
-    parts = [store.read(0, 0)]
+    if not len(position):
+        return store.read(0, 0)
+    parts = []
     for some in np.split(position, ends):
-        if len(some):
-            first = int(some[0])
-            parts.append(store.read(first, int(some[-1]) + 1)[some - first])
+        first = int(some[0])
+        parts.append(store.read(first, int(some[-1]) + 1)[some - first])
     return torch.cat(parts) if isinstance(parts[0], Tensor) else np.concatenate(parts)
 
 

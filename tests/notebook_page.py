@@ -1,0 +1,48 @@
+"""A page of JupyterLab over copies of the notebooks, which writes down what its console complains about."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from proteus_playground.bench import slider
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+def screenshots(tmp_path_factory) -> Path:
+    """Where they go."""
+    folder = Path(os.environ.get("PROTEUS_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def notebook_page(folder: Path) -> Iterator[tuple]:
+    """(page, address); `page.complaints` holds the console's errors. Skips where there is no browser."""
+    executable = slider.chromium()
+    if executable is None:
+        pytest.skip("no Chromium here: install one or set PROTEUS_CHROMIUM")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    shutil.copytree(NOTEBOOKS, folder / "notebooks")
+    with slider.jupyter_lab(folder) as address, api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(slider.CHROMIUM_ARGS))
+        page = browser.new_page(viewport={"width": 1400, "height": 1060})
+        page.complaints = []
+        page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda err: page.complaints.append(str(err)))
+        # Badges and pictures come from elsewhere, and a test asks nothing of the network.
+        for elsewhere in ("https://colab.research.google.com/**", "https://raw.githubusercontent.com/**"):
+            page.route(
+                elsewhere,
+                lambda route: route.fulfill(
+                    body="<svg xmlns='http://www.w3.org/2000/svg'/>", content_type="image/svg+xml"
+                ),
+            )
+        yield page, address
+        browser.close()
