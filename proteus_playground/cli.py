@@ -91,6 +91,23 @@ def models_remove(name: ModelName) -> None:
     typer.echo(f"Removed {name}: {models.remove(name) / 1e6:.0f} MB are free again.")
 
 
+@models_app.command("heads")
+def models_heads(
+    name: ModelName = "smollm2",
+    most: Annotated[int, typer.Option(help="Heads to choose.", min=1)] = 4,
+    last_layer: Annotated[int, typer.Option(help="Look no further up: every layer costs time.", min=0)] = 9,
+) -> None:
+    """Find the heads that answer a question with a fact in other words; stream and verify score with them."""
+    from proteus_playground.hf import models
+    from proteus_playground.hf.retrieval_heads import find_heads
+    from proteus_playground.texts import TOPICS, load_text
+
+    typer.echo("heads (layer.head): mean share of the text above a fact, facts within the best 3%")
+    for step in find_heads(*models.load(name), load_text(TOPICS).body, most=most, last_layer=last_layer):
+        heads = " ".join(f"{head.layer}.{head.head}" for head in step.heads)
+        typer.echo(f"{heads}: {step.mean:.2%}, {step.within:.0%}")
+
+
 def _forward(name: str, module: str, summary: str, group: typer.Typer = bench_app) -> None:
     """Add `proteus bench NAME`, whose options stand in `module.command` and are read when it is called."""
     called = f"proteus bench {name}" if group is bench_app else f"proteus {name}"
