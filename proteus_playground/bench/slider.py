@@ -147,9 +147,11 @@ def start_all(page, address: str, notebook: str) -> None:
     page.goto(f"{address}/lab/tree/{notebook}?reset")
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=90_000)
     for _ in range(5):  # a kernel that has only just said that it is idle may miss the first call
-        page.click('.lm-MenuBar-item:has-text("Run")')
-        page.click('[data-command="runmenu:run-all"]')
+        if page.locator(".jp-Dialog").count():
+            page.keyboard.press("Escape")  # on a busy machine JupyterLab may ask about a kernel that is still coming up
         with contextlib.suppress(TimeoutError):
+            page.click('.lm-MenuBar-item:has-text("Run")', timeout=8_000)
+            page.click('[data-command="runmenu:run-all"]', timeout=8_000)
             page.wait_for_function(STARTED, timeout=8_000)
             break
 
