@@ -108,8 +108,9 @@ def test_scores_are_what_the_formula_says(net, tokens, monkeypatch):
     score, reason = ask.score(tokens)
     assert score[0] == -np.inf
     np.testing.assert_allclose(score[1:], want.mean(0)[1:], atol=1e-4)
-    best = want.gather(0, torch.from_numpy(reason).long()[None])[0]
-    np.testing.assert_allclose(best, want.amax(0), atol=1e-4)
+    own = want - want.mean(1, keepdim=True)
+    best = own.gather(0, torch.from_numpy(reason).long()[None])[0]
+    np.testing.assert_allclose(best, own.amax(0), atol=1e-4)
     monkeypatch.setattr(scorer, "PIECE", 64)
     np.testing.assert_allclose(ask.score(tokens)[0], score, atol=1e-5)
 
@@ -133,6 +134,16 @@ def test_a_reason_names_a_word_and_a_head(net, tokens):
     assert len(said) > 1
 
 
+def test_the_chat_frame_is_asked_with_but_is_no_reason(net, tokens):
+    model, tokenizer = build()
+    tokenizer.chat_template = "{% for m in messages %}page {{ m['content'] }} again{% endfor %} it"
+    ask = Asker(model, tokenizer, "tiny", heads=HEADS).ask("humble soup")
+    assert len(ask._queries[0]) == 4 and ask._words == ["humble", "soup"]
+    said = {ask.explain(code) for code in set(ask.score(tokens)[1].tolist())}
+    assert said <= {f"matches “{w}” of the prompt (layer {h.layer}, head {h.head})" for w in ("humble", "soup")
+                    for h in HEADS}  # fmt: skip
+
+
 def test_stop_is_heard_between_batches(net, tokens, monkeypatch):
     monkeypatch.setattr(key_reader, "BATCH", 1)
     ask = Asker(*net, "tiny", heads=HEADS).ask("soup")
@@ -149,6 +160,8 @@ def test_heads_of_a_model_nobody_calibrated(net):
     with pytest.raises(ValueError, match="calibration needs 8,192"):
         list(find_heads(*net, "too short a text"))
     assert known_heads("tiny") is None
+    with pytest.raises(ValueError, match="prompt='  '"):
+        Asker(*net, "tiny", heads=HEADS).ask("  ")
 
 
 def test_calibration_chooses_heads_one_by_one(net):

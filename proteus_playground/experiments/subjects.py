@@ -78,10 +78,10 @@ def _model(name: str, device: str, cache: Path | None, dtype: str) -> Subject:
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
     asker = Asker(model, tokenizer, name, cache=cache)
-    heads = ", ".join(f"{head.layer}.{head.head}" for head in asker.heads)
-    note = f"{name} scores tokens by content match in heads (layer.head) {heads}."
-    dtype = str(model.dtype).removeprefix("torch.")
-    return Subject(name, note, _Words(tokenizer), asker.ask, ChatReader(model, tokenizer), str(model.device), dtype)
+    note = f"{name} scores tokens by content match in heads (layer.head) {asker.heads_named}."
+    slow = model.device.type == "cpu" and model.dtype != torch.float32  # a step of one token takes five times as long
+    reader = ChatReader(models.load(name)[0] if slow else model, tokenizer)
+    return Subject(name, note, _Words(tokenizer), asker.ask, reader, str(model.device), dtype)
 
 
 class _Words:

@@ -100,7 +100,7 @@ class ProteusCache(Cache):
         *,
         layers: Iterable[int] | None = None,
         tokens: int | None = None,
-        reach: int | None = None,
+        reach: int | None | str = "auto",
         name: str | None = None,
         calibration: Text | None = None,
         folder: Path | None = None,
@@ -109,7 +109,8 @@ class ProteusCache(Cache):
 
         settings: default `Settings()`. layers: which get a bank, default all that read the whole past. name: under
         which the gates are kept, default the model's class. calibration: the text, default one that comes with the
-        package. folder: default the user's cache. The first time takes one pass over 2,048 tokens.
+        package. folder: default the user's cache. The first time takes one pass over 2,048 tokens. reach: "auto" is
+        half the model's trained context where the text may go on for ever (flux alpha 1, no `tokens`), else None.
         """
         from .models import cache_dir
 
@@ -120,6 +121,10 @@ class ProteusCache(Cache):
         learned = Calibration(source, text, enough, folder or cache_dir() / "gates")
         chosen = source.full_layers if layers is None else layers
         gates = {index: learned.gates(index, settings.gates) for index in chosen}
+        if reach == "auto":
+            endless = tokens is None and settings.flux_alpha == 1 and source.context
+            near = settings.shortlist * 2  # what `reach` has to hold at least
+            reach = source.context // 2 if endless and source.context // 2 >= near else None
         return cls(model, gates, settings, tokens=tokens, reach=reach)
 
     # -- a life -----------------------------------------------------------------------------------------------

@@ -49,13 +49,19 @@ def calibration_pairs() -> list[dict]:
     return json.loads((KNOWN.parent / "calibration_pairs.json").read_text(encoding="utf-8"))
 
 
-def prompt_ids(tokenizer, prompt: str) -> tuple[Tensor, int]:
-    """Token ids `(R,)` of a prompt as the model is asked, and how many at the front are the same for every prompt."""
+def prompt_ids(tokenizer, prompt: str) -> tuple[Tensor, int, int]:
+    """Token ids `(R,)` of a prompt as the model is asked, and where in them the prompt's own words begin and end."""
     if getattr(tokenizer, "chat_template", None) is None:
-        return torch.tensor(tokenizer(prompt, verbose=False)["input_ids"]), 0
-    both = [_rendered(tokenizer, text) for text in (prompt, "?" if prompt.strip() != "?" else "!")]
-    same = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), 0)
-    return torch.tensor(both[0]), same
+        ids = tokenizer(prompt, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long), 0, len(ids)
+    ids, other = (_rendered(tokenizer, text) for text in (prompt, "?" if prompt.strip() != "?" else "!"))
+    begin = _shared(ids, other)
+    return torch.tensor(ids), begin, len(ids) - _shared(ids[begin:][::-1], other[begin:][::-1])
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """How many ids at the front are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _rendered(tokenizer, text: str) -> list[int]:
@@ -66,13 +72,17 @@ def _rendered(tokenizer, text: str) -> list[int]:
 
 
 def prompt_queries(model, tokenizer, prompt: str, layers: tuple[int, ...]) -> tuple[dict[int, Tensor], Tensor]:
-    """Un-rotated queries of the prompt's own rows, layer -> `(R, H, d)` float32, and their ids `(R,)`."""
-    ids, same = prompt_ids(tokenizer, prompt)
-    if not len(ids):
-        raise ValueError(f"prompt={prompt!r}: must have at least one token")
+    """Un-rotated queries, layer -> `(R, H, d)` float32, from the prompt's first word to the end of the chat frame, and
+    the ids of those at the front that are the prompt's own words.
+
+    The frame's rows take part: they stand where the model is about to answer. `ValueError` for a prompt without a word.
+    """
+    ids, begin, end = prompt_ids(tokenizer, prompt)
+    if not prompt.strip() or not len(ids):
+        raise ValueError(f"prompt={prompt!r}: must have at least one word")
     found = _pass(model, ids[None], layers)
-    same = min(same, len(ids) - 1) or (1 if len(ids) > 1 else 0)  # the first row of all is a sink
-    return {layer: found[layer][0][0, same:].float().cpu() for layer in layers}, ids[same:]
+    begin = min(begin, len(ids) - 1) or (1 if len(ids) > 1 else 0)  # the first row of all is a sink
+    return {layer: found[layer][0][0, begin:].float().cpu() for layer in layers}, ids[begin : max(end, begin + 1)]
 
 
 def mean_queries(model, tokenizer, layers: tuple[int, ...], stop: Stop | None = None) -> dict[int, Tensor]:

@@ -28,7 +28,7 @@ PIECE = 4096  # tokens scored at a time: what a prompt's rows make of them stays
 class ModelScorer:
     """Scores chunks of token ids for one prompt; a `streaming.Scorer`. Made by `Asker.ask`.
 
-    queries: a head's rows `(R, d)` each; words: what the R rows read as.
+    queries: a head's rows `(R, d)` each; words: what the first of them, the prompt's own, read as.
     """
 
     def __init__(self, reader: KeyReader, heads: Sequence[Head], queries: Sequence[Tensor], words: list[str]):
@@ -47,7 +47,8 @@ class ModelScorer:
         for i in range(0, len(keys), PIECE):
             near = slice(max(0, i - RADIUS), i + PIECE + RADIUS)  # what the piece's own tokens are compared with
             found = self._match(keys[near])[:, i - near.start : i - near.start + PIECE]
-            parts.append((found.mean(0), found.argmax(0)))
+            own = found.unflatten(0, (len(self._heads), -1))[:, : len(self._words)].flatten(0, 1)
+            parts.append((found.mean(0), (own - own.mean(1, keepdim=True)).argmax(0)))
         score, reason = (torch.cat(x) for x in zip(*parts, strict=True))
         score[0] = -torch.inf
         return score.numpy(), reason.to(torch.int32).numpy()
@@ -92,6 +93,11 @@ class Asker:
         self._layers = tuple(sorted({head.layer for head in self.heads}))
         self.reader = KeyReader(model, self.heads, cache)
         self._centre = mean_queries(model, tokenizer, self._layers)
+
+    @property
+    def heads_named(self) -> str:
+        """The heads as layer.head, in the order they were found."""
+        return " ".join(f"{head.layer}.{head.head}" for head in self.heads)
 
     def ask(self, prompt: str) -> ModelScorer:
         """A scorer for `prompt`. `ValueError` for a prompt without a token."""

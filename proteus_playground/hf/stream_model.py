@@ -40,10 +40,11 @@ class StreamModel:
             raise ValueError(
                 f"prompt={prompt!r}: must be a question, or use --model layer, which also scores by salience"
             )
-        self.name, self._prompt = name, prompt
+        self._prompt = prompt
         self._model, self._tokenizer = models.load(name, device)
         self.encode, self.fingerprint = encoder(self._tokenizer)
         self._asker = Asker(self._model, self._tokenizer, name)
+        self.name = f"{name}, heads {self._asker.heads_named}"
 
     def generated(self, tokens: int):
         raise ValueError(f"generated={tokens!r}: random rows mean nothing to {self.name}; use --model layer")
