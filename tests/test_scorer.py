@@ -101,18 +101,19 @@ def test_scores_are_what_the_formula_says(net, tokens, monkeypatch):
     ask = asker.ask("humble soup on page five")
     keys = asker.reader.read(tokens).float()
     rows = []
-    for head, q in zip(HEADS, ask._queries, strict=True):
+    (question,) = ask._questions
+    for head, q in zip(HEADS, question.queries, strict=True):
         dots = q @ keys[:, asker.reader.column(head)].T * 8**-0.5
         rows += [torch.stack([row[max(0, i - 8) : i + 9].max() for i in range(700)]) for row in dots]
     want = torch.stack(rows)
     score, reason = ask.score(tokens)
     assert score[0] == -np.inf
-    np.testing.assert_allclose(score[1:], want.mean(0)[1:], atol=1e-4)
+    np.testing.assert_allclose(score[1:], (want.mean(0)[1:] - question.mean) / question.spread, atol=1e-3)
     own = want - want.mean(1, keepdim=True)
     best = own.gather(0, torch.from_numpy(reason).long()[None])[0]
     np.testing.assert_allclose(best, own.amax(0), atol=1e-4)
     monkeypatch.setattr(scorer, "PIECE", 64)
-    np.testing.assert_allclose(ask.score(tokens)[0], score, atol=1e-5)
+    np.testing.assert_allclose(ask.score(tokens)[0], score, atol=1e-4)
 
 
 def test_queries_do_not_depend_on_what_every_question_has(net):
@@ -121,7 +122,8 @@ def test_queries_do_not_depend_on_what_every_question_has(net):
     for layer in asker._layers:
         asker._centre[layer] = asker._centre[layer] + 1
     moved = asker.ask("cold soup")
-    assert all(torch.allclose(a - 1, b, atol=1e-6) for a, b in zip(plain._queries, moved._queries, strict=True))
+    both = zip(plain._questions[0].queries, moved._questions[0].queries, strict=True)
+    assert all(torch.allclose(a - 1, b, atol=1e-6) for a, b in both)
     assert plain.fingerprint != moved.fingerprint != asker.ask("the page").fingerprint
 
 
@@ -134,11 +136,32 @@ def test_a_reason_names_a_word_and_a_head(net, tokens):
     assert len(said) > 1
 
 
+def test_each_sentence_of_a_prompt_asks_for_itself(net, tokens):
+    asker = Asker(*net, "tiny", heads=HEADS)
+    one, two = (asker.ask(part).score(tokens) for part in ("the humble soup?", "a page!"))
+    both = asker.ask("the humble soup? a page!")
+    score, reason = both.score(tokens)
+    np.testing.assert_allclose(score, np.maximum(one[0], two[0]))
+    first = asker.ask("the humble soup?")
+    second = asker.ask("a page!")
+    want = [first.explain(i) if a >= b else second.explain(j)
+            for a, b, i, j in zip(one[0], two[0], one[1], two[1], strict=True)]  # fmt: skip
+    assert [both.explain(code) for code in reason[1:]] == want[1:]
+    assert set((one[0] > two[0])[1:].tolist()) == {True, False}
+
+
+def test_scores_are_measured_against_ordinary_text(net):
+    asker = Asker(*net, "tiny", heads=HEADS)
+    score, _ = asker.ask("the humble soup").of_keys(asker._ordinary)
+    assert abs(float(score.mean())) < 1e-4 and abs(float(score.std()) - 1) < 1e-3
+
+
 def test_the_chat_frame_is_asked_with_but_is_no_reason(net, tokens):
     model, tokenizer = build()
     tokenizer.chat_template = "{% for m in messages %}page {{ m['content'] }} again{% endfor %} it"
     ask = Asker(model, tokenizer, "tiny", heads=HEADS).ask("humble soup")
-    assert len(ask._queries[0]) == 4 and ask._words == ["humble", "soup"]
+    (question,) = ask._questions
+    assert len(question.queries[0]) == 4 and question.words == ("humble", "soup")
     said = {ask.explain(code) for code in set(ask.score(tokens)[1].tolist())}
     assert said <= {f"matches “{w}” of the prompt (layer {h.layer}, head {h.head})" for w in ("humble", "soup")
                     for h in HEADS}  # fmt: skip

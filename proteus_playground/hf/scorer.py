@@ -1,17 +1,20 @@
 """How well each token of a document answers a prompt, by a language model's own queries and keys.
 
-For every row of the prompt and every chosen head, the best un-rotated q.k within RADIUS tokens; their mean is the
-token's score. Queries have the mean of other questions taken away, so that what any question would look at does not
-count. Nothing depends on where a token stands: a fact a million tokens away scores like a near one.
-(Late interaction, Khattab and Zaharia 2020, https://arxiv.org/abs/2004.12832, with a model's attention heads.)
+Each sentence of the prompt asks for itself. For every row of it and every chosen head, the best un-rotated q.k within
+RADIUS tokens is looked up; their mean, in standard deviations above what an ordinary text gets for the same question,
+is the token's score, and the best question counts. Queries have the mean of other questions taken away, so that what
+any question would look at does not count. Nothing depends on where a token stands: a fact a million tokens away scores
+like a near one. (Late interaction, Khattab and Zaharia 2020, https://arxiv.org/abs/2004.12832, with attention heads.)
 
-Axes: `n` tokens of a chunk, `R` prompt rows, `d` head dim.
+Axes: `n` tokens of a chunk, `R` rows of a question, `P` picked (layer, KV group) pairs, `d` head dim.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,50 +22,76 @@ import torch
 from torch import Tensor
 
 from ..progress import Stop
+from ..texts import BOOK, load_text
 from .key_reader import Head, KeyReader
 from .retrieval_heads import RADIUS, find_heads, known_heads, match, mean_queries, prompt_queries
 
+SENTENCE = re.compile(r"(?<=[.?!])\s+")
 PIECE = 4096  # tokens scored at a time: what a prompt's rows make of them stays in the processor's cache
 
 
+@dataclass(frozen=True)
+class Question:
+    """One sentence of a prompt, ready to be looked up."""
+
+    queries: tuple[Tensor, ...]  # of each head, (R, d)
+    words: tuple[str, ...]  # what the first rows, the prompt's own, read as; the rest is the chat frame
+    mean: float = 0.0  # of an ordinary text's scores
+    spread: float = 1.0  # and their standard deviation
+
+
 class ModelScorer:
-    """Scores chunks of token ids for one prompt; a `streaming.Scorer`. Made by `Asker.ask`.
+    """Scores chunks of token ids for one prompt; a `streaming.Scorer`. Made by `Asker.ask`."""
 
-    queries: a head's rows `(R, d)` each; words: what the first of them, the prompt's own, read as.
-    """
-
-    def __init__(self, reader: KeyReader, heads: Sequence[Head], queries: Sequence[Tensor], words: list[str]):
-        self._reader, self._heads, self._queries, self._words = reader, tuple(heads), tuple(queries), words
+    def __init__(self, reader: KeyReader, heads: Sequence[Head], questions: Sequence[Question]):
+        self._reader, self._heads, self._questions = reader, tuple(heads), tuple(questions)
         self.stop: Stop | None = None  # asked between batches of windows
-        digest = hashlib.sha256(b"".join(q.contiguous().numpy().tobytes() for q in queries)).hexdigest()[:16]
-        self.fingerprint = f"{reader.fingerprint} {self._heads} {digest}"
+        digest = hashlib.sha256(f"{[(q.mean, q.spread) for q in questions]}".encode())
+        for question in questions:
+            digest.update(b"".join(q.contiguous().numpy().tobytes() for q in question.queries))
+        self.fingerprint = f"{reader.fingerprint} {self._heads} {digest.hexdigest()[:16]}"
+        self._reasons = [
+            f"matches “{word.strip()}” of the prompt (layer {head.layer}, head {head.head})"
+            for question in questions for head in heads for word in question.words
+        ]  # fmt: skip
 
     def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids `(n,)` of a chunk -> score `(n,)` float32, reason `(n,)` int32.
 
         A chunk's first token is a sink, whose key tells nothing of it: -inf.
         """
-        keys = self._reader.read(rows, self.stop)
-        parts = []
-        for i in range(0, len(keys), PIECE):
-            near = slice(max(0, i - RADIUS), i + PIECE + RADIUS)  # what the piece's own tokens are compared with
-            found = self._match(keys[near])[:, i - near.start : i - near.start + PIECE]
-            own = found.unflatten(0, (len(self._heads), -1))[:, : len(self._words)].flatten(0, 1)
-            parts.append((found.mean(0), (own - own.mean(1, keepdim=True)).argmax(0)))
-        score, reason = (torch.cat(x) for x in zip(*parts, strict=True))
+        score, reason = self.of_keys(self._reader.read(rows, self.stop))
         score[0] = -torch.inf
         return score.numpy(), reason.to(torch.int32).numpy()
 
-    def _match(self, keys: Tensor) -> Tensor:
-        """Keys `(n, P, d)` -> `(heads R, n)`."""
-        pairs, scale = zip(self._heads, self._queries, strict=True), self._reader.head_dim**-0.5
-        return torch.cat([match(q, keys[:, self._reader.column(head)], scale) for head, q in pairs])
+    def of_keys(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `(n, P, d)` -> score and reason of each token, `(n,)`."""
+        parts = []
+        for i in range(0, len(keys), PIECE):
+            near = slice(max(0, i - RADIUS), i + PIECE + RADIUS)  # what the piece's own tokens are compared with
+            own = slice(i - near.start, i - near.start + PIECE)
+            parts.append(self._piece(keys[near], own))
+        score, reason = (torch.cat(x) for x in zip(*parts, strict=True))
+        return score, reason
+
+    def _piece(self, keys: Tensor, own: slice) -> tuple[Tensor, Tensor]:
+        best = reason = None
+        first, scale = 0, self._reader.head_dim**-0.5
+        for question in self._questions:
+            pairs = zip(self._heads, question.queries, strict=True)
+            found = torch.stack([match(q, keys[:, self._reader.column(head)], scale)[:, own] for head, q in pairs])
+            score = (found.mean((0, 1)) - question.mean) / question.spread
+            said = found[:, : len(question.words)].flatten(0, 1)  # (heads words, n)
+            why = (said - said.mean(1, keepdim=True)).argmax(0) + first
+            first += len(said)
+            better = score > best if best is not None else torch.ones_like(score, dtype=torch.bool)
+            best = score if best is None else torch.maximum(best, score)
+            reason = why if reason is None else torch.where(better, why, reason)
+        return best, reason
 
     def explain(self, reason: int) -> str:
         """The prompt's word that matched best there, and the head that says so."""
-        head, row = divmod(reason, len(self._words))
-        at = self._heads[head]
-        return f"matches “{self._words[row].strip()}” of the prompt (layer {at.layer}, head {at.head})"
+        return self._reasons[reason]
 
 
 class Asker:
@@ -93,6 +122,8 @@ class Asker:
         self._layers = tuple(sorted({head.layer for head in self.heads}))
         self.reader = KeyReader(model, self.heads, cache)
         self._centre = mean_queries(model, tokenizer, self._layers)
+        ordinary = tokenizer(load_text(BOOK).body, verbose=False)["input_ids"]
+        self._ordinary = self.reader.read(np.array(ordinary, np.int32))
 
     @property
     def heads_named(self) -> str:
@@ -100,8 +131,14 @@ class Asker:
         return " ".join(f"{head.layer}.{head.head}" for head in self.heads)
 
     def ask(self, prompt: str) -> ModelScorer:
-        """A scorer for `prompt`. `ValueError` for a prompt without a token."""
-        rows, ids = prompt_queries(self._model, self._tokenizer, prompt, self._layers)
+        """A scorer for `prompt`. `ValueError` for a prompt without a word."""
+        sentences = [part for part in SENTENCE.split(prompt) if part.strip()] or [prompt]
+        return ModelScorer(self.reader, self.heads, [self._question(part) for part in sentences])
+
+    def _question(self, sentence: str) -> Question:
+        rows, ids = prompt_queries(self._model, self._tokenizer, sentence, self._layers)
         queries = [rows[head.layer][:, head.head] - self._centre[head.layer][head.head] for head in self.heads]
         words = self._tokenizer.batch_decode([[i] for i in ids.tolist()], clean_up_tokenization_spaces=False)
-        return ModelScorer(self.reader, self.heads, queries, words)
+        plain = Question(tuple(queries), tuple(words))
+        score, _ = ModelScorer(self.reader, self.heads, [plain]).of_keys(self._ordinary)
+        return replace(plain, mean=float(score.mean()), spread=max(float(score.std()), 1e-6))
