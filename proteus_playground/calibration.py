@@ -6,12 +6,10 @@ are kept on disk beside the recipe they were made by; a file of another recipe i
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor
 from . import __version__
 from .attention import Gates
 from .progress import Progress, Stop, check_stop, tell
+from .tensors import read_tensors, write_tensors
 
 FORMAT = "1"
 SEED = 0
@@ -38,40 +37,19 @@ class Store:
 
     def read(self, name: str, recipe: dict) -> dict[str, Tensor] | None:
         """The tensors of `name`, or None where there is no readable file of exactly this recipe."""
-        from safetensors import SafetensorError, safe_open
-
         if self.folder is None:
             return None
         try:
-            with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
-                if (file.metadata() or {}).get("recipe") != json.dumps(recipe, sort_keys=True):
-                    return None
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- no mapping
-        except (OSError, SafetensorError):
+            tensors, theirs = read_tensors(self.folder / f"{name}.safetensors", "Calibration")
+        except (OSError, ValueError):
             return None
+        return tensors if theirs == recipe else None
 
     def write(self, name: str, tensors: dict[str, Tensor], recipe: dict) -> None:
         """Appears whole or not at all. A folder that cannot be written costs only time: no error."""
-        from safetensors.torch import save
-
-        if self.folder is None:
-            return
-        content = save(
-            {key: t.contiguous().cpu() for key, t in tensors.items()},
-            metadata={"recipe": json.dumps(recipe, sort_keys=True)},
-        )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as part:
-                try:
-                    part.write(content)
-                    part.close()
-                    os.replace(part.name, self.folder / f"{name}.safetensors")
-                except BaseException:
-                    Path(part.name).unlink(missing_ok=True)
-                    raise
-        except OSError:
-            return
+        if self.folder is not None:
+            with suppress(OSError):
+                write_tensors(self.folder / f"{name}.safetensors", tensors, recipe)
 
 
 class Calibration:

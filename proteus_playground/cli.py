@@ -97,7 +97,7 @@ def models_heads(
     most: Annotated[int, typer.Option(help="Heads to choose.", min=1)] = 4,
     last_layer: Annotated[int, typer.Option(help="Look no further up: every layer costs time.", min=0)] = 9,
 ) -> None:
-    """Find the heads that answer a question with a fact in other words; stream and verify score with them."""
+    """Find the heads that answer a question with a fact in other words; those we found are what stream scores with."""
     from proteus_playground.hf import models
     from proteus_playground.hf.retrieval_heads import find_heads
     from proteus_playground.texts import TOPICS, load_text
@@ -109,7 +109,7 @@ def models_heads(
 
 
 def _forward(name: str, module: str, summary: str, group: typer.Typer = bench_app) -> None:
-    """Add `proteus bench NAME`, whose options stand in `module.command` and are read when it is called."""
+    """Add a command whose options and help stand in `module.command` and are read when it is called."""
     called = f"proteus bench {name}" if group is bench_app else f"proteus {name}"
 
     @group.command(
@@ -120,7 +120,7 @@ def _forward(name: str, module: str, summary: str, group: typer.Typer = bench_ap
     )
     def forward(context: typer.Context) -> None:
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        inner.command(help=summary)(import_module(module).command)
+        inner.command()(import_module(module).command)
         inner(args=context.args, prog_name=called)
 
 

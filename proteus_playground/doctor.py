@@ -99,7 +99,7 @@ def _memory() -> Finding:
 
 
 def _disk() -> Finding:
-    from proteus_playground.hf.models import cache_dir
+    from proteus_playground.files import cache_dir
 
     folder = cache_dir()
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())

@@ -18,6 +18,7 @@ from .attention import AttentionConfig, AttentionResult, Budget, Gates, plan_bud
 from .attention.backends.dispatch import dense
 from .attention.rope import rotate
 from .attention.routing import prior_route
+from .checks import whole_number
 from .views import Settings
 
 TILE = 64  # query rows that share one fetched key and value: the aim of every backend here
@@ -114,11 +115,7 @@ def config_for(settings: Settings, shape: LayerShape) -> AttentionConfig:
     if not isinstance(settings, Settings):
         raise TypeError(f"settings={settings!r}: expected a proteus_playground.views.Settings")
     for name, low in (("gates", 1), ("anchors", 0)):  # AttentionConfig knows these two by longer names
-        value = getattr(settings, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r}: expected a whole number >= {low}")
-        if value < low:
-            raise ValueError(f"{name}={value!r}: must be >= {low}")
+        whole_number(name, getattr(settings, name), low)
     r = shape.n_heads // shape.n_groups
     if settings.probes > settings.gates:
         raise ValueError(f"probes={settings.probes!r}: must be at most gates={settings.gates}")

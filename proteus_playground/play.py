@@ -12,6 +12,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from .files import whole, write_json
+
 FIRST = "00_start_here.ipynb"
 HOST = "127.0.0.1"
 LEDGER = ".proteus-notebooks.json"  # sha256 of each notebook as we wrote it: a different one is the user's
@@ -49,9 +51,10 @@ def copy_notebooks(shipped: Path, directory: Path, say: Say = print) -> None:
         if copy.exists() and _sha256(copy.read_bytes()) not in {ours.get(notebook.name), _sha256(content)}:
             say(f"Kept your {copy}; the one that came with this version is {notebook}.")
             continue
-        _write(copy, content)
+        with whole(copy) as part:
+            part.write_bytes(content)
         ours[notebook.name] = _sha256(content)
-    _write(ledger, json.dumps(ours, indent=1).encode())
+    write_json(ledger, ours)
     say(f"Your notebooks are in {directory.resolve()}.")
 
 
@@ -110,12 +113,6 @@ def _any_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _sha256(content: bytes) -> str:

@@ -20,6 +20,8 @@ import torch
 from .attention import row_reads
 from .calibration import Calibration, watch
 from .captured import check_cache
+from .checks import whole_number
+from .files import cache_dir
 from .layer_run import ProteusLayer, config_for
 from .layer_view import LoadedLayer, group_map, layer_view, load_layer
 from .progress import Progress, Stop, Stopped, check_stop, tell
@@ -63,8 +65,8 @@ class LayerProbe:
         self.name, self.random, self.device = source.name, source.random, str(source.device)
         self.n_layers, self.layers = source.n_layers, source.full_layers
         self.n_heads, self.n_groups, self.head_dim = shape.n_heads, shape.n_groups, shape.head_dim
-        _check_whole("max_tokens", max_tokens, 8)
-        _check_whole("calibration_tokens", calibration_tokens, 8)
+        whole_number("max_tokens", max_tokens, 8)
+        whole_number("calibration_tokens", calibration_tokens, 8)
         words, cut = cut_text(source, text.body, max_tokens)
         if len(words) < 2:
             raise ValueError(f"text={text.name!r} has {len(words)} token: must have at least 2")
@@ -105,7 +107,7 @@ class LayerProbe:
         float32 on the CPU; on a GPU bfloat16 where the card really has it, float16 elsewhere.
         Raises `ValueError` for a model that is not pulled or a text or length that does not fit.
         """
-        from .hf.models import cache_dir, load
+        from .hf.models import load
         from .hf.source import ModelSource
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -170,8 +172,8 @@ class LayerProbe:
     @torch.no_grad()
     def row(self, layer: int, settings: Settings, token: int, head: int) -> RowView:
         """What one query row sees at `settings`; token in [0, T), head in [0, H)."""
-        _check_index("token", token, len(self.tokens))
-        _check_index("head", head, self.n_heads)
+        whole_number("token", token, 0, len(self.tokens) - 1)
+        whole_number("head", head, 0, self.n_heads - 1)
         with self._lock:
             loaded, runner = self._ready(layer, settings)
             budget, keep, awake, _ = runner.decide(loaded.q, loaded.k)
@@ -185,7 +187,7 @@ class LayerProbe:
     @torch.no_grad()
     def gate_map(self, layer: int, group: int, gates: int) -> GateMap:
         """Keys of a KV group on two axes that no control moves, and its prototypes on the same axes."""
-        _check_index("group", group, self.n_groups)
+        whole_number("group", group, 0, self.n_groups - 1)
         self._check_layer(layer)
         config_for(Settings(gates=gates, probes=1), self._source.shape)
         with self._lock:
@@ -253,7 +255,7 @@ class LayerProbe:
         return self._loaded[layer]
 
     def _check_layer(self, layer: int) -> None:
-        _check_index("layer", layer, self.n_layers)
+        whole_number("layer", layer, 0, self.n_layers - 1)
         if layer not in self.layers:
             raise ValueError(f"layer={layer}: reads a sliding window and stays native; allowed is one of {self.layers}")
 
@@ -263,15 +265,3 @@ def _dtype_for(device: str) -> torch.dtype:
         return torch.float32
     real = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if real else torch.float16
-
-
-def _check_whole(name: str, value, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected a whole number >= {low}")
-    if value < low:
-        raise ValueError(f"{name}={value!r}: must be a whole number >= {low}")
-
-
-def _check_index(name: str, value, size: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
-        raise ValueError(f"{name}={value!r}: must be a whole number in [0, {size - 1}]")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import whole_number
+
 STRIDE = 1_000_003  # a prime: streams of neighbouring seeds do not meet
 
 
@@ -32,14 +34,9 @@ class Sampling:
     """>= 0."""
 
     def __post_init__(self) -> None:
-        for name, low in (("top_k", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if name == "top_k" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r}: expected a whole number >= {low}")
-            if value < low:
-                raise ValueError(f"{name}={value!r}: must be >= {low}")
+        if self.top_k is not None:
+            whole_number("top_k", self.top_k, 1)
+        whole_number("seed", self.seed, 0)
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
@@ -19,15 +18,15 @@ import typer
 from tqdm import tqdm
 
 from . import files
-from .bench.options import parse_size, pick_device
+from .bench.options import choose, parse_size, pick_device
 from .streaming.buffer import Champions, StreamPlan
 from .streaming.pipeline import ChunkStep, Scorer
+from .streaming.replay import page_of
 from .streaming.run import own_path, place, run, together
 from .streaming.second_pass import POSITIONS, gather
 from .streaming.sources import open_document
-from .streaming.stores import Store, parse_bytes
+from .streaming.stores import Store, digest, parse_bytes
 
-PAGE = 512  # tokens
 SHOWN = 10  # champions in the report
 AROUND = 12  # kept tokens shown on either side of one
 
@@ -107,8 +106,7 @@ class EventLog:
         if first and self._path.is_file():
             with self._path.open(encoding="utf-8") as old:
                 lines = list(takewhile(lambda line: line.endswith("\n") and json.loads(line)["chunk"] < first, old))
-        with files.whole(self._path) as part:
-            part.write_text("".join(lines), encoding="utf-8")
+        files.write_text(self._path, "".join(lines))
 
 
 def stream_document(model: Model, store: Store, task: Task, job: Job) -> dict:
@@ -165,7 +163,7 @@ def best(kept: Champions, store: Store, scorer: Scorer, model: Model) -> Iterato
         seen[near] = True
         yield {
             "token": int(at),
-            "page": int(at) // PAGE + 1,
+            "page": page_of(at),
             "score": float(kept.score[i]),
             "why": scorer.explain(int(kept.reason[i])),
             "text": model.text(gather(store, kept.position[near])),
@@ -224,8 +222,7 @@ def command(
     """
     if (file is None) == (not generated):
         raise typer.BadParameter("give a FILE or --generated N, one of the two", param_hint="FILE")
-    if positions not in POSITIONS:
-        raise typer.BadParameter(f"{positions!r}: must be one of {', '.join(POSITIONS)}", param_hint="--positions")
+    choose("--positions", positions, POSITIONS)
     sizes = {"chunk_tokens": chunk_tokens, "buffer_tokens": buffer_tokens, "per_chunk_budget": per_chunk_budget}
     sizes = {name: parse_size(text, f"--{name.replace('_', '-')}") for name, text in sizes.items()}
     plan = StreamPlan(**sizes, nucleus=nucleus, neighbours=neighbours)
@@ -239,9 +236,8 @@ def command(
                 store = _open(file, reader, limit, cache, workers, _silent(progress, rank))
             task = reader.on(store)
             path = Path(checkpoint) if checkpoint else _default_checkpoint(cache, store, task.scorer, plan)
-            asked = answer and bool(prompt)
-            log = Path(events) if events else None
-            job = Job(plan, path, fresh, log, positions, asked, _silent(progress, rank))
+            log, silent = Path(events) if events else None, _silent(progress, rank)
+            job = Job(plan, path, fresh, log, positions, answer and bool(prompt), silent)
             report = stream_document(reader, store, task, job)
             if not checkpoint:
                 own_path(path, rank).unlink(missing_ok=True)
@@ -266,9 +262,8 @@ def _open(file: str, model: Model, limit: int | None, cache: str, workers: int, 
 
 
 def _default_checkpoint(cache: str, store: Store, scorer: Scorer, plan: StreamPlan) -> Path:
-    recipe = json.dumps([store.fingerprint, scorer.fingerprint, asdict(plan)])
     folder = Path(cache).expanduser() if cache else files.cache_dir()
-    return folder / "streams" / f"{sha256(recipe.encode()).hexdigest()[:24]}.safetensors"
+    return folder / "streams" / f"{digest(store.fingerprint, scorer.fingerprint, plan)[:24]}.safetensors"
 
 
 def _silent(progress: bool | None, rank: int) -> bool | None:
@@ -277,11 +272,11 @@ def _silent(progress: bool | None, rank: int) -> bool | None:
 
 
 def _say(report: dict, json_file: str) -> None:
+    whole = json.dumps(report, indent=1, ensure_ascii=False)
     if json_file == "-":
-        typer.echo(json.dumps(report, indent=1, ensure_ascii=False))
+        typer.echo(whole)
         return
     for line in in_words(report):
         typer.echo(line)
     if json_file:
-        with files.whole(json_file) as part:
-            part.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        files.write_text(json_file, whole + "\n")

@@ -11,7 +11,7 @@ import typer
 from helpers import config
 from torch.nn.attention.flex_attention import create_block_mask
 
-from proteus_playground import cli
+from proteus_playground import cli, files
 from proteus_playground.bench import floor, longest, measure, options, profile, rivals, row, sweep, table
 from proteus_playground.bench.rivals import OURS, Case
 
@@ -381,9 +381,9 @@ def test_best_dense_is_the_fastest_exact_row():
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
-    measure.write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
     with pytest.raises(TypeError):
-        measure.write_json(path, {"new": object()})
+        files.write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
 
 

@@ -196,7 +196,7 @@ def test_a_recipe_that_does_not_match_is_made_again(net, tmp_path, monkeypatch):
     from safetensors import safe_open
 
     with safe_open(file, "pt") as saved:
-        recipe = json.loads(saved.metadata()["recipe"])
+        recipe = json.loads(saved.metadata()["about"])
     assert recipe["text"] == "another tale" and recipe["tokens"] == 256 and len(recipe["text_sha256"]) == 64
     assert {"package", "model", "model_hash", "seed", "layer", "gates", "format"} <= set(recipe)
     assert first_view(calibration=story(300, 2, "another tale"))[1] == 1

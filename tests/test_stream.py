@@ -359,10 +359,7 @@ def test_a_language_model_gets_the_champions_in_order_with_their_positions():
     seen = []
     model = type("Model", (), {"answer": lambda self, *args: seen.append([*map(list, args[:2]), args[2]]) or "tea"})()
     assert second_pass(ids, kept, "what?", model) == "tea"
-    second_pass(ids, kept, "what?", model, positions="compacted")
-    assert seen == [[[70, 4000], [70, 4000], "what?"], [[70, 4000], [0, 1], "what?"]]
-    with pytest.raises(ValueError, match="positions='new': must be one of original, compacted"):
-        second_pass(ids, kept, "what?", model, positions="new")
+    assert seen == [[[70, 4000], [70, 4000], "what?"]]
 
 
 # -- the command ------------------------------------------------------------------------------------------------

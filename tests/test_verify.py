@@ -54,7 +54,7 @@ class Parrot:
         self._words, self.read = words, []
 
     def answer(self, tokens, positions, prompt):
-        assert (positions == np.arange(len(tokens))).all()
+        assert len(positions) == len(tokens) and (np.diff(positions) > 0).all()
         self.read.append(len(tokens))
         return haystacks.read(tokens, self._words)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checks import whole_number
 from ..tensors import read_tensors, write_tensors
 from .bank_row import dense_row, sparse_row
 from .bank_slots import Slots
@@ -42,8 +43,6 @@ class KVBank(Slots):
 
     reach: int | None = None
 
-    # -- making -----------------------------------------------------------------------------------------------
-
     @classmethod
     def empty(
         cls,
@@ -69,8 +68,7 @@ class KVBank(Slots):
             raise TypeError(f"budget={type(budget).__name__}: expected Budget, from plan_budget")
         if not isinstance(gates, Gates):
             raise TypeError(f"gates={type(gates).__name__}: expected Gates")
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch={batch!r}: must be a whole number >= 1")
+        whole_number("batch", batch, 1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype={dtype!r}: expected a floating-point torch.dtype")
         d = gates.head_dim
@@ -96,8 +94,6 @@ class KVBank(Slots):
     def __repr__(self) -> str:
         kind = "dense" if self.budget.dense else f"window {self.window}, ring {self.ring}"
         return f"KVBank(batch={self.batch}, tokens={self.tokens}, {kind}, {self.nbytes:,} bytes)"
-
-    # -- taking in --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def extend(self, k: Tensor, v: Tensor, *, keep: Tensor | None = None, positions: Tensor | None = None) -> None:
@@ -204,13 +200,10 @@ class KVBank(Slots):
         self.next_position.copy_(positions[:, -1] + 1)
         return positions
 
-    # -- looking, copying, files ------------------------------------------------------------------------------
-
     def contents(self, batch: int = 0, group: int = 0) -> BankContents:
         """What is held of one sequence for one KV group, as plain numbers."""
-        for name, value, size in (("batch", batch, self.batch), ("group", group, self.token.shape[1])):
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
-                raise ValueError(f"{name}={value!r}: must be a whole number in [0, {size})")
+        whole_number("batch", batch, 0, self.batch - 1)
+        whole_number("group", group, 0, self.token.shape[1] - 1)
         return view_of(self, batch, group)
 
     def fork(self) -> KVBank:

@@ -39,9 +39,9 @@ def sparse_row(bank: KVBank, q: Tensor, rotated: Tensor) -> Tensor:
         opened = open_gates(q, gates.prototypes, gates.alive, bank.left[:, :, None], q.shape[1], bank.budget.probes)
         opened = _by_group(opened, G)  # (B, G, t r, n)
         first = near + opened[..., None] * bank.ring + torch.arange(bank.ring, device=q.device)
-        slot = torch.where(opened[..., None] < 0, bank._spare, first)  # (B, G, r, n, m)
+        slot = torch.where(opened[..., None] < 0, bank._spare, first)  # (B, G, t r, n, m)
         keys = bank._at(slot.flatten(2))
-        ring = as_read(keys).unflatten(2, (tile.shape[2], -1))  # (B, G, r, n m, 2, d)
+        ring = as_read(keys).unflatten(2, (tile.shape[2], -1))  # (B, G, t r, n m, 2, d)
         score = (ring[..., 0, :] @ tile[..., None])[..., 0]
         parts.append(score.masked_fill(keys.token.view_as(score) < 0, -torch.inf))
     if bank.notes:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from math import floor, log
 from typing import TYPE_CHECKING
 
+from ..checks import whole_number
+
 if TYPE_CHECKING:
     from .config import AttentionConfig
 
@@ -60,8 +62,7 @@ def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = No
 
     flux_alpha: overrides `cfg.flux_alpha`; when both are None the length decides.
     """
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens={tokens!r}: must be a whole number >= 1")
+    whole_number("tokens", tokens, 1)
     alpha = cfg.flux_alpha if flux_alpha is None else flux_alpha
     if alpha is None:
         alpha = alpha_for_length(tokens, cfg.dense_below, cfg.shortlist_from)

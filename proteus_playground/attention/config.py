@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 
+from ..checks import whole_number
+
 BACKENDS = ("auto", "reference", "torch", "triton")
 
 
@@ -81,18 +83,18 @@ class AttentionConfig:
             "gates_per_group",
             "probes",
         ):
-            self._whole(name, 1)
-        self._whole("n_anchors", 0)
+            whole_number(name, getattr(self, name), 1)
+        whole_number("n_anchors", self.n_anchors, 0)
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        self._whole("n_kv_heads", 1)
+        whole_number("n_kv_heads", self.n_kv_heads, 1)
         if self.n_heads % self.n_kv_heads:
             self._refuse("n_kv_heads", f"a divisor of n_heads={self.n_heads}")
         if self.head_dim is None:
             if self.d_model % self.n_heads:
                 self._refuse("d_model", f"a multiple of n_heads={self.n_heads} (or give head_dim)")
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
-        self._whole("head_dim", 2)
+        whole_number("head_dim", self.head_dim, 2)
         if self.head_dim % 2:
             self._refuse("head_dim", "even, so that RoPE can turn pairs of features")
         for name in ("dna_fraction", "prior_max"):
@@ -114,7 +116,7 @@ class AttentionConfig:
             self._refuse("shortlist_from", f"greater than dense_below={self.dense_below}")
         if self.heads_awake_max is None:
             object.__setattr__(self, "heads_awake_max", self.heads_per_group)
-        self._whole("heads_awake_max", 1)
+        whole_number("heads_awake_max", self.heads_awake_max, 1)
         if self.heads_awake_max > self.heads_per_group:
             self._refuse("heads_awake_max", f"at most n_heads / n_kv_heads = {self.heads_per_group}")
         if self.heads_awake_min > self.heads_awake_max:
@@ -139,13 +141,6 @@ class AttentionConfig:
 
     def _refuse(self, name: str, allowed: str) -> None:
         raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
-
-    def _whole(self, name: str, low: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r}: expected a whole number >= {low}")
-        if value < low:
-            self._refuse(name, f">= {low}")
 
     def _real(self, name, low, high, allowed, open_low=False, open_high=False) -> None:
         value = getattr(self, name)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import whole_number
+
 OBSERVE_LIMIT = 1 << 13  # keys one training pass adds to the moving averages
 FIT_LIMIT = 1 << 16  # keys k-means looks at; more change a centroid by less than its own noise
 QUANTILES = 257  # resolution of the salience histogram the keep decision reads
@@ -38,8 +40,7 @@ class Gates(nn.Module):
             "heads_per_group": heads_per_group,
         }
         for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a whole number >= 1")
+            whole_number(name, value, 1)
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay={ema_decay!r}: must be in [0, 1)")
         self.ema_decay = ema_decay
@@ -160,8 +161,6 @@ class Gates(nn.Module):
         low = int(at)
         high = min(low + 1, QUANTILES - 1)
         return torch.lerp(self.salience_quantiles[low], self.salience_quantiles[high], at - low)
-
-    # -- fitting ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def fit(self, k: Tensor, seed: int = 0, iterations: int = 12) -> Gates:

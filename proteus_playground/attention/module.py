@@ -152,8 +152,6 @@ class ProteusAttention(nn.Module):
             self._observe(k, keep, routes)
         return (y, self._stats(result, routes, keep, key_padding_mask, budget)) if return_stats else y
 
-    # -- token by token ---------------------------------------------------------------------------------------
-
     def new_state(self, batch: int = 1, tokens: int | None = None, *, dtype: torch.dtype | None = None) -> KVBank:
         """An empty state for `decode`, for `batch` sequences.
 
@@ -208,8 +206,6 @@ class ProteusAttention(nn.Module):
     def _refuse_training(self) -> None:
         if self.training:
             raise ValueError("training=True: must be eval mode to decode, where prototypes stand still; call eval()")
-
-    # -- steps ------------------------------------------------------------------------------------------------
 
     def kept(self, k: Tensor, budget: Budget, padding: Tensor | None) -> Tensor | None:
         """Tokens that take part, `(B, T)` bool; None for all. The anchors always do."""
@@ -361,8 +357,6 @@ class ProteusAttention(nn.Module):
             )
         if padding is not None and padding.shape != x.shape[:2]:
             raise ValueError(f"key_padding_mask has shape {tuple(padding.shape)}: must be {tuple(x.shape[:2])}")
-
-    # -- files ------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
         """Write weights, gates and config to one safetensors file, whole or not at all."""

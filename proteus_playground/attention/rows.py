@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import whole_number
 from .budget import Budget
 from .functional import check_inputs, prepare
 from .gates import Gates
@@ -43,8 +44,7 @@ def row_reads(
     """Reads of row (token, head). Arguments as in `proteus_attention`; `token` in [0, T), `head` in [0, H)."""
     check_inputs(q, k, v, gates, positions, keep, None, inv_freq)
     for name, value, size in (("token", token, q.shape[1]), ("head", head, q.shape[2]), ("batch", batch, q.shape[0])):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
-            raise ValueError(f"{name}={value!r}: must be a whole number in [0, {size})")
+        whole_number(name, value, 0, size - 1)
     T, group = q.shape[1], head // (q.shape[2] // gates.n_groups)
     if positions is not None and positions.dim() == 2:
         positions = positions[batch]

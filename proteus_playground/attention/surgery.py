@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import whole_number
 from .module import ProteusAttention
 
 
@@ -82,8 +83,7 @@ def merge(attn: ProteusAttention, group: int, gate: int, other: int) -> None:
 def move(attn: ProteusAttention, group: int, gate: int, head: int) -> None:
     """Give a gate to another head of its group. The shortlist does not change; what routing wakes may."""
     _check(attn, group, gate)
-    if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < attn.cfg.heads_per_group:
-        raise ValueError(f"head={head!r}: must be a whole number in [0, {attn.cfg.heads_per_group})")
+    whole_number("head", head, 0, attn.cfg.heads_per_group - 1)
     _check_head_keeps_a_gate(attn, group, gate, "gate", moving_to=head)
     attn.gates.head_of_gate[group, gate] = head
 
@@ -167,8 +167,7 @@ def _check(attn: ProteusAttention, group: int, gate: int, name: str = "gate") ->
         raise TypeError(f"attn={type(attn).__name__}: expected ProteusAttention")
     gates = attn.gates
     for label, value, size in (("group", group, gates.n_groups), (name, gate, gates.gates_per_group)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < size:
-            raise ValueError(f"{label}={value!r}: must be a whole number in [0, {size})")
+        whole_number(label, value, 0, size - 1)
     if not gates.alive[group, gate]:
         live = gates.alive[group].nonzero()[:, 0].tolist()
         raise ValueError(f"{name}={gate}: not a live gate of group {group}; live: {live}")

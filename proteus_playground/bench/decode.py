@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..attention import ENDLESS, AttentionConfig, Gates, KVBank, plan_budget, rope_frequencies, rotate
+from ..files import write_json
 from . import options
-from .measure import captured, clock, environment, markdown, summary, sync, write_json
+from .measure import captured, clock, environment, markdown, summary, sync
 from .options import DTYPES
 
 PIECE = 1 << 16  # tokens generated at a time

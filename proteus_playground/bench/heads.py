@@ -14,7 +14,8 @@ import torch
 import typer
 
 from ..attention import AttentionConfig, ProteusAttention
-from .measure import environment, markdown, peak_extra_mb, peak_in_process, summary, timed_ms, write_json
+from ..files import write_json
+from .measure import environment, in_own_process, markdown, peak_in_process, summary, timed_ms
 from .options import parse_lengths, pick_device
 
 GROUPS = 8
@@ -68,9 +69,8 @@ def command(
             }
             row |= summary(timed_ms(lambda attn=attn, x=x: attn(x), dev, repeats))
         if dev.type == "cpu":
-            row["extra_mb"] = peak_extra_mb(
-                "proteus_playground.bench.heads", [str(v) for v in (count, awake, tokens, d_model)]
-            )
+            asked = [str(v) for v in (count, awake, tokens, d_model)]
+            row["extra_mb"] = float(in_own_process("proteus_playground.bench.heads", asked))
         rows.append(row)
     report = {
         "benchmark": "heads",

@@ -14,8 +14,9 @@ import typer
 from tqdm import tqdm
 
 from ..attention import AttentionConfig, plan_budget
+from ..files import write_json
 from . import options
-from .measure import environment, markdown, write_json
+from .measure import environment, markdown
 from .rivals import KERNELS, OURS, Case
 from .row import attempt
 

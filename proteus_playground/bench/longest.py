@@ -11,8 +11,9 @@ import typer
 from tqdm import tqdm
 
 from ..attention import AttentionConfig
+from ..files import write_json
 from . import options
-from .measure import environment, markdown, write_json
+from .measure import environment, markdown
 from .rivals import EXACT, LABELS, OURS, Case
 from .row import OOM, attempt
 from .table import name

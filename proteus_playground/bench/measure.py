@@ -6,13 +6,11 @@ Nothing here times an unsynchronised device, and every report carries what it wa
 from __future__ import annotations
 
 import gc
-import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -130,11 +128,6 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_extra_mb(module: str, args: list[str]) -> float:
-    """Peak resident memory, MB, that `python -m module args` reports having added."""
-    return float(in_own_process(module, args))
-
-
 def in_own_process(module: str, args: list[str]) -> str:
     """The last line that `python -m module args` prints: the high-water mark of this process cannot be set back."""
     done = subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True, env=dict(os.environ))
@@ -167,24 +160,6 @@ def _memory(name: str) -> int:
         import resource  # not on Windows
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def write_json(path: Path, payload: dict) -> None:
-    """Write a result whole or not at all."""
-    write_text(path, json.dumps(payload, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-        pass
-    try:
-        Path(part.name).write_text(text, encoding="utf-8")
-        os.chmod(part.name, 0o644)
-        os.replace(part.name, path)
-    finally:
-        Path(part.name).unlink(missing_ok=True)
 
 
 def markdown(header: list[str], rows: list[list]) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .measure import write_text
+from ..files import write_text
 from .rivals import LABELS, OURS
 from .table import HEAD, about, cells, markdown_report, name, panels
 

@@ -14,8 +14,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from ..attention import AttentionConfig, backends
+from ..files import write_json
 from . import options
-from .measure import environment, markdown, repeat_ms, summary, sync, write_json
+from .measure import environment, markdown, repeat_ms, summary, sync
 from .rivals import LABELS, OURS, Case, NotOffered, enter
 from .row import quickest, reason
 from .table import PASSES, SCOPES, name

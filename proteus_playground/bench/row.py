@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention import AttentionConfig
 from .floor import floor
-from .measure import captured, clock, peak_extra_mb, peak_in_process, release, repeat_ms, summary
+from .measure import captured, clock, in_own_process, peak_in_process, release, repeat_ms, summary
 from .options import DTYPES
 from .rivals import Case, Entry, NotOffered, enter
 
@@ -139,7 +139,7 @@ def _own_process_mb(case: Case, way: str) -> float:
     """Peak resident memory, MB, that one call of the case adds to a CPU process which already holds its inputs."""
     fields = {name: getattr(case, name) for name in ("scope", "passes", "tokens", "who", "seed")}
     asked = {**fields, "cfg": case.cfg.to_dict(), "dtype": str(case.dtype).removeprefix("torch."), "way": way}
-    return peak_extra_mb("proteus_playground.bench.row", [json.dumps(asked)])
+    return float(in_own_process("proteus_playground.bench.row", [json.dumps(asked)]))
 
 
 def _probe(cfg: dict, dtype: str, way: str, tokens: int, **fields) -> float:

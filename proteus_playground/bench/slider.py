@@ -27,6 +27,8 @@ from urllib.request import urlopen
 
 import typer
 
+from ..files import write_json
+
 NOTEBOOK = "00_start_here.ipynb"
 SLIDERS = ("flux-alpha", "keep-ratio", "shortlist", "dna-fraction")
 CHROMIUM_ARGS = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking",
@@ -234,10 +236,7 @@ def command(
         "median_ms": round(median(whole), 1), "p95_ms": round(percentile(whole, 0.95), 1), **result.about,
         "milliseconds": {name: [round(v, 1) for v in values] for name, values in result.milliseconds.items()},
     }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, out)
+    write_json(out, saved)
 
 
 def _about() -> dict[str, str]:

@@ -20,6 +20,7 @@ import typer
 from tqdm import tqdm
 
 from ..attention import AttentionConfig, ProteusAttention
+from ..files import write_json
 from ..streaming.buffer import StreamPlan
 from ..streaming.layer_scorer import LayerScorer
 from ..streaming.run import run
@@ -27,7 +28,7 @@ from ..streaming.second_pass import attend_over
 from ..streaming.sources import open_document
 from ..streaming.stores import generated
 from . import options
-from .measure import environment, in_own_process, markdown, peak_mb, summary, sync, write_json
+from .measure import environment, in_own_process, markdown, peak_mb, summary, sync
 
 ORIGINAL = 7_813  # tokens/s
 STORAGE = ("ram", "disk", "generated", "device")

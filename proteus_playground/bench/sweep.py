@@ -15,9 +15,10 @@ import typer
 from tqdm import tqdm
 
 from ..attention import AttentionConfig
+from ..files import write_json
 from . import options
 from .floor import measure_rates
-from .measure import environment, release, sync, write_json
+from .measure import environment, release, sync
 from .rivals import LABELS, OURS, Case
 from .row import OOM, TIMINGS, attempt
 from .table import PASSES, SCOPES, markdown_report, name

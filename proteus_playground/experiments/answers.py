@@ -12,12 +12,12 @@ from typing import Protocol
 
 import numpy as np
 
+from ..hf.chat import ROOM
 from ..streaming.second_pass import Answerer, gather
 from .cases import Case, PlantedStore
 from .retrieval import Kept
 
 DENSE = "dense"
-ROOM = 256  # tokens that the question, the frame around it and the reply take at most
 
 
 class Reader(Answerer, Protocol):

@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from tqdm import tqdm
 
@@ -102,7 +101,7 @@ def _shares(text: str) -> tuple[float, ...]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found = {}
     for name in LIBRARIES:
         try:
             found[name] = version(name)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from html import escape
 from pathlib import Path
 
 from ..bench.page import BUTTONS, STYLE
-from ..files import whole
+from ..files import write_json, write_text
 from .retrieval import METHODS, OURS, describe_methods
 from .summary import accuracy_table, fading_table, heat, recall_table
 
@@ -31,10 +30,8 @@ def write_report(out: Path, rows: list[dict], about: dict) -> dict:
         raise ValueError(f"out={str(out)!r} holds no finished case: run proteus verify first")
     report = {"about": about, "cases": len(rows), "out_of_order": [row["key"] for row in rows if not row["in_order"]],
               "recall": recall_table(rows), "accuracy": accuracy_table(rows), "fading": fading_table(rows)}  # fmt: skip
-    with whole(out / DATA) as part:
-        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with whole(out / PAGE) as part:
-        part.write_text(_page(report, rows), encoding="utf-8")
+    write_json(out / DATA, report)
+    write_text(out / PAGE, _page(report, rows))
     return report
 
 

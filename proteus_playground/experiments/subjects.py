@@ -75,8 +75,6 @@ def _model(name: str, device: str, cache: Path | None, dtype: str) -> Subject:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: allowed is {', '.join(DTYPES)}")
     model, tokenizer = models.load(name, device, getattr(torch, dtype))
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
     asker = Asker(model, tokenizer, name, cache=cache)
     note = f"{name} scores tokens by content match in heads (layer.head) {asker.heads_named}."
     slow = model.device.type == "cpu" and model.dtype != torch.float32  # a step of one token takes five times as long

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 
-from ..files import whole
+from ..files import write_json
 from ..progress import Stop, check_stop
 from ..streaming.buffer import StreamPlan
 from . import retrieval
@@ -174,5 +174,4 @@ def _claim(out: Path, settings: Settings, pairs: list[Pair], subject: Subject, h
             raise ValueError(f"out={str(out)!r} holds a run with other settings ({', '.join(other)}): allowed is an "
                              "empty folder, or the same settings to go on")  # fmt: skip
         return
-    with whole(path) as part:
-        part.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    write_json(path, wanted)

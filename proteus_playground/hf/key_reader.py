@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..captured import half
 from ..progress import Stop, check_stop
 from .patch import AttentionCall, patched
 from .source import fingerprint
 
 WINDOW, CONTEXT, BATCH = 256, 32, 8
-FRESH = WINDOW - CONTEXT
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ class KeyReader:
 
         with patched(self._model, dict.fromkeys(layers, record)), suppress(_Enough):
             self._model.get_decoder()(ids.to(self._device), use_cache=False)
-        ends = torch.finfo(torch.float16)
-        picked = torch.stack([found[layer][:, :, group] for layer, group in self.picks], 2)
-        return picked.clamp(ends.min, ends.max).to("cpu", torch.float16)
+        return half(torch.stack([found[layer][:, :, group] for layer, group in self.picks], 2))
 
 
 def spans(tokens: int):

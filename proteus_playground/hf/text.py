@@ -7,6 +7,7 @@ from itertools import count
 
 import torch
 
+from ..checks import whole_number
 from ..sampling import Sampling
 
 READ = 512  # tokens of a prompt that go through the model at a time
@@ -35,8 +36,8 @@ def stream_text(
     from tokenizers.decoders import DecodeStream
 
     choose = Sampling(temperature, top_k, top_p, seed)
-    if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
-        raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be a whole number >= 1, or None")
+    if max_new_tokens is not None:
+        whole_number("max_new_tokens", max_new_tokens, 1)
     ids = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], device=model.device)
     if not ids.numel():
         raise ValueError(f"prompt={prompt!r}: must have at least one token")

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..checks import whole_number
+
 
 @dataclass(frozen=True)
 class StreamPlan:
@@ -31,11 +33,7 @@ class StreamPlan:
 
     def __post_init__(self) -> None:
         for name, low in (("chunk_tokens", 1), ("buffer_tokens", 1), ("per_chunk_budget", 1), ("neighbours", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r}: expected a whole number >= {low}")
-            if value < low:
-                raise ValueError(f"{name}={value!r}: must be >= {low}")
+            whole_number(name, getattr(self, name), low)
         if isinstance(self.nucleus, bool) or not isinstance(self.nucleus, int | float):
             raise TypeError(f"nucleus={self.nucleus!r}: expected a number in (0, 1]")
         if not 0 < self.nucleus <= 1:
@@ -82,12 +80,16 @@ def choose(score: np.ndarray, reason: np.ndarray, start: int, plan: StreamPlan) 
     """What a chunk that begins at token `start` sends forward: at most `plan.per_chunk_budget` tokens.
 
     score: `(n,)` float32, higher is better, -inf for tokens that may not be kept; reason: `(n,)` int32. `ValueError`
-    where a score is NaN: nothing could be ranked against it.
+    where a score is NaN or +inf, for nothing could be ranked against it, or where there are not as many reasons.
     """
-    if np.isnan(score).any():
-        at = int(np.isnan(score).argmax())
-        raise ValueError(f"score of token {start + at} is NaN: must be a number or -inf; are its embeddings finite?")
-    score = score.astype(np.float32, copy=False)
+    if score.ndim != 1 or reason.shape != score.shape:
+        raise ValueError(f"score has shape {score.shape}, reason {reason.shape}: must be (n,) both")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+        score = score.astype(np.float32, copy=False)
+    bad = ~(score < np.inf)
+    if bad.any():
+        at = int(bad.argmax())
+        raise ValueError(f"score of token {start + at} is {score[at]}: must be a number or -inf; are its rows finite?")
     lead = _nucleus(score, plan.nucleus, plan.per_chunk_budget)
     reach = min(plan.neighbours, len(score) - 1)
     best, owner = lead.copy(), np.arange(len(score))

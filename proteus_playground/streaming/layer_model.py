@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..attention import AttentionConfig, ProteusAttention
 from ..random_layer import WORD
+from .arrays import npy_rows
 from .buffer import Champions
 from .layer_scorer import LayerScorer, one_thread_each
 from .second_pass import attend_over
@@ -98,6 +99,9 @@ class LayerModel:
         """`ValueError` for a prompt that says nothing to this document."""
         rows = store
         if store.kind == "tokens":
+            if Path(self._source or "").suffix == ".npy":
+                raise ValueError(f"FILE={self._source!r} holds ids of another vocabulary: {self.name} reads text or "
+                                 "embeddings (T, D); use a language model")  # fmt: skip
             draw = torch.Generator().manual_seed(self._seed + 1_000_003)  # not the numbers that the weights are made of
             rows = Embedded(store, (torch.randn(TABLE, WIDTH, generator=draw) * 0.5**0.5).numpy())
         attn = _attention(rows, store.width or WIDTH, self._seed).to(self._device)
@@ -112,8 +116,13 @@ class LayerModel:
         if store.kind == "embeddings":
             if Path(self._prompt).suffix != ".npy":
                 raise ValueError(f"prompt={self._prompt!r}: for embeddings must be .npy rows (P, D={store.width})")
-            given = torch.from_numpy(np.load(self._prompt, allow_pickle=False).astype(np.float32))
-            return given, torch.ones(len(given)), [str(row) for row in range(len(given))]
+            given = npy_rows(Path(self._prompt))
+            if given.shape[1:] != (store.width,):
+                raise ValueError(f"prompt={self._prompt!r} has shape {given.shape}: must be (P, D={store.width})")
+            asked = torch.from_numpy(given.read(0, given.shape[0])).float()
+            if not asked.isfinite().all():
+                raise ValueError(f"prompt={self._prompt!r} holds NaN or infinite values: must be finite")
+            return asked, torch.ones(len(asked)), [str(row) for row in range(len(asked))]
         words = dict.fromkeys(word.strip().lower() for word in WORD.findall(self._prompt))
         words = [word for word in words if any(map(str.isalnum, word))]
         if not words:
@@ -156,10 +165,13 @@ def _attention(rows: Store | Embedded, width: int, seed: int) -> ProteusAttentio
 
 
 def _rarity(store: Store, asked: np.ndarray) -> np.ndarray:
-    """log(tokens / occurrences) of each word number, float32; one pass over the document."""
+    """log(tokens / occurrences) of each word number, 0 where it never occurs, float32; one pass over the document.
+
+    A word that is not there can only match others by chance: it must not outweigh those that are.
+    """
     order, count = np.argsort(asked), np.zeros(len(asked), np.int64)
     for start in range(0, len(store), AT_ONCE):
         words = store.read(start, min(start + AT_ONCE, len(store))) // FORMS
         found = words[np.isin(words, asked)]
         count += np.bincount(order[np.searchsorted(asked, found, sorter=order)], minlength=len(asked))
-    return np.log(len(store) / np.maximum(1, count)).astype(np.float32)
+    return np.where(count, np.log(len(store) / np.maximum(1, count)), 0).astype(np.float32)

@@ -115,8 +115,9 @@ class LayerScorer:
             self._measure = self._match_folded
             self._folded = torch.einsum("pgrd,gdD->pgrD", per_group, self._key.view(G, d, D)).reshape(dots, D)
             bias = self._key_bias
-            self._folded_bias = None if bias is None else torch.einsum("pgrd,gd->pgr", per_group, bias.view(G, d))
-            self._folded_bias = None if bias is None else self._folded_bias.reshape(dots)
+            self._folded_bias = None
+            if bias is not None:
+                self._folded_bias = torch.einsum("pgrd,gd->pgr", per_group, bias.view(G, d)).reshape(dots)
             return self._folded, self._folded_bias
         self._measure = self._match_keys
         self._queries = per_group.permute(1, 3, 0, 2).reshape(G, d, -1).contiguous()  # (G, d, P r)

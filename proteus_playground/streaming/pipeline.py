@@ -50,8 +50,7 @@ class ChunkStep:
     start: int  # first token of the chunk
     stop: int  # one past its last token
     tokens: int  # of the whole document
-    candidates: Champions  # what the chunk sent forward
-    promoted: Champions  # those of them that entered
+    promoted: Champions  # who entered
     evicted: Champions  # who had to leave
     buffer: Champions  # who is in now
     seconds: float  # reading, scoring and merging
@@ -89,9 +88,11 @@ def stream(
         begun = perf_counter()
         start, end = index * plan.chunk_tokens, min(len(store), (index + 1) * plan.chunk_tokens)
         score, reason = scorer.score(store.read(start, end))
+        if len(score) != end - start:
+            raise ValueError(f"scorer gave {len(score)} scores for {end - start} tokens: must be one each")
         fresh = choose(score, reason, start, plan)
         after = merge(kept, fresh, plan.buffer_tokens)
         promoted = fresh.take(np.flatnonzero(np.isin(fresh.position, after.position, assume_unique=True)))
         evicted = kept.take(np.flatnonzero(~np.isin(kept.position, after.position, assume_unique=True)))
         kept = after
-        yield ChunkStep(index, total, start, end, len(store), fresh, promoted, evicted, kept, perf_counter() - begun)
+        yield ChunkStep(index, total, start, end, len(store), promoted, evicted, kept, perf_counter() - begun)

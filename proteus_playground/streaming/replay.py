@@ -9,7 +9,8 @@ Axes: `T` tokens of the document, `N` tokens that were ever in the buffer, `S` c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class Scores:
     explain: Callable[[int], str]
     fingerprint: str
     until: int = 0  # tokens scored so far
-    seconds: float = field(default=0.0)  # spent on scoring them
+    seconds: float = 0.0  # spent on scoring them
 
     @property
     def done(self) -> bool:
@@ -85,34 +86,22 @@ def fill(
     stop: Stop | None = None,
 ) -> None:  # fmt: skip
     """Scores what is left, `piece` tokens at a time. Raises `Stopped`; what is scored by then stays."""
-    pieces = range(-(-scores.until // piece), -(-len(scores.score) // piece))
-    for step in stream(document, _Recorder(scorer, scores), StreamPlan(piece, 1, 1), chunks=pieces, stop=stop):
+    total = len(document)
+    while not scores.done:
+        check_stop(stop)
+        begun, end = perf_counter(), min(scores.until + piece, total)
+        score, reason = scorer.score(document.read(scores.until, end))
         check_stop(stop)  # a piece that was finished after the stop was asked for is not known: nobody would be told
-        scores.until, scores.seconds = step.stop, scores.seconds + step.seconds
-        tell(progress, step.stop / step.tokens, f"{step.stop:,} of {step.tokens:,} tokens scored")
-
-
-class _Recorder:
-    """A scorer that writes down what another one says."""
-
-    def __init__(self, scorer: Scorer, scores: Scores):
-        self._scorer, self._scores, self.fingerprint = scorer, scores, scorer.fingerprint
-
-    def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        here = slice(self._scores.until, self._scores.until + len(rows))
-        self._scores.score[here], self._scores.reason[here] = self._scorer.score(rows)
-        return self._scores.score[here], self._scores.reason[here]
-
-    def explain(self, reason: int) -> str:
-        return self._scorer.explain(reason)
+        scores.score[scores.until : end], scores.reason[scores.until : end] = score, reason
+        scores.until, scores.seconds = end, scores.seconds + perf_counter() - begun
+        tell(progress, end / total, f"{end:,} of {total:,} tokens scored")
 
 
 class _Known:
     """Scores as a store of positions and as the scorer that looks them up."""
 
     def __init__(self, scores: Scores):
-        self._scores, self.fingerprint = scores, scores.fingerprint
-        self.explain = scores.explain
+        self._scores = scores
 
     def __len__(self) -> int:
         return len(self._scores.score)

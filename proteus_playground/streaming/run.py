@@ -117,4 +117,4 @@ def _closing(kept: Champions, best: Champions, total: int, tokens: int) -> Chunk
     """What the other ranks' champions changed."""
     come = best.take(np.flatnonzero(~np.isin(best.position, kept.position, assume_unique=True)))
     gone = kept.take(np.flatnonzero(~np.isin(kept.position, best.position, assume_unique=True)))
-    return ChunkStep(total, total, tokens, tokens, tokens, Champions.none(), come, gone, best, 0.0)
+    return ChunkStep(total, total, tokens, tokens, tokens, come, gone, best, 0.0)

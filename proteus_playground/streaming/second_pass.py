@@ -26,8 +26,7 @@ class Answerer(Protocol):
     """A language model as pass 2 sees it."""
 
     def answer(self, tokens: np.ndarray, positions: np.ndarray, prompt: str) -> str:
-        """tokens: `(K,)` ids in document order; positions: `(K,)`, where the model is to believe they stand; the
-        prompt follows them."""
+        """tokens: `(K,)` ids in document order; positions: `(K,)`, where they stand there; the prompt follows them."""
 
 
 def gather(store, position: np.ndarray) -> np.ndarray | Tensor:
@@ -51,10 +50,9 @@ def placed(champions: Champions, tokens: int, prompt_rows: int, positions: str) 
     return stand, np.arange(first, first + prompt_rows)
 
 
-def second_pass(store, champions: Champions, prompt: str, model: Answerer, *, positions: str = "original") -> str:
+def second_pass(store, champions: Champions, prompt: str, model: Answerer) -> str:
     """What a language model says to `prompt` after reading the champions, and nothing else of the document."""
-    stand, _ = placed(champions, len(store), 0, positions)
-    return model.answer(gather(store, champions.position), stand, prompt)
+    return model.answer(gather(store, champions.position), champions.position, prompt)
 
 
 @dataclass(frozen=True)

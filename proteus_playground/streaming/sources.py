@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import texts
+from ..checks import whole_number
 from ..files import cache_dir
 from ..progress import Progress, Stop, check_stop, tell
 from . import tokenising
@@ -136,7 +137,9 @@ def open_document(
     """
     if isinstance(source, Store):
         return source
-    _check(ram_limit, workers)
+    whole_number("workers", workers, 1)
+    if ram_limit is not None:
+        whole_number("ram_limit", ram_limit, 0)
     opened = source if isinstance(source, TextRows) else _opened(source)
     if isinstance(opened, FileRows):
         identity = digest(*file_recipe(opened.path, opened.seen).values())
@@ -220,13 +223,3 @@ def _rows_of_file(path: Path) -> TextRows:
     recipe = file_recipe(path, Seen.now(path))
     rows = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
     return TextRows(str(path), rows, digest(*recipe.values()))
-
-
-def _check(ram_limit: int | None, workers: int) -> None:
-    for name, value, low in (("ram_limit", ram_limit, 0), ("workers", workers, 1)):
-        if name == "ram_limit" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r}: allowed is a whole number >= {low}")
-        if value < low:
-            raise ValueError(f"{name}={value!r}: allowed is a whole number >= {low}")

@@ -16,6 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
+from ..checks import whole_number
+
 TOP_ID = 2**31 - 1  # token ids are int32
 SHARE = 0.5  # of the free memory that a document may take where no limit is given
 BLOCK = 1024  # rows that a generated document makes from one seed
@@ -193,12 +195,10 @@ def generated(tokens: int, *, seed: int = 0, width: int | None = None, vocabular
 
     ValueError or TypeError names the argument that is not a whole number in its range.
     """
-    shown = {"tokens": (tokens, 1), "seed": (seed, 0), "width": (width or 1, 1), "vocabulary": (vocabulary, 1)}
-    for name, (value, low) in shown.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r}: allowed is a whole number from {low} to {TOP_ID}")
-        if not low <= value <= TOP_ID or (name == "width" and width == 0):
-            raise ValueError(f"{name}={value!r}: allowed is a whole number from {low} to {TOP_ID}")
+    for name, value, low in (("tokens", tokens, 1), ("seed", seed, 0), ("vocabulary", vocabulary, 1)):
+        whole_number(name, value, low, TOP_ID)
+    if width is not None:
+        whole_number("width", width, 1, TOP_ID)
     rows = GeneratedRows((tokens,) if width is None else (tokens, width), seed, vocabulary)
     why = f"made row by row when read: {size_words(row_bytes(rows) * tokens)} would be needed to keep it"
     name = f"{tokens:,} generated {'tokens' if width is None else f'embeddings of width {width}'}, seed {seed}"

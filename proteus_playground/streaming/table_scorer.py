@@ -1,8 +1,8 @@
 """Scores by a table of one row per vocabulary entry: a document is scored as fast as its tokens can be looked up.
 
 A token's score is the best, over the words of the prompt, of (how rare that word is in this document) x (cosine of the
-two rows). Rarity is log(tokens / (1 + occurrences)), so "the" and "is" in a prompt
-hardly count. A token is judged alone: what stands around it changes nothing.
+two rows). Rarity is log(tokens / (1 + occurrences)), so "the" and "is" in a prompt hardly count. A token is judged
+alone: what stands around it changes nothing.
 
 Axes: `T` tokens of the document, `V` vocabulary entries, `D` width of a row, `n` words of the prompt.
 """

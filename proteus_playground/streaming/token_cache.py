@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import whole
+from ..files import write_json
 from ..progress import Stopped, check_stop, tell
 from .stores import ChangedFile, FileRows, Seen
 from .tokenising import IDS, Work
@@ -155,8 +155,8 @@ class TokenCache:
         return record if record.recipe == self.recipe else Record(self.recipe)
 
     def _journal(self, record: Record) -> None:
-        with self._writing(record.tokens), whole(self._path(".json")) as path:
-            path.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+        with self._writing(record.tokens):
+            write_json(self._path(".json"), asdict(record))
 
     def _path(self, suffix: str) -> Path:
         return self.folder / f"{self.stem}{suffix}"

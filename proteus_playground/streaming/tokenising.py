@@ -48,8 +48,8 @@ def encoder(tokenizer) -> tuple[Encode, str]:
 
     It works on a copy, and through `encode_batch_fast`: `encode` holds Python's lock, so threads would gain nothing.
     """
-    text = getattr(tokenizer, "backend_tokenizer", tokenizer).to_str()
-    own = type(getattr(tokenizer, "backend_tokenizer", tokenizer)).from_str(text)
+    fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    own = type(fast).from_str(fast.to_str())
     own.no_truncation()
     own.no_padding()
     return (
