@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -46,6 +47,16 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: object) -> None:
     """What JSON can hold, line by line, whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def check_place(path: str | os.PathLike) -> None:
+    """OSError now, not after hours of work, where `path` is a folder or nothing can be written beside it."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder stands there, a file must", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def _umask() -> int:

@@ -18,6 +18,7 @@ import typer
 from tqdm import tqdm
 
 from . import files
+from .bench.measure import environment
 from .bench.options import choose, parse_size, pick_device
 from .streaming.buffer import Champions, StreamPlan
 from .streaming.pipeline import ChunkStep, Scorer
@@ -25,10 +26,11 @@ from .streaming.replay import page_of
 from .streaming.run import own_path, place, run, together
 from .streaming.second_pass import POSITIONS, gather
 from .streaming.sources import open_document
-from .streaming.stores import Store, digest, parse_bytes
+from .streaming.stores import TOP_ID, Store, digest, parse_bytes
 
 SHOWN = 10  # champions in the report
 AROUND = 12  # kept tokens shown on either side of one
+WIDEST = 500  # characters of a text that is shown
 
 
 class Task(Protocol):
@@ -46,6 +48,7 @@ class Model(Protocol):
 
     name: str
     fingerprint: str  # of `encode`
+    positions: str  # one of POSITIONS: what suits it in pass 2
 
     def encode(self, body: str) -> list[int]: ...
 
@@ -63,10 +66,9 @@ def make_model(name: str, prompt: str | None, source: str | None, seed: int, dev
         from .streaming.layer_model import LayerModel
 
         return LayerModel(prompt, source=source, seed=seed, device=device)
-    from .hf.stream_model import StreamModel
-    from .streaming.tokenising import encoder
+    from .stream_model import StreamModel
 
-    return StreamModel(name, prompt, device, encoder)
+    return StreamModel(name, prompt, device)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Job:
     positions: str
     answer: bool  # whether pass 2 follows
     silent: bool | None  # None: where there is no terminal
+    about: dict  # prompt, seed, device and versions, for the report
 
 
 class EventLog:
@@ -134,6 +137,7 @@ def stream_document(model: Model, store: Store, task: Task, job: Job) -> dict:
         "document": {"name": store.name, "kind": store.kind, "tokens": len(store), "fingerprint": store.fingerprint},
         "storage": {"mode": store.mode, "why": store.why},
         "model": model.name,
+        **job.about,
         "plan": asdict(job.plan),
         "ranks": ranks,
         "pass_1": {
@@ -184,13 +188,19 @@ def in_words(report: dict) -> Iterator[str]:
     )
     yield f"kept      {report['kept']:,} tokens, {report['kept_share']:.2%} of the document; the best:"
     for one in report["best"]:
-        text = "" if one["text"] is None else f"  …{' '.join(one['text'].split())}…"
+        text = "" if one["text"] is None else f"  …{_line(one['text'])}…"
         yield f"  page {one['page']:,}, score {one['score']:.2f} ({one['why']}){text}"
     if "pass_2" in report:
         second = report["pass_2"]
         yield f"pass 2    over what was kept, {second['positions']} positions, {second['seconds']:.1f} s:"
         rest = {name: value for name, value in second.items() if name not in ("positions", "seconds")}
-        yield f"  {rest.get('text') or json.dumps(rest)}"
+        yield f"  {_line(rest.get('text', '')) or json.dumps(rest)}"
+
+
+def _line(text: str) -> str:
+    """A document's text as one line of at most `WIDEST` characters that tells a terminal nothing to do."""
+    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return shown if len(shown) <= WIDEST else f"{shown[: WIDEST - 1]}…"
 
 
 def command(
@@ -208,11 +218,11 @@ def command(
     workers: Annotated[int, typer.Option(help="Threads that tokenise.", min=1)] = 1,
     checkpoint: Annotated[str, typer.Option(help="File to resume from; one in the cache, removed when done.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again whatever the checkpoint holds.")] = False,
-    positions: Annotated[str, typer.Option(help=f"Of champions in pass 2: {' or '.join(POSITIONS)}.")] = "original",
+    positions: Annotated[str, typer.Option(help=f"In pass 2: {' or '.join(POSITIONS)}; else the model's own.")] = "",
     answer: Annotated[bool, typer.Option(help="Whether pass 2 follows.")] = True,
     json_file: Annotated[str, typer.Option("--json", help="Write the report there; - for standard output.")] = "",
     events: Annotated[str, typer.Option(help="Write promotions and evictions there, as JSON lines.")] = "",
-    seed: Annotated[int, typer.Option(help="Of the layer's weights and of a generated document.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the layer's weights and a generated document.", min=0, max=TOP_ID)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     progress: Annotated[bool | None, typer.Option(help="Show progress; where there is a terminal.")] = None,
 ) -> None:
@@ -222,11 +232,15 @@ def command(
     """
     if (file is None) == (not generated):
         raise typer.BadParameter("give a FILE or --generated N, one of the two", param_hint="FILE")
-    choose("--positions", positions, POSITIONS)
+    if positions:
+        choose("--positions", positions, POSITIONS)
     sizes = {"chunk_tokens": chunk_tokens, "buffer_tokens": buffer_tokens, "per_chunk_budget": per_chunk_budget}
     sizes = {name: parse_size(text, f"--{name.replace('_', '-')}") for name, text in sizes.items()}
     plan = StreamPlan(**sizes, nucleus=nucleus, neighbours=neighbours)
-    limit = parse_bytes(ram_limit) if ram_limit else None
+    limit = _bytes(ram_limit)
+    for option, path in (("--json", json_file), ("--events", events), ("--checkpoint", checkpoint)):
+        if path and (option, path) != ("--json", "-"):
+            _check_place(option, path)
     try:
         with together(pick_device(device)) as (rank, _):
             reader = make_model(model, prompt or None, file, seed, device)
@@ -237,15 +251,31 @@ def command(
             task = reader.on(store)
             path = Path(checkpoint) if checkpoint else _default_checkpoint(cache, store, task.scorer, plan)
             log, silent = Path(events) if events else None, _silent(progress, rank)
-            job = Job(plan, path, fresh, log, positions, answer and bool(prompt), silent)
+            about = {"prompt": prompt, "seed": seed, **environment(pick_device(device))}
+            stand = positions or reader.positions
+            job = Job(plan, path, fresh, log, stand, answer and bool(prompt), silent, about)
             report = stream_document(reader, store, task, job)
+            if rank == 0:
+                _say(report, json_file)
             if not checkpoint:
                 own_path(path, rank).unlink(missing_ok=True)
     except KeyboardInterrupt:
         typer.echo(f"Stopped. The same command{' without --fresh' if fresh else ''} goes on from here.", err=True)
         raise typer.Exit(130) from None
-    if rank == 0:
-        _say(report, json_file)
+
+
+def _bytes(ram_limit: str) -> int | None:
+    try:
+        return parse_bytes(ram_limit) if ram_limit else None
+    except ValueError as err:
+        raise typer.BadParameter(str(err), param_hint="--ram-limit") from None
+
+
+def _check_place(option: str, path: str) -> None:
+    try:
+        files.check_place(path)
+    except OSError as err:
+        raise type(err)(err.errno, f"{option} cannot be written there: {err.strerror}", path) from err
 
 
 def _open(file: str, model: Model, limit: int | None, cache: str, workers: int, silent: bool | None) -> Store:

@@ -226,10 +226,13 @@ class KVBank(Slots):
     def load_state_dict(self, state: dict) -> None:
         """Take over a copy of what `state_dict` gave, for the same gates, budget, scale, dtype and number of
         sequences. Raises `ValueError` naming what differs."""
-        about, tensors = state["about"], state["tensors"]
+        try:
+            about, tensors = state["about"], {name: state["tensors"][name] for name in self.TENSORS}
+        except (KeyError, TypeError) as problem:
+            raise ValueError(f"state is not what state_dict gave: {problem} is missing") from problem
         for name, mine in self.state_dict()["about"].items():
-            if about[name] != mine:
-                raise ValueError(f"state has {name}={about[name]}: must be {mine}, as the bank")
+            if about.get(name) != mine:
+                raise ValueError(f"state has {name}={about.get(name)}: must be {mine}, as the bank")
         for name in self.TENSORS:
             old, new = getattr(self, name), tensors[name]
             sized = 2 if self.budget.dense else None  # a dense cache takes as many slots as come
@@ -262,6 +265,8 @@ class KVBank(Slots):
             scale, theirs, freq = about["scale"], about["gates"], tensors.pop("inv_freq", None)
         except (KeyError, TypeError) as problem:
             raise ValueError(f"path={str(path)!r}: not a file that KVBank.save wrote ({problem})") from problem
+        if not isinstance(gates, Gates):
+            raise TypeError(f"gates={type(gates).__name__}: expected Gates")
         if theirs != fingerprint(gates):
             raise ValueError(f"path={str(path)!r}: a bank of gates {theirs}: must be of gates {fingerprint(gates)}")
         kind = {"int8": True} if dtype == torch.int8 else {"dtype": dtype}

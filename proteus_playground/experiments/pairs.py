@@ -44,7 +44,8 @@ def load_pairs(path: Path | None = None) -> list[Pair]:
     path = default_file() if path is None else path
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as err:
+        json.dumps(rows, ensure_ascii=False).encode()  # JSON can spell half a character, which is no text
+    except (ValueError, RecursionError) as err:
         raise ValueError(f"pairs={str(path)!r} is not JSON ({err}): allowed is a list of objects") from err
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"pairs={str(path)!r}: allowed is a list of at least one object")

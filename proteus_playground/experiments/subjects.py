@@ -35,6 +35,8 @@ def load(name: str, device: str = "cpu", cache: Path | None = None, dtype: str =
     cache: a file for keys by content. dtype: "float32", "bfloat16" or "float16"; bfloat16 halves the time on a CPU that
     multiplies it (AVX512-BF16, AMX).
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: allowed is {', '.join(DTYPES)}")
     return _layer() if name == LAYER else _model(name, device, cache, dtype)
 
 
@@ -72,8 +74,6 @@ def _model(name: str, device: str, cache: Path | None, dtype: str) -> Subject:
     from ..hf.chat import ChatReader
     from ..hf.scorer import Asker
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: allowed is {', '.join(DTYPES)}")
     model, tokenizer = models.load(name, device, getattr(torch, dtype))
     asker = Asker(model, tokenizer, name, cache=cache)
     note = f"{name} scores tokens by content match in heads (layer.head) {asker.heads_named}."

@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from math import inf
 from pathlib import Path
 from time import perf_counter
 
 from ..files import write_json
 from ..progress import Stop, check_stop
 from ..streaming.buffer import StreamPlan
+from ..streaming.stores import fits
 from . import retrieval
 from .answers import DENSE, answer
 from .bm25 import WindowIndex
@@ -24,6 +26,7 @@ from .subjects import Subject
 from .tasks import ASKED, TASKS, World, cases
 
 CASES, SETTINGS = "cases.jsonl", "settings.json"
+BYTES = 64  # of memory for a haystack's token, its words' stems included
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,14 @@ class Settings:
             raise ValueError(f"depths={bad[0]!r}: must be in [0, 1]")
         if not 0 < self.buffer_share <= 1:
             raise ValueError(f"buffer_share={self.buffer_share!r}: must be in (0, 1]")
-        if self.per_chunk < 1:
+        if not 1 <= self.per_chunk < inf:
             raise ValueError(f"per_chunk={self.per_chunk!r}: must be >= 1, or the buffer would stay empty in part")
         for name, low in (("seeds", 1), ("answers", 0), ("read_tokens", 1), ("chunk_tokens", 64)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be >= {low}")
         if min(self.lengths) < 256:
             raise ValueError(f"lengths={min(self.lengths)!r}: must be >= 256 tokens")
+        self.plan(min(self.lengths))
 
     def plan(self, length: int) -> StreamPlan:
         """The sizes for a document of `length` tokens."""
@@ -85,8 +89,12 @@ def verify(
 ) -> Iterator[Done]:
     """Measure every case of `settings` that `out` does not hold yet.
 
-    Raises `ValueError` where `out` holds a run with other settings, `Stopped` between chunks, `OSError`.
+    Raises `ValueError` where `out` holds a run with other settings or a document would not fit in memory, `Stopped`
+    between chunks, `OSError`.
     """
+    able, figures = fits(BYTES * max(settings.lengths), None)
+    if not able:
+        raise ValueError(f"lengths={max(settings.lengths)!r}: must fit in memory, of which {figures}")
     haystack = build(settings.haystack, max(settings.lengths), subject.words)
     world = World(haystack, subject.words, tuple(pairs), settings.depths, settings.chunk_tokens)
     every = list(cases(world, settings.tasks, settings.lengths, settings.seeds, settings.asked))

@@ -66,5 +66,5 @@ class ChatReader:
 
 def _with_breaks(tokens: np.ndarray, positions: np.ndarray, pause: list[int]) -> np.ndarray:
     """`tokens` with `pause` where the document goes on elsewhere."""
-    parts = np.split(tokens, np.flatnonzero(np.diff(positions) != 1) + 1)
+    parts = np.split(tokens, np.flatnonzero(np.diff(positions) != 1) + 1) if len(tokens) else [tokens]
     return np.concatenate([np.concatenate((part, pause)) for part in parts]).astype(np.int64)

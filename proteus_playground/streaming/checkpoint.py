@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .. import __version__
@@ -36,7 +37,8 @@ class Checkpoint:
             return None
         tensors, about = read_tensors(self.path, "a checkpointed stream")
         theirs = about.get("recipe")
-        if not isinstance(theirs, dict) or tensors.keys() != set(NAMES):
+        found, reached = {name: tensor.numpy() for name, tensor in tensors.items()}, about.get("next_chunk")
+        if not isinstance(theirs, dict) or type(reached) is not int or not _sound(found):
             raise ValueError(f"checkpoint={str(self.path)!r}: not a checkpoint of a stream")
         differing = [
             f"{name} is {self.recipe.get(name)!r} now, {theirs.get(name)!r} there"
@@ -48,12 +50,21 @@ class Checkpoint:
                 f"checkpoint={str(self.path)!r}: belongs to another run ({'; '.join(differing)}); "
                 "start afresh (fresh=True, --fresh) or name another file"
             )
-        return Champions(*(tensors[name].numpy() for name in NAMES)), about["next_chunk"]
+        return Champions(**found), reached
 
     def save(self, buffer: Champions, next_chunk: int) -> None:
         """`OSError` where the file cannot be written; the one before it stays."""
         tensors = {name: torch.from_numpy(getattr(buffer, name)) for name in NAMES}
         write_tensors(self.path, tensors, {"recipe": dict(self.recipe), "next_chunk": next_chunk})
+
+
+def _sound(found: dict[str, np.ndarray]) -> bool:
+    """Whether these arrays are a buffer: of its types, equally long, in order of position."""
+    if found.keys() != set(NAMES):
+        return False
+    like, position = Champions.none(), found["position"]
+    alike = (found[name].dtype == getattr(like, name).dtype and found[name].shape == (len(position),) for name in NAMES)
+    return position.ndim == 1 and all(alike) and bool((np.diff(position, prepend=-1) > 0).all())
 
 
 def recipe(store, scorer, plan: StreamPlan, rank: int, ranks: int) -> dict[str, object]:

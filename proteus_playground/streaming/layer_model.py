@@ -69,7 +69,7 @@ class LayerModel:
     source: the document, to read it again for words that this process has not met, as when its ids were on disk.
     """
 
-    name, fingerprint = "layer", "hashed words"
+    name, fingerprint, positions = "layer", "hashed words", "original"
 
     def __init__(self, prompt: str | None, *, source: str | None = None, seed: int = 0, device: str = "cpu"):
         self._prompt, self._source, self._seed, self._device = prompt, source, seed, torch.device(device)
@@ -128,7 +128,12 @@ class LayerModel:
         if not words:
             raise ValueError(f"prompt={self._prompt!r}: must have at least one word")
         asked = np.array([number(word) for word in words])
-        return torch.from_numpy(rows.embed(asked)), torch.from_numpy(_rarity(store, asked)), words
+        count = _count(store, asked)
+        if not count.any():
+            raise ValueError(f"prompt={self._prompt[:80]!r}: must have at least one word that stands in the document")
+        rarity = np.log(len(store) / np.maximum(1, count))
+        weight = np.where(count, rarity, 0).astype(np.float32)  # a word that is not there matches by chance alone
+        return torch.from_numpy(rows.embed(asked)), torch.from_numpy(weight), words
 
 
 @dataclass(frozen=True)
@@ -161,17 +166,18 @@ def _attention(rows: Store | Embedded, width: int, seed: int) -> ProteusAttentio
         attn = ProteusAttention(AttentionConfig(width, HEADS, GROUPS, head_dim=64, route_heads=False)).eval()
         keys = attn.k_proj.weight.view(GROUPS, 64, width).repeat_interleave(HEADS // GROUPS, dim=0)
         attn.q_proj.weight.copy_(keys.flatten(0, 1) + attn.q_proj.weight / 2)
-        return attn.calibrate(torch.from_numpy(rows.read(0, min(FITTED, len(rows)))).float()[None])
+        begin = torch.from_numpy(rows.read(0, min(FITTED, len(rows)))).float()
+        if not begin.isfinite().all():
+            at = int((~begin.isfinite()).any(1).nonzero()[0])
+            raise ValueError(f"row {at} of the document holds NaN or infinite values: must be finite")
+        return attn.calibrate(begin[None])
 
 
-def _rarity(store: Store, asked: np.ndarray) -> np.ndarray:
-    """log(tokens / occurrences) of each word number, 0 where it never occurs, float32; one pass over the document.
-
-    A word that is not there can only match others by chance: it must not outweigh those that are.
-    """
+def _count(store: Store, asked: np.ndarray) -> np.ndarray:
+    """How often each word number occurs, int64; one pass over the document."""
     order, count = np.argsort(asked), np.zeros(len(asked), np.int64)
     for start in range(0, len(store), AT_ONCE):
         words = store.read(start, min(start + AT_ONCE, len(store))) // FORMS
         found = words[np.isin(words, asked)]
         count += np.bincount(order[np.searchsorted(asked, found, sorter=order)], minlength=len(asked))
-    return np.where(count, np.log(len(store) / np.maximum(1, count)), 0).astype(np.float32)
+    return count
