@@ -462,6 +462,21 @@ def test_bad_states_are_named():
         attn.train().decode(x, attn.new_state(2))
 
 
+def test_states_that_are_none_are_named(tmp_path):
+    *_, bank = world(50)
+    for state in ({}, None, {"about": bank.state_dict()["about"], "tensors": {}}):
+        with pytest.raises(ValueError, match="not what state_dict gave"):
+            bank.load_state_dict(state)
+    path = bank.save(tmp_path / "bank.safetensors")
+    with pytest.raises(TypeError, match="gates=NoneType"):
+        KVBank.load(path, None)
+    whole = path.read_bytes()
+    for size in (0, 4, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="bank.safetensors"):
+            KVBank.load(path, bank.gates)
+
+
 def test_bench_decode_reports_time_and_memory_by_context(tmp_path, capsys):
     path = tmp_path / "decode.json"
     small = ["--lengths", "64,256", "--heads", "4", "--groups", "2", "--head-dim", "8", "--shortlist", "24"]

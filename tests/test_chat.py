@@ -74,3 +74,13 @@ def test_too_much_to_read_is_refused(net):
 
 def test_nothing_kept_is_still_a_question(net):
     assert isinstance(ChatReader(*net).answer(np.zeros(0, np.int64), np.zeros(0, np.int64), "soup"), str)
+
+
+def test_a_question_may_hold_any_character(net):
+    reader = ChatReader(*net)
+    assert isinstance(reader.answer(np.array([2, 3]), np.arange(2), "soup \N{OBJECT REPLACEMENT CHARACTER} soup"), str)
+
+
+def test_a_question_that_does_not_fit_is_refused(net):
+    with pytest.raises(ValueError, match=f"must be at most {512 - REPLY} for this model"):
+        ChatReader(*net).answer(np.array([2, 3]), np.arange(2), "humble soup " * 300)

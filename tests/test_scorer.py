@@ -187,6 +187,19 @@ def test_heads_of_a_model_nobody_calibrated(net):
         Asker(*net, "tiny", heads=HEADS).ask("  ")
 
 
+@pytest.mark.parametrize("rows", [[], [[1]], [1.0], [-1], [10**6]])
+def test_what_are_no_ids_of_the_model_are_refused(net, rows):
+    with pytest.raises(ValueError, match="rows "):
+        Asker(*net, "tiny", heads=HEADS).ask("soup").score(np.array(rows))
+
+
+def test_one_token_is_a_sink_and_a_prompt_has_an_end(net):
+    asker = Asker(*net, "tiny", heads=HEADS)
+    assert asker.ask("soup").score(np.array([3]))[0].tolist() == [-np.inf]
+    with pytest.raises(ValueError, match="must be at most 1,024"):
+        asker.ask("humble soup. " * 600)
+
+
 def test_calibration_chooses_heads_one_by_one(net):
     steps = list(find_heads(*net, "the humble token waited on page five " * 1200, most=2, last_layer=1))
     assert [len(step.heads) for step in steps] == [1, 2] and set(steps[0].heads) < set(steps[1].heads)

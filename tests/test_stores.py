@@ -152,6 +152,14 @@ def test_rows_files_and_names_are_documents(tmp_path, small):
         open_words(TextRows("lines", rows, "1", column="body"), tmp_path)
 
 
+@pytest.mark.parametrize(("name", "body"), [("rows.jsonl", b'{"text": "tea"}\n{"te'), ("rows.parquet", b"no")])
+def test_broken_rows_name_their_file(tmp_path, name, body):
+    pytest.importorskip("datasets")
+    (tmp_path / name).write_bytes(body)
+    with pytest.raises(ValueError, match=f"{name} cannot be read as rows"):
+        open_words(tmp_path / name, tmp_path)
+
+
 def test_a_datasets_stream_is_a_document(tmp_path, book):
     datasets = pytest.importorskip("datasets")
     rows = datasets.load_dataset("text", data_files=str(book), split="train", streaming=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from helpers import layer
 from proteus_playground import AttentionConfig, ProteusAttention, cli, tensors
 from proteus_playground.bench import stream as bench
 from proteus_playground.progress import Stopped
-from proteus_playground.streaming.buffer import Champions, StreamPlan
+from proteus_playground.streaming.buffer import Champions, StreamPlan, choose
 from proteus_playground.streaming.layer_scorer import LayerScorer
 from proteus_playground.streaming.run import run
 from proteus_playground.streaming.second_pass import attend_over, gather, second_pass
@@ -222,6 +223,28 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match="c.safetensors"):
         final(Array.random(), prompted(), PLAN, checkpoint=path)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda arrays, about: about.pop("next_chunk"),
+        lambda arrays, about: about.update(next_chunk="7"),
+        lambda arrays, about: about.update(recipe=[1]),
+        lambda arrays, about: arrays.pop("score"),
+        lambda arrays, about: arrays.update(score=arrays["score"][:3]),
+        lambda arrays, about: arrays.update(position=arrays["position"].float()),
+        lambda arrays, about: arrays.update(position=arrays["position"].flip(0)),
+    ],
+)
+def test_a_checkpoint_that_holds_no_buffer_is_refused(tmp_path, harm):
+    store, path = Array.random(), tmp_path / "c.safetensors"
+    final(store, prompted(), PLAN, checkpoint=path)
+    arrays, about = tensors.read_tensors(path, "a run")
+    harm(arrays, about)
+    tensors.write_tensors(path, arrays, about)
+    with pytest.raises(ValueError, match="c.safetensors.*not a checkpoint"):
+        final(store, prompted(), PLAN, checkpoint=path)
 
 
 class Slow:
@@ -474,13 +497,74 @@ def test_embeddings_and_generated_documents(proteus, tmp_path):
         (["--generated", "2x", "--model", "layer"], "--generated"),
         (["--generated", "2k", "--model", "layer", "--chunk-tokens", "0"], "--chunk-tokens"),
         (["--generated", "2k", "--model", "layer", "--positions", "new"], "original, compacted"),
-        (["--generated", "2k", "--model", "layer", "--ram-limit", "much"], "'much'"),
+        (["--generated", "2k", "--model", "layer", "--ram-limit", "much"], "--ram-limit: 'much'"),
+        (["--generated", "2k", "--model", "layer", "--seed", "-1"], "'--seed'"),
+        (["--generated", "2k", "--model", "layer", "--json", "."], "--json cannot be written"),
+        (["--generated", "2k", "--model", "layer", "--events", "."], "--events cannot be written"),
+        (["--generated", "2k", "--model", "layer", "--checkpoint", "."], "--checkpoint cannot be written"),
         (["--generated", "2k", "--model", "layer", "--prompt", "tea"], "must be .npy rows (P, D=512)"),
     ],
 )
 def test_what_cannot_be_done_is_said(proteus, args, problem):
     code, _, err = proteus("stream", *args)
     assert code in (1, 2) and problem in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompt", "problem"),
+    [
+        (np.arange(100), "", "ids of another vocabulary"),
+        (np.full((100, 8), np.nan, np.float32), "", "row 0 of the document holds NaN"),
+        (np.ones((100, 8), np.float32), np.ones(8, np.float32), "(8,)"),
+        (np.ones((100, 8), np.float32), np.ones((2, 9), np.float32), "must be (P, D=8)"),
+        (np.ones((100, 8), np.float32), np.full((2, 8), np.inf, np.float32), "must be finite"),
+        (np.ones((100, 8), np.float32), np.ones((2, 8), complex), "complex128"),
+        (np.ones((100, 8), np.float32), np.array([{}], object), "prompt.npy"),
+    ],
+)
+def test_arrays_that_are_no_document_or_prompt_are_refused(proteus, tmp_path, rows, prompt, problem):
+    np.save(tmp_path / "rows.npy", rows)
+    if not isinstance(prompt, str):
+        np.save(tmp_path / "prompt.npy", prompt, allow_pickle=True)
+        prompt = tmp_path / "prompt.npy"
+    code, _, err = proteus("stream", tmp_path / "rows.npy", "--prompt", prompt, *SMALL)
+    assert code == 2 and problem in err
+
+
+def test_a_word_that_is_not_in_the_document_says_nothing(proteus, document):
+    code, _, err = proteus("stream", document, "--prompt", "zebra", *SMALL)
+    assert code == 2 and "prompt='zebra'" in err
+    reports = []
+    for prompt in ("Elmsworth", "Elmsworth zebra"):
+        _, out, _ = proteus("stream", document, "--prompt", prompt, *SMALL, "--json", "-")
+        reports.append(json.loads(out)["best"][0])
+    one, other = reports
+    assert one["token"] == other["token"] and one["score"] == pytest.approx(other["score"], rel=1e-4)
+
+
+def test_what_is_shown_is_one_line_of_plain_text(proteus, tmp_path):
+    path = tmp_path / "loud.txt"
+    path.write_text("tea \x1b[31m\a\0" * 5 + "x" * 9999, encoding="utf-8")
+    code, out, _ = proteus("stream", path, "--model", "layer", "--prompt", "tea")
+    assert code == 0 and all(line.isprintable() and len(line) < 700 for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("score", "problem"),
+    [([1, np.nan], "token 71 is nan"), ([np.inf, 1], "token 70 is inf"), ([1e39, 1], "inf"), ([[1, 2]], "(1, 2)"),
+     ([1, 2, 3], "(3,)")],
+)  # fmt: skip
+def test_scores_that_cannot_be_ranked_are_refused(score, problem):
+    with pytest.raises(ValueError, match="score .*" + re.escape(problem)):
+        choose(np.array(score, float), np.zeros(2, np.int32), 70, PLAN)
+
+
+@pytest.mark.parametrize("given", [3, 200])
+def test_a_scorer_that_miscounts_is_refused(given):
+    scorer = prompted()
+    scorer.score = lambda rows: (np.zeros(given, np.float32), np.zeros(given, np.int32))
+    with pytest.raises(ValueError, match=f"gave {given} scores for 100 tokens"):
+        final(Array.random(), scorer, PLAN)
 
 
 # -- the benchmark ----------------------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ def test_answers_are_given_by_the_fact_alone():
         (lambda rows: rows[1].update(answers=[]), "entry 2: answers="),
         (lambda rows: rows[0].update(answers=["xyz"]), "none of answers=.* stands in the fact"),
         (lambda rows: rows[1].update(id=rows[0]["id"]), "stands there twice"),
+        (lambda rows: rows[0].update(fact="It is red \ud800."), "is not JSON .*surrogates"),
         (lambda rows: rows.clear(), "at least one object"),
     ],
 )
@@ -124,9 +125,10 @@ def test_bad_pairs_are_named(tmp_path, change, complaint):
     file.write_text(json.dumps(rows))
     with pytest.raises(ValueError, match=complaint):
         load_pairs(file)
-    file.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        load_pairs(file)
+    for broken in ("{", "[" * 100_000):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match="is not JSON"):
+            load_pairs(file)
 
 
 # -- haystacks and cases --------------------------------------------------------------------------------
@@ -335,8 +337,12 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path):
     assert sorted(written) == sorted(full)
     with pytest.raises(ValueError, match=r"other settings \(seeds\)"):
         rows_of(replace(chosen, seeds=2), subject(), tmp_path / "cut")
-    (tmp_path / "cut" / verify.CASES).write_text("nonsense\n")
-    with pytest.raises(ValueError, match="is not what verify wrote"):
+    for line in ("nonsense", "[]", '{"key": "single"}'):
+        (tmp_path / "cut" / verify.CASES).write_text(f"{line}\n")
+        with pytest.raises(ValueError, match="is not what verify wrote"):
+            rows_of(chosen, subject(), tmp_path / "cut")
+    (tmp_path / "cut" / verify.SETTINGS).write_text("[1]")
+    with pytest.raises(ValueError, match="other settings"):
         rows_of(chosen, subject(), tmp_path / "cut")
 
 
@@ -404,6 +410,11 @@ def test_the_command_writes_a_report_and_goes_on(run, tmp_path):
         (("--asked", "loudly"), "'loudly': must be one of"),
         (("--buffer-share", "0"), "buffer_share=0.0: must be in (0, 1]"),
         (("--seeds", "0"), "seeds=0: must be >= 1"),
+        (("--per-chunk", "nan"), "per_chunk=nan: must be >= 1"),
+        (("--per-chunk", "inf"), "per_chunk=inf: must be >= 1"),
+        (("--neighbours", "-1"), "neighbours=-1"),
+        (("--lengths", "1000000m"), "must fit in memory"),
+        (("--dtype", "int8"), "dtype='int8'"),
         (("--model", "nobody"), "name='nobody' is not a known model"),
         (("--haystack", "nothing.txt"), "nothing.txt"),
     ],

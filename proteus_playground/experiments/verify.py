@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from math import inf
+from operator import itemgetter
 from pathlib import Path
 from time import perf_counter
 
@@ -26,6 +27,7 @@ from .subjects import Subject
 from .tasks import ASKED, TASKS, World, cases
 
 CASES, SETTINGS = "cases.jsonl", "settings.json"
+FIELDS = ("task", "asked", "length", "depth", "in_order", "strengths", "recall", "replies")  # of a case's row
 BYTES = 64  # of memory for a haystack's token, its words' stems included
 
 
@@ -153,7 +155,8 @@ def read_rows(out: Path) -> dict[str, dict]:
         os.truncate(path, len(sound))
     try:
         rows = [json.loads(line) for line in sound.splitlines()]
-        return {row["key"]: row for row in rows}
+        whole = itemgetter("key", *FIELDS)  # KeyError where one is missing
+        return {whole(row)[0]: row for row in rows}
     except (ValueError, TypeError, KeyError) as err:
         raise ValueError(f"out={str(out)!r}: {CASES} is not what verify wrote: allowed is another folder") from err
 
@@ -177,6 +180,7 @@ def _claim(out: Path, settings: Settings, pairs: list[Pair], subject: Subject, h
             there = read_settings(out)
         except ValueError:
             there = {}
+        there = there if isinstance(there, dict) else {}
         other = sorted(name for name in wanted | there if wanted.get(name) != there.get(name))
         if other:
             raise ValueError(f"out={str(out)!r} holds a run with other settings ({', '.join(other)}): allowed is an "

@@ -35,12 +35,15 @@ class ChatReader:
         mark = "\N{OBJECT REPLACEMENT CHARACTER}"
         ask = [{"role": "user", "content": BEFORE + mark + AFTER + prompt}]
         chat = self._tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
-        head, tail = (self._ids(part) for part in chat.split(mark))
+        head, tail = (self._ids(part) for part in chat.split(mark, 1))
         if self._compact:
             tokens = _with_breaks(tokens, positions, self._ids("\n"))
             positions = np.arange(len(tokens))
         end = int(positions[-1]) + 1 if len(positions) else 0
         stand = np.concatenate((np.arange(len(head)), len(head) + positions, len(head) + end + np.arange(len(tail))))
+        if len(stand) + REPLY > self.context:
+            raise ValueError(f"prompt and passages have {len(stand):,} tokens: must be at most "
+                             f"{self.context - REPLY:,} for this model")  # fmt: skip
         return self._reply(np.concatenate((head, tokens, tail)), stand)
 
     def _ids(self, text: str) -> list[int]:

@@ -48,6 +48,7 @@ class KeyReader:
 
     def __init__(self, model, heads: Sequence[Head], cache: Path | None = None):
         self._model, self._device = model, model.device
+        self.vocabulary = model.get_input_embeddings().num_embeddings
         attention = model.get_decoder().layers[0].self_attn
         self.head_dim = attention.head_dim
         self._per_group = attention.q_proj.weight.shape[0] // attention.k_proj.weight.shape[0]

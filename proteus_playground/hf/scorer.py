@@ -27,6 +27,7 @@ from .key_reader import Head, KeyReader
 from .retrieval_heads import RADIUS, find_heads, known_heads, match, mean_queries, prompt_queries
 
 SENTENCE = re.compile(r"(?<=[.?!])\s+")
+LONGEST = 1024  # tokens of a prompt: each is compared with every token of a document
 PIECE = 4096  # tokens scored at a time: what a prompt's rows make of them stays in the processor's cache
 
 
@@ -58,8 +59,13 @@ class ModelScorer:
     def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids `(n,)` of a chunk -> score `(n,)` float32, reason `(n,)` int32.
 
-        A chunk's first token is a sink, whose key tells nothing of it: -inf.
+        A chunk's first token is a sink, whose key tells nothing of it: -inf. `ValueError` for ids the model has not.
         """
+        if rows.ndim != 1 or not len(rows) or rows.dtype.kind not in "iu":
+            raise ValueError(f"rows is {rows.dtype} of shape {rows.shape}: must be token ids (n,), n >= 1")
+        if not 0 <= rows.min() <= rows.max() < self._reader.vocabulary:
+            raise ValueError(f"rows has ids from {rows.min()} to {rows.max()}: must be in [0, "
+                             f"{self._reader.vocabulary}), the model's vocabulary")  # fmt: skip
         score, reason = self.of_keys(self._reader.read(rows, self.stop))
         score[0] = -torch.inf
         return score.numpy(), reason.to(torch.int32).numpy()
@@ -131,7 +137,10 @@ class Asker:
         return " ".join(f"{head.layer}.{head.head}" for head in self.heads)
 
     def ask(self, prompt: str) -> ModelScorer:
-        """A scorer for `prompt`. `ValueError` for a prompt without a word."""
+        """A scorer for `prompt`. `ValueError` for a prompt without a word, or of more than `LONGEST` tokens."""
+        size = len(self._tokenizer(prompt, verbose=False)["input_ids"])
+        if size > LONGEST:
+            raise ValueError(f"prompt={prompt[:40]!r}... has {size:,} tokens: must be at most {LONGEST:,}")
         sentences = [part for part in SENTENCE.split(prompt) if part.strip()] or [prompt]
         return ModelScorer(self.reader, self.heads, [self._question(part) for part in sentences])
 

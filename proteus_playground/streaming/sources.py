@@ -53,7 +53,7 @@ class TextRows:
 
     def text(self, start: int) -> Iterator[str]:
         """Rows before byte `start` are read again, for a stream knows no way around, but given to nobody."""
-        for number, row in enumerate(self.rows):
+        for number, row in enumerate(self._sound()):
             if not isinstance(row.get(self.column), str):
                 raise ValueError(
                     f"{self.name} has no text in column {self.column!r} of row {number}, only {sorted(row)}"
@@ -63,6 +63,12 @@ class TextRows:
                 raw = part.encode()
                 part, start = raw[start:].decode(), max(0, start - len(raw))
             yield part
+
+    def _sound(self) -> Iterator[Mapping[str, object]]:
+        try:
+            yield from self.rows
+        except ValueError as err:  # broken JSON or Parquet, in words that do not say where
+            raise ValueError(f"{self.name} cannot be read as rows of text ({err})") from err
 
     def check(self) -> None:
         """Nothing to look at."""
@@ -221,5 +227,8 @@ def _rows_of_file(path: Path) -> TextRows:
     from datasets import load_dataset
 
     recipe = file_recipe(path, Seen.now(path))
-    rows = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+    try:
+        rows = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+    except ValueError as err:
+        raise ValueError(f"{path} cannot be read as rows of text ({err})") from err
     return TextRows(str(path), rows, digest(*recipe.values()))
