@@ -56,6 +56,8 @@ def test_a_held_key_ends_on_the_last_value(page):
     page.focus(".pp-knob-flux-alpha .noUi-handle")
     for _ in range(60):
         page.keyboard.press("ArrowLeft")
+    entry = "document.querySelector('.pp-knob-flux-alpha input').value"  # comes back from the kernel, as it gets to it
+    page.wait_for_function(f"() => Math.abs({entry} - 0.4) < 1e-6", timeout=30_000)
     page.wait_for_timeout(400)
     slider.settle(page)
     assert float(page.locator(".pp-knob-flux-alpha input").first.input_value()) == pytest.approx(0.4)
