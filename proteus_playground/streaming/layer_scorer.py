@@ -26,6 +26,7 @@ from ..attention import ProteusAttention
 IN_CACHE = 1 << 18  # numbers of a CPU piece or of its dot products: 1 MB, a core's second-level cache
 ON_GPU = 1 << 22  # the same on a GPU: large enough to hide launches, small enough to be copied behind one another
 FEWEST = 64  # rows of a piece
+ALIGNED = 64  # bytes: where PyTorch lays its own tensors
 
 
 class LayerScorer:
@@ -70,7 +71,10 @@ class LayerScorer:
 
         def measure(start: int, part: Tensor) -> None:
             stop = start + len(part)
-            score[start:stop], reason[start:stop] = self._measure(part.to(self.device, torch.float32))
+            part = part.to(self.device, torch.float32)
+            if part.data_ptr() % ALIGNED:  # the bits of a product of few rows depend on where they lie
+                part = part.clone()
+            score[start:stop], reason[start:stop] = self._measure(part)
 
         starts = range(0, len(x), self._piece)
         if self.device.type == "cpu":
