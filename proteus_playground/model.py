@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionConfig, KVBank, ProteusAttention
+from .checks import whole_number
 from .sampling import Sampling
 from .tensors import read_tensors, write_tensors
 
@@ -36,9 +37,9 @@ class ModelConfig:
         if not isinstance(self.attention, AttentionConfig):
             raise TypeError(f"attention={type(self.attention).__name__}: expected AttentionConfig")
         for name in ("vocab_size", "n_layers"):
-            _check_whole(name, getattr(self, name))
+            whole_number(name, getattr(self, name), 1)
         if self.hidden is not None:
-            _check_whole("hidden", self.hidden)
+            whole_number("hidden", self.hidden, 1)
 
     def to_dict(self) -> dict:
         """Plain values, enough for `from_dict`."""
@@ -58,7 +59,7 @@ class ProteusBlock(nn.Module):
     def __init__(self, cfg: AttentionConfig, hidden: int | None = None):
         super().__init__()
         if hidden is not None:
-            _check_whole("hidden", hidden)
+            whole_number("hidden", hidden, 1)
         D = cfg.d_model
         hidden = hidden or -(-8 * D // 24) * 8
         self.attn_norm, self.mlp_norm = nn.RMSNorm(D), nn.RMSNorm(D)
@@ -188,7 +189,7 @@ class ProteusLM(nn.Module):
         """
         choose = Sampling(temperature, top_k, top_p, seed)
         if max_new_tokens is not None:
-            _check_whole("max_new_tokens", max_new_tokens)
+            whole_number("max_new_tokens", max_new_tokens, 1)
         if self.training:
             raise ValueError("training=True: the model must be in evaluation mode to generate; call eval()")
         if ids is None and (state is None or state.pending is None):
@@ -249,10 +250,3 @@ class ProteusLM(nn.Module):
             raise ValueError(f"path={str(path)!r}: not a state of this model ({problem})") from problem
         state.pending = None if pending is None else pending.to(self.embed.weight.device)
         return state
-
-
-def _check_whole(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected a whole number >= 1")
-    if value < 1:
-        raise ValueError(f"{name}={value!r}: must be >= 1")

@@ -67,7 +67,7 @@ def command(
         read_tokens=read,
     )  # fmt: skip
     facts, where = load_pairs(pairs), pick_device(device)
-    subject = load(model, device, cache=out / "keys", dtype=dtype)
+    subject = load(model, device, cache=out / "keys", dtype=dtype, answers=answers > 0)
     stopped = _run(settings, facts, subject, out)
     rows = list(read_rows(out).values())
     if stopped:

@@ -29,15 +29,17 @@ class Subject:
     dtype: str
 
 
-def load(name: str, device: str = "cpu", cache: Path | None = None, dtype: str = "float32") -> Subject:
+def load(
+    name: str, device: str = "cpu", cache: Path | None = None, dtype: str = "float32", answers: bool = True
+) -> Subject:
     """A subject by name: "layer", or a pulled model. ValueError for another name or dtype.
 
     cache: a file for keys by content. dtype: "float32", "bfloat16" or "float16"; bfloat16 halves the time on a CPU that
-    multiplies it (AVX512-BF16, AMX).
+    multiplies it (AVX512-BF16, AMX). answers: whether the model will be asked to answer, too.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: allowed is {', '.join(DTYPES)}")
-    return _layer() if name == LAYER else _model(name, device, cache, dtype)
+    return _layer() if name == LAYER else _model(name, device, cache, dtype, answers)
 
 
 def _layer(seed: int = 0) -> Subject:
@@ -67,7 +69,7 @@ def _layer(seed: int = 0) -> Subject:
     return Subject("random layer", note, words, OfWords, None, "cpu", "float32")
 
 
-def _model(name: str, device: str, cache: Path | None, dtype: str) -> Subject:
+def _model(name: str, device: str, cache: Path | None, dtype: str, answers: bool) -> Subject:
     import torch
 
     from ..hf import models
@@ -78,7 +80,7 @@ def _model(name: str, device: str, cache: Path | None, dtype: str) -> Subject:
     asker = Asker(model, tokenizer, name, cache=cache)
     note = f"{name} scores tokens by content match in heads (layer.head) {asker.heads_named}."
     slow = model.device.type == "cpu" and model.dtype != torch.float32  # a step of one token takes five times as long
-    reader = ChatReader(models.load(name)[0] if slow else model, tokenizer)
+    reader = ChatReader(models.load(name)[0] if slow else model, tokenizer) if answers else None
     return Subject(name, note, _Words(tokenizer), asker.ask, reader, str(model.device), dtype)
 
 

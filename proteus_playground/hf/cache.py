@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from ..attention import AttentionConfig, Budget, Gates, plan_budget
 from ..attention.bank import ENDLESS, KVBank
 from ..calibration import Calibration
+from ..files import cache_dir
 from ..layer_run import ProteusLayer, config_for
 from ..tensors import read_tensors, write_tensors
 from ..texts import Text, calibration_text
@@ -112,8 +113,6 @@ class ProteusCache(Cache):
         package. folder: default the user's cache. The first time takes one pass over 2,048 tokens. reach: "auto" is
         half the model's trained context where the text may go on for ever (flux alpha 1, no `tokens`), else None.
         """
-        from .models import cache_dir
-
         settings = settings or Settings()
         source = ModelSource(model, tokenizer, name or type(model).__name__)
         text = calibration or calibration_text("")

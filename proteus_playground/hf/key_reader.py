@@ -47,7 +47,7 @@ class KeyReader:
     """
 
     def __init__(self, model, heads: Sequence[Head], cache: Path | None = None):
-        self._model, self._device = model, model.device
+        self._model = model
         self.vocabulary = model.get_input_embeddings().num_embeddings
         attention = model.get_decoder().layers[0].self_attn
         self.head_dim = attention.head_dim
@@ -89,17 +89,22 @@ class KeyReader:
 
     def _run(self, ids: Tensor) -> Tensor:
         """ids `(B, t)` -> `(B, t, P, d)` float16 on the CPU."""
-        layers = sorted({layer for layer, _ in self.picks})
-        found: dict[int, Tensor] = {}
+        found = first_layers(self._model, ids, sorted({layer for layer, _ in self.picks}))
+        return half(torch.stack([found[layer][1][:, :, group] for layer, group in self.picks], 2))
 
-        def record(call: AttentionCall) -> None:
-            found[call.layer] = call.k
-            if call.layer == layers[-1]:
-                raise _Enough
 
-        with patched(self._model, dict.fromkeys(layers, record)), suppress(_Enough):
-            self._model.get_decoder()(ids.to(self._device), use_cache=False)
-        return half(torch.stack([found[layer][:, :, group] for layer, group in self.picks], 2))
+def first_layers(model, ids: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Un-rotated queries and keys `(B, t, heads, d)` of `layers`, which rise, for ids `(B, t)`; no later layer runs."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def record(call: AttentionCall) -> None:
+        found[call.layer] = call.q, call.k
+        if call.layer == layers[-1]:
+            raise _Enough
+
+    with torch.no_grad(), patched(model, dict.fromkeys(layers, record)), suppress(_Enough):
+        model.get_decoder()(ids.to(model.device), use_cache=False)
+    return found
 
 
 def spans(tokens: int):

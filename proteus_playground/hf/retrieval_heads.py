@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..progress import Progress, Stop, check_stop, tell
-from .key_reader import Head
-from .patch import AttentionCall, full_attention_layers, patched
+from .key_reader import Head, first_layers
+from .patch import full_attention_layers
 
 RADIUS = 8  # tokens on either side over which a prompt row looks for its best match
 WINDOW, WINDOWS = 256, 32  # haystack that calibration reads
@@ -80,19 +80,23 @@ def prompt_queries(model, tokenizer, prompt: str, layers: tuple[int, ...]) -> tu
     ids, begin, end = prompt_ids(tokenizer, prompt)
     if not prompt.strip() or not len(ids):
         raise ValueError(f"prompt={prompt!r}: must have at least one word")
-    found = _pass(model, ids[None], layers)
+    found = first_layers(model, ids[None], layers)
     begin = min(begin, len(ids) - 1) or (1 if len(ids) > 1 else 0)  # the first row of all is a sink
     return {layer: found[layer][0][0, begin:].float().cpu() for layer in layers}, ids[begin : max(end, begin + 1)]
 
 
-def mean_queries(model, tokenizer, layers: tuple[int, ...], stop: Stop | None = None) -> dict[int, Tensor]:
-    """What questions have in common: layer -> `(H, d)` float32, over the calibration questions."""
-    rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+def calibration_queries(model, tokenizer, layers: tuple[int, ...], stop: Stop | None = None) -> list[dict[int, Tensor]]:
+    """`prompt_queries` of every calibration question."""
+    asked = []
     for pair in calibration_pairs():
         check_stop(stop)
-        for layer, q in prompt_queries(model, tokenizer, pair["question"], layers)[0].items():
-            rows[layer].append(q.mean(0))
-    return {layer: torch.stack(means).mean(0) for layer, means in rows.items()}
+        asked.append(prompt_queries(model, tokenizer, pair["question"], layers)[0])
+    return asked
+
+
+def mean_queries(asked: list[dict[int, Tensor]]) -> dict[int, Tensor]:
+    """What questions have in common: layer -> `(H, d)` float32."""
+    return {layer: torch.stack([q[layer].mean(0) for q in asked]).mean(0) for layer in asked[0]}
 
 
 def match(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -126,29 +130,26 @@ def find_heads(
         raise ValueError(f"text has {len(hay):,} tokens: calibration needs {WINDOW * WINDOWS:,}")
     hay, pairs = hay.view(WINDOWS, WINDOW), calibration_pairs()
     tell(progress, 0.0, "reading the calibration text")
-    keys = [_pass(model, hay[i : i + 4], layers) for i in range(0, WINDOWS, 4)]
-    keys = {layer: torch.cat([part[layer][1] for part in keys]).half() for layer in layers}  # (N, W, G, d)
-    centre = mean_queries(model, tokenizer, layers, stop)
-    planted = _planted(model, tokenizer, hay, pairs, layers)
-    scores = []
-    for i, pair in enumerate(pairs):
+    keys = [first_layers(model, hay[i : i + 4], layers) for i in range(0, WINDOWS, 4)]
+    keys = {layer: torch.cat([part[layer][1] for part in keys]).half().cpu() for layer in layers}  # (N, W, G, d)
+    tell(progress, 1 / 3, "asking the calibration questions")
+    asked = calibration_queries(model, tokenizer, layers, stop)
+    centre, scores = mean_queries(asked), []
+    for i, (q, planted) in enumerate(zip(asked, _planted(model, tokenizer, hay, pairs, layers), strict=True)):
         check_stop(stop)
-        tell(progress, (1 + i) / (1 + len(pairs)), f"asking: {pair['question']}")
-        q = prompt_queries(model, tokenizer, pair["question"], layers)[0]
-        scores.append(_every_head(q, centre, keys, planted[i], layers))
+        tell(progress, (2 + i / len(pairs)) / 3, f"looking for: {pairs[i]['fact']}")
+        scores.append(_every_head(q, centre, keys, planted, layers))
     yield from _greedy(scores, [Head(layer, h) for layer in layers for h in range(q[layers[0]].shape[1])], most)
 
 
-def _planted(model, tokenizer, hay: Tensor, pairs: list[dict], layers) -> list[tuple[int, int, dict[int, Tensor]]]:
+def _planted(model, tokenizer, hay: Tensor, pairs: list[dict], layers) -> Iterator[tuple[int, int, dict[int, Tensor]]]:
     """Each fact in the middle of a window of prose: its first token, its end, and the window's keys."""
-    out = []
     for i, pair in enumerate(pairs):
         window, fact = hay[7 * i % len(hay)].clone(), tokenizer(" " + pair["fact"], verbose=False)["input_ids"]
         at = 40 + 37 * i % (WINDOW - 80 - len(fact))
         window[at : at + len(fact)] = torch.tensor(fact)
-        found = _pass(model, window[None], layers)
-        out.append((at, at + len(fact), {layer: found[layer][1][0] for layer in layers}))
-    return out
+        found = first_layers(model, window[None], layers)
+        yield at, at + len(fact), {layer: found[layer][1][0].cpu() for layer in layers}
 
 
 def _every_head(q, centre, keys, planted, layers) -> tuple[Tensor, Tensor]:
@@ -186,15 +187,3 @@ def _greedy(scores, heads: list[Head], most: int) -> Iterator[Calibrated]:
             float(found.mean()),
             float((found < 0.03).float().mean()),
         )
-
-
-def _pass(model, ids: Tensor, layers: tuple[int, ...]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Un-rotated queries and keys `(B, T, heads, d)` of `layers`, on the CPU. Layers above the last do not matter."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def record(call: AttentionCall) -> None:
-        found[call.layer] = call.q.cpu(), call.k.cpu()
-
-    with torch.no_grad(), patched(model, dict.fromkeys(layers, record)):
-        model.get_decoder()(ids.to(model.device), use_cache=False)
-    return found

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..progress import Stop
 from ..texts import BOOK, load_text
 from .key_reader import Head, KeyReader
-from .retrieval_heads import RADIUS, find_heads, known_heads, match, mean_queries, prompt_queries
+from .retrieval_heads import RADIUS, calibration_queries, find_heads, known_heads, match, mean_queries, prompt_queries
 
 SENTENCE = re.compile(r"(?<=[.?!])\s+")
 LONGEST = 1024  # tokens of a prompt: each is compared with every token of a document
@@ -81,19 +81,16 @@ class ModelScorer:
         return score, reason
 
     def _piece(self, keys: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        best = reason = None
-        first, scale = 0, self._reader.head_dim**-0.5
+        scores, reasons, first, scale = [], [], 0, self._reader.head_dim**-0.5
         for question in self._questions:
             pairs = zip(self._heads, question.queries, strict=True)
             found = torch.stack([match(q, keys[:, self._reader.column(head)], scale)[:, own] for head, q in pairs])
-            score = (found.mean((0, 1)) - question.mean) / question.spread
+            scores.append((found.mean((0, 1)) - question.mean) / question.spread)
             said = found[:, : len(question.words)].flatten(0, 1)  # (heads words, n)
-            why = (said - said.mean(1, keepdim=True)).argmax(0) + first
+            reasons.append((said - said.mean(1, keepdim=True)).argmax(0) + first)
             first += len(said)
-            better = score > best if best is not None else torch.ones_like(score, dtype=torch.bool)
-            best = score if best is None else torch.maximum(best, score)
-            reason = why if reason is None else torch.where(better, why, reason)
-        return best, reason
+        score, best = torch.stack(scores).max(0)
+        return score, torch.stack(reasons).gather(0, best[None])[0]
 
     def explain(self, reason: int) -> str:
         """The prompt's word that matched best there, and the head that says so."""
@@ -127,7 +124,7 @@ class Asker:
         self._model, self._tokenizer = model, tokenizer
         self._layers = tuple(sorted({head.layer for head in self.heads}))
         self.reader = KeyReader(model, self.heads, cache)
-        self._centre = mean_queries(model, tokenizer, self._layers)
+        self._centre = mean_queries(calibration_queries(model, tokenizer, self._layers))
         ordinary = tokenizer(load_text(BOOK).body, verbose=False)["input_ids"]
         self._ordinary = self.reader.read(np.array(ordinary, np.int32))
 
