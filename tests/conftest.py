@@ -20,3 +20,11 @@ def smollm2() -> Path:
         return models.pull("smollm2", progress=False)
     except models.Unreachable as err:
         pytest.skip(f"SmolLM2 cannot be fetched here: {err}")
+
+
+@pytest.fixture(scope="session")
+def shots(tmp_path_factory) -> Path:
+    """Where browser tests put screenshots: `PROTEUS_SCREENSHOTS=docs/img` keeps them."""
+    folder = Path(os.environ.get("PROTEUS_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

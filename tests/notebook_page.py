@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,12 @@ from proteus_playground.bench import slider
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
-def screenshots(tmp_path_factory) -> Path:
-    """Where they go."""
-    folder = Path(os.environ.get("PROTEUS_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def traces(panel: str) -> str:
+    """JavaScript that tells all that the figure inside `panel` draws."""
+    return f"""() => {{
+      const figure = document.querySelector('{panel} .js-plotly-plot');
+      return JSON.stringify(figure.data.map((trace) => [trace.z, trace.x && [...trace.x], trace.y && [...trace.y]]));
+    }}"""
 
 
 @contextmanager

@@ -6,21 +6,13 @@
 from __future__ import annotations
 
 import pytest
-from notebook_page import notebook_page, screenshots
+from notebook_page import notebook_page, traces
 
 from proteus_playground.bench import slider
 
 pytestmark = pytest.mark.slow
-TRACES = """() => {
-  const figure = document.querySelector('.pp-figure .js-plotly-plot');
-  return JSON.stringify(figure.data.map((trace) => [trace.z, trace.x && [...trace.x], trace.y && [...trace.y]]));
-}"""
+TRACES = traces(".pp-figure")
 AXES = "[...document.querySelectorAll('.pp-figure .nsewdrag')].map((e) => e.getBoundingClientRect().toJSON())"
-
-
-@pytest.fixture(scope="module")
-def shots(tmp_path_factory):
-    return screenshots(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

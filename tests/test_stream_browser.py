@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import pytest
-from notebook_page import notebook_page, screenshots
+from notebook_page import notebook_page, traces
 
 from proteus_playground.bench import slider
 
@@ -14,17 +14,9 @@ NOTEBOOK = "notebooks/04_million_tokens.ipynb"
 KNOBS = ("chunk-tokens", "per-chunk-budget", "buffer-tokens", "neighbours")
 READY_MS = 280_000
 pytestmark = pytest.mark.slow
-TRACES = """() => {
-  const figure = document.querySelector('.pp-stream .js-plotly-plot');
-  return JSON.stringify(figure.data.map((trace) => [trace.z, trace.x && [...trace.x], trace.y && [...trace.y]]));
-}"""
+TRACES = traces(".pp-stream")
 IDLE = """() => document.querySelector('.jp-Notebook-ExecutionIndicator').dataset.status === 'idle'
   && ![...document.querySelectorAll('.jp-InputPrompt')].some((e) => e.textContent.includes('*'))"""
-
-
-@pytest.fixture(scope="module")
-def shots(tmp_path_factory):
-    return screenshots(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ FACT, PROMPT = "The soup has horseradish.", "What has the soup?"
 
 def scores_of(score: np.ndarray, until: int | None = None) -> Scores:
     reason = np.arange(len(score), dtype=np.int32)
-    return Scores(score.astype(np.float32), reason, str, "test", len(score) if until is None else until)
+    return Scores(score.astype(np.float32), reason, str, len(score) if until is None else until)
 
 
 class Known:
@@ -125,7 +125,7 @@ def test_filling_can_be_stopped_and_goes_on_where_it_was():
 
     from proteus_playground.progress import Stopped
 
-    scores = empty_scores(document, Scorer())
+    scores = empty_scores(len(document))
     with pytest.raises(Stopped):
         fill(scores, document, Scorer(), 128, stop=lambda: len(seen) == 3)
     assert scores.until == 256 and not scores.done

@@ -57,13 +57,13 @@ class Frames:
         if wanted.judge == "words":
             scores, asked = self._table(wanted, document)
         else:
-            scores, asked = self.layers.get(self.key(wanted)) or _nothing(len(document)), []
+            scores, asked = self.layers.get(self.key(wanted)) or empty_scores(len(document)), []
         return Frame(wanted, document, scores, replay(scores, wanted.plan, document.needle, stop), asked)
 
     def score_in_context(self, wanted: Wanted, scorer, progress, stop) -> Scores:
         """Lets `scorer` judge what it has not yet. Raises `Stopped`; what is scored stays."""
         document = self.document(wanted)
-        scores = self.layers.setdefault(self.key(wanted), empty_scores(document, scorer))
+        scores = self.layers.setdefault(self.key(wanted), empty_scores(len(document), scorer.explain))
         _forget(self.layers)
         fill(scores, document, scorer, PIECE, progress=progress, stop=stop)
         return scores
@@ -84,16 +84,12 @@ class Frames:
         if at not in self._tables:
             begun = time.perf_counter()
             scorer = TableScorer(self.source.words, document.ids, wanted.prompt)
-            scores = empty_scores(document, scorer)
+            scores = empty_scores(len(document), scorer.explain)
             fill(scores, document, scorer, len(document))
             scores.seconds = time.perf_counter() - begun
             self._tables[at] = scores, scorer.words
             _forget(self._tables)
         return self._tables[at]
-
-
-def _nothing(size: int) -> Scores:
-    return Scores(np.full(size, -np.inf, np.float32), np.zeros(size, np.int32), str, "nothing")
 
 
 def _forget(table: dict) -> None:

@@ -67,7 +67,6 @@ class Scores:
     score: np.ndarray  # (T,) float32
     reason: np.ndarray  # (T,) int32
     explain: Callable[[int], str]
-    fingerprint: str
     until: int = 0  # tokens scored so far
     seconds: float = 0.0  # spent on scoring them
 
@@ -76,9 +75,9 @@ class Scores:
         return self.until == len(self.score)
 
 
-def empty_scores(document: Document, scorer: Scorer) -> Scores:
-    size = len(document)
-    return Scores(np.full(size, -np.inf, np.float32), np.zeros(size, np.int32), scorer.explain, scorer.fingerprint)
+def empty_scores(tokens: int, explain: Callable[[int], str] = str) -> Scores:
+    """Of a document of which nothing is scored yet. explain: the scorer's, where there is one."""
+    return Scores(np.full(tokens, -np.inf, np.float32), np.zeros(tokens, np.int32), explain)
 
 
 def fill(
