@@ -55,7 +55,7 @@ class Store:
 class Calibration:
     """Gates of every layer of one model, fitted when first asked for.
 
-    source: a `RandomSource` or `hf.source.ModelSource`; text: a `texts.Text`; tokens: how much of it is read.
+    source: a `RandomSource`, `hf.source.ModelSource` or `shelf_source.ShelfSource`; text: a `texts.Text`; tokens: how much of it is read.
     """
 
     def __init__(self, source, text, tokens: int, folder: Path | None):
@@ -81,8 +81,11 @@ class Calibration:
     def gates(self, layer: int, n_gates: int, *, progress: Progress | None = None, stop: Stop | None = None) -> Gates:
         """Prototypes for `layer`, on the source's device.
 
-        Raises `ValueError` for more gates than the calibration text has tokens, `Stopped` on request.
+        Those it was trained with, where it was trained with as many. Raises `ValueError` for more gates than the
+        calibration text has tokens, `Stopped` on request.
         """
+        if (layer, n_gates) in self.source.own_gates:
+            return self.source.own_gates[layer, n_gates]
         if n_gates > self._tokens:
             raise ValueError(f"gates={n_gates}: must be at most {self._tokens}, the tokens they are fitted on")
         with self._lock:

@@ -1,6 +1,6 @@
 """What one attention layer saw of one text, small enough to keep for every layer of a model.
 
-Axes: `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `D` model width.
+Axes: `T` tokens, `H` query heads, `G` KV groups, `C` gates per group, `d` head dim, `D` model width.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class CapturedLayer:
     dense: Tensor | None  # (T, D), the layer's own attention output, after o_proj
     inv_freq: Tensor | None  # (d / 2,) float32, radians per token
     scale: float
+    logits: Tensor | None = None  # (T, G, C), of a trained router
 
     def with_dense(self, dense: Tensor) -> CapturedLayer:
         return replace(self, dense=dense)

@@ -135,6 +135,9 @@ _forward("decode", "proteus_playground.bench.decode", "One more token after a sh
 _forward("stream", "proteus_playground.bench.stream", "A million tokens, chunk by chunk: speed and memory.")
 _forward("slider", "proteus_playground.bench.slider", "From slider to painted picture, in a real browser.")
 _forward("verify", "proteus_playground.experiments.command", "Plant facts in long documents and look for them.", app)
+_forward("duel", "proteus_playground.experiments.duel_command", "Train dense and Proteus on the same text.", app)
+_forward("train", "proteus_playground.training.command", "Train one of the models we ship.", app)
+_forward("evidence", "proteus_playground.evidence.command", "Measure what the gates find, against rivals.", app)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -143,7 +146,7 @@ def main(args: list[str] | None = None) -> None:
         app(args, prog_name="proteus")
     except ValueError as err:
         _fail(err, 2)
-    except (OSError, ImportError) as err:
+    except (OSError, ImportError, FloatingPointError) as err:
         _fail(err, 1)
 
 

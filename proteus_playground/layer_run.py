@@ -10,14 +10,15 @@ head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from .attention import AttentionConfig, AttentionResult, Budget, Gates, plan_budget, proteus_attention
 from .attention.backends.dispatch import dense
 from .attention.rope import rotate
-from .attention.routing import prior_route
+from .attention.routing import Router, prior_route
 from .checks import whole_number
 from .views import Settings
 
@@ -31,6 +32,7 @@ class LayerShape:
     n_heads: int
     n_groups: int
     head_dim: int
+    rest: Mapping = field(default_factory=dict)  # fields of `AttentionConfig` that the model was trained with
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class ProteusLayer:
 
     gates: Gates
     config: AttentionConfig
+    router: Router | None = None  # trained together with these gates
 
     def __call__(self, call) -> Tensor:
         return self.run(
@@ -65,17 +68,22 @@ class ProteusLayer:
         *,
         budget: Budget | None = None,
         before: Tensor | None = None,
+        logits: Tensor | None = None,
     ):
         """Budget, keep `(B, T)`, awake `(B, T, H)` and weight `(B, T, H)`; None stands for "all".
 
         real: `(B, T)` bool, False at padding. budget: None plans one for T tokens. before: `(B,)`, tokens kept of a
-        text that these go on. A token's decision depends on that token only.
+        text that these go on. logits: `(B, T, G, C)`, what the router says of these tokens; without a router the
+        prototypes' prior chooses heads. A token's decision depends on that token only.
         """
         budget = budget or plan_budget(self.config, k.shape[1])
         keep = self.gates.keep_tokens(k, budget.keep_ratio, self.config.n_anchors, real, before)
         awake = weight = None
         if self.config.route_heads:
-            awake, weight = prior_route(q, self.gates, budget, self.config.prior_temperature)
+            trained = {} if self.router is None else dict(
+                logits=logits, balance=self.router.balance, prior_max=self.config.prior_max
+            )
+            awake, weight = prior_route(q, self.gates, budget, self.config.prior_temperature, **trained)
         return budget, keep, awake, weight
 
     def run(
@@ -89,9 +97,10 @@ class ProteusLayer:
         scale: float,
         real: Tensor | None = None,
         budget: Budget | None = None,
+        logits: Tensor | None = None,
     ) -> LayerRun:
-        """q `(B, T, H, d)`, k and v `(B, T, G, d)`, un-rotated. real, budget: as in `decide`."""
-        budget, keep, awake, weight = self.decide(q, k, real, budget=budget)
+        """q `(B, T, H, d)`, k and v `(B, T, G, d)`, un-rotated. real, budget, logits: as in `decide`."""
+        budget, keep, awake, weight = self.decide(q, k, real, budget=budget, logits=logits)
         result = proteus_attention(
             q,
             k,
@@ -138,6 +147,7 @@ def config_for(settings: Settings, shape: LayerShape) -> AttentionConfig:
         probes=settings.probes,
         n_anchors=settings.anchors,
         notes=settings.notes,
+        **shape.rest,
     )
 
 

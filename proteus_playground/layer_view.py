@@ -38,6 +38,11 @@ class LoadedLayer:
     dense: Tensor  # (T, D) float32, after o_proj
     dense_norm: float  # Frobenius
     dense_lse: Tensor  # (T, H) float32
+    logits: Tensor | None = None  # (1, T, G, C), of a trained router
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
 
 def load_layer(index: int, captured: CapturedLayer, source, watch: Stopwatch) -> LoadedLayer:
@@ -68,6 +73,7 @@ def load_layer(index: int, captured: CapturedLayer, source, watch: Stopwatch) ->
         dense,
         float(dense.norm()),
         dense_lse(q_rotated, k_rotated, captured.scale)[0],
+        None if captured.logits is None else captured.logits.to(device, dtype)[None],
     )
 
 
@@ -83,7 +89,9 @@ def layer_view(layer: LoadedLayer, runner: ProteusLayer, settings: Settings, sou
     run, latency_ms = watch.run(
         "proteus",
         (layer.index, settings),
-        lambda: runner.run(layer.q, layer.k, layer.v, inv_freq=layer.inv_freq, scale=layer.scale),
+        lambda: runner.run(
+            layer.q, layer.k, layer.v, inv_freq=layer.inv_freq, scale=layer.scale, logits=layer.logits
+        ),
     )
     if watch.count("dense", None) < RUNS:
         at = torch.arange(layer.q.shape[1], device=device)[None]
@@ -156,16 +164,20 @@ def _anchor_mass(layer: LoadedLayer, run: LayerRun, keep: Tensor) -> Tensor:
     return mass.masked_fill(~keep[:, None], 0)
 
 
-def group_map(layer: LoadedLayer, group: int, gates: Gates) -> GateMap:
-    """PCA of the group's unit keys, un-rotated; the prototypes are laid on the same two axes."""
-    keys = F.normalize(layer.k[0, :, group].float(), dim=-1).cpu()
-    centre = keys.mean(0)
-    _, size, axes = torch.linalg.svd(keys - centre, full_matrices=False)
+def principal_plane(unit: Tensor) -> tuple[Tensor, Tensor, float]:
+    """PCA of unit keys `(T, d)`: their mean `(d,)`, the two widest axes `(2, d)`, and the share these explain."""
+    centre = unit.mean(0)
+    _, size, axes = torch.linalg.svd(unit - centre, full_matrices=False)
     axes = axes[:2]
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # a sign that does not depend on LAPACK
-    explained = float(size[:2].square().sum() / size.square().sum().clamp(min=1e-12))
-    prototypes = gates.prototypes[group].cpu()
-    flat_keys, flat_prototypes = ((x - centre) @ axes.T for x in (keys, prototypes))
+    return centre, axes, float(size[:2].square().sum() / size.square().sum().clamp(min=1e-12))
+
+
+def group_map(layer: LoadedLayer, group: int, gates: Gates) -> GateMap:
+    """The group's unit keys, un-rotated, on their principal plane, and the prototypes on the same two axes."""
+    keys = F.normalize(layer.k[0, :, group].float(), dim=-1).cpu()
+    centre, axes, explained = principal_plane(keys)
+    flat_keys, flat_prototypes = ((x - centre) @ axes.T for x in (keys, gates.prototypes[group].cpu()))
     return GateMap(layer.index, group, _array(flat_keys), _array(flat_prototypes), explained)
 
 

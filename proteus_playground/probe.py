@@ -17,7 +17,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from .attention import row_reads
+from .attention import AttentionConfig, row_reads
 from .calibration import Calibration, watch
 from .captured import check_cache
 from .checks import whole_number
@@ -32,7 +32,8 @@ from .views import GateMap, LayerView, ModelView, RowView, Settings
 
 __all__ = ["LayerProbe", "Stopped"]
 
-LOADED = 3  # layers kept as float32
+LOADED = 3  # layers kept in working precision at least
+LOADED_BYTES = 1 << 25  # and as many as fit in here, which are all of a small model
 CALIBRATION_TOKENS = 2048
 
 
@@ -176,7 +177,7 @@ class LayerProbe:
         whole_number("head", head, 0, self.n_heads - 1)
         with self._lock:
             loaded, runner = self._ready(layer, settings)
-            budget, keep, awake, _ = runner.decide(loaded.q, loaded.k)
+            budget, keep, awake, _ = runner.decide(loaded.q, loaded.k, logits=loaded.logits)
             if (keep is not None and not keep[0, token]) or (awake is not None and not awake[0, token, head]):
                 empty = np.zeros(len(self.tokens))
                 return RowView(token, head, empty.astype(np.uint8), empty.astype(np.float32), (), 0, True)
@@ -225,7 +226,7 @@ class LayerProbe:
             for done, layer in enumerate(chosen):
                 check_stop(stop)
                 tell(progress, 0.3 * done / len(chosen), f"prototypes of layer {layer}")
-                runners[layer] = ProteusLayer(self._calibration.gates(layer, settings.gates, stop=stop), config)
+                runners[layer] = self._runner(layer, config, stop)
             if self._dense_nll is None:
                 self._dense_nll = self._scored(first, {}, "dense", 0.3, 0.6, progress, stop)
             nll, seconds = self._scored(first, runners, "at these settings", 0.6, 1.0, progress, stop)
@@ -243,14 +244,19 @@ class LayerProbe:
         config = config_for(settings, self._source.shape)
         loaded = self._load(layer)
         check_stop(stop)
-        return loaded, ProteusLayer(self._calibration.gates(layer, settings.gates, stop=stop), config)
+        return loaded, self._runner(layer, config, stop)
+
+    def _runner(self, layer: int, config: AttentionConfig, stop: Stop | None) -> ProteusLayer:
+        gates = self._calibration.gates(layer, config.gates_per_group, stop=stop)
+        trained = gates is self._source.own_gates.get((layer, config.gates_per_group))
+        return ProteusLayer(gates, config, self._source.routers.get(layer) if trained else None)
 
     def _load(self, layer: int) -> LoadedLayer:
         self._check_layer(layer)
         if layer not in self._loaded:
             self._loaded[layer] = load_layer(layer, self._captured[layer], self._source, self._watch)
         self._loaded.move_to_end(layer)
-        while len(self._loaded) > LOADED:
+        while len(self._loaded) > max(LOADED, LOADED_BYTES // self._loaded[layer].nbytes):
             self._loaded.popitem(last=False)
         return self._loaded[layer]
 

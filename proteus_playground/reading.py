@@ -19,10 +19,13 @@ def cut_text(source, body: str, max_tokens: int) -> tuple[list, bool]:
 
 
 def describe(source, text, tokens: int, cut: bool, calibration) -> str:
-    """One plain sentence: model, text, and what calibrated it, or that the weights are random."""
+    """One plain sentence: model, text, and where its prototypes come from, or that the weights are random."""
     part = f"the first {SINK} and last {tokens - SINK:,} tokens" if cut else f"all {tokens:,} tokens"
     if source.random:
         stand_in = f"a stand-in layer reads {part} of {text.name}"
         return f"Random weights, nothing learned: {stand_in}; pull a model to see a real one."
     fitted = f"prototypes were fitted on other text, {calibration.name}"
+    if source.own_gates:
+        own = min(gates for _, gates in source.own_gates)
+        fitted = f"gates are its own where there are {own}, else fitted on {calibration.name}"
     return f"{source.name} reads {part} of {text.name}; {fitted}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -30,3 +31,13 @@ def read_tensors(path: str | os.PathLike, writer: str) -> tuple[dict[str, Tensor
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 -- no mapping
     except Exception as problem:
         raise ValueError(f"path={str(path)!r}: not a file that {writer} wrote ({problem})") from problem
+
+
+def fingerprint(model) -> str:
+    """Hex digest of a sample of every weight, so that prototypes never meet another model."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 64)].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -47,12 +47,14 @@ class Stopwatch:
         return median(self._runs[kind, settings])
 
     def _timed(self, work: Callable[[], object]) -> tuple[object, float]:
-        self._wait()
+        wait(self._device)
         start = perf_counter()
         result = work()
-        self._wait()
+        wait(self._device)
         return result, (perf_counter() - start) * 1e3
 
-    def _wait(self) -> None:
-        if self._device.type != "cpu":
-            getattr(torch, self._device.type).synchronize()
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was asked."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()

@@ -17,9 +17,13 @@ AXES = "[...document.querySelectorAll('.pp-figure .nsewdrag')].map((e) => e.getB
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The notebook with every cell run, and what the console complained about in `page.complaints`."""
+    """The notebook with every cell run and SmolLM2 chosen; what the console complained about is in `page.complaints`."""
     with notebook_page(tmp_path_factory.mktemp("lab")) as (page, address):
         slider.run_all(page, address, f"notebooks/{slider.NOTEBOOK}")
+        page.locator('.pp-model button:has-text("SmolLM2")').click()
+        page.wait_for_function("() => !document.querySelector('.pp-title').innerText.includes('shelf-mini')",
+                               timeout=slider.READY_MS)  # fmt: skip
+        slider.settle(page, slider.READY_MS)
         page.keyboard.press("Control+b")
         page.wait_for_timeout(500)
         page.locator(".pp-app").scroll_into_view_if_needed()

@@ -32,7 +32,8 @@ def test_every_package_is_listed():
     listed = set(setup_cfg()["options"]["packages"].split())
     folders = {path.parent for path in (ROOT / "proteus_playground").rglob("*.py")}
     found = {str(folder.relative_to(ROOT)).replace(os.sep, ".") for folder in folders}
-    assert listed == found | {f"proteus_playground.{name}" for name in ("widgets", "notebooks", "paraphrases")}
+    from_elsewhere = ("widgets", "notebooks", "paraphrases", "benchmarks")
+    assert listed == found | {f"proteus_playground.{name}" for name in from_elsewhere}
 
 
 def test_version_and_address_stand_in_one_place():
@@ -111,6 +112,8 @@ def test_a_wheel_holds_widgets_notebooks_and_the_story(tmp_path):
         if path.suffix in {".py", ".js", ".css", ".json"} and "__pycache__" not in path.parts
     }
     wanted |= {"proteus_playground/paraphrases/paraphrases.json"}
+    studies = (ROOT / "docs" / "benchmarks").glob("evidence_*.json")
+    wanted |= {f"proteus_playground/benchmarks/{path.name}" for path in studies}
     wanted |= {f"proteus_playground/data/{path.name}" for path in (ROOT / "proteus_playground" / "data").iterdir()}
     assert wanted <= names, wanted - names
     assert not any(name.startswith(("widgets/", "notebooks/", "tests/")) for name in names)

@@ -386,7 +386,7 @@ def test_text_from_outside_cannot_become_markup():
 
 def test_without_a_pulled_model_a_random_layer_opens_and_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PROTEUS_CACHE", str(tmp_path))
-    made = playground(length=64)
+    made = playground(model="smollm2", length=64)
     rest(made)
     assert made.probe.random and "This layer is random" in made.banner.value
     assert "proteus models pull smollm2" in made.banner.value

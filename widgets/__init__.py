@@ -1,7 +1,17 @@
 """The playground's widgets: `display(playground())`."""
 
-from .apps import bank_panel, playground, stream_panel
+from .apps import bank_panel, duel_panel, evidence_panel, playground, prototype_panel, stream_panel
 from .state import PRESETS, PlayState
 from .workbench import Workbench
 
-__all__ = ["PRESETS", "PlayState", "Workbench", "bank_panel", "playground", "stream_panel"]
+__all__ = [
+    "PRESETS",
+    "PlayState",
+    "Workbench",
+    "bank_panel",
+    "duel_panel",
+    "evidence_panel",
+    "playground",
+    "prototype_panel",
+    "stream_panel",
+]

@@ -1,39 +1,90 @@
-"""`playground()`, `stream_panel()` and `bank_panel()`: the calls that a notebook needs."""
+"""`playground()` and the other panels: the calls that a notebook needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
+from proteus_playground import shipped
 from proteus_playground.bank_reading import Reading
+from proteus_playground.checks import whole_number
+from proteus_playground.evidence.committed import Study, committed
+from proteus_playground.gate_story import Live
 
 from .bank_panel import BankPanel
-from .state import PlayState, check, parse
+from .duel_panel import DuelPanel
+from .evidence_panel import CASES, EvidencePanel
+from .prototype_panel import PrototypePanel
+from .state import SHELF, PlayState, parse
 from .stream_frames import Source
 from .stream_panel import StreamPanel
 from .stream_state import StreamState
+from .stream_state import check as check_stream
 from .workbench import Workbench
 
 
 def make_probe(source: Mapping, stop, progress) -> tuple:
-    """(a `LayerProbe`, why it is random or ""). The model when it is pulled and its libraries are here."""
+    """(a `LayerProbe`, why it is random or ""). The model when it is here and its libraries are.
+
+    source: the traits that `workbench.SOURCE` names. What is asked, is asked of a small model only.
+    """
     from proteus_playground.probe import LayerProbe
+
+    model, length = source["model"], source["length"]
+    why = "" if model == "random" else _why_not(model)
+    if model == "shelf-mini" and not why:
+        return _ask_shelf(source, stop, progress), ""
+    text = _text(source)
+    if model == "random" or why:
+        return LayerProbe.random_layer(text, max_tokens=min(length, 512) if why else length), why
+    return LayerProbe.from_pulled(text, model=model, max_tokens=length, progress=progress, stop=stop), ""
+
+
+def _ask_shelf(source: Mapping, stop, progress):
+    from proteus_playground.shelf_probe import open_shelf
+
+    written = source["text"] == SHELF and not source["pasted"]
+    probe = open_shelf(
+        *_shipped(source["model"]),
+        None if written else _text(source),
+        number=source["shelf"],
+        question=source["question"],
+        max_tokens=source["length"],
+        progress=progress,
+        stop=stop,
+    )
+    _ = probe.finder  # worked out here and not on the thread that draws
+    return probe
+
+
+def _text(source: Mapping):
+    from proteus_playground.shelf import shelf
     from proteus_playground.texts import load_text, pasted
 
-    text = pasted(source["pasted"]) if source["pasted"] else load_text(source["text"])
-    if source["model"] == "random":
-        return LayerProbe.random_layer(text, max_tokens=source["length"]), ""
-    why = _why_not(source["model"])
-    if why:
-        return LayerProbe.random_layer(text, max_tokens=min(source["length"], 512)), why
-    return LayerProbe.from_pulled(text, model=source["model"], max_tokens=source["length"], progress=progress,
-                                  stop=stop), ""  # fmt: skip
+    if source["pasted"]:
+        return pasted(source["pasted"])
+    if source["text"] != SHELF:
+        return load_text(source["text"])
+    return pasted(shelf(source["shelf"], max(1, source["length"] // 10)).text, SHELF, "written by the package")
+
+
+@lru_cache(maxsize=1)
+def _shipped(name: str) -> tuple:
+    """A shipped model and its tokenizer, loaded once: a question does not read the weights again."""
+    return shipped.load_shipped(name)
 
 
 def _why_not(model: str) -> str:
     """Empty where `model` can be loaded; else one sentence on what to do."""
     from importlib.util import find_spec
 
+    if model == "shelf-mini":
+        try:
+            _shipped(model)
+        except FileNotFoundError:
+            return "The weights of shelf-mini are not in this install: get proteus-playground again, or train them."
+        return ""
     if find_spec("transformers") is None:
         return "SmolLM2 needs the hf extra: pip install 'proteus-playground[hf]'."
     from proteus_playground.hf.models import is_pulled
@@ -57,10 +108,11 @@ def playground(
 ) -> Workbench:
     """A workbench to `display(...)`.
 
-    text: "humble token", "python topics" or the path of a UTF-8 file; model: "smollm2" or "random"; length: tokens
-    to read, 64 to 4,096; state: a short string such as "alpha=0.35&L=64&layer=12", JSON or a dict, as the workbench's
-    own share box gives it; settings: any field of the state by name, such as `flux_alpha=0.5` or `layer=3`.
-    What is named as an argument wins over `state`. probe: a ready `LayerProbe` to look at instead.
+    text: "a shelf" (number `shelf`), "humble token", "python topics" or the path of a UTF-8 file; model: "shelf-mini",
+    "smollm2" or "random"; length: tokens to read, 64 to 4,096; question: asked of shelf-mini behind the text; state: a
+    short string such as "alpha=0.35&L=64&layer=12", JSON or a dict, as the workbench's own share box gives it;
+    settings: any other field of the state by name, such as `flux_alpha=0.5` or `layer=3`. What is named as an argument
+    wins over `state`. probe: a ready `LayerProbe` to look at instead.
     Raises ValueError or TypeError naming what is not allowed. A random layer stands in for a model that is not pulled.
     """
     now = PlayState()
@@ -137,7 +189,7 @@ def bank_panel(
     from proteus_playground.bank_reading import open_reading
     from proteus_playground.texts import load_text
 
-    check("model", model)
+    check_stream("model", model)
 
     def make() -> tuple[Reading, str]:
         if reading is not None:
@@ -146,3 +198,48 @@ def bank_panel(
         return open_reading(load_text(text), "random" if why else model, tokens=tokens, start=start), why
 
     return BankPanel(make, layer, group)
+
+
+def evidence_panel(studies: list[Study] | None = None, *, cases: int = CASES) -> EvidencePanel:
+    """The committed studies, to `display(...)`, and a button that measures one cell again.
+
+    studies: others than the committed ones, from `evidence.committed`; cases: answers asked for by the button, >= 1.
+    """
+    whole_number("cases", cases, 1)
+    return EvidencePanel(committed() if studies is None else studies, cases)
+
+
+def prototype_panel(
+    model: str = "shelf-mini", *, tokens: int = 1024, layer: int = 1, group: int = 0, live: Live | None = None
+) -> PrototypePanel:
+    """The panel of gates and prototypes, to `display(...)`.
+
+    model, tokens: as for `open_live`; layer, group: shown first; live: a ready `Live` instead. It operates on a copy.
+    """
+    from proteus_playground.gate_story import open_live
+
+    return PrototypePanel((lambda: open_live(model, tokens)) if live is None else lambda: live, layer, group)
+
+
+def duel_panel(
+    preset: str | None = None, *, out: str | Path | None = None, run=None, curve=None, **settings
+) -> DuelPanel:
+    """The panel of the duel, to `display(...)`.
+
+    preset: "small" or "t4", by default the one that suits this machine; out: a folder where runs are kept, else they
+    go with the panel; settings: any field of `duel.Settings`, such as `text="humble token"` or `minutes=2`; run, curve:
+    instead of `duel` and `held_out_curve`. Raises ValueError or TypeError naming what is not allowed.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from proteus_playground.experiments.duel import PRESETS, duel
+    from proteus_playground.experiments.duel_curve import held_out_curve
+
+    preset = preset or ("t4" if torch.cuda.is_available() else "small")
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: allowed is {', '.join(map(repr, PRESETS))}")
+    if "length" in settings:
+        settings = {"shortlist": None, **settings}  # a share of the length again
+    return DuelPanel(replace(PRESETS[preset], **settings), run or duel, curve or held_out_curve, out)

@@ -12,7 +12,8 @@ import ipywidgets as w
 from proteus_playground.views import GateMap, LayerView, ModelView, RowView, Settings
 
 from . import readout, sentences
-from .controls import LayerControls, Presets, ShareControls, SourceControls, main_knobs
+from .ask_box import AskBox
+from .controls import LayerControls, ModelChoice, Presets, ShareControls, SourceControls, main_knobs
 from .state import PlayState
 
 
@@ -40,7 +41,14 @@ class Frame:
 class Board(w.VBox):
     """The widgets in their places. `drawn` is the last `Frame` shown and `number` its request."""
 
-    def __init__(self, state: PlayState, pictures: w.DOMWidget, text: w.DOMWidget, on_pull: Callable[[], None]):
+    def __init__(
+        self,
+        state: PlayState,
+        pictures: w.DOMWidget,
+        text: w.DOMWidget,
+        on_pull: Callable[[], None],
+        on_show: Callable[[int], None],
+    ):
         self.state, self.drawn, self.number = state, None, 0
         self.model_view: ModelView | None = None
         style = w.HTML(f"<style>{(files(__package__) / 'style.css').read_text(encoding='utf-8')}</style>")
@@ -55,6 +63,7 @@ class Board(w.VBox):
         self.more.observe(lambda change: self._show_more(change["new"]), "value")
         self.layer_controls = LayerControls(state)
         self.source_controls = SourceControls(state, on_pull)
+        self.ask_box = AskBox(state, on_show)
         self.share_controls = ShareControls(state)
         self.drawer = w.GridBox([self.layer_controls, self.source_controls, self.share_controls])
         self.drawer.add_class("pp-drawer")
@@ -68,7 +77,9 @@ class Board(w.VBox):
         knobs = w.VBox([main_knobs(state), _row("pp-actions", Presets(state), self.run_model, self.cancel, self.more)])
         knobs.add_class("pp-top")
         head = _row("pp-head", self.title, self.status)
-        super().__init__([style, head, self.banner, knobs, self.drawer, self.numbers, panels])
+        self.model_choice = ModelChoice(state)
+        banner = _row("pp-banner", self.banner, self.model_choice)
+        super().__init__([style, head, banner, knobs, self.ask_box, self.drawer, self.numbers, panels])
         self.add_class("pp-app")
         self._show_more(False)
         self._show_empty("The model is being loaded and reads the text once. After that only one layer runs at a time.")

@@ -7,11 +7,22 @@ from math import log2
 import ipywidgets as w
 from traitlets import HasTraits
 
-from .state import BY_NAME, PRESET_TIPS, PRESETS, Field, PlayState, preset_settings
+from .state import (
+    BY_NAME,
+    MAX_LENGTH,
+    PRESET_TIPS,
+    PRESETS,
+    SETTINGS,
+    SHELF,
+    Field,
+    PlayState,
+    opening,
+    preset_settings,
+)
 
 MAIN = ("flux_alpha", "keep_ratio", "shortlist", "dna_fraction")
 MINOR = ("layer", "head", "probes", "gates", "anchors", "head_top_p")
-STEPS = {"flux_alpha": 0.01, "keep_ratio": 0.01, "dna_fraction": 0.01, "head_top_p": 0.01}
+STEPS = dict.fromkeys(("flux_alpha", "keep_ratio", "dna_fraction", "head_top_p", "ema_decay"), 0.01)
 
 
 def tip(widget: w.Widget, sentence: str) -> w.Widget:
@@ -99,11 +110,11 @@ class Presets(w.HBox):
         self._buttons = {}
         for name in PRESETS:
             button = w.Button(description=name, tooltip=PRESET_TIPS[name], layout=w.Layout(width="auto"))
-            button.on_click(lambda _, name=name: state.update(preset_settings(name)))
+            button.on_click(lambda _, name=name: state.update(preset_settings(name, state.model)))
             self._buttons[name] = button
         super().__init__(list(self._buttons.values()), layout=w.Layout(flex_flow="row wrap"))
         self.add_class("pp-presets")
-        state.observe(lambda _: self._mark(state.preset()), list(state.settings().__dataclass_fields__))
+        state.observe(lambda _: self._mark(state.preset()), [*SETTINGS, "model"])
         self._mark(state.preset())
 
     def _mark(self, now: str | None) -> None:
@@ -127,7 +138,7 @@ class LayerControls(w.VBox):
         notes = w.Checkbox(value=state.notes, description="read notes", indent=False)
         route = w.Checkbox(value=state.route_heads, description="route heads", indent=False)
         tip(notes, "Whether every gate shows one note that averages what was not read.")
-        tip(route, "Whether heads may sleep; this model was not trained for it, so its output suffers.")
+        tip(route, "Whether heads may sleep; the output of a model that was not trained for it suffers.")
         bind(state, "notes", notes)
         bind(state, "route_heads", route)
         self.split = w.HTML()
@@ -138,29 +149,55 @@ class LayerControls(w.VBox):
         self.add_class("pp-layer-controls")
 
 
-class SourceControls(w.VBox):
-    """Behind "more": which model reads which text, and how much of it. Takes effect on its button."""
+class ModelChoice(w.HBox):
+    """Which model is looked at; another one opens at once, with its own text, layer and question."""
 
-    CHOICES = ("humble token", "python topics", "paste", "file")
+    NAMES = (("shelf-mini", "shelf-mini"), ("SmolLM2", "smollm2"), ("random layer", "random"))
+    TIPS = (
+        "1 MB that comes with the package and was trained with the slider: answers at once.",
+        "A model of 135 million parameters, trained without the slider; 98 MB, fetched once.",
+        "Random weights over whole words: needs nothing, learned nothing.",
+    )
+
+    def __init__(self, state: PlayState):
+        self.buttons = w.ToggleButtons(options=self.NAMES, value=state.model, tooltips=self.TIPS)
+        super().__init__([_labelled("model", self.buttons)])
+        self.add_class("pp-model")
+        self.buttons.observe(lambda change: self._choose(state, change["new"]), "value")
+        state.observe(lambda change: setattr(self.buttons, "value", change["new"]), "model")
+
+    @staticmethod
+    def _choose(state: PlayState, model: str) -> None:
+        if model != state.model:
+            start, names = opening(model), ("model", "text", "pasted", "question", "layer", "head", "token")
+            state.update({name: start[name] for name in names})
+
+
+class SourceControls(w.VBox):
+    """Behind "more": which text is read, and how much of it. Takes effect on its button."""
+
+    CHOICES = (SHELF, "humble token", "python topics", "paste", "file")
 
     def __init__(self, state: PlayState, on_pull):
         self._state = state
-        self.model = w.ToggleButtons(options=[("SmolLM2", "smollm2"), ("random layer", "random")], value=state.model)
         self.kind = w.ToggleButtons(options=self.CHOICES, value=self._kind_of_state())
         self.paste = w.Textarea(value=state.pasted, placeholder="Paste any text here, then press Read it.",
                                 layout=w.Layout(width="auto", height="72px"))  # fmt: skip
         self.path = w.Text(placeholder="Path of a UTF-8 text file", layout=w.Layout(width="auto"))
+        self.number = w.BoundedIntText(value=state.shelf, min=0, max=999_999, layout=w.Layout(width="90px"))
         self.length = w.BoundedIntText(value=state.length, min=64, max=4096, step=64, layout=w.Layout(width="90px"))
         tip(self.length, BY_NAME["length"].tip)
+        tip(self.number, BY_NAME["shelf"].tip)
+        self._numbered = _labelled("number", self.number)
         self.read = w.Button(description="Read it", button_style="info", tooltip="Run the model on this text")
         self.pull = w.Button(description="Pull SmolLM2 (98 MB)", tooltip="Fetch the model into this user's cache, once",
                              layout=w.Layout(width="auto"))  # fmt: skip
         self.read.on_click(lambda _: self._apply())
         self.pull.on_click(lambda _: on_pull())
         self.kind.observe(lambda _: self._show(), "value")
-        state.observe(lambda _: self._follow(), ["model", "text", "pasted", "length"])
+        state.observe(lambda _: self._follow(), ["text", "pasted", "length", "shelf"])
         super().__init__([
-            _labelled("model", self.model), _labelled("text", self.kind), self.paste, self.path,
+            _labelled("text", self.kind), self._numbered, self.paste, self.path,
             w.HBox([_labelled("tokens", self.length), self.read, self.pull]),
         ])  # fmt: skip
         self._show()
@@ -168,15 +205,16 @@ class SourceControls(w.VBox):
     def _kind_of_state(self) -> str:
         if self._state.pasted:
             return "paste"
-        return self._state.text if self._state.text in self.CHOICES[:2] else "file"
+        return self._state.text if self._state.text in self.CHOICES[:3] else "file"
 
     def _show(self) -> None:
-        for widget, kind in ((self.paste, "paste"), (self.path, "file")):
+        for widget, kind in ((self._numbered, SHELF), (self.paste, "paste"), (self.path, "file")):
             widget.layout.display = "" if self.kind.value == kind else "none"
 
     def _follow(self) -> None:
         state = self._state
-        self.model.value, self.length.value, self.kind.value = (state.model, state.length, self._kind_of_state())
+        self.length.value, self.number.value = state.length, state.shelf
+        self.kind.value = self._kind_of_state()
         if state.pasted:
             self.paste.value = state.pasted
         if self.kind.value == "file":
@@ -185,8 +223,9 @@ class SourceControls(w.VBox):
     def _apply(self) -> None:
         kind = self.kind.value
         text = {"paste": "pasted text", "file": self.path.value.strip()}.get(kind, kind)
-        pasted = self.paste.value[:200_000] if kind == "paste" else ""
-        self._state.update({"model": self.model.value, "length": self.length.value, "text": text, "pasted": pasted})
+        pasted = self.paste.value[: MAX_LENGTH["pasted"]] if kind == "paste" else ""
+        now = {"length": self.length.value, "shelf": self.number.value, "text": text, "pasted": pasted}
+        self._state.update({**now, "question": ""})
 
 
 class ShareControls(w.VBox):
@@ -233,6 +272,6 @@ class ShareControls(w.VBox):
             self.message.value = f'<span class="pp-error">{escape(str(err))}</span>'
 
 
-def _labelled(text: str, widget: w.Widget, wide: str = "56px") -> w.HBox:
+def _labelled(text: str, widget: w.Widget, wide: str = "66px") -> w.HBox:
     label = w.HTML(f'<span class="pp-knob-name">{text}</span>', layout=w.Layout(flex=f"0 0 {wide}"))
     return w.HBox([label, widget], layout=w.Layout(align_items="center"))

@@ -26,7 +26,7 @@ STUB = -3.8  # log10 of the height that a key gets which weighs too little to se
 UNDER = -4.5  # where lines run between stems: below the axis
 OKABE_ITO = {LOCAL: "#0072B2", ANCHOR: "#E69F00", DNA: "#009E73", NOTE: "#CC79A7"}
 GATE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B5A900")  # in turn
-INK, GREY = "#1b1f24", "#d4d8dd"
+INK, GREY, MARKED = "#1b1f24", "#d4d8dd", "#f3c9e0"
 RGB = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in (*GATE_COLOURS, GREY)])
 HEAT_STEPS = 250  # weights travel as whole numbers; -1 says that the head slept
 CONFIG = {"displayModeBar": False, "showSendToCloud": False, "displaylogo": False, "doubleClick": False,
@@ -78,13 +78,14 @@ class Pictures:
         self._box = np.zeros(2), np.ones(2)  # corners of the plane of keys
         self._add_traces()
 
-    def reset(self, tokens: list[str], heads: int) -> None:
-        """Another text or model: new axes, empty pictures."""
+    def reset(self, tokens: list[str], heads: int, marked: tuple[int, int] = (0, 0)) -> None:
+        """Another text or model: new axes, empty pictures, and a band behind the tokens that are `marked`."""
         self.tokens = tokens
         size, fig = len(tokens), self.widget
         with fig.batch_update():
             fig.layout.xaxis.range = [-0.5, size - 0.5]
             fig.layout.xaxis3.range = [-0.02 * size, size * 1.01]
+            fig.layout.shapes[0].update(x0=marked[0] - 0.5, x1=marked[1] - 0.5, visible=marked[0] < marked[1])
             fig.layout.yaxis.update(range=[heads - 0.5, -0.5], dtick=max(1, -(-heads // 10)))
             for trace in fig.data:
                 if trace.type == "scatter":
@@ -242,6 +243,8 @@ def _layout() -> dict:
     return {
         "height": HEIGHT, "autosize": True, "margin": {"l": LEFT, "r": RIGHT, "t": 0, "b": 0, "pad": 0}, "font": font,
         "paper_bgcolor": "white", "plot_bgcolor": "white", "dragmode": False, "hovermode": "closest",
+        "shapes": [{"type": "rect", "xref": "x3", "yref": "y3 domain", "y0": 0, "y1": 1, "x0": 0, "x1": 0,
+                    "layer": "below", "line": {"width": 0}, "fillcolor": MARKED, "visible": False}],
         "images": [{"xref": "x2", "yref": "y2", "sizing": "stretch", "layer": "below"}],
         "hoverdistance": 30, "showlegend": False, "template": None, "uirevision": "fixed",
         "xaxis": titled(axis, "token", domain=[0, SPLIT - GAP / 2], anchor="y"),

@@ -1,7 +1,7 @@
 """The one thing that controls and panels share: every setting of the workbench, checked, as JSON or a short string.
 
 `state="alpha=0.35&L=64&layer=12&token=734"` is the short string a teacher puts in a cell; it names only what
-differs from the defaults. The JSON holds everything, pasted text included.
+differs from what the model opens with. The JSON holds everything, pasted text included.
 """
 
 from __future__ import annotations
@@ -52,14 +52,20 @@ FIELDS = (
     Field("head", "head", "head", 0, 511, 3, "Which head's row is followed."),
     Field("token", "token", "token", 0, 1_000_000, 0, "Which token is the query that every panel follows."),
     Field("length", "length", "length", 64, 4096, 1024, "How many tokens of the text the model reads."),
+    Field("shelf", "shelf", "shelf", 0, 999_999, 1, "Which shelf is written: every number gives another one."),
 )  # fmt: skip
 BY_NAME = {field.name: field for field in FIELDS}
 SWITCHES = {"notes": "notes", "route_heads": "route"}  # trait -> key
-WORDS = {"text": "text", "model": "model", "pasted": "pasted"}
+WORDS = {"text": "text", "model": "model", "pasted": "pasted", "question": "ask"}
 KEYS = {field.key: field.name for field in FIELDS} | {k: n for n, k in (SWITCHES | WORDS).items()}
-MODELS = ("smollm2", "random")
+SHELF = "a shelf"  # the text that is written anew for every number
+MODELS: dict[str, dict] = {  # what each opens with, where that is not the fields' own default
+    "shelf-mini": {"text": SHELF, "layer": 0, "head": 0},
+    "smollm2": {},
+    "random": {},
+}
 SETTINGS = tuple(Settings.__dataclass_fields__)
-MAX_PASTED = 200_000  # characters
+MAX_LENGTH = {"pasted": 200_000, "question": 300}  # characters
 
 PRESETS: dict[str, dict] = {
     "dense": {"flux_alpha": 0.0},
@@ -77,12 +83,26 @@ PRESET_TIPS = {
 }
 
 
-def preset_settings(name: str) -> dict:
-    """All settings of a preset, what it leaves out at its default. ValueError names an unknown `name`."""
+def default_model() -> str:
+    """The small model that comes with the package; SmolLM2 in an install that came without its weights."""
+    from proteus_playground.shipped import shipped_models
+
+    return "shelf-mini" if "shelf-mini" in shipped_models() else "smollm2"
+
+
+def opening(model: str) -> dict:
+    """Every trait as `model` opens. ValueError names an unknown `model`."""
+    plain = {field.name: field.default for field in FIELDS} | {"notes": True, "route_heads": False}
+    words = {"text": "humble token", "pasted": "", "question": "", "model": check("model", model)}
+    return plain | words | MODELS[model]
+
+
+def preset_settings(name: str, model: str = "smollm2") -> dict:
+    """All settings of a preset, what it leaves out as `model` opens. ValueError names an unknown `name`."""
     if name not in PRESETS:
         raise ValueError(f"preset={name!r}: allowed is {', '.join(map(repr, PRESETS))}")
-    defaults = Settings()
-    return {key: getattr(defaults, key) for key in SETTINGS} | PRESETS[name]
+    start = opening(model)
+    return {key: start[key] for key in SETTINGS} | PRESETS[name]
 
 
 def check(name: str, value):
@@ -100,8 +120,8 @@ def check(name: str, value):
         raise TypeError(f"{name}={value!r}: allowed is a string")
     if name == "model" and value not in MODELS:
         raise ValueError(f"model={value!r}: allowed is {', '.join(map(repr, MODELS))}")
-    if name == "pasted" and len(value) > MAX_PASTED:
-        raise ValueError(f"pasted holds {len(value):,} characters: allowed is up to {MAX_PASTED:,}")
+    if len(value) > MAX_LENGTH.get(name, len(value)):
+        raise ValueError(f"{name} holds {len(value):,} characters: allowed is up to {MAX_LENGTH[name]:,}")
     return value
 
 
@@ -120,7 +140,10 @@ def number(field: Field, value):
 
 
 class PlayState(HasTraits):
-    """Every control of the workbench as a trait. Setting one out of range raises and leaves it as it was."""
+    """Every control of the workbench as a trait, at first as `model` (the default one for None) opens.
+
+    Setting one out of range raises and leaves it as it was.
+    """
 
     flux_alpha = Float(BY_NAME["flux_alpha"].default)
     keep_ratio = Float(BY_NAME["keep_ratio"].default)
@@ -136,9 +159,14 @@ class PlayState(HasTraits):
     head = Int(BY_NAME["head"].default)
     token = Int(0)
     length = Int(BY_NAME["length"].default)
-    text = Unicode("humble token")  # a name or a path for `load_text`; with `pasted`, a title
+    shelf = Int(BY_NAME["shelf"].default)
+    text = Unicode("humble token")  # SHELF, a name or a path for `load_text`; with `pasted`, a title
     pasted = Unicode("")  # the text itself, where the user pasted one
+    question = Unicode("")  # asked of the shelf model behind the text
     model = Unicode("smollm2")
+
+    def __init__(self, model: str | None = None):
+        super().__init__(**opening(default_model() if model is None else model))
 
     @validate(*KEYS.values())
     def _valid(self, proposal):
@@ -158,7 +186,7 @@ class PlayState(HasTraits):
     def preset(self) -> str | None:
         """The name of the preset that the settings are at, if any."""
         now = self.settings()
-        return next((name for name in PRESETS if Settings(**preset_settings(name)) == now), None)
+        return next((name for name in PRESETS if Settings(**preset_settings(name, self.model)) == now), None)
 
     def to_dict(self) -> dict:
         return {name: getattr(self, name) for name in KEYS.values()}
@@ -167,18 +195,17 @@ class PlayState(HasTraits):
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     def to_string(self) -> str:
-        """What differs from a new state, as `alpha=0.35&L=64`. Empty where nothing does."""
-        fresh = PlayState()
-        changed = {
-            key: getattr(self, name) for key, name in KEYS.items() if getattr(self, name) != getattr(fresh, name)
-        }
+        """What differs from what the model opens with, as `alpha=0.35&L=64`. Empty for a new state."""
+        fresh = opening(self.model) | {"model": default_model()}
+        changed = {key: getattr(self, name) for key, name in KEYS.items() if getattr(self, name) != fresh[name]}
         short = {key: int(v) if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else v
                  for key, v in changed.items()}  # fmt: skip
         return urlencode(short, quote_via=quote, safe=" /")
 
     def restore(self, saved: str | Mapping) -> None:
-        """From `to_json`, `to_string` or a dict; what it leaves out goes to its default. All or nothing."""
-        self.update({**PlayState().to_dict(), **parse(saved)})
+        """From `to_json`, `to_string` or a dict; what it leaves out is as the model opens. All or nothing."""
+        given = parse(saved)
+        self.update({**opening(given.get("model", default_model())), **given})
 
 
 def parse(saved: str | Mapping) -> dict:

@@ -21,7 +21,9 @@ AUTO = w.Layout(width="auto")
 
 def styles() -> w.HTML:
     """The playground's style sheets, for the front of a panel."""
-    sheets = "".join((files(__package__) / name).read_text(encoding="utf-8") for name in ("style.css", "stream.css"))
+    sheets = "".join(
+        (files(__package__) / f"{name}.css").read_text("utf-8") for name in ("style", "stream", "learning")
+    )
     style = w.HTML(f"<style>{sheets}</style>")
     style.layout.display = "none"
     return style

@@ -9,7 +9,7 @@ from traitlets import HasTraits, Int, Unicode, validate
 
 from proteus_playground.streaming.buffer import StreamPlan
 
-from .state import MODELS, Field, number
+from .state import Field, number
 
 FIELDS = (
     Field("chunk_tokens", "chunk", "chunk", 512, 65_536, 4096,
@@ -27,7 +27,7 @@ BY_NAME = {field.name: field for field in FIELDS}
 PLAN = tuple(field.name for field in FIELDS[:4])
 NEEDLE = "The secret ingredient of Grandmother Odalys's potato soup is one spoonful of horseradish."
 PROMPT = "What is the secret ingredient of the potato soup?"
-CHOICES = {"model": MODELS, "judge": ("words", "layers")}
+CHOICES = {"model": ("smollm2", "random"), "judge": ("words", "layers")}
 MAX_WORDS = 2000  # characters of a prompt or a needle
 
 

@@ -37,13 +37,14 @@ function render({ model, el }) {
     const salience = bytes(model.get("salience"));
     const kept = bytes(model.get("kept"));
     const kind = bytes(model.get("kind"));
+    const [from, to] = model.get("marked");
     for (let i = 0; i < spans.length; i++) {
       const look = `${salience[i]},${kept[i]},${kind[i]},${i === chosen}`;
       if (look === before[i]) continue;
       before[i] = look;
       const span = spans[i];
       const seen = KINDS[kind[i]] || "unseen";
-      span.className = `pp-tok pp-${seen}${kept[i] ? "" : " pp-dropped"}${i === chosen ? " pp-chosen" : ""}`;
+      span.className = `pp-tok pp-${seen}${kept[i] ? "" : " pp-dropped"}${i === chosen ? " pp-chosen" : ""}${i >= from && i < to ? " pp-fact" : ""}`;
       span.style.backgroundColor = `rgba(240, 228, 66, ${((salience[i] || 0) / 255 * 0.75).toFixed(2)})`;
       if (i === chosen) span.setAttribute("aria-selected", "true");
       else span.removeAttribute("aria-selected");
@@ -67,12 +68,15 @@ function render({ model, el }) {
     queue();
   };
   const show = (chosen) => {
-    const span = spans[chosen];
+    if (into(chosen)) shown = chosen;
+  };
+  const into = (i) => {
+    const span = spans[i];
     const box = list.getBoundingClientRect();
-    if (!span || !box.height) return;
-    shown = chosen;
+    if (!span || !box.height) return false;
     const at = span.getBoundingClientRect();
     if (at.top < box.top || at.bottom > box.bottom) list.scrollTop += at.top - box.top - box.height / 2;
+    return true;
   };
   const choose = (i) => {
     if (i < 0 || i >= spans.length) return;
@@ -104,6 +108,7 @@ function render({ model, el }) {
     choose(Math.max(0, Math.min(spans.length - 1, model.get("chosen") + step)));
   });
   model.on("change:tokens", rebuild);
+  model.on("change:look", () => into(model.get("look")[0]));
   model.on("change:request", () => {
     hovered = -1;
     queue();

@@ -18,6 +18,8 @@ class TextPanel(anywidget.AnyWidget):
 
     _esm = (files(__package__) / "text_panel.js").read_text(encoding="utf-8")
     tokens = List(Unicode()).tag(sync=True)
+    marked = List([0, 0]).tag(sync=True)  # tokens from .. to that stand out: the fact that was asked for
+    look = List([-1, 0]).tag(sync=True)  # (token to scroll to, count of times)
     salience = Bytes(b"").tag(sync=True)  # (T,) uint8
     kept = Bytes(b"").tag(sync=True)  # (T,) uint8, 1 where the token took part
     kind = Bytes(b"").tag(sync=True)  # (T,) uint8, the codes of `views`

@@ -6,7 +6,8 @@ import asyncio
 import threading
 from collections.abc import Callable
 
-from proteus_playground.views import LayerView, ModelView
+from proteus_playground.shelf_probe import Reply, ShelfProbe
+from proteus_playground.views import LayerView, ModelView, Settings
 
 from . import readout
 from .board import Board, Frame, Wanted
@@ -19,7 +20,7 @@ PAINT_SECONDS = 0.25  # how long a picture may take to appear before the next on
 STALE_SECONDS = 0.12  # a marker that would flash for less is not shown
 REST_SECONDS = 0.8
 REPEATS = 4  # extra runs once a slider rests, so that the latency shown is a median
-SOURCE = ("model", "text", "pasted", "length")
+SOURCE = ("model", "text", "pasted", "length", "shelf", "question")
 
 
 class Workbench(Board):
@@ -27,8 +28,9 @@ class Workbench(Board):
 
     def __init__(self, state: PlayState, make_probe: Callable):
         self.pictures, self.text = Pictures(self._picked), TextPanel()
-        super().__init__(state, self.pictures.widget, self.text, self._pull)
+        super().__init__(state, self.pictures.widget, self.text, self._pull, self._go_to)
         self.probe, self.problem = None, ""
+        self.reply: Reply | None = None
         self._make_probe = make_probe
         self._view: LayerView | None = None  # the worker's last, so that a click re-runs no layer
         self._timed: LayerView | None = None  # the shown layer's last run, with the median of `_runs` runs
@@ -60,6 +62,9 @@ class Workbench(Board):
     def _settings_changed(self) -> None:
         if self.worker.busy == "model":
             self.worker.cancel("model")  # its answer would be for settings that are gone
+        self.worker.cancel("ask")  # this one too, and the picture goes before the next
+        if self.reply is not None and self.reply.settings != self.state.settings():
+            self.ask_box.stale()
         self._ask()
 
     def _ask(self) -> None:
@@ -128,8 +133,20 @@ class Workbench(Board):
             self._draw_words(frame, self.probe, self._timed, self._runs)
             if self.wanted() == now:
                 self._set_status("fresh")
+        self._ask_model(now.settings)
         if "view" in changed:
             self._time_again(frame)
+
+    def _ask_model(self, settings: Settings) -> None:
+        """The question again, at the settings of the picture that has just been drawn."""
+        probe = self.probe
+        asked = isinstance(probe, ShelfProbe) and probe.question
+        if asked and (self.reply is None or self.reply.settings != settings):
+            self.worker.submit("ask", lambda stop, _: probe.ask(settings, stop=stop), self._answered, self._failed)
+
+    def _answered(self, _: int, reply: Reply) -> None:
+        self.reply = reply
+        self.ask_box.answered(reply)
 
     # Work that takes longer
 
@@ -143,24 +160,35 @@ class Workbench(Board):
                            self._failed, self._progress)  # fmt: skip
 
     def _loaded(self, _: int, made: tuple) -> None:
-        probe, why_random = made
+        probe, why = made
         state = self.state
-        self.worker.cancel("frame", "repeat", "model")
-        self.probe, self.drawn, self.model_view, self._view = probe, None, None, None
+        self.worker.cancel("frame", "ask", "repeat", "model")
+        place = self._place(probe)
+        self.probe, self.drawn, self.model_view, self._view, self.reply = probe, None, None, None, None
         self._fitted.clear()
-        self.banner.value = readout.banner_html(probe, why_random)
+        self.banner.value = readout.banner_html(probe, why)
         self.run_model.disabled = probe.random
-        self.source_controls.pull.layout.display = "" if why_random else "none"
+        self.source_controls.pull.layout.display = "" if why and state.model == "smollm2" else "none"
         self.layer_controls.knobs["layer"].limit(probe.n_layers - 1)
         self.layer_controls.knobs["head"].limit(probe.n_heads - 1)
-        last = _last_word(probe.tokens)
-        self.pictures.reset(probe.tokens, probe.n_heads)
-        self.text.tokens = probe.tokens
-        state.update({
-            "layer": min(state.layer, probe.n_layers - 1), "head": min(state.head, probe.n_heads - 1),
-            "token": state.token if 0 < state.token < len(probe.tokens) else last,
-        })  # fmt: skip
+        shelf = probe if isinstance(probe, ShelfProbe) else None
+        fact = (shelf.fact if shelf else None) or (0, 0)
+        self.ask_box.offer(shelf)
+        self.pictures.reset(probe.tokens, probe.n_heads, fact)
+        self.text.marked, self.text.tokens = fact, probe.tokens
+        state.update(place)
         self._ask()
+
+    def _place(self, probe) -> dict:
+        """The row to look at in a new probe: where the state is, or the one that has to find what was asked for."""
+        state, end = self.state, len(probe.tokens)
+        asked = isinstance(probe, ShelfProbe) and probe.question
+        layer, head = min(state.layer, probe.n_layers - 1), min(state.head, probe.n_heads - 1)
+        if asked and (self.probe is not None or state.token == 0):
+            layer, head = probe.finder or (layer, head)
+            return {"layer": layer, "head": head, "token": end - 1}
+        token = state.token if 0 < state.token < end else end - 1 if asked else _last_word(probe.tokens)
+        return {"layer": layer, "head": head, "token": token}
 
     def _run_whole_model(self) -> None:
         probe, settings = self.probe, self.state.settings()
@@ -229,6 +257,10 @@ class Workbench(Board):
             self._show_empty(self.problem)
 
     # What the user does
+
+    def _go_to(self, token: int) -> None:
+        """Scroll the text to a token without choosing it."""
+        self.text.look = [token, self.text.look[1] + 1]
 
     def _picked(self, token: int, head: int | None) -> None:
         if self.probe is not None and 0 <= token < len(self.probe.tokens):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LANES = ("load", "frame", "model", "repeat")  # in the order in which waiting requests are served
+LANES = ("load", "frame", "ask", "model", "repeat")  # in the order in which waiting requests are served
 IDLE_SECONDS = 10.0  # after which the thread ends; the next request starts another
 
 

@@ -44,7 +44,9 @@ class AttentionConfig:
     heads_awake_min: int = 1
     """Fewest heads awake per token and KV group, in [1, heads_awake_max]."""
     heads_awake_max: int | None = None
-    """Most heads awake per token and KV group at flux alpha 1, in [1, H/G]. None means all of them."""
+    """Most heads awake per token and KV group at flux alpha 1, in [1, H/G]. None means all of them. Where one head
+    alone is awake in a group, its renormalised weight is 1 whatever the router says: the task's loss then teaches the
+    router nothing (its z-loss and the balance bias still act). Leave 2 or more to a router that should learn."""
     gates_per_group: int = 32
     """Gates (each owns one prototype) per KV group, C, >= 1, and >= H/G when heads are routed."""
     probes: int = 2

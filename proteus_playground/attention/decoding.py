@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .bank import ENDLESS, KVBank
 from .budget import Budget, plan_budget
+from .trace import trace_of
 
 if TYPE_CHECKING:
     from .module import ProteusAttention
@@ -56,17 +57,18 @@ def fill(attn: ProteusAttention, x: Tensor, state: KVBank, positions: Tensor | N
         state.next_position.copy_(last + 1)
 
 
-def advance(
-    attn: ProteusAttention, x: Tensor, state: KVBank, positions: Tensor | None, padding: Tensor | None
-) -> Tensor:
-    """The next tokens of every sequence, `(B, n, D)` -> `(B, n, D)`."""
+def advance(attn: ProteusAttention, x: Tensor, state: KVBank, positions, padding: Tensor | None, traced: bool):
+    """The next tokens of every sequence, `(B, n, D)` -> `(B, n, D)`, and their trace if asked."""
     k, v = _keys_values(attn, x)
     keep = _kept(attn, k, state, padding)
-    q, routes = attn._queries(x, state.budget, keep)
+    q, routes = attn._queries(x, state.budget, keep, traced)
     awake = None if routes is None else routes.real.flatten(2)
     take = state.step if x.shape[1] == 1 else state.steps
-    y = attn._merge(take(q, k, v, keep=keep, awake=awake, positions=positions), routes)
-    return y if keep is None or not attn.cfg.bias else y.masked_fill(~keep[..., None], 0)
+    heads = attn._weigh(take(q, k, v, keep=keep, awake=awake, positions=positions), routes)
+    y = attn._merge(heads, routes)
+    if keep is not None and attn.cfg.bias:
+        y = y.masked_fill(~keep[..., None], 0)
+    return (y, trace_of(heads, routes, keep, attn.gates)) if traced else y
 
 
 def _keys_values(attn: ProteusAttention, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ Axes: `B` batch, `T` tokens, `D` model width, `H` query heads, `G` KV groups, `r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,41 +18,14 @@ from .backends import choose_backend
 from .bank import KVBank
 from .budget import Budget, check_alpha, plan_budget
 from .config import AttentionConfig
-from .functional import AttentionResult, proteus_attention
+from .functional import proteus_attention
 from .gates import Gates
 from .heads import is_grouped, pick_awake, project_in, project_out
 from .pieces import attend_densely, attend_in_pieces
 from .rope import Frequencies
-from .routing import Router, gate_probability, head_probability, wake_heads
-
-
-@dataclass(frozen=True)
-class AttentionStats:
-    """What one forward pass did. Means run over tokens that took part and heads that were awake."""
-
-    flux_alpha: float  # the alpha in force
-    keys_per_query: float  # mean reads of a row, notes included
-    tokens_kept: int  # tokens that took part, padding excluded
-    tokens_seen: int  # tokens that could have, padding excluded
-    heads_awake: float  # mean heads awake per token, of n_heads
-    backend: str
-    backend_reason: str
-    budget: Budget
-    reads: Tensor  # (B, T, H) int64, 0 for dropped tokens and sleeping heads
-    kept: Tensor  # (B, T) bool
-    awake: Tensor  # (B, T, H) bool
-    head_weights: Tensor  # (B, T, H) float32, 0 asleep
-    gate_of_key: Tensor  # (B, T, G) int64, -1 for anchors and dropped tokens
-
-
-@dataclass(frozen=True)
-class _Routes:
-    """Rows to compute: a slot per head when all may wake, else K slots per group."""
-
-    awake: Tensor  # (B, T, G, r) bool
-    weight: Tensor  # (B, T, G, r) float32
-    slot: Tensor | None  # (B, T, G, K) head in the group of each slot; None when slots are heads
-    real: Tensor  # (B, T, G, K) bool
+from .routing import Router, Routes, gate_probability, head_probability, is_learning, wake_heads
+from .stats import stats_of
+from .trace import AttentionTrace, trace_of
 
 
 class ProteusAttention(nn.Module):
@@ -103,25 +76,26 @@ class ProteusAttention(nn.Module):
         positions: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         return_stats: bool = False,
+        return_trace: bool = False,
     ):
         """Attend causally.
 
         x: `(B, T, D)`. positions: `(T,)` or `(B, T)`, in tokens, default 0..T-1. key_padding_mask: `(B, T)` bool,
         True for padding, as in `nn.MultiheadAttention`. Returns `(B, T, D)`, zero for dropped tokens and padding
-        (their residual stands), and `AttentionStats` when asked. Budgets follow T, padding included.
-        Raises `TypeError` or `ValueError` naming the argument.
+        (their residual stands), then `AttentionStats` and `AttentionTrace` when asked. Budgets follow T, padding
+        included. Raises `TypeError` or `ValueError` naming the argument.
         """
         self._check(x, positions, key_padding_mask)
-        learning = self.training and torch._C._current_graph_task_id() == -1  # not a recomputation in backward
+        learning = is_learning(self)
         if learning:
             self._fold()
         budget = plan_budget(self.cfg, x.shape[1])
-        return self._pass(x, budget, positions, key_padding_mask, learning, return_stats)
+        return self._pass(x, budget, positions, key_padding_mask, learning, return_stats, return_trace)
 
-    def _pass(self, x: Tensor, budget: Budget, positions, key_padding_mask, learning: bool, return_stats: bool):
-        """The parallel pass, by the shortest way there is."""
+    def _pass(self, x: Tensor, budget: Budget, positions, key_padding_mask, learning, return_stats, return_trace):
+        """The parallel pass, by the shortest way there is; in training always the same, as recomputation must be."""
         cfg = self.cfg
-        if key_padding_mask is None and not (learning or return_stats):
+        if key_padding_mask is None and not (self.training or return_stats or return_trace):
             if budget.flux_alpha == 0:  # every head wakes with weight 1, every token stays: nothing to decide
                 return attend_densely(self, x, positions)
             if self._fits_pieces(x, budget):
@@ -129,7 +103,7 @@ class ProteusAttention(nn.Module):
                     return attend_in_pieces(self, x, positions, budget)
         k, v = (proj(x).unflatten(-1, (cfg.n_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
         keep = self.kept(k, budget, key_padding_mask)
-        q, routes = self._queries(x, budget, keep)
+        q, routes = self._queries(x, budget, keep, return_trace)
         awake = None if routes is None else routes.real.flatten(2)
         result = proteus_attention(
             q,
@@ -145,12 +119,15 @@ class ProteusAttention(nn.Module):
             int8=cfg.int8,
             inv_freq=self.inv_freq,
         )
-        y = self._merge(result.out, routes)
+        heads = self._weigh(result.out, routes)
+        y = self._merge(heads, routes)
         if keep is not None and cfg.bias:
             y = y.masked_fill(~keep[..., None], 0)
         if learning:
             self._observe(k, keep, routes)
-        return (y, self._stats(result, routes, keep, key_padding_mask, budget)) if return_stats else y
+        asked = [stats_of(result, routes, keep, key_padding_mask, budget)] if return_stats else []
+        asked += [trace_of(heads, routes, keep, self.gates)] if return_trace else []
+        return (y, *asked) if asked else y
 
     def new_state(self, batch: int = 1, tokens: int | None = None, *, dtype: torch.dtype | None = None) -> KVBank:
         """An empty state for `decode`, for `batch` sequences.
@@ -170,30 +147,39 @@ class ProteusAttention(nn.Module):
         *,
         positions: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-    ) -> tuple[Tensor, KVBank]:
-        """The parallel pass over x `(B, T, D)` and the state after it, to go on from with `decode`.
+        return_trace: bool = False,
+    ):
+        """The parallel pass over x `(B, T, D)` and the state after it (`KVBank`), to go on from with `decode`.
 
         Arguments as in `forward`, but budgets are those of `new_state(B, tokens)`. Positions follow on from each
-        sequence's last token that is not padding. In eval mode only, without autograd. Raises as `forward` does.
+        sequence's last token that is not padding. In eval mode only, without autograd. Returns y, the state and, when
+        asked, the `AttentionTrace`. Raises as `forward` does.
         """
         self._check(x, positions, key_padding_mask)
         self._refuse_training()
         state = self.new_state(len(x), tokens, dtype=x.dtype)
         if x.shape[1] > state.budget.tokens:
             raise ValueError(f"tokens={tokens}: must be at least the {x.shape[1]} tokens of x")
-        y = self._pass(x, state.budget, positions, key_padding_mask, False, False)
+        out = self._pass(x, state.budget, positions, key_padding_mask, False, False, return_trace)
         decoding.fill(self, x, state, positions, key_padding_mask)
-        return y, state
+        return (out[0], state, out[1]) if return_trace else (out, state)
 
     @torch.no_grad()
     def decode(
-        self, x: Tensor, state: KVBank, *, positions: Tensor | None = None, key_padding_mask: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        state: KVBank,
+        *,
+        positions: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        return_trace: bool = False,
+    ):
         """The next n tokens, `(B, n, D)` -> `(B, n, D)`: the rows of the parallel pass over all so far.
 
         Changes `state` in place. positions: `(n,)` or `(B, n)`, by default they follow on. key_padding_mask: `(B, n)`
         bool, True for what is no token (a sequence that has ended). In eval mode only: in training prototypes would
-        move between a key's step and its query's. Without autograd. Raises `TypeError` or `ValueError`.
+        move between a key's step and its query's. Without autograd. return_trace: also these rows' `AttentionTrace`.
+        Raises `TypeError` or `ValueError`.
         """
         self._check(x, positions, key_padding_mask)
         self._refuse_training()
@@ -201,7 +187,21 @@ class ProteusAttention(nn.Module):
             raise TypeError(f"state={type(state).__name__}: expected KVBank, from new_state or prefill")
         if state.gates is not self.gates:
             raise ValueError("state is of another layer: must come from this layer's new_state or prefill")
-        return decoding.advance(self, x, state, positions, key_padding_mask)
+        return decoding.advance(self, x, state, positions, key_padding_mask, return_trace)
+
+    def head_contributions(self, trace: AttentionTrace) -> Tensor:
+        """What each slot's head adds to the residual, `(B, T, G K, D)`; zero for sleepers.
+
+        Their sum and o_proj's bias are the layer's output, where a token was not dropped.
+        """
+        return trace.contributions(self.o_proj.weight)
+
+    def consensus(self, trace: AttentionTrace) -> Tensor:
+        """Where the awake heads point together: the mean of their contributions' directions by weight, `(B, T, D)`.
+
+        float32. Its dot product with a unit vector is the heads' mean cosine with it. Zero where no head is awake.
+        """
+        return trace.consensus(self.o_proj.weight)
 
     def _refuse_training(self) -> None:
         if self.training:
@@ -223,8 +223,8 @@ class ProteusAttention(nn.Module):
         whole = not budget.dense and budget.keep_ratio == 1 and budget.heads_awake_max == cfg.heads_per_group
         return plain and whole and choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype)[0] == "triton"
 
-    def _queries(self, x: Tensor, budget: Budget, keep: Tensor | None) -> tuple[Tensor, _Routes | None]:
-        """Rows to attend with, `(B, T, G K, d)`, un-rotated, and how they were routed."""
+    def _queries(self, x: Tensor, budget: Budget, keep: Tensor | None, traced: bool = False):
+        """Rows to attend with, `(B, T, G K, d)`, un-rotated, and how they were routed (`Routes` or None)."""
         cfg, G, r = self.cfg, self.cfg.n_kv_heads, self.cfg.heads_per_group
         if self.router is None:
             return self.q_proj(x).unflatten(-1, (cfg.n_heads, -1)), None
@@ -238,14 +238,9 @@ class ProteusAttention(nn.Module):
         else:
             q = self.q_proj(x).unflatten(-1, (G, r, cfg.head_dim))  # (B, T, G, r, d)
             q_mean = q.mean(3)
-        gates = self.gates
+        gates, logits = self.gates, self.router(x)
         prob = gate_probability(
-            self.router(x),
-            gates.cosines(q_mean),
-            gates.confidence,
-            gates.log_share,
-            cfg.prior_temperature,
-            cfg.prior_max,
+            logits, gates.cosines(q_mean), gates.confidence, gates.log_share, cfg.prior_temperature, cfg.prior_max
         )
         awake, weight = wake_heads(
             head_probability(prob, gates.head_of_gate, r),
@@ -255,12 +250,13 @@ class ProteusAttention(nn.Module):
             budget.heads_awake_min,
             slots,
         )
+        traced = (logits, prob) if traced else (None, None)  # else nothing holds on to them
         if slots == r:
-            return q.flatten(2, 3), _Routes(awake, weight, None, awake)
+            return q.flatten(2, 3), Routes(awake, weight, None, awake, *traced)
         slot, real = pick_awake(awake, slots)
         if keep is not None:
             real = real & keep[..., None, None]  # a dropped token projects no query
-        routes = _Routes(awake, weight, slot, real)
+        routes = Routes(awake, weight, slot, real, *traced)
         if grouped:
             bias = self.q_proj.bias.view(cfg.n_heads, -1) if cfg.bias else None
             q = project_in(x, self._per_head(self.q_proj.weight), bias, self._global(slot), real)
@@ -276,15 +272,18 @@ class ProteusAttention(nn.Module):
         base = torch.arange(self.cfg.n_kv_heads, device=slot.device) * self.cfg.heads_per_group
         return slot + base[:, None]
 
-    def _merge(self, out: Tensor, routes: _Routes | None) -> Tensor:
-        """Weigh heads and project out: rows `(B, T, G K, d)` -> `(B, T, D)`."""
-        cfg = self.cfg
+    def _weigh(self, out: Tensor, routes: Routes | None) -> Tensor:
+        """Each head as loud as it is awake: rows `(B, T, G K, d)` -> `(B, T, G, K, d)`."""
+        out = out.unflatten(2, (self.cfg.n_kv_heads, -1))
         if routes is None:
-            return self.o_proj(out.flatten(2))
-        out = out.unflatten(2, (cfg.n_kv_heads, -1))  # (B, T, G, K, d)
+            return out
         weight = routes.weight if routes.slot is None else routes.weight.gather(-1, routes.slot)
-        out = out * (weight * routes.real)[..., None].to(out.dtype)
-        if routes.slot is None:
+        return out * (weight * routes.real)[..., None].to(out.dtype)
+
+    def _merge(self, out: Tensor, routes: Routes | None) -> Tensor:
+        """Project weighted heads out: `(B, T, G, K, d)` -> `(B, T, D)`."""
+        cfg = self.cfg
+        if routes is None or routes.slot is None:
             return self.o_proj(out.flatten(2))
         if is_grouped(cfg.n_heads, cfg.head_dim, cfg.d_model, routes.slot.shape[-1], cfg.heads_per_group):
             y = project_out(out, self._per_head(self.o_proj.weight.T), self._global(routes.slot), routes.real)
@@ -298,46 +297,11 @@ class ProteusAttention(nn.Module):
             self.router.fold()
 
     @torch.no_grad()
-    def _observe(self, k: Tensor, keep: Tensor | None, routes: _Routes | None) -> None:
+    def _observe(self, k: Tensor, keep: Tensor | None, routes: Routes | None) -> None:
         keep = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device) if keep is None else keep
         self.gates.observe(k, keep)
         if routes is not None:
             self.router.observe(routes.awake, keep)
-
-    def _stats(self, result: AttentionResult, routes: _Routes | None, keep, padding, budget: Budget) -> AttentionStats:
-        B, T = result.out.shape[:2]
-        H, full = self.cfg.n_heads, torch.ones(B, T, dtype=torch.bool, device=result.out.device)
-        kept = full if keep is None else keep
-        if routes is None:
-            awake, weight, reads = (
-                kept[..., None].expand(B, T, H),
-                kept[..., None].expand(B, T, H).float(),
-                result.reads,
-            )
-        else:
-            awake = routes.awake.flatten(2) & kept[..., None]
-            weight, reads = routes.weight.detach().flatten(2) * awake, result.reads
-            if routes.slot is not None:
-                rows = reads.unflatten(2, (self.cfg.n_kv_heads, -1))
-                reads = (
-                    rows.new_zeros(*rows.shape[:3], self.cfg.heads_per_group).scatter(3, routes.slot, rows).flatten(2)
-                )
-        rows, tokens = int(awake.sum()), int(kept.sum())
-        return AttentionStats(
-            flux_alpha=budget.flux_alpha,
-            keys_per_query=float(reads.sum()) / max(rows, 1),
-            tokens_kept=tokens,
-            tokens_seen=int(full.sum() if padding is None else (~padding).sum()),
-            heads_awake=rows / max(tokens, 1),
-            backend=result.backend,
-            backend_reason=result.backend_reason,
-            budget=budget,
-            reads=reads,
-            kept=kept,
-            awake=awake,
-            head_weights=weight,
-            gate_of_key=result.gate_of_key,
-        )
 
     def _check(self, x, positions, padding) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():

@@ -3,10 +3,13 @@
 A gate's probability mixes a learned router with the prior its prototype gives; a head's is the sum over its
 gates; in each KV group heads wake in order of probability until their mass reaches Top-P (nucleus routing).
 
-Axes: `B` batch, `T` tokens, `G` KV groups, `C` gates per group, `r` heads per group, `D` model width.
+Axes: `B` batch, `T` tokens, `G` KV groups, `C` gates per group, `r` heads per group, `K` slots for awake heads, `D`
+model width.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +45,23 @@ class Router(nn.Module):
         self.pending_load = torch.zeros_like(load)
 
 
+@dataclass(frozen=True)
+class Routes:
+    """Rows to compute: a slot per head when all may wake, else K slots per group."""
+
+    awake: Tensor  # (B, T, G, r) bool
+    weight: Tensor  # (B, T, G, r) float32
+    slot: Tensor | None  # (B, T, G, K) head in the group of each slot; None when slots are heads
+    real: Tensor  # (B, T, G, K) bool
+    logits: Tensor | None  # (B, T, G, C); these two only for a trace
+    gate_prob: Tensor | None  # (B, T, G, C)
+
+
+def is_learning(module: nn.Module) -> bool:
+    """Whether a pass may leave what it saw with `module`: in training, and no recomputation in a backward pass."""
+    return module.training and torch._C._current_graph_task_id() == -1
+
+
 def gate_probability(
     logits: Tensor | None, cosine: Tensor, confidence: Tensor, log_share: Tensor, temperature: float, prior_max: float
 ) -> Tensor:
@@ -72,7 +92,8 @@ def wake_heads(
     """Choose heads by Top-P inside each group and weigh them.
 
     prob: `(B, T, G, r)`; balance: `(G, r)`, added for the choice only. Returns awake `(B, T, G, r)` bool and
-    weight `(B, T, G, r)` float32: `(1 - alpha) + alpha k p`, p renormalised over the k awake heads, 0 asleep.
+    weight `(B, T, G, r)` float32: `(1 - alpha) + alpha k p`, p renormalised over the k awake heads, 0 asleep. For k = 1
+    that is 1 and has no gradient.
     """
     if top_p >= 1 and most >= prob.shape[-1]:
         awake = torch.ones_like(prob, dtype=torch.bool)
@@ -91,16 +112,27 @@ def wake_heads(
     return awake, weight * awake
 
 
-def prior_route(q: Tensor, gates, budget, temperature: float) -> tuple[Tensor, Tensor]:
-    """Route a foreign model that has no trained router, by the prototypes' prior alone.
+def prior_route(
+    q: Tensor,
+    gates,
+    budget,
+    temperature: float,
+    *,
+    logits: Tensor | None = None,
+    balance: Tensor | None = None,
+    prior_max: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Route queries that are in hand: by the prototypes' prior alone, or by a trained router's logits and the prior.
 
-    q: un-rotated queries `(B, T, H, d)`; gates: `Gates`; budget: `Budget` (alpha, Top-P, least and most heads).
+    q: un-rotated queries `(B, T, H, d)`; gates: `Gates`; budget: `Budget` (alpha, Top-P, least and most heads);
+    logits: `(B, T, G, C)` and balance: `(G, r)`, both of the router; prior_max: as in `gate_probability`.
     Returns awake `(B, T, H)` bool and weight `(B, T, H)` float32.
     """
     rows = q.unflatten(2, (gates.n_groups, -1))  # (B, T, G, r, d)
-    prior = gate_probability(None, gates.cosines(rows.mean(3)), gates.confidence, gates.log_share, temperature, 1.0)
-    prob = head_probability(prior, gates.head_of_gate % rows.shape[3], rows.shape[3])
+    cosine = gates.cosines(rows.mean(3))
+    gate = gate_probability(logits, cosine, gates.confidence, gates.log_share, temperature, prior_max)
+    prob = head_probability(gate, gates.head_of_gate % rows.shape[3], rows.shape[3])
     awake, weight = wake_heads(
-        prob, None, budget.flux_alpha, budget.head_top_p, budget.heads_awake_min, budget.heads_awake_max
+        prob, balance, budget.flux_alpha, budget.head_top_p, budget.heads_awake_min, budget.heads_awake_max
     )
     return awake.flatten(2), weight.flatten(2)

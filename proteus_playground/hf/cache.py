@@ -28,12 +28,12 @@ from ..attention.bank import ENDLESS, KVBank
 from ..calibration import Calibration
 from ..files import cache_dir
 from ..layer_run import ProteusLayer, config_for
-from ..tensors import read_tensors, write_tensors
+from ..tensors import fingerprint, read_tensors, write_tensors
 from ..texts import Text, calibration_text
 from ..views import Settings
 from .bank_layer import BankLayer, gates_from
 from .patch import check_layers, find_decoder, full_attention_layers, layer_shape, patched
-from .source import ModelSource, fingerprint
+from .source import ModelSource
 
 CALIBRATION_TOKENS = 2048
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..captured import half
 from ..progress import Stop, check_stop
+from ..tensors import fingerprint
 from .patch import AttentionCall, patched
-from .source import fingerprint
 
 WINDOW, CONTEXT, BATCH = 256, 32, 8
 

@@ -5,7 +5,6 @@ Axes: `T` tokens, `H` query heads, `d` head dim, `D` model width.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from threading import RLock
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..captured import CapturedLayer
+from ..tensors import fingerprint
 from .patch import Attend, capture, find_decoder, full_attention_layers, layer_shape, patched
 
 NLL_ROWS = 256  # rows of logits turned into float32 probabilities at a time
@@ -23,6 +23,7 @@ class ModelSource:
     """Wraps a model that `hf.patch` supports, and its tokenizer; the model is neither copied nor changed."""
 
     random = False
+    own_gates, routers = {}, {}  # it was trained without any
 
     def __init__(self, model, tokenizer, name: str):
         decoder = find_decoder(model)
@@ -72,13 +73,3 @@ class ModelSource:
         pieces = zip(logits.split(NLL_ROWS), ids[first:].split(NLL_ROWS), strict=True)
         total = sum(F.cross_entropy(rows.float(), wanted, reduction="sum").item() for rows, wanted in pieces)
         return total / scored
-
-
-def fingerprint(model) -> str:
-    """Hex digest of a sample of every weight, so that prototypes never meet another model."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, len(flat) // 64)].float().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:32]

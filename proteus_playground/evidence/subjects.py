@@ -1,0 +1,159 @@
+"""The models that evidence is measured on: how large, what they are trained on, and where they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from ..attention import AttentionConfig
+from ..model import ModelConfig, ProteusLM
+from ..progress import Stop
+from ..training import Recipe, Stage, Step, train
+from .copying import Repeat
+from .task import Words
+from .tasks import TASKS, Mixture, WarmedUp
+
+DENSE, ALPHA = "dense", "alpha"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything that shapes the models. A study keeps to one scale; raises where the parts say so."""
+
+    width: int = 64
+    """D, features."""
+    heads: int = 2
+    """H, each with keys of its own."""
+    layers: int = 2
+    taps: int = 3
+    """Tokens of the short convolution over the embeddings, see `ModelConfig`."""
+    gates: int = 16
+    """C per KV group."""
+    probes: int = 2
+    dna_fraction: float = 0.75
+    shortlist: int = 32
+    """L at alpha 1 in training; at evaluation it follows the length."""
+    tasks: tuple[str, ...] = ("mqar",)
+    """What one model is trained on, all at once, of `TASKS`."""
+    things: tuple[int, ...] = (4, 16, 32)
+    """Planted in a training text, one row of a batch like this, another like that, where the text holds them."""
+    questions: int = 16
+    """Asked in a training text of MQAR, at least; more than there are things ask again."""
+    warm_up: int = 0
+    """Steps at the start that read nothing but `Repeat`."""
+    copies: float = 0.34
+    """Share of rows that repeat after that, in [0, 1): recall grows out of copying."""
+    stages: tuple[tuple[int, int], ...] = ((64, 300), (128, 200), (256, 400))
+    """Length in tokens and steps, one after another."""
+    dense_stages: int = 2
+    """At the start, at alpha 0 also where alpha is drawn at random later: recall is learned before it is thinned."""
+    tokens: int = 4096
+    """Per step."""
+    lr: float = 4e-3
+    top_share: float = 0.34
+    """Of steps at alpha 1 exactly where alpha is drawn at random."""
+    words: Words = field(default_factory=Words)
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "things"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "stages", tuple((length, steps) for length, steps in self.stages))
+        if isinstance(self.words, dict):
+            object.__setattr__(self, "words", Words(**self.words))
+        for name in self.tasks:
+            if name not in TASKS:
+                raise ValueError(f"tasks={name!r}: must be one of {', '.join(TASKS)}")
+        if not 0 <= self.copies < 1:
+            raise ValueError(f"copies={self.copies!r}: must be in [0, 1)")
+        self.model()
+
+    def reads(self, length: int, share: int) -> int:
+        """L for texts of `length`: 1/share of them, but never too few for the notes and a ring of two keys."""
+        least = ceil((self.gates + 2 * self.probes) / max(self.dna_fraction, 1e-9))
+        return min(length, max(length // share, least))
+
+    def model(self, **changes) -> ModelConfig:
+        """changes: other fields of `AttentionConfig`."""
+        shape = {
+            "d_model": self.width, "n_heads": self.heads, "route_heads": False, "gates_per_group": self.gates,
+            "probes": self.probes, "dna_fraction": self.dna_fraction, "shortlist": self.shortlist,
+            "flux_alpha": 1.0,
+        }  # fmt: skip
+        attention = AttentionConfig(**{**shape, **changes})
+        return ModelConfig(self.words.size, self.layers, attention, hidden=2 * self.width, taps=self.taps)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+SMALL = Scale()
+FULL = Scale(
+    width=128, heads=4, gates=32, shortlist=128, tasks=tuple(TASKS), things=(4, 16, 64), questions=16,
+    stages=((64, 2000), (256, 3000), (1024, 3000)), tokens=65536, lr=2e-3, words=Words(512, 512, 64),
+)  # fmt: skip
+PRESETS = {"small": SMALL, "full": FULL}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model is being trained."""
+
+    name: str
+    step: Step
+    steps: int  # of the whole run, at most
+
+
+def prepare(
+    scale: Scale,
+    kind: str,
+    seed: int,
+    folder: Path,
+    *,
+    change: str = "",
+    device: str = "cpu",
+    stop: Stop | None = None,
+    **changes,
+) -> Iterator[Training | ProteusLM]:
+    """The model of a kind and seed: read from `folder`, or trained and kept there; last of all it is yielded itself.
+
+    kind: DENSE, trained at alpha 0, or ALPHA, at an alpha drawn anew for every step. change: a name for `changes`,
+    other fields of `AttentionConfig`. Raises as `train`, and `ValueError` for a file that holds no model.
+    """
+    name = "-".join(part for part in (kind, change, str(seed)) if part)
+    path = folder / name / "model.safetensors"
+    if not path.is_file():
+        torch.manual_seed(seed)
+        model = ProteusLM(scale.model(**changes)).to(device)
+        batches, recipe = lessons(scale, seed), plan(scale, kind, seed)
+        for step in train(model, batches, recipe, folder=folder / name, device=device, stop=stop):
+            yield Training(name, step, recipe.steps)
+        model.save(path)
+    yield ProteusLM.load(path, device).eval()
+
+
+def lessons(scale: Scale, seed: int) -> WarmedUp:
+    """What a model reads in training: repetition, then every task with every number of things that fits the text."""
+    rows = []
+    for name in scale.tasks:
+        for things in scale.things:
+            asked = {"questions": max(things, scale.questions)} if name == "mqar" else {}
+            rows.append(TASKS[name](things, seed=seed, words=scale.words, **asked))
+    again = Repeat(seed=seed, words=scale.words)
+    if scale.copies:
+        weights = (scale.copies * len(rows) / (1 - scale.copies), *(1.0,) * len(rows))
+        return WarmedUp(again, scale.warm_up, Mixture((again, *rows), weights, seed))
+    return WarmedUp(again, scale.warm_up, Mixture(tuple(rows), seed=seed))
+
+
+def plan(scale: Scale, kind: str, seed: int) -> Recipe:
+    """How it is trained."""
+    stages = []
+    for i, (length, steps) in enumerate(scale.stages):
+        dense = kind == DENSE or i < scale.dense_stages
+        alpha, top = (0.0, 0.0) if dense else ((0.0, 1.0), scale.top_share)
+        stages.append(Stage((length,), scale.tokens, steps, alpha, top))
+    return Recipe(tuple(stages), lr=scale.lr, warmup=50, weight_decay=0.01, seed=seed, learn_gates=kind != DENSE)

@@ -1,0 +1,139 @@
+"""The notebooks on gates and on the duel in a real browser: every button pressed, pictures and numbers move.
+
+`PROTEUS_SCREENSHOTS=docs/img` keeps the screenshots; otherwise they go to the test's own folder.
+"""
+
+from __future__ import annotations
+
+import pytest
+from notebook_page import notebook_page, traces
+
+from proteus_playground.bench import slider
+
+pytestmark = pytest.mark.slow
+READY_MS = 180_000
+RAN = """() => document.querySelector('.jp-Notebook-ExecutionIndicator').dataset.status === 'idle'
+  && [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every((e) => /\\[\\d+\\]/.test(e.textContent))"""
+
+
+def opened(page, address: str, notebook: str, panel: str):
+    """The panel of a notebook whose cells have all run without an error."""
+    page.set_viewport_size({"width": 1400, "height": 1000})
+    slider.start_all(page, address, f"notebooks/{notebook}")
+    page.keyboard.press("Control+b")
+    page.wait_for_function(RAN, timeout=READY_MS)
+    errors = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+    assert errors.all_inner_texts() == []
+    page.wait_for_selector(f"{panel} .pp-readout[data-request]", state="attached", timeout=READY_MS)
+    found = page.locator(panel).first
+    found.scroll_into_view_if_needed()
+    page.wait_for_timeout(400)
+    return found
+
+
+class Panel:
+    """What is shown, and waiting until it has changed."""
+
+    def __init__(self, page, found, name: str):
+        self.page, self.found, self.name, self.traces = page, found, name, traces(name)
+
+    def request(self) -> int:
+        return int(self.found.locator(".pp-readout").first.get_attribute("data-request"))
+
+    def press(self, words: str, what: str = "") -> None:
+        self.after(lambda: self.found.locator(f'button:has-text("{words}")').first.click(), what)
+
+    def after(self, act, what: str = "") -> None:
+        """Does `act` and waits until a newer picture is shown, `what` is said and nothing is at work."""
+        old = self.request()
+        act()
+        self.page.wait_for_function(
+            """([name, old, what]) => {
+              const app = document.querySelector(name);
+              return +app.querySelector('.pp-readout').dataset.request > old && app.innerText.includes(what)
+                && app.querySelector('.pp-fresh');
+            }""",
+            arg=[self.name, old, what],
+            timeout=30_000,
+        )
+        self.page.wait_for_timeout(150)
+
+    def drawn(self) -> str:
+        return self.page.evaluate(self.traces)
+
+    def value(self, label: str) -> str:
+        cell = self.found.locator(f'.pp-cell:has(.pp-label:text-is("{label}"))')
+        return cell.locator(".pp-value").inner_text()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with notebook_page(tmp_path_factory.mktemp("lab")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def gates(lab):
+    page, address = lab
+    found = opened(page, address, "03_gates_and_prototypes.ipynb", ".pp-prototypes")
+    return Panel(page, found, ".pp-prototypes")
+
+
+def test_a_step_moves_prototypes_numbers_and_pictures(gates):
+    before, fit = gates.drawn(), gates.value("mean cosine")
+    gates.press("step ▶")
+    assert gates.value("updates") == "1" and gates.value("mean cosine") != fit and gates.drawn() != before
+
+
+def test_play_runs_pauses_and_resets(gates, shots):
+    gates.found.locator('button:has-text("fast")').click()
+    gates.press("play")
+    gates.page.wait_for_function("() => +document.querySelector('.pp-prototypes .pp-value').innerText > 25",
+                                 timeout=30_000)  # fmt: skip
+    gates.press("pause")
+    gates.page.wait_for_timeout(500)
+    at = gates.value("updates")
+    gates.page.wait_for_timeout(500)
+    assert gates.value("updates") == at
+    gates.found.screenshot(path=shots / "gates.png")
+
+
+@pytest.mark.parametrize(
+    ("button", "said"),
+    [("clone", "The layer's output did not change"), ("merge with", "was merged into"), ("prune", "was pruned"),
+     ("move to head", "was moved to head"), ("add a head", "new head")],
+)  # fmt: skip
+def test_surgery_is_done_and_says_what_it_changed(gates, button, said):
+    before = gates.drawn()
+    gates.press(button, said)
+    assert gates.drawn() != before and gates.value("output change") not in ("–", "")
+
+
+def test_a_click_on_a_bar_follows_that_gate(gates):
+    """The bar of the gate that lures most, wherever it is."""
+    spot = gates.page.evaluate(
+        """() => {
+          const figure = document.querySelector('.pp-prototypes .js-plotly-plot');
+          const bars = figure.data.find((trace) => trace.name === 'lured');
+          const chosen = +document.querySelector('.pp-prototypes .pp-at-text b').innerText.match(/\\d+/)[0];
+          let most = chosen === 0 ? 1 : 0;
+          bars.y.forEach((count, slot) => { if (slot !== chosen && count > bars.y[most]) most = slot; });
+          const { xaxis2, yaxis2 } = figure._fullLayout;
+          const box = figure.getBoundingClientRect();
+          return [box.x + xaxis2._offset + xaxis2.d2p(bars.x[most]), box.y + yaxis2._offset + yaxis2.d2p(1), most];
+        }"""
+    )
+    gates.after(lambda: gates.page.mouse.click(spot[0], spot[1] - 3), f"What gate {spot[2]} lures")
+
+
+def test_the_decay_slider_and_reset_work(gates):
+    gates.found.locator(".pp-knob-ema-decay .noUi-handle").focus()
+    for _ in range(5):
+        gates.page.keyboard.press("ArrowRight")
+    gates.page.wait_for_function(
+        "() => Math.abs(document.querySelector('.pp-knob-ema-decay input').value - 0.85) < 1e-6", timeout=10_000
+    )
+    gates.press("reset")
+    assert gates.value("updates") == "0" and gates.value("output change") == "–"
+    gates.press("the model's own")
+    assert gates.page.complaints == []
