@@ -133,6 +133,8 @@ _forward("layer", "proteus_playground.bench.layer", "One layer against dense att
 _forward("heads", "proteus_playground.bench.heads", "Many heads, few awake.")
 _forward("decode", "proteus_playground.bench.decode", "One more token after a short text and a long one.")
 _forward("stream", "proteus_playground.bench.stream", "A million tokens, chunk by chunk: speed and memory.")
+_forward("exam", "proteus_playground.bench.exam", "Held-out questions about shelves, dense and on a shortlist.")
+_forward("top-a", "proteus_playground.bench.top_a", "What Top-A does to the text that a model writes.")
 _forward("slider", "proteus_playground.bench.slider", "From slider to painted picture, in a real browser.")
 _forward("verify", "proteus_playground.experiments.command", "Plant facts in long documents and look for them.", app)
 _forward("duel", "proteus_playground.experiments.duel_command", "Train dense and Proteus on the same text.", app)

@@ -14,6 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from proteus_playground import cli, files
 from proteus_playground.bench import floor, longest, measure, options, profile, rivals, row, sweep, table
 from proteus_playground.bench.rivals import OURS, Case
+from proteus_playground.model import ModelConfig, ProteusLM
+from proteus_playground.shelf import ShelfTokenizer
 
 SMALL = ["--d-model", "32", "--heads", "4", "--head-dim", "8", "--shortlist", "32"]
 TINY = [*SMALL, "--groups", "2", "--repeats", "2", "--no-memory"]
@@ -458,3 +460,34 @@ def test_bench_layer_prints_the_table_of_the_readme(run):
     assert "| 256 |" in out and "(fused, " in out and "of 128 |" in out
     first = saved()["rows"][0]
     assert {"tokens", "backend", "reads", "dense_reads", "budget", "ours", "dense", "speedup"} <= set(first)
+
+
+# -- the small models ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """A file of an untrained model that reads shelves."""
+    vocabulary = ShelfTokenizer().vocab_size
+    torch.manual_seed(0)
+    return str(ProteusLM(ModelConfig(vocabulary, 1, config(d_model=16, n_heads=2, shortlist=8))).save(tmp_path / "m"))
+
+
+def test_bench_exam_counts_the_same_questions_at_every_alpha(run, reader):
+    code, out, _ = run(
+        "exam", "--model", reader, "--lengths", "512", "--questions", "5", "--alphas", "0,1", "--out", "out.json"
+    )
+    assert code == 0 and "| 512 | 1 | 32 | 5 | 0.0% |" in out
+    rows = saved()["rows"]
+    assert [(row["alpha"], row["questions"], row["right"]) for row in rows] == [(0.0, 5, 0.0), (1.0, 5, 0.0)]
+    assert rows[0]["far"] == rows[1]["far"] <= 5
+
+
+def test_bench_top_a_compares_arms_on_the_same_draws(run, reader):
+    code, out, _ = run(
+        "top-a", "--model", reader, "--prompts", "1", "--seeds", "2", "--tokens", "8", "--out", "out.json"
+    )
+    assert code == 0 and [line.split(" | ")[0] for line in out.splitlines()[4:]] == ["| none", "| filter", "| reweigh"]
+    rows = {row["arm"]: row for row in saved()["rows"]}
+    assert rows["filter"]["agreement"]["mean"] > rows["none"]["agreement"]["mean"]
+    assert 0 <= rows["none"]["repetition"]["mean"] <= 1 and rows["none"]["nll"]["mean"] > 0

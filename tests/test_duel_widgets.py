@@ -101,7 +101,7 @@ def test_a_line_keeps_its_ends_and_is_never_longer_than_a_plot_is_wide():
 def test_smoothing_is_the_weighted_mean_of_what_came_before():
     series = record_of(30).arms["proteus"]
     for at in (0, 3, 29):
-        weight = 0.95 ** np.arange(at, -1, -1)
+        weight = 0.9 ** np.arange(at, -1, -1)
         assert series.calm_loss[at] == pytest.approx(np.average(series.loss[: at + 1], weights=weight))
 
 
@@ -140,7 +140,7 @@ def test_a_duel_is_drawn_to_its_end(panel):
         assert len(trace(panel, f"loss {arm}").x) == STEPS and len(trace(panel, f"density {arm}").x) == 4
         assert trace(panel, f"loss {arm}").x[-1] == 64 * STEPS
     assert list(trace(panel, "held out proteus 1").y) == [a_score("proteus", step, 1.0).loss for step in (20, 40)]
-    assert "10.5% worse" in panel.captions["loss"].value and "up to date" in panel.status.value
+    assert "10.5% worse" in panel.captions["loss"].value and "training is over" in panel.status.value
     assert panel.samples.value.count("pp-sample ") == 3 and panel.resume.disabled and not panel.start.disabled
     assert trace(panel, "loss dense").meta == panel.number
 

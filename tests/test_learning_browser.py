@@ -67,8 +67,13 @@ class Panel:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    with notebook_page(tmp_path_factory.mktemp("lab")) as found:
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def lab(folder):
+    with notebook_page(folder) as found:
         yield found
 
 
@@ -137,3 +142,62 @@ def test_the_decay_slider_and_reset_work(gates):
     assert gates.value("updates") == "0" and gates.value("output change") == "–"
     gates.press("the model's own")
     assert gates.page.complaints == []
+
+
+# The duel
+
+
+TINY = "text='humble token', minutes=None, steps=24, length=64, tokens=256, width=32, layers=2, heads=4, scored=2, "
+TINY += "held_out=4, sample=8)"
+
+
+@pytest.fixture(scope="module")
+def the_duel(lab, folder):
+    """The notebook with a far smaller duel in its panel."""
+    book = folder / "notebooks" / "02_duel.ipynb"
+    text = book.read_text(encoding="utf-8")
+    assert "minutes=4.5 if gpu else 2)" in text
+    book.write_text(text.replace("minutes=4.5 if gpu else 2)", TINY), encoding="utf-8")
+    page, address = lab
+    return Panel(page, opened(page, address, book.name, ".pp-duel"), ".pp-duel")
+
+
+def wait(panel: Panel, state: str) -> None:
+    panel.page.wait_for_selector(f".pp-duel .pp-{state}", timeout=90_000)
+    panel.page.wait_for_timeout(300)
+
+
+def step(panel: Panel) -> int:
+    return int(panel.value("step"))
+
+
+def test_a_duel_starts_stops_and_resumes(the_duel):
+    page, before = the_duel.page, the_duel.drawn()
+    the_duel.found.locator('button:has-text("Start")').click()
+    page.wait_for_function("() => +document.querySelector('.pp-duel .pp-value').innerText > 3", timeout=90_000)
+    the_duel.found.locator('button:has-text("Stop")').click()
+    wait(the_duel, "stopped")
+    stopped = step(the_duel)
+    assert 3 < stopped < 24 and the_duel.drawn() != before
+    page.wait_for_timeout(800)
+    assert step(the_duel) == stopped
+    the_duel.found.locator('button:has-text("Resume")').click()
+    wait(the_duel, "done")
+    assert step(the_duel) == 24 and the_duel.found.locator(".pp-sample").count() == 3
+    assert float(the_duel.value("Proteus, α = 1")) > 1
+    assert "dense, perplexity" in the_duel.found.locator(".pp-at-loss").inner_text()
+
+
+def test_the_slider_moves_along_the_curve(the_duel):
+    before, said = the_duel.drawn(), the_duel.found.locator(".pp-at-curve p")
+    words = said.inner_text()
+    assert "measured" in words
+    the_duel.found.locator(".pp-knob-flux-alpha .noUi-handle").focus()
+    for _ in range(10):
+        the_duel.page.keyboard.press("ArrowLeft")
+    the_duel.page.wait_for_function(
+        "() => document.querySelector('.pp-duel .pp-at-curve p').innerText.startsWith('α 0.90')", timeout=20_000
+    )
+    the_duel.page.wait_for_timeout(300)
+    assert said.inner_text() != words and the_duel.drawn() != before
+    assert the_duel.page.complaints == []

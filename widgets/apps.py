@@ -242,4 +242,4 @@ def duel_panel(
         raise ValueError(f"preset={preset!r}: allowed is {', '.join(map(repr, PRESETS))}")
     if "length" in settings:
         settings = {"shortlist": None, **settings}  # a share of the length again
-    return DuelPanel(replace(PRESETS[preset], **settings), run or duel, curve or held_out_curve, out)
+    return DuelPanel(preset, replace(PRESETS[preset], **settings), run or duel, curve or held_out_curve, out)

@@ -5,6 +5,8 @@ Made once; a picture sends one message.
 
 from __future__ import annotations
 
+from math import log
+
 import numpy as np
 import plotly.graph_objects as go
 
@@ -13,10 +15,10 @@ from .figure import CONFIG, GREY, INK
 
 HEIGHT = 590
 DENSE, PROTEUS, HERE = "#57606a", "#0072B2", "#D55E00"
-LOSS, CURVE, UPPER, LOWER = (58, 318), (430, 548), (40, 222), (312, 548)  # pixels from the top
+LOSS, CURVE, UPPER, LOWER = (66, 318), (430, 548), (40, 222), (312, 548)  # pixels from the top
 LEFT, MIDDLE, RIGHT = [0.0, 0.5], [0.585, 0.76], [0.835, 1.0]  # of the width
 LOOKS = ("density", "heads_awake", "gate_entropy")
-SMALL = ("tokens per second", "keys read of those there are", "heads awake", "gate entropy, nats")
+SMALL = ("tokens per second", "share of keys read", "heads awake", "gate entropy, nats")
 
 
 class DuelPictures:
@@ -48,19 +50,19 @@ class DuelPictures:
 
     def _frame(self, record: Record) -> None:
         """Axes: as wide as the training will be, and as high as the losses after the first steep fall."""
-        seen = max(len(series.tokens) for series in record.arms.values())
-        if not seen:
-            return
-        tokens = max(series.tokens[-1] for series in record.arms.values() if series.tokens)
-        layout, ends = self.widget.layout, tokens / seen * max(record.steps, seen)
+        settings, layout = record.settings, self.widget.layout
+        steps = record.steps or settings.steps
         for axis in (layout.xaxis, layout.xaxis2, layout.xaxis3, layout.xaxis4, layout.xaxis5):
-            axis.range = [0, ends]
-        calm = np.concatenate([series.line("calm_loss")[1] for series in record.arms.values()])
-        held = [score.loss for score in record.scores]
-        low, high = min([float(calm.min()), *held]), float(calm[: max(1, len(calm))].max())
-        layout.yaxis.range = [low - 0.08 * (high - low) - 0.02, high + 0.04 * (high - low) + 0.02]
-        fastest = max(max(series.calm_speed) for series in record.arms.values() if series.calm_speed)
-        layout.yaxis2.range = [0, 1.15 * fastest]
+            axis.range = [0, 1.03 * steps * settings.tokens]
+        layout.yaxis4.range = [0, 1.12 * settings.heads]
+        layout.yaxis5.range = [0, 1.12 * max(0.1, log(settings.gates))]
+        known = [series for series in record.arms.values() if series.tokens]
+        if known:
+            calm = [loss for series in known for loss in series.calm_loss[len(series.calm_loss) // 12 :]]
+            raw = [loss for series in known for loss in series.loss] + [score.loss for score in record.scores]
+            room = max(max(calm) - min(raw), 0.05)
+            layout.yaxis.range = [min(raw) - 0.06 * room, max(calm) + 0.06 * room]
+            layout.yaxis2.range = [0, 1.15 * max(max(series.calm_speed) for series in known)]
 
     def draw_curve(self, record: Record, alpha: float) -> None:
         """The slider's curve and where the slider is on it; nothing while it was not measured."""
@@ -103,9 +105,9 @@ def _traces() -> list:
             dots(f"gate_entropy {arm}", "circle", colour, 6, 5, f"{arm}: %{{y:.2f}} nats"),
         ]
     made += [
-        dots("held out dense 0", "circle", DENSE, 11, 1, "held out, dense: %{y:.3f}"),
         dots("held out proteus 0", "diamond-open", PROTEUS, 9, 1, "held out, Proteus at α 0: %{y:.3f}"),
-        dots("held out proteus 1", "diamond", PROTEUS, 12, 1, "held out, Proteus at α 1: %{y:.3f}"),
+        dots("held out proteus 1", "diamond", PROTEUS, 14, 1, "held out, Proteus at α 1: %{y:.3f}"),
+        dots("held out dense 0", "circle", DENSE, 8, 1, "held out, dense: %{y:.3f}"),
         go.Scatter(name="dense line", mode="lines", line={"color": DENSE, "width": 1.5, "dash": "dot"},
                    hoverinfo="skip", **axes[6]),
         go.Scatter(name="curve", mode="lines+markers", line={"color": PROTEUS, "width": 2}, marker={"size": 7},
@@ -135,12 +137,15 @@ def _layout() -> dict:
         ],
     }  # fmt: skip
     for number, (x, y) in boxes.items():
-        words = "flux α" if number == "6" else "tokens read by each"
-        title = {"text": words, "standoff": 3, "font": {"size": 12}}
-        layout[f"xaxis{number}"] = {**axis, "domain": x, "anchor": f"y{number}", "range": [0, 1], "title": title,
-                                    "nticks": 5, "tickformat": "" if number == "6" else "~s"}  # fmt: skip
-        layout[f"yaxis{number}"] = {**axis, "domain": across(*y), "anchor": f"x{number}", "showgrid": True,
-                                    "gridcolor": "#eef0f2", "nticks": 6, "rangemode": "tozero"}  # fmt: skip
+        words, form = ("flux α", "") if number == "6" else ("tokens read by each", "~s")
+        layout[f"xaxis{number}"] = {
+            **axis, "domain": x, "anchor": f"y{number}", "range": [0, 1], "tickformat": form, "tickangle": 0,
+            "nticks": 5 if x is LEFT else 3, "title": {"text": words, "standoff": 3, "font": {"size": 12}},
+        }  # fmt: skip
+        layout[f"yaxis{number}"] = {
+            **axis, "domain": across(*y), "anchor": f"x{number}", "showgrid": True, "gridcolor": "#eef0f2",
+            "nticks": 6, "rangemode": "tozero",
+        }  # fmt: skip
     layout["yaxis2"]["tickformat"] = "~s"
     layout["yaxis3"].update(range=[0, 1.08], tickformat=".0%")
     layout["xaxis6"]["range"] = [-0.03, 1.03]

@@ -15,6 +15,7 @@ from traitlets import Float, HasTraits
 
 from proteus_playground.experiments.duel import PRESETS, Settings, Turn
 from proteus_playground.experiments.duel_curve import Point
+from proteus_playground.experiments.duel_files import SETTINGS
 
 from . import duel_words as words
 from .board import _row
@@ -28,6 +29,7 @@ from .stream_board import AUTO, styles
 from .worker import Worker
 
 CHOICES = ("small", "t4")
+AUTO_TEXT = "Shakespeare (or Python's manual where there is no network)"
 LOOK_SECONDS = 0.4  # between pictures
 
 
@@ -40,12 +42,13 @@ class DuelPanel(w.VBox):
 
     def __init__(
         self,
+        preset: str | None,
         settings: Settings,
         run: Callable[..., Iterator[Turn]],
         curve: Callable[..., Iterator[Point]],
         out: Path | None = None,
     ):
-        """settings: to begin with; run, curve: as `duel` and `held_out_curve`; out: where runs are kept."""
+        """preset: the one that is marked; run, curve: as `duel` and `held_out_curve`; out: where runs are kept."""
         self.settings, self.record = settings, Record(settings)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.number, self.problem = 0, ""
@@ -56,7 +59,7 @@ class DuelPanel(w.VBox):
         self._out, self._folder = Path(out or self._temporary.name), None
         self._drawn, self._looked = True, 0.0
         self.slider, self.worker, self.room, self.pictures = Slider(), Worker(), Room(), DuelPictures()
-        self._build_controls()
+        self._build_controls(preset)
         head = _row("pp-head", self.title, self.status)
         top = w.VBox([_row("pp-actions", *self._controls)])
         top.add_class("pp-top")
@@ -75,12 +78,11 @@ class DuelPanel(w.VBox):
         self._draw()
         self._rest("ready", "press Start")
 
-    def _build_controls(self) -> None:
+    def _build_controls(self, preset: str | None) -> None:
         self.title = w.HTML('<div class="pp-title"><b>Duel</b></div>')
         self.banner, self.numbers, self.status, self.samples = (w.HTML() for _ in range(4))
         self.captions = {name: w.HTML() for name in ("loss", "curve", "text")}
-        here = next((name for name in CHOICES if PRESETS[name] == self.settings), None)
-        self.preset = w.ToggleButtons(options=CHOICES, value=here)
+        self.preset = w.ToggleButtons(options=CHOICES, value=preset if preset in CHOICES else None)
         self.preset.add_class("pp-judge")
         self.text = w.Text(value=self.settings.text, layout=w.Layout(width="150px"))
         self.minutes = w.BoundedFloatText(value=self.settings.minutes or 60, min=0.1, max=600, step=0.5,
@@ -96,8 +98,8 @@ class DuelPanel(w.VBox):
         self.stop.on_click(lambda _: self.halt())
         self.resume.on_click(lambda _: self._go())
         self._controls = (
-            _labelled("preset", self.preset, "48px"), _labelled("text", self.text, "34px"),
-            _labelled("minutes", self.minutes, "58px"), self.start, self.stop, self.resume,
+            _labelled("preset", self.preset, "52px"), _labelled("text", self.text, "38px"),
+            _labelled("minutes", self.minutes, "64px"), self.start, self.stop, self.resume,
         )  # fmt: skip
 
     def _take(self, settings: Settings) -> None:
@@ -154,7 +156,7 @@ class DuelPanel(w.VBox):
 
     def _over(self, *_) -> None:
         self._draw()
-        self._rest("fresh", finished=True)
+        self._rest("done", "training is over", finished=True)
 
     def halt(self) -> None:
         """Stop: the step that is running is finished and saved; Resume goes on from it."""
@@ -198,14 +200,13 @@ class DuelPanel(w.VBox):
 
     def _note(self) -> str:
         """What is trained on what; from the duel's own file once there is one."""
-        s = self.settings
-        source = ""
-        if self._folder is not None and (self._folder / "settings.json").is_file():
-            source = f", {json.loads((self._folder / 'settings.json').read_text('utf-8'))['asked'].get('text_from')},"
+        s, text = self.settings, AUTO_TEXT if self.settings.text == "auto" else self.settings.text
+        if self._folder is not None and (self._folder / SETTINGS).is_file():
+            text = json.loads((self._folder / SETTINGS).read_text("utf-8"))["asked"]["text_from"]
         return (
-            f"Two models of {s.layers} layers, width {s.width}, {s.heads} heads, learn {s.text}{source} byte by byte, "
-            f"{s.length:,} bytes at a time, on the {self.device.upper()}. One is dense; Proteus trains at an α drawn "
-            f"at random for every step, with a shortlist of {s.shortlist} at α = 1."
+            f"Two models of {s.layers} layers, width {s.width}, {s.heads} heads, learn {text}, byte by byte, "
+            f"{s.length:,} at a time, on the {self.device.upper()}. One is dense; Proteus trains at an α drawn at "
+            f"random for every step, with a shortlist of {s.shortlist} at α = 1."
         )
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from proteus_playground.experiments.duel import ARMS, Score, Settings, Turn
 from proteus_playground.experiments.duel_curve import Point
 
-CALM = 0.95  # of a smoothed value that stays with the next step
+CALM = 0.9  # of a smoothed value that stays with the next step
 MOST = 400  # points of a line; no plot of ours is wider
 
 

@@ -40,7 +40,7 @@ def numbers_html(request: int, record: Record) -> str:
         return _cell(f"{name}", "–" if score is None else f"{score.perplexity:.3f}", below, tip)
 
     keys = newest.get("Proteus, α = 1")
-    reads = "perplexity" if keys is None else f"perplexity, {keys.density:.0%} of keys read"
+    reads = "perplexity" if keys is None else f"perplexity, reads {keys.density:.0%}"
     held = "on text that training never saw"
     budget = f"{record.settings.shortlist} for texts of {record.settings.length} tokens"
     cells = [
@@ -50,8 +50,8 @@ def numbers_html(request: int, record: Record) -> str:
               "Training loss of dense, nats per token, smoothed; Proteus's is at the α drawn for each step."),
         _cell("tokens/s", last(dense.calm_speed, ",.0f"), f"Proteus {last(proteus.calm_speed, ',.0f')}",
               "Tokens that dense trains on in a second on this machine; measured."),
-        held_out("dense", "perplexity, all keys read", f"The dense model's perplexity per token {held}."),
-        held_out("Proteus, α = 0", "perplexity, all keys read", f"Proteus's, read densely, {held}."),
+        held_out("dense", "perplexity, reads all", f"The dense model's perplexity per token {held}."),
+        held_out("Proteus, α = 0", "perplexity, reads all", f"Proteus's, read densely, {held}."),
         held_out("Proteus, α = 1", reads, f"Proteus's, with a shortlist of {budget}, {held}."),
     ]  # fmt: skip
     return f'<div class="pp-readout" data-request="{request}">{"".join(cells)}</div>'
@@ -80,7 +80,7 @@ def verdict(record: Record) -> str:
 def slider_sentence(record: Record, alpha: float) -> str:
     loss = record.loss_at(alpha)
     if loss is None:
-        return "Measured once training is over: the same weights, from dense to the shortlist."
+        return "Measured once training is over."
     measured = any(point.alpha == alpha for point in record.curve)
     how = "measured" if measured else "between two measured points"
     return f"α {alpha:.2f}: held-out loss {loss:.3f} ({how})."

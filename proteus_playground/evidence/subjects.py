@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from math import ceil
 from pathlib import Path
 
 import torch
@@ -31,9 +30,9 @@ class Scale:
     layers: int = 2
     taps: int = 3
     """Tokens of the short convolution over the embeddings, see `ModelConfig`."""
-    gates: int = 16
+    gates: int = 64
     """C per KV group."""
-    probes: int = 2
+    probes: int = 4
     dna_fraction: float = 0.75
     shortlist: int = 32
     """L at alpha 1 in training; at evaluation it follows the length."""
@@ -47,7 +46,7 @@ class Scale:
     """Steps at the start that read nothing but `Repeat`."""
     copies: float = 0.34
     """Share of rows that repeat after that, in [0, 1): recall grows out of copying."""
-    stages: tuple[tuple[int, int], ...] = ((64, 300), (128, 200), (256, 400))
+    stages: tuple[tuple[int, int], ...] = ((64, 300), (128, 200), (256, 350), (512, 150))
     """Length in tokens and steps, one after another."""
     dense_stages: int = 2
     """At the start, at alpha 0 also where alpha is drawn at random later: recall is learned before it is thinned."""
@@ -72,9 +71,8 @@ class Scale:
         self.model()
 
     def reads(self, length: int, share: int) -> int:
-        """L for texts of `length`: 1/share of them, but never too few for the notes and a ring of two keys."""
-        least = ceil((self.gates + 2 * self.probes) / max(self.dna_fraction, 1e-9))
-        return min(length, max(length // share, least))
+        """L for texts of `length`: 1/share of them, and no fewer than 8. Notes are read where they fit beside rings."""
+        return min(length, max(length // share, 8))
 
     def model(self, **changes) -> ModelConfig:
         """changes: other fields of `AttentionConfig`."""

@@ -12,7 +12,6 @@ from math import exp
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..progress import Stop
@@ -20,6 +19,7 @@ from ..streaming.run import place
 from ..training import Step, read_log, train
 from ..training.look import look
 from ..training.text import Bytes, Codec, TextBatches, windows
+from .duel_curve import held_out_loss
 from .duel_files import Score, add_scores, claim, read_scores, write_report
 from .duel_settings import ARMS, PRESETS, Settings, pick_text, split, start
 
@@ -119,11 +119,7 @@ class _Arm:
     def _read(self, step: int, alpha: float) -> Score:
         self.model.eval().set_flux_alpha(alpha)
         texts = self.windows.to(self.device)
-        losses = [
-            F.cross_entropy(self.model(part[:, :-1]).flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum")
-            for part in texts.split(max(1, self.settings.tokens // self.settings.length))
-        ]
-        loss = float(torch.stack(losses).sum()) / texts[:, 1:].numel()
+        loss = held_out_loss(self.model, texts, self.settings.tokens)
         seen = look(self.model, texts[:1, :-1])
         prompt = texts[:1, : min(48, self.settings.length)]
         written = self.model.generate(prompt, self.settings.sample, temperature=0.8, seed=self.settings.seed)

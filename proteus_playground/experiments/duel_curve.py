@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..model import ProteusLM
 from ..progress import Stop, check_stop
@@ -30,6 +31,16 @@ class Point:
     heads_awake: float  # per token
 
 
+@torch.no_grad()
+def held_out_loss(model: ProteusLM, texts: Tensor, tokens: int) -> float:
+    """Mean loss in nats of each next token of `texts (B, T + 1)` int64, about `tokens` of them at a time."""
+    losses = [
+        F.cross_entropy(model(part[:, :-1]).flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum")
+        for part in texts.split(max(1, tokens // (texts.shape[1] - 1)))
+    ]
+    return float(torch.stack(losses).sum()) / texts[:, 1:].numel()
+
+
 def held_out_curve(
     out: str | Path, *, codec: Codec | None = None, device: str = "cpu", stop: Stop | None = None
 ) -> Iterator[Point]:
@@ -43,10 +54,8 @@ def held_out_curve(
     settings = Settings(**{field.name: asked[field.name] for field in fields(Settings)})
     held_out = split(torch.tensor(codec.encode(pick_text(settings.text).body), dtype=torch.int32))[1]
     texts = windows(held_out, settings.length, settings.held_out).to(device)
-    with torch.no_grad():
-        for alpha in ALPHAS:
-            check_stop(stop)
-            model.set_flux_alpha(alpha)
-            losses = [F.cross_entropy(model(text[None, :-1])[0].float(), text[1:], reduction="sum") for text in texts]
-            seen = look(model, texts[:1, :-1])
-            yield Point(alpha, float(torch.stack(losses).sum()) / texts[:, 1:].numel(), seen.density, seen.heads_awake)
+    for alpha in ALPHAS:
+        check_stop(stop)
+        model.set_flux_alpha(alpha)
+        seen = look(model, texts[:1, :-1])
+        yield Point(alpha, held_out_loss(model, texts, settings.tokens), seen.density, seen.heads_awake)

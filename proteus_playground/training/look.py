@@ -19,7 +19,7 @@ class Look:
     heads_awake: float  # per token, of n_heads
     gate_entropy: float  # nats, of the share of keys that each gate of a group lures; log C when even
     dead_gates: int  # in the whole model: gates that lure less than 0.02 / C of the keys
-    density: float  # mean reads of a row over the mean number of keys it could read
+    density: float  # see `AttentionStats.density`
 
 
 @torch.no_grad()
@@ -27,9 +27,8 @@ def look(model: ProteusLM, ids: Tensor) -> Look:
     """Run the texts `(B, T)` in evaluation mode at the alpha in force, and sum up. Leaves the model in that mode."""
     stats = model.eval()(ids, return_stats=True)[1]
     entropy, dead = gate_health(model)
-    n, causal = len(stats), (ids.shape[1] + 1) / 2
-    awake, reads = sum(layer.heads_awake for layer in stats), sum(layer.keys_per_query for layer in stats)
-    return Look(awake / n, entropy, dead, reads / n / causal)
+    awake, density = (sum(getattr(layer, of) for layer in stats) / len(stats) for of in ("heads_awake", "density"))
+    return Look(awake, entropy, dead, density)
 
 
 def gate_health(model: ProteusLM) -> tuple[float, int]:

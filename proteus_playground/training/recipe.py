@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import isfinite
 from random import Random
 from typing import Protocol
 
 from torch import Tensor
 
 from ..attention.budget import check_alpha
-from ..checks import whole_number
+from ..checks import real_number, whole_number
 from ..model import ModelConfig
 
 
@@ -67,9 +66,9 @@ class Stage:
                 raise ValueError(f"alpha={self.alpha!r}: must be one number, or (low, high) with low <= high")
         else:
             check_alpha(self.alpha)
-        _within("top_share", self.top_share, 0, 1)
+        real_number("top_share", self.top_share, 0, 1)
         if self.plateau is not None:
-            _within("plateau", self.plateau, 0, 1)
+            real_number("plateau", self.plateau, 0, 1)
 
     def draw(self, seed: int, step: int) -> tuple[int, float]:
         """Length and alpha of a step: a pure function of seed and step, the same on every process."""
@@ -117,14 +116,14 @@ class Recipe:
         if not self.stages or not all(isinstance(stage, Stage) for stage in self.stages):
             raise TypeError(f"stages={self.stages!r}: must be one Stage or more")
         for name in ("lr", "clip", "gate_lr"):
-            _within(name, getattr(self, name), 0, float("inf"), above=True)
+            real_number(name, getattr(self, name), 0, above=True)
         for name in ("weight_decay", "router_z", "alignment"):
-            _within(name, getattr(self, name), 0, float("inf"))
-        _within("cooldown", self.cooldown, 0, 1)
+            real_number(name, getattr(self, name), 0)
+        real_number("cooldown", self.cooldown, 0, 1)
         whole_number("warmup", self.warmup, 0)
         whole_number("seed", self.seed, 0)
         for beta in self.betas:
-            _within("betas", beta, 0, 1)
+            real_number("betas", beta, 0, 1)
 
     @property
     def steps(self) -> int:
@@ -143,11 +142,3 @@ class Job:
     batches: Batches
     recipe: Recipe
     description: str
-
-
-def _within(name: str, value: object, low: float, high: float, above: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: expected a number")
-    if not (low < value if above else low <= value) or value > high or not isfinite(value):
-        end = "finite" if high == float("inf") else f"<= {high}"
-        raise ValueError(f"{name}={value!r}: must be {'>' if above else '>='} {low} and {end}")
