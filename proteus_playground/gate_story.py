@@ -9,37 +9,21 @@ Axes: `T` tokens, `C` gates per group, `G` KV groups, `d` head dim, `V` vocabula
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import AttentionConfig, Gates, ProteusAttention, surgery
+from .attention import Gates, ProteusAttention, surgery
 from .checks import whole_number
 from .layer_view import principal_plane
-from .model import ModelConfig, ProteusLM
-from .texts import STORY, Text, load_text
+from .live import Live
 
 PIECE = 256  # tokens that one update sees, as a training step sees a batch and not the whole text
 SPARE = 3  # free slots made ready at the start, so that the first clones need no new note, which would cost a read
-SHELF = 7  # seed of the shelf that is read
 OPERATIONS = ("clone", "prune", "merge", "move", "add head")
-RANDOM = AttentionConfig(
-    d_model=96, n_heads=6, n_kv_heads=2, shortlist=64, gates_per_group=16, n_anchors=2, head_top_p=0.8, init_scale=1.5
-)
-
-
-@dataclass(frozen=True)
-class Live:
-    """A model and a text that it reads: all that a `GateStory` needs."""
-
-    model: ProteusLM
-    ids: Tensor  # (T,) int64
-    tokens: list[str]  # T
-    note: str  # one sentence: who reads what
-    random: bool  # whether the weights are
 
 
 @dataclass(frozen=True)
@@ -206,43 +190,3 @@ def scatter(gates: Gates, seed: int = 0) -> None:
     gates.usage = torch.full_like(gates.usage, 1 / gates.gates_per_group)
     gates.confidence = torch.ones_like(gates.confidence)
     gates.pending_sum, gates.pending_count = torch.zeros_like(gates.pending_sum), torch.zeros_like(gates.pending_count)
-
-
-def random_bytes(text: Text, tokens: int = 1024, seed: int = 0) -> Live:
-    """A model of random weights over the bytes of `text`, of which it reads the first `tokens`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ProteusLM(ModelConfig(vocab_size=256, n_layers=2, attention=RANDOM))
-    data = text.body.encode()[:tokens]
-    strings = [chr(byte) if byte < 128 else "·" for byte in data]
-    note = f"Two layers read {len(data):,} bytes of {text.name}: nothing was learned, but keys gather all the same."
-    return Live(model, torch.tensor(list(data)), strings, note, True)
-
-
-def open_live(model: str = "shelf-mini", tokens: int = 1024) -> Live:
-    """A model and its text: "shelf-mini", which was trained with the slider and reads a shelf, or "random".
-
-    Where shelf-mini cannot be loaded the other stands in for it and its note says why. `ValueError` for another name.
-    """
-    if model not in ("shelf-mini", "random"):
-        raise ValueError(f"model={model!r}: allowed is 'shelf-mini' or 'random'")
-    why = ""
-    if model == "shelf-mini":
-        try:
-            return _shelf_reader(tokens)
-        except FileNotFoundError:
-            why = " shelf-mini is not in this installation."
-        except ImportError as err:
-            why = f" shelf-mini cannot be loaded: {err}."
-    stand_in = random_bytes(load_text(STORY), tokens)
-    return replace(stand_in, note=stand_in.note + why)
-
-
-def _shelf_reader(tokens: int) -> Live:
-    from .shelf import shelf
-    from .shipped import load_shipped
-
-    model, tokenizer = load_shipped("shelf-mini")
-    ids = tokenizer.encode(shelf(SHELF, tokens).text)[:tokens]  # a sentence has several tokens, so this is enough
-    note = f"shelf-mini ({len(model.blocks)} layers, trained with the slider) reads {len(ids):,} tokens of a shelf."
-    return Live(model, torch.tensor(ids), tokenizer.strings(ids), note, False)

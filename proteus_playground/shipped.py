@@ -28,15 +28,15 @@ def shelf_mini() -> Job:
     stages = (
         Stage((128,), 4096, 600, 0.0),
         Stage((128, 256), 4096, 400, 0.0),
-        Stage((256, 512), 4096, 400, RANDOM, top_share=0.5),
-        Stage((512, 1024), 4096, 400, RANDOM, top_share=0.5),
-        Stage((1024, 2048), 4096, 300, RANDOM, top_share=0.5),
-        Stage((2048, 4096), 4096, 300, RANDOM, top_share=0.6),
+        Stage((256, 512), 4096, 250, RANDOM, top_share=0.5),
+        Stage((512, 1024), 4096, 200, RANDOM, top_share=0.5),
+        Stage((1024, 2048), 4096, 150, RANDOM, top_share=0.5),
+        Stage((2048, 4096), 4096, 150, RANDOM, top_share=0.6),
     )
     return Job(
         model=ModelConfig(tokenizer.vocab_size, 3, attention, hidden=256, taps=8),
         batches=ShelfBatches(tokenizer, seed=1, copies=0.1),
-        recipe=Recipe(stages, lr=5e-3, warmup=100, cooldown=0.35, weight_decay=0.01, seed=1),
+        recipe=Recipe(stages, lr=5e-3, warmup=100, cooldown=0.3, weight_decay=0.01, seed=1),
         description="reads shelves of recipes, receipts, manuals and notes, and answers questions about them",
     )
 

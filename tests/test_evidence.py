@@ -349,7 +349,7 @@ def test_a_file_of_another_scale_is_refused(measured, tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match="proteus evidence wrote"):
         load(tmp_path / "x.json")
-    with pytest.raises(ValueError, match="trained on: mqar"):
+    with pytest.raises(ValueError, match="have learned: mqar"):
         cells(SCALE, replace(ASKED, tasks=("copying",)))
     for bad in ({"arms": ("best",)}, {"changes": ("all",)}, {"tasks": ("x",)}, {"seeds": 0}, {"lengths": (0,)}):
         with pytest.raises(ValueError, match=next(iter(bad))):

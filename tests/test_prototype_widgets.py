@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from proteus_playground.widgets import prototype_panel
 from proteus_playground.widgets import prototype_words as words
 from proteus_playground.widgets.prototype_figure import trails
+from proteus_playground.widgets.room import Room
 
-from proteus_playground.gate_story import OPERATIONS, PIECE, GateStory, Live, open_live, random_bytes
+from proteus_playground.gate_story import OPERATIONS, PIECE, GateStory
+from proteus_playground.live import RANDOM, Live, open_live, random_bytes
 from proteus_playground.texts import load_text
 
 EXACT = 1e-5  # relative: rounding
@@ -230,7 +233,7 @@ def test_reset_and_the_decay_slider(panel):
     panel.do("step")
     rest(panel)
     jumped = panel.run.past[-1].fit
-    panel._load()
+    panel.load()
     rest(panel)
     assert panel.run.past[-1].update == 0 and panel.run.story.gates.ema_decay == 0.0
     panel.settings.ema_decay = 0.95
@@ -240,6 +243,20 @@ def test_reset_and_the_decay_slider(panel):
     panel.layer.value = 0
     rest(panel)
     assert panel.run.story.layer == 0 and len(panel.run.past) == 1
+
+
+def test_a_browser_that_paints_slowly_is_waited_for_and_one_that_is_gone_is_not(monkeypatch):
+    room = Room()
+    room.ask(1)
+    assert room.free, "nobody has ever answered"
+    room.painted = 1
+    room.ask(2)
+    assert not room.free
+    room.painted = 2
+    assert room.free
+    room.ask(3)
+    monkeypatch.setattr("proteus_playground.widgets.room.PATIENCE", -1.0)
+    assert room.free
 
 
 def test_a_model_that_cannot_be_made_is_an_error_that_is_shown(live):
@@ -278,6 +295,9 @@ def test_paths_break_between_prototypes(story):
     live = int(past[-1].alive.sum())
     assert len(points) == live * (len(past) + 1) and np.isnan(points[:, 0]).sum() == live
     assert np.allclose(points[:5], [snap.prototypes[0] for snap in past])
+    past[3] = replace(past[3], revived=(0,))
+    points = trails(past)
+    assert np.isnan(points[3]).all() and np.allclose(points[[2, 4]], [past[2].prototypes[0], past[3].prototypes[0]])
 
 
 def test_every_operation_has_its_sentence(story):
@@ -301,3 +321,25 @@ def test_the_notebook_says_what_colab_needs_and_carries_no_outputs():
         source.count("enable_custom_widget_manager()") == 1 and "torch==" not in source and "display(panel)" in source
     )
     assert "blob/main/notebooks/03_gates_and_prototypes.ipynb" in "".join(book["cells"][0]["source"])
+
+
+def test_a_shipped_model_reads_a_shelf_and_its_absence_is_said(monkeypatch):
+    pytest.importorskip("tokenizers", reason="shelves need the hf extra")
+    from proteus_playground import shipped
+    from proteus_playground.model import ModelConfig, ProteusLM
+    from proteus_playground.shelf import ShelfTokenizer
+
+    tokenizer = ShelfTokenizer()
+    model = ProteusLM(ModelConfig(tokenizer.vocab_size, 1, RANDOM)).eval()
+    monkeypatch.setattr(shipped, "load_shipped", lambda name: (model, tokenizer))
+    live = open_live("shelf-mini", 200)
+    assert not live.random and len(live.ids) == len(live.tokens) == 200 and live.model is model
+    assert " ".join("".join(live.tokens).split()) == " ".join(tokenizer.decode(live.ids.tolist()).split())
+    assert GateStory(live).step().lured.sum() == 200
+
+    def missing(name):
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr(shipped, "load_shipped", missing)
+    stand_in = open_live("shelf-mini", 100)
+    assert stand_in.random and "shelf-mini is not in this installation" in stand_in.note

@@ -20,7 +20,7 @@ from proteus_playground.views import ANCHOR, DNA, LOCAL, NOTE, Settings
 
 @pytest.fixture
 def bench():
-    made = playground(probe=FakeProbe())
+    made = playground(model="smollm2", probe=FakeProbe())
     made.worker.wait()
     yield made
     made.close()

@@ -10,7 +10,7 @@ from proteus_playground import shipped
 from proteus_playground.bank_reading import Reading
 from proteus_playground.checks import whole_number
 from proteus_playground.evidence.committed import Study, committed
-from proteus_playground.gate_story import Live
+from proteus_playground.live import Live, open_live
 
 from .bank_panel import BankPanel
 from .duel_panel import DuelPanel
@@ -216,8 +216,6 @@ def prototype_panel(
 
     model, tokens: as for `open_live`; layer, group: shown first; live: a ready `Live` instead. It operates on a copy.
     """
-    from proteus_playground.gate_story import open_live
-
     return PrototypePanel((lambda: open_live(model, tokens)) if live is None else lambda: live, layer, group)
 
 

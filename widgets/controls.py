@@ -79,7 +79,7 @@ class Knob(w.VBox):
         self.undo = w.Button(description="↺", layout=w.Layout(width="30px"))
         tip(self.slider, field.tip)
         tip(self.number, f"{field.label}, as a number. {field.tip}")
-        self.undo.tooltip = f"Back to {field.default:g}"
+        self.undo.tooltip = "Back to where it was at first"
         self.undo.add_class("pp-undo")
         label = w.HTML(f'<span class="pp-knob-name" title="{field.tip}">{field.label}</span>')
         label.layout.flex = "1 1 auto"
@@ -95,7 +95,9 @@ class Knob(w.VBox):
         return round(value) if self._field.whole else round(value, 4)
 
     def _default(self):
-        return min(self._field.default, self.number.max)
+        state, name = self._state, self._field.name
+        first = opening(state.model)[name] if isinstance(state, PlayState) else self._field.default
+        return min(first, self.number.max)
 
     def limit(self, high: int) -> None:
         """Another model: the largest layer or head there is."""

@@ -17,7 +17,7 @@ HEIGHT = 590
 DENSE, PROTEUS, HERE = "#57606a", "#0072B2", "#D55E00"
 LOSS, CURVE, UPPER, LOWER = (66, 318), (430, 548), (40, 222), (312, 548)  # pixels from the top
 LEFT, MIDDLE, RIGHT = [0.0, 0.5], [0.585, 0.76], [0.835, 1.0]  # of the width
-LOOKS = ("density", "heads_awake", "gate_entropy")
+LOOKS = {"dense": ("density", "heads_awake"), "proteus": ("density", "heads_awake", "gate_entropy")}
 SMALL = ("tokens per second", "share of keys read", "heads awake", "gate entropy, nats")
 
 
@@ -38,7 +38,7 @@ class DuelPictures:
                 x, y = series.line(what)
                 self._trace[f"{name} {arm}"].update(x=x, y=y)
             at = np.array([step.tokens for step in series.looks], np.float32)
-            for name in LOOKS:
+            for name in LOOKS[arm]:
                 self._trace[f"{name} {arm}"].update(x=at, y=np.array([getattr(step, name) for step in series.looks]))
             self._trace[f"density {arm}"].text = [f"α {step.alpha:.2f}" for step in series.looks]
         for arm, alpha in (("dense", 0.0), ("proteus", 0.0), ("proteus", 1.0)):
@@ -102,9 +102,9 @@ def _traces() -> list:
             line(f"speed {arm}", colour, 2, 2, hovertemplate=f"{arm}: %{{y:,.0f}} tokens/s<extra></extra>"),
             dots(f"density {arm}", "circle", colour, 6, 3, f"{arm}, %{{text}}: %{{y:.0%}}"),
             dots(f"heads_awake {arm}", "circle", colour, 6, 4, f"{arm}: %{{y:.1f}} heads"),
-            dots(f"gate_entropy {arm}", "circle", colour, 6, 5, f"{arm}: %{{y:.2f}} nats"),
         ]
     made += [
+        dots("gate_entropy proteus", "circle", PROTEUS, 6, 5, "%{y:.2f} nats"),
         dots("held out proteus 0", "diamond-open", PROTEUS, 9, 1, "held out, Proteus at α 0: %{y:.3f}"),
         dots("held out proteus 1", "diamond", PROTEUS, 14, 1, "held out, Proteus at α 1: %{y:.3f}"),
         dots("held out dense 0", "circle", DENSE, 8, 1, "held out, dense: %{y:.3f}"),

@@ -17,7 +17,7 @@ from .figure import CONFIG, GATE_COLOURS, GREY, INK
 HEIGHT = 540
 SPLIT = 0.55  # of the width is the map's
 MAP, BARS, CURVES = (62, 508), (62, 232), (344, 508)  # pixels from the top
-TRAIL = 60  # updates that a prototype's path goes back
+TRAIL = 30  # updates that a prototype's path goes back
 FIT, MOVED, REVIVED = "#0072B2", "#E69F00", "#009E73"
 
 
@@ -28,12 +28,19 @@ def _turns() -> list:
 
 
 def trails(past: Sequence[Snapshot]) -> np.ndarray:
-    """`(points, 2)`: the paths of all live prototypes over the last TRAIL snapshots, nan between them."""
+    """`(points, 2)`: the paths of all live prototypes over the last TRAIL snapshots, nan between them.
+
+    A gate that was revived did not walk to where it is now: its path begins there.
+    """
     recent, now = past[-TRAIL:], past[-1]
     paths = []
-    for slot in np.flatnonzero(now.alive):
-        known = [snap.prototypes[slot] for snap in recent if slot < len(snap.alive) and snap.alive[slot]]
-        paths += [*known, (np.nan, np.nan)]
+    for slot in np.flatnonzero(now.alive).tolist():
+        for snap in recent:
+            if slot in snap.revived:
+                paths.append((np.nan, np.nan))
+            if slot < len(snap.alive) and snap.alive[slot]:
+                paths.append(snap.prototypes[slot])
+        paths.append((np.nan, np.nan))
     return np.asarray(paths, np.float32).reshape(-1, 2)
 
 
@@ -74,7 +81,11 @@ class PrototypePictures:
         live = np.flatnonzero(now.alive)
         at = now.prototypes[live]
         trace["prototypes"].update(x=at[:, 0], y=at[:, 1], text=[f"<b>{slot}</b>" for slot in live])
-        trace["prototypes"].marker.color = (now.lured[live] > 0).astype(int)
+        size = 21 if len(live) <= 24 else 17 if len(live) <= 48 else 13
+        trace["prototypes"].marker.update(color=(now.lured[live] > 0).astype(int), size=size)
+        trace["prototypes"].textfont.size = size // 2
+        trace["chosen"].marker.size = size + 6
+        trace["confidence"].marker.size = size // 2
         trace["chosen"].update(x=now.prototypes[[chosen], 0], y=now.prototypes[[chosen], 1])
         self._draw_bars(now, live, chosen)
         self._draw_curves(past, events)
@@ -152,7 +163,7 @@ def _traces() -> list:
                    hovertemplate="update %{x}: mean cosine %{y:.2f}<extra></extra>", **curves),
         go.Scatter(name="moved", mode="lines", line={"color": MOVED, "width": 2},
                    hovertemplate="update %{x}: %{y:.1%} changed gates<extra></extra>", **curves),
-        sign("revived", "triangle-up", 11, REVIVED),
+        sign("revived", "triangle-up", 8, REVIVED),
         sign("surgery", "diamond", 11, "#D55E00"),
     ]  # fmt: skip
 

@@ -60,6 +60,10 @@ def fit_sentence(past: Sequence[Snapshot]) -> str:
     return f"Mean cosine {now.fit:.2f}, {past[0].fit:.2f} at first.{woken}"
 
 
+def amount(change: float) -> str:
+    return "under 0.1%" if change < 0.001 else f"{change:.1%}"
+
+
 def operation_sentence(done: Operation) -> str:
     """What was done, and what it changed."""
     did = {
@@ -71,7 +75,7 @@ def operation_sentence(done: Operation) -> str:
         "routed it takes half of the busiest gate's probability all the same",
     }[done.what]
     before, after = done.nll
-    effect = "did not change" if done.change < NOTHING else f"changed by {done.change:.1%}"
+    effect = "did not change" if done.change < NOTHING else f"changed by {amount(done.change)}"
     why = " A new slot's note takes a place from the rings, so this is no longer nothing." * (
         done.grown and done.change >= NOTHING
     )
@@ -91,7 +95,7 @@ def text_html(request: int, now: Snapshot, gate: int, tokens: Sequence[str]) -> 
 def numbers_html(request: int, past: Sequence[Snapshot], last: Operation | None) -> str:
     now, first = past[-1], past[0]
     live = int(now.alive.sum())
-    effect = "–" if last is None else "none" if last.change < NOTHING else f"{last.change:.1%}"
+    effect = "–" if last is None else "none" if last.change < NOTHING else amount(last.change)
     loss = "–" if last is None else f"{last.nll[1]:.3f}"
     cells = [
         _cell("updates", f"{now.update:,}", f"of {min(PIECE, len(now.gate))} keys each",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import parse_qsl, quote, urlencode
 
 from traitlets import Bool, Float, HasTraits, Int, Unicode, validate
@@ -59,11 +60,7 @@ SWITCHES = {"notes": "notes", "route_heads": "route"}  # trait -> key
 WORDS = {"text": "text", "model": "model", "pasted": "pasted", "question": "ask"}
 KEYS = {field.key: field.name for field in FIELDS} | {k: n for n, k in (SWITCHES | WORDS).items()}
 SHELF = "a shelf"  # the text that is written anew for every number
-MODELS: dict[str, dict] = {  # what each opens with, where that is not the fields' own default
-    "shelf-mini": {"text": SHELF, "layer": 0, "head": 0},
-    "smollm2": {},
-    "random": {},
-}
+MODELS = ("shelf-mini", "smollm2", "random")
 SETTINGS = tuple(Settings.__dataclass_fields__)
 MAX_LENGTH = {"pasted": 200_000, "question": 300}  # characters
 
@@ -94,7 +91,17 @@ def opening(model: str) -> dict:
     """Every trait as `model` opens. ValueError names an unknown `model`."""
     plain = {field.name: field.default for field in FIELDS} | {"notes": True, "route_heads": False}
     words = {"text": "humble token", "pasted": "", "question": "", "model": check("model", model)}
-    return plain | words | MODELS[model]
+    return plain | words | (_as_trained() | {"text": SHELF, "layer": 0, "head": 0} if model == "shelf-mini" else {})
+
+
+@lru_cache(maxsize=1)
+def _as_trained() -> dict:
+    """The settings that shelf-mini was trained with, but for L, which follows the length of the text."""
+    from proteus_playground.shipped import RECIPES
+
+    cfg = RECIPES["shelf-mini"]().model.attention
+    same = {name: getattr(cfg, name) for name in ("dna_fraction", "probes", "notes", "route_heads", "head_top_p")}
+    return same | {"gates": cfg.gates_per_group, "anchors": cfg.n_anchors}
 
 
 def preset_settings(name: str, model: str = "smollm2") -> dict:

@@ -168,6 +168,7 @@ ARMS = {
     "salience only": Arm(salience_only),
     "gates": Arm(notes=False),
     "gates + notes": Arm(),
+    "gates + trained alpha": Arm(notes=False, alpha=True),
     "gates + notes + trained alpha": Arm(alpha=True),
     "dense + trained alpha": Arm(dense, alpha=True),
     "oracle": Arm(oracle, looks=lambda _, rows: rows + 1),

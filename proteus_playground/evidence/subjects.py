@@ -30,7 +30,7 @@ class Scale:
     layers: int = 2
     taps: int = 3
     """Tokens of the short convolution over the embeddings, see `ModelConfig`."""
-    gates: int = 64
+    gates: int = 32
     """C per KV group."""
     probes: int = 4
     dna_fraction: float = 0.75
@@ -46,14 +46,14 @@ class Scale:
     """Steps at the start that read nothing but `Repeat`."""
     copies: float = 0.34
     """Share of rows that repeat after that, in [0, 1): recall grows out of copying."""
-    stages: tuple[tuple[int, int], ...] = ((64, 300), (128, 200), (256, 350), (512, 150))
+    stages: tuple[tuple[int, int], ...] = ((64, 300), (128, 200), (256, 300))
     """Length in tokens and steps, one after another."""
     dense_stages: int = 2
     """At the start, at alpha 0 also where alpha is drawn at random later: recall is learned before it is thinned."""
     tokens: int = 4096
     """Per step."""
     lr: float = 4e-3
-    top_share: float = 0.34
+    top_share: float = 0.6
     """Of steps at alpha 1 exactly where alpha is drawn at random."""
     words: Words = field(default_factory=Words)
 
