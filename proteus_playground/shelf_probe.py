@@ -9,7 +9,7 @@ Axes: `T` tokens.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -58,6 +58,7 @@ class ShelfProbe(LayerProbe):
     def __init__(self, source: ShelfSource, text: Text, found: Shelf | None, question: str, **given):
         self.questions = () if found is None else found.questions
         self.question = question
+        self.start: tuple[int, int] | None = None  # (layer, head) worth looking at first; whoever opens it may say
         self.asked = next((q for q in self.questions if q.text == question), None)
         prompt = "" if not question else (self.asked or Question(question, "", "", "", 0)).prompt
         stem = "" if self.asked is None else " " + self.asked.answer.rpartition(self.asked.value)[0].strip()
@@ -98,14 +99,18 @@ class ShelfProbe(LayerProbe):
         words = [self._source.decode(ids).strip() for ids in (said, self._dense)]
         return Reply(settings, *words, *map(self._judge, words), tuple(rows), self.value or (0, 0))
 
-    @cached_property
-    def finder(self) -> tuple[int, int] | None:
-        """The (layer, head) that gives the value most attention when all is dense; None where no fact is asked for."""
+    def finder(self, settings: Settings) -> tuple[int, int] | None:
+        """The (layer, head) that gives the value most attention, of those that are dense where at `settings` none does.
+
+        None where no fact is asked for.
+        """
         if self.value is None:
             return None
-        rows = self._last_rows(Settings(flux_alpha=0.0, gates=min(gates for _, gates in self._source.own_gates)))
-        best = int(np.argmax([row.weight[slice(*self.value)].sum() for row in rows]))
-        return best // self.n_heads, best % self.n_heads
+        for now in (settings, replace(settings, flux_alpha=0.0)):
+            weight = [row.weight[slice(*self.value)].sum() for row in self._last_rows(now)]
+            if max(weight) > 0:
+                break
+        return divmod(int(np.argmax(weight)), self.n_heads)
 
     def _last_rows(self, settings: Settings, stop: Stop | None = None):
         for layer in self.layers:

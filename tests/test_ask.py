@@ -102,14 +102,14 @@ def test_readers_are_the_rows_that_the_panel_shows(small):
         assert [reply.weight(i) for i in range(len(rows))] == [float(row.weight[value]) for row in rows]
     dense = probe.ask(replace(OWN_SETTINGS, flux_alpha=0.0))
     best = int(np.argmax([dense.weight(i) for i in range(len(dense.rows))]))
-    assert probe.finder == (best // probe.n_heads, best % probe.n_heads)
+    assert probe.finder(dense.settings) == (best // probe.n_heads, best % probe.n_heads)
     assert dense.readers() == len(dense.rows) and dense.said == dense.dense
 
 
 def test_a_question_that_nobody_can_judge(small):
     probe = open_shelf(*small, None, question="where is the golden fleece?", max_tokens=200)
     reply = probe.ask(OWN_SETTINGS)
-    assert reply.right is reply.dense_right is None and reply.rows == () and probe.finder is None
+    assert reply.right is reply.dense_right is None and reply.rows == () and probe.finder(OWN_SETTINGS) is None
     assert "".join(probe.tokens).endswith("Question: where is the golden fleece? Answer:")
     assert "Nobody knows" in fact_sentence(probe, reply)
 
@@ -175,7 +175,9 @@ def test_ask_shows_answer_and_fact_and_follows_the_row_that_needs_it(bench):
     question = ask(bench)
     probe, frame = bench.probe, bench.drawn
     assert bench.state.question == probe.question == question
-    assert frame.row.token == len(probe.tokens) - 1 and (frame.view.layer, frame.row.head) == probe.finder
+    assert frame.row.token == len(probe.tokens) - 1 and (frame.view.layer, frame.row.head) == probe.start
+    weights = [bench.reply.weight(i) for i in range(len(bench.reply.rows))]
+    assert not any(weights) or weights.index(max(weights)) == probe.start[0] * probe.n_heads + probe.start[1]
     assert bench.text.marked == list(probe.fact)
     band = bench.pictures.widget.layout.shapes[0]
     assert band.visible and (band.x0, band.x1) == (probe.fact[0] - 0.5, probe.fact[1] - 0.5)

@@ -391,7 +391,7 @@ def test_prototypes_of_a_dense_model_are_fitted_and_those_of_alpha_are_its_own(m
 def test_every_change_changes_what_it_says(measured, tmp_path):
     """Each is measured on a row of its own, and none but the routed ones trains a model that another one has."""
     folder, _ = measured
-    asked = replace(ASKED, arms=(), changes=tuple(CHANGES), lengths=(64,), things=(4,), seeds=1, cases=10)
+    asked = replace(ASKED, arms=(), changes=tuple(CHANGES), lengths=(64,), things=(4,), shares=(2,), seeds=1, cases=10)
     events = list(study(replace(SCALE, heads=4, gates=16), asked, tmp_path / "x.json", tmp_path))
     rows = {row.cell.change: row for row in rows_of(events)}
     assert list(rows) != [] and set(rows) == set(CHANGES)

@@ -17,6 +17,14 @@ RAN = f"() => {PROMPTS}.every((prompt) => /\\[\\d+\\]/.test(prompt))"
 IDLE = f"""() => document.querySelector('.jp-Notebook-ExecutionIndicator').dataset.status === 'idle'
   && !{PROMPTS}.some((prompt) => prompt.includes('*'))"""
 
+DRAWN = """([name, old, what]) => {
+  const app = document.querySelector(name);
+  const shown = +(app?.querySelector('.pp-readout')?.dataset.request ?? 0);
+  const traces = app?.querySelector('.js-plotly-plot')?.data ?? [];
+  return shown > old && app.innerText.includes(what) && !app.querySelector('.pp-busy')
+    && Math.max(...traces.map((trace) => trace.meta ?? 0)) >= shown;
+}"""
+
 
 def opened(page, address: str, notebook: str, panel: str):
     """The panel of a notebook whose cells have all run without an error."""
@@ -29,7 +37,7 @@ def opened(page, address: str, notebook: str, panel: str):
     page.keyboard.press("Control+b")
     errors = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
     assert errors.all_inner_texts() == []
-    page.wait_for_selector(f"{panel} .pp-readout[data-request]", state="attached", timeout=READY_MS)
+    page.wait_for_function(DRAWN, arg=[panel, 0, ""], timeout=READY_MS)
     found = page.locator(panel).first
     found.scroll_into_view_if_needed()
     page.wait_for_timeout(400)
@@ -52,15 +60,7 @@ class Panel:
         """Does `act` and waits until a newer picture is shown, `what` is said and nothing is at work."""
         old = self.request()
         act()
-        self.page.wait_for_function(
-            """([name, old, what]) => {
-              const app = document.querySelector(name);
-              return +app.querySelector('.pp-readout').dataset.request > old && app.innerText.includes(what)
-                && app.querySelector('.pp-fresh');
-            }""",
-            arg=[self.name, old, what],
-            timeout=30_000,
-        )
+        self.page.wait_for_function(DRAWN, arg=[self.name, old, what], timeout=30_000)
         self.page.wait_for_timeout(150)
 
     def drawn(self) -> str:

@@ -27,7 +27,7 @@ from .workbench import Workbench
 def make_probe(source: Mapping, stop, progress) -> tuple:
     """(a `LayerProbe`, why it is random or ""). The model when it is here and its libraries are.
 
-    source: the traits that `workbench.SOURCE` names. What is asked, is asked of a small model only.
+    source: the traits that `workbench.SOURCE` names, and the `settings`. What is asked, is asked of a small model only.
     """
     from proteus_playground.probe import LayerProbe
 
@@ -54,7 +54,7 @@ def _ask_shelf(source: Mapping, stop, progress):
         progress=progress,
         stop=stop,
     )
-    _ = probe.finder  # worked out here and not on the thread that draws
+    probe.start = probe.finder(source["settings"])  # here and not on the thread that draws
     return probe
 
 

@@ -57,7 +57,7 @@ def fit_sentence(past: Sequence[Snapshot]) -> str:
     if now.update == 0:
         return "Nothing was learned yet: press step or play."
     woken = f" Gate {now.revived[0]} was revived." if now.revived else ""
-    return f"Mean cosine {now.fit:.2f}, {past[0].fit:.2f} at first.{woken}"
+    return f"Cosine {now.fit:.2f}, at first {past[0].fit:.2f}.{woken}"
 
 
 def amount(change: float) -> str:

@@ -153,7 +153,7 @@ class Workbench(Board):
     def _load(self) -> None:
         """Another model or text: the old pictures stay, marked stale, until the new ones are there."""
         state = self.state
-        source = {name: getattr(state, name) for name in SOURCE}
+        source = {name: getattr(state, name) for name in SOURCE} | {"settings": state.settings()}
         self.worker.cancel()
         self._set_status("busy", 0.0, "loading")
         self.worker.submit("load", lambda stop, progress: self._make_probe(source, stop, progress), self._loaded,
@@ -185,7 +185,7 @@ class Workbench(Board):
         asked = isinstance(probe, ShelfProbe) and probe.question
         layer, head = min(state.layer, probe.n_layers - 1), min(state.head, probe.n_heads - 1)
         if asked and (self.probe is not None or state.token == 0):
-            layer, head = probe.finder or (layer, head)
+            layer, head = probe.start or (layer, head)
             return {"layer": layer, "head": head, "token": end - 1}
         token = state.token if 0 < state.token < end else end - 1 if asked else _last_word(probe.tokens)
         return {"layer": layer, "head": head, "token": token}

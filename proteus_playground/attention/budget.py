@@ -1,7 +1,8 @@
 """What a flux alpha and a length come to: one formula per budget, all integers decided here.
 
 Every budget runs geometrically from "all" at alpha 0 to its configured value at alpha 1:
-`L(a) = T^(1-a) L^a`, `k(a) = r^(1-a) k^a`, `P(a) = p^a`; the keep ratio runs linearly, `1 - a (1 - rho)`.
+`L(a) = T^(1-a) L^a`, `k(a) = r^(1-a) k^a`, `P(a) = p^a`; the keep ratio runs linearly, `1 - a (1 - rho)`. L is rounded
+down, k to the nearest: rounded down, the last head would speak at alpha 0 alone, and never learn to.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = No
         shortlist=cap,
         keep_ratio=(1 - alpha) + alpha * cfg.keep_ratio,
         heads_awake_min=min(cfg.heads_awake_min, r),
-        heads_awake_max=geometric(r, cfg.heads_awake_max, alpha),
+        heads_awake_max=max(cfg.heads_awake_max, floor(r ** (1 - alpha) * cfg.heads_awake_max**alpha + 0.5)),
         head_top_p=cfg.head_top_p**alpha,
         dense=cap >= tokens,
         **split_shortlist(cap, cfg.dna_fraction, cfg.n_anchors, cfg.probes, cfg.gates_per_group, cfg.notes),

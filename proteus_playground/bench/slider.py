@@ -38,9 +38,8 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},  # the workbench stays in the page when it is scrolled away
 }
-STARTED = (
-    """() => [...document.querySelectorAll('.jp-InputPrompt')].some((e) => /\\[(\\*|\\d+)\\]/.test(e.textContent))"""
-)
+STARTED = """() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(
+  (e) => /\\[(\\*|\\d+)\\]/.test(e.textContent))"""
 # Waits until figure, readout and text all hold a newer request than `old`, and resolves after the frame that shows
 # them is painted. It listens and does not poll, since asking for frames would itself cost time.
 WATCH = """(old) => {
@@ -154,7 +153,7 @@ def start_all(page, address: str, notebook: str) -> None:
         with contextlib.suppress(TimeoutError):
             page.click('.lm-MenuBar-item:has-text("Run")', timeout=8_000)
             page.click('[data-command="runmenu:run-all"]', timeout=8_000)
-            page.wait_for_function(STARTED, timeout=8_000)
+            page.wait_for_function(STARTED, timeout=20_000)
             break
 
 

@@ -26,6 +26,7 @@ Steps = Annotated[int | None, typer.Option(help="Stop after this many steps in a
 Minutes = Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Start = Annotated[Path | None, typer.Option(help="Begin with the weights of this model file, not with random ones.")]
 Every = Annotated[int, typer.Option(help="Look at gates and heads every so many steps.", min=1)]
 
 
@@ -37,6 +38,7 @@ def command(
     device: Device = "cpu",
     precision: Precision = "auto",
     every: Every = 50,
+    start: Start = None,
 ) -> None:
     """Train a model by its recipe; under torchrun, all processes train it together."""
     from ..shipped import RECIPES
@@ -46,19 +48,21 @@ def command(
         job = make()
         if rank == 0:
             typer.echo(job.description)
-        model = run(job, out, steps, minutes, where, precision, every, quiet=rank > 0)
-        if model is not None and rank == 0:
+        torch.manual_seed(job.recipe.seed)
+        model = ProteusLM(job.model) if start is None else ProteusLM.load(start)
+        if model.cfg != job.model:
+            raise ValueError(f"start={str(start)!r} holds a model of another shape than {name}")
+        run(job, model, out, steps, minutes, where, precision, every, quiet=rank > 0)
+        if rank == 0:
             typer.echo(f"Model: {model.save(out / MODEL)}")
 
 
 def run(
-    job: Job, out: Path, steps: int | None, minutes: float | None, device: torch.device, precision: str, every: int,
-    quiet: bool = False,
-) -> ProteusLM | None:  # fmt: skip
-    """Train until the recipe, the steps or the minutes end. The model where the recipe is done, else None."""
-    torch.manual_seed(job.recipe.seed)
-    model, ends = ProteusLM(job.model), monotonic() + 60 * (minutes or 1e9)
-    at = 0  # steps done
+    job: Job, model: ProteusLM, out: Path, steps: int | None, minutes: float | None, device: torch.device,
+    precision: str, every: int, quiet: bool = False,
+) -> None:  # fmt: skip
+    """Train until the recipe, the steps or the minutes end; says so where it was not the recipe."""
+    ends, at = monotonic() + 60 * (minutes or 1e9), 0  # steps done
 
     def stop() -> bool:
         return monotonic() > ends or (steps is not None and at >= steps)
@@ -76,8 +80,6 @@ def run(
         except (KeyboardInterrupt, Stopped):
             if not quiet:
                 typer.echo(f"Stopped after {at:,} steps. The same command goes on.", err=True)
-            return None
-    return model
 
 
 def describe(step: Step) -> str:
