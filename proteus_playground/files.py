@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +47,22 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: object) -> None:
     """What JSON can hold, line by line, whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def append_lines(path: Path, lines: Iterable[dict]) -> None:
+    """Add lines of JSON to a file, in place of one that a kill cut short, and wait until they are on disk."""
+    whole_lines = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
+    with open(path, "ab") as file:
+        file.truncate(whole_lines)
+        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A file's lines of JSON, none where there is no file; one that a kill cut short is left out."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def check_place(path: str | os.PathLike) -> None:

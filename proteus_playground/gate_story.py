@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Gates, ProteusAttention, surgery
-from .checks import whole_number
+from .checks import real_number, whole_number
 from .layer_view import principal_plane
 from .live import Live
 
@@ -78,6 +78,7 @@ class GateStory:
         model = live.model
         whole_number("layer", layer, 0, len(model.blocks) - 1)
         whole_number("group", group, 0, model.cfg.attention.n_kv_heads - 1)
+        real_number("ema_decay", ema_decay, 0, 1)
         self.model = deepcopy(model).eval().requires_grad_(False)
         for block in self.model.blocks:
             block.attn.set_flux_alpha(flux_alpha)
@@ -107,7 +108,7 @@ class GateStory:
 
     def _hidden(self) -> Tensor:
         """What the layer's attention reads, `(1, T, D)`."""
-        x = self.model.embed(self._ids)
+        x = self.model._embed(self._ids)
         for block in self.model.blocks[: self.layer]:
             x = block(x)
         return self.model.blocks[self.layer].attn_norm(x)

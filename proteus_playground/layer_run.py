@@ -80,9 +80,9 @@ class ProteusLayer:
         keep = self.gates.keep_tokens(k, budget.keep_ratio, self.config.n_anchors, real, before)
         awake = weight = None
         if self.config.route_heads:
-            trained = {} if self.router is None else dict(
-                logits=logits, balance=self.router.balance, prior_max=self.config.prior_max
-            )
+            trained = {}
+            if self.router is not None:
+                trained = {"logits": logits, "balance": self.router.balance, "prior_max": self.config.prior_max}
             awake, weight = prior_route(q, self.gates, budget, self.config.prior_temperature, **trained)
         return budget, keep, awake, weight
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionConfig
+from .checks import whole_number
 from .model import ModelConfig, ProteusLM
 from .texts import STORY, Text, load_text
 
@@ -49,6 +50,7 @@ def open_live(model: str = "shelf-mini", tokens: int = 1024) -> Live:
     """
     if model not in ("shelf-mini", "random"):
         raise ValueError(f"model={model!r}: allowed is 'shelf-mini' or 'random'")
+    whole_number("tokens", tokens, 1)
     why = ""
     if model == "shelf-mini":
         try:

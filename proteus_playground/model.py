@@ -331,6 +331,8 @@ class ProteusLM(nn.Module):
                 head = f"{i}."
                 mine = {name.removeprefix(head): x for name, x in tensors.items() if name.startswith(head)}
                 layer.load_state_dict({"about": its, "tensors": mine})
+            if (0 if recent is None else recent.shape[1]) != min(max(0, self.cfg.taps - 1), state.layers[0].tokens):
+                raise ValueError(f"taps={self.cfg.taps}: the state is of a model with another convolution")
         except Exception as problem:
             raise ValueError(f"path={str(path)!r}: not a state of this model ({problem})") from problem
         device = self.embed.weight.device

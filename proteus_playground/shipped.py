@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.resources import as_file, files
 
 from .attention import AttentionConfig
@@ -17,27 +16,24 @@ RANDOM = (0.0, 1.0)  # flux alpha is drawn anew for every step
 
 
 def shelf_mini() -> Job:
-    """Reads shelves and answers questions about them: a second course, begun with the first one at step 1,600."""
-    stages = (Stage((512, 1024, 2048, 4096), 4096, 700, RANDOM, top_share=0.6),)
-    recipe = Recipe(stages, lr=3e-3, warmup=30, cooldown=0.6, weight_decay=0.01, seed=2)
-    batches = replace(_shelves(), seed=2, copies=0.0)
-    return replace(shelf_mini_first(), recipe=recipe, batches=batches)
+    """Reads shelves and answers questions about them.
 
+    It has no rotary positions: the convolution tells it what stands beside what, and what it has learned at 512 tokens
+    then holds at any length.
+    """
+    from .shelf.batches import ShelfBatches
+    from .shelf.tokenizer import ShelfTokenizer
 
-def shelf_mini_first() -> Job:
-    """Its first course, from random weights: to look things up at all, then on a shortlist, then further back."""
-    batches = _shelves()
+    batches = ShelfBatches(ShelfTokenizer(), seed=1, copies=0.1)
     attention = AttentionConfig(
         d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, shortlist=256, dna_fraction=0.75, gates_per_group=64,
-        probes=2, head_top_p=0.8,
+        probes=2, head_top_p=0.8, rope_theta=None,
     )  # fmt: skip
     stages = (
-        Stage((128,), 4096, 600, 0.0),
-        Stage((128, 256), 4096, 400, 0.0),
+        Stage((128,), 4096, 500, 0.0),
+        Stage((256,), 4096, 200, 0.0),
         Stage((256, 512), 4096, 250, RANDOM, top_share=0.5),
-        Stage((512, 1024), 4096, 200, RANDOM, top_share=0.5),
-        Stage((1024, 2048), 4096, 150, RANDOM, top_share=0.5),
-        Stage((2048, 4096), 4096, 150, RANDOM, top_share=0.6),
+        Stage((512, 1024), 4096, 150, RANDOM, top_share=0.5),
     )
     return Job(
         model=ModelConfig(batches.vocab_size, 3, attention, hidden=256, taps=8),
@@ -47,13 +43,6 @@ def shelf_mini_first() -> Job:
     )
 
 
-def _shelves():
-    from .shelf.batches import ShelfBatches
-    from .shelf.tokenizer import ShelfTokenizer
-
-    return ShelfBatches(ShelfTokenizer(), seed=1, copies=0.1)
-
-
 def recall_mini() -> Job:
     """Associative recall: the model behind the evidence notebook, the first of those that the study trains."""
     from .evidence.subjects import ALPHA, SMALL, lessons, plan
@@ -61,17 +50,12 @@ def recall_mini() -> Job:
     return Job(SMALL.model(), lessons(SMALL, 0), plan(SMALL, ALPHA, 0), "looks up the values of keys it has read")
 
 
-RECIPES: dict[str, Callable[[], Job]] = {
-    "shelf-mini": shelf_mini,
-    "shelf-mini-first": shelf_mini_first,
-    "recall-mini": recall_mini,
-}
-SHIPPED = ("shelf-mini", "recall-mini")
+RECIPES: dict[str, Callable[[], Job]] = {"shelf-mini": shelf_mini, "recall-mini": recall_mini}
 
 
 def shipped_models() -> list[str]:
     """Names of the models whose weights are in this installation."""
-    return [name for name in SHIPPED if _file(name).is_file()]
+    return [name for name in RECIPES if _file(name).is_file()]
 
 
 def load_shipped(name: str, device: str = "cpu") -> tuple[ProteusLM, object]:
@@ -79,8 +63,8 @@ def load_shipped(name: str, device: str = "cpu") -> tuple[ProteusLM, object]:
 
     Raises `ValueError` for a name that is not shipped, `FileNotFoundError` where its weights are missing.
     """
-    if name not in SHIPPED:
-        raise ValueError(f"name={name!r}: must be one of {', '.join(map(repr, SHIPPED))}")
+    if name not in RECIPES:
+        raise ValueError(f"name={name!r}: must be one of {', '.join(map(repr, RECIPES))}")
     with as_file(_file(name)) as path:
         model = ProteusLM.load(path, device).eval()
     if name == "shelf-mini":

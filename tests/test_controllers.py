@@ -169,6 +169,12 @@ def test_refused(named):
         SparseHeadController(layer(), **given_)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_measurement_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match="measured="):
+        SparseHeadController(layer(), density=0.5).update(value)
+
+
 def test_a_module_without_the_layer_is_refused():
     with pytest.raises(ValueError, match="module=Linear"):
         SparseHeadController(nn.Linear(2, 2), density=0.5)

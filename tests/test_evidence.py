@@ -448,13 +448,6 @@ def test_entries_sentences_and_tables_say_what_the_rows_say():
     assert len([line for line in text.splitlines() if line.startswith("| T") or "planted" in line]) == 2
 
 
-def test_the_figure_shows_every_arm():
-    pytest.importorskip("plotly")
-    entries = reports.summarise([made_up(arm, seed, 50, things=n) for arm in ARMS for seed in (0, 1) for n in (4, 8)])
-    drawn = reports.figure(entries, "mqar")
-    assert {trace.name for trace in drawn.data} == set(ARMS) and len(drawn.data) == 2 * len(ARMS)
-
-
 def test_a_name_can_stand_in_a_list():
     assert not [name for name in (*ARMS, *CHANGES, *TASKS) if "," in name]
 

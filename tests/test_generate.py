@@ -200,3 +200,17 @@ def test_a_file_of_another_kind_or_model_is_refused(tmp_path):
     torch.manual_seed(9)
     with pytest.raises(ValueError, match="not a state of this model"):
         ProteusLM(ModelConfig(V, 2, config())).load_state(path)
+
+
+@pytest.mark.parametrize("saved, read", [(0, 3), (3, 0), (3, 8)])
+def test_a_state_is_refused_by_a_model_with_another_convolution(tmp_path, saved, read):
+    torch.manual_seed(0)
+    one, other = (ProteusLM(ModelConfig(V, 2, config(), taps=taps)).eval() for taps in (saved, read))
+    for a, b in zip(one.blocks, other.blocks, strict=True):
+        b.load_state_dict(a.state_dict())
+    state = one.new_state()
+    one.prefill(text(1, 12), state)
+    path = state.save(tmp_path / "state.safetensors")
+    assert one.load_state(path).tokens == 12
+    with pytest.raises(ValueError, match=f"taps={read}"):
+        other.load_state(path)

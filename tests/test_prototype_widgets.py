@@ -18,6 +18,7 @@ from proteus_playground.widgets.room import Room
 
 from proteus_playground.gate_story import OPERATIONS, PIECE, GateStory
 from proteus_playground.live import RANDOM, Live, open_live, random_bytes
+from proteus_playground.model import ModelConfig, ProteusLM
 from proteus_playground.texts import load_text
 
 EXACT = 1e-5  # relative: rounding
@@ -93,6 +94,18 @@ def test_what_moved_and_who_was_revived_is_what_happened(live):
             assert usage[slot] < 0.1 / len(before.alive)  # nearly dead, and then put exactly on a key
             assert (story._unit @ story.gates.prototypes[0, slot]).max() > 1 - 1e-5
     assert 3 in woken
+
+
+@torch.no_grad()
+def test_a_layer_reads_what_it_reads_in_the_model():
+    torch.manual_seed(0)
+    model, heard = ProteusLM(ModelConfig(256, 2, RANDOM, taps=3)).eval(), []
+    ids = torch.randint(0, 256, (80,))
+    model.set_flux_alpha(1.0)
+    model.blocks[1].attn.register_forward_pre_hook(lambda _, given: heard.append(given[0]))
+    model(ids[None])
+    story = GateStory(Live(model, ids, [""] * 80, "", True), layer=1)
+    assert torch.allclose(story._x, heard[0], atol=1e-5)
 
 
 def test_the_model_that_was_given_stays_as_it_is(live):

@@ -1,5 +1,7 @@
 """Shelves, their tokens, the sequences a model learns from, and how its answers are marked."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ class Knows(torch.nn.Module):
     def __init__(self, wrong: int | None = None):
         super().__init__()
         self.cfg = ModelConfig(TOKENIZER.vocab_size, 1, AttentionConfig(d_model=8, n_heads=1))
-        self.embed, self.wrong = torch.nn.Embedding(1, 1), wrong
+        self.embed, self.wrong, self.blocks = torch.nn.Embedding(1, 1), wrong, ()
 
     def set_flux_alpha(self, value):
         pass
@@ -110,6 +112,26 @@ def test_a_model_in_training_is_not_asked():
     model = ProteusLM(Knows().cfg)
     with pytest.raises(ValueError, match="training=True"):
         next(exam(model, TOKENIZER, tokens=400, questions=1))
+    with pytest.raises(ValueError, match="training=True"):  # it would move its gates
+        ask(model, TOKENIZER, shelf(5, 10), shelf(5, 10).questions[0])
+
+
+def test_an_exam_leaves_each_layer_its_alpha_and_refuses_what_it_cannot_grade():
+    model = ProteusLM(replace(Knows().cfg, n_layers=2)).eval()
+    model.blocks[1].attn.set_flux_alpha(0.25)
+    list(exam(model, TOKENIZER, tokens=300, questions=1))
+    assert [block.attn.cfg.flux_alpha for block in model.blocks] == [None, 0.25]
+    with pytest.raises(ValueError, match="tokens=300"):  # too short a shelf for so many
+        next(exam(model, TOKENIZER, tokens=300, questions=8))
+    with pytest.raises(ValueError, match="vocab_size=9999"):
+        next(exam(ProteusLM(replace(Knows().cfg, vocab_size=9999)).eval(), TOKENIZER, tokens=300, questions=1))
+
+
+@pytest.mark.parametrize("content", ["", "{}"])
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(ValueError, match="other.json"):
+        ShelfTokenizer(tmp_path / "other.json").encode("a")
 
 
 def test_what_a_model_writes_is_compared_to_the_letter():

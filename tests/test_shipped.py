@@ -5,14 +5,14 @@ import torch
 
 from proteus_playground.model import ProteusLM
 from proteus_playground.shelf.exam import exam
-from proteus_playground.shipped import RECIPES, SHIPPED, load_shipped, shipped_models
+from proteus_playground.shipped import RECIPES, load_shipped, shipped_models
 
 
 def test_every_shipped_model_has_its_weights():
-    assert shipped_models() == list(SHIPPED)
+    assert shipped_models() == list(RECIPES)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_shipped_model_is_what_its_recipe_trains(name):
     job, (model, _) = RECIPES[name](), load_shipped(name)
     assert model.cfg == job.model and not model.training

@@ -211,6 +211,8 @@ def test_draws_follow_the_stage():
         (lambda: recipe(lr=float("nan")), ValueError, "lr=nan"),
         (lambda: recipe(cooldown=True), TypeError, "cooldown=True"),
         (lambda: recipe(clip=0), ValueError, "clip=0"),
+        (lambda: recipe(betas=(0.9,)), ValueError, "betas"),
+        (lambda: recipe(betas=(0.9, 1.0)), ValueError, "betas"),
         (lambda: train(model(), Echo(), recipe(), every=0), ValueError, "every=0"),
         (lambda: train(model(), Echo(), recipe(), precision="half"), ValueError, "precision='half'"),
     ],
@@ -297,6 +299,20 @@ def test_another_run_in_the_folder_is_refused_by_name(tmp_path, other, names):
 
 
 # -- precision and ranks ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_no_runs_is_refused_before_the_first_step(tmp_path):
+    model().save(tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match=r"state\.safetensors is not of a training run"):
+        train(model(), Echo(), recipe(), folder=tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "log.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl is not of a training run"):
+        train(model(), Echo(), recipe(), folder=tmp_path / "logs")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"):
+        train(model(), Echo(), recipe(), folder=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "logs" / "log.jsonl").stat().st_size == 9
 
 
 def test_low_precision_is_near(finished):

@@ -156,7 +156,7 @@ class ModelChoice(w.HBox):
 
     NAMES = (("shelf-mini", "shelf-mini"), ("SmolLM2", "smollm2"), ("random layer", "random"))
     TIPS = (
-        "1 MB that comes with the package and was trained with the slider: answers at once.",
+        "A small model that comes with the package and was trained with the slider: answers at once.",
         "A model of 135 million parameters, trained without the slider; 98 MB, fetched once.",
         "Random weights over whole words: needs nothing, learned nothing.",
     )

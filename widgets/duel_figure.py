@@ -5,13 +5,14 @@ Made once; a picture sends one message.
 
 from __future__ import annotations
 
+from functools import partial
 from math import log
 
 import numpy as np
 import plotly.graph_objects as go
 
 from .duel_record import Record
-from .figure import CONFIG, GREY, INK
+from .figure import AXIS, PAPER, blank, domain
 
 HEIGHT = 590
 DENSE, PROTEUS, HERE = "#57606a", "#0072B2", "#D55E00"
@@ -25,10 +26,7 @@ class DuelPictures:
     """The FigureWidget."""
 
     def __init__(self):
-        self.widget = go.FigureWidget(layout=_layout())
-        self.widget._config = {**self.widget._config, **CONFIG}
-        for trace in _traces():
-            self.widget.add_trace(trace)
+        self.widget = blank(_layout(), _traces())
         self._trace = {trace.name: trace for trace in self.widget.data}
 
     def draw(self, request: int, record: Record) -> None:
@@ -118,18 +116,11 @@ def _traces() -> list:
 
 
 def _layout() -> dict:
-    def across(top: int, bottom: int) -> list[float]:
-        return [1 - bottom / HEIGHT, 1 - top / HEIGHT]
-
-    axis = {"fixedrange": True, "zeroline": False, "showgrid": False, "ticks": "outside", "ticklen": 4,
-            "tickcolor": GREY, "linecolor": GREY}  # fmt: skip
+    across = partial(domain, HEIGHT)
     boxes = {"": (LEFT, LOSS), "2": (MIDDLE, UPPER), "3": (RIGHT, UPPER), "4": (MIDDLE, LOWER), "5": (RIGHT, LOWER),
              "6": (LEFT, CURVE)}  # fmt: skip
     layout = {
-        "height": HEIGHT, "autosize": True, "margin": {"l": 52, "r": 12, "t": 0, "b": 0}, "dragmode": False,
-        "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12, "color": INK},
-        "paper_bgcolor": "white", "plot_bgcolor": "white", "hovermode": "closest", "showlegend": False,
-        "template": None, "uirevision": "fixed",
+        **PAPER, "height": HEIGHT, "margin": {"l": 52, "r": 12, "t": 0, "b": 0},
         "annotations": [
             {"text": f"<b>{words}</b>", "xref": "paper", "yref": "paper", "x": across_[0], "showarrow": False,
              "y": 1 - (top[0] - 24) / HEIGHT, "xanchor": "left", "yanchor": "middle", "font": {"size": 12}}
@@ -139,11 +130,11 @@ def _layout() -> dict:
     for number, (x, y) in boxes.items():
         words, form = ("flux α", "") if number == "6" else ("tokens read by each", "~s")
         layout[f"xaxis{number}"] = {
-            **axis, "domain": x, "anchor": f"y{number}", "range": [0, 1], "tickformat": form, "tickangle": 0,
+            **AXIS, "domain": x, "anchor": f"y{number}", "range": [0, 1], "tickformat": form, "tickangle": 0,
             "nticks": 5 if x is LEFT else 3, "title": {"text": words, "standoff": 3, "font": {"size": 12}},
         }  # fmt: skip
         layout[f"yaxis{number}"] = {
-            **axis, "domain": across(*y), "anchor": f"x{number}", "showgrid": True, "gridcolor": "#eef0f2",
+            **AXIS, "domain": across(*y), "anchor": f"x{number}", "showgrid": True, "gridcolor": "#eef0f2",
             "nticks": 6, "rangemode": "tozero",
         }  # fmt: skip
     layout["yaxis2"]["tickformat"] = "~s"

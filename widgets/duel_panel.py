@@ -205,8 +205,8 @@ class DuelPanel(w.VBox):
             text = json.loads((self._folder / SETTINGS).read_text("utf-8"))["asked"]["text_from"]
         return (
             f"Two models of {s.layers} layers, width {s.width}, {s.heads} heads, learn {text}, byte by byte, "
-            f"{s.length:,} at a time, on the {self.device.upper()}. One is dense; Proteus trains at an α drawn at "
-            f"random for every step, with a shortlist of {s.shortlist} at α = 1."
+            f"{s.length:,} at a time, on the {self.device.upper()}. One is dense; Proteus, after a dense start, "
+            f"trains at an α drawn for every step, with a shortlist of {s.shortlist} at α = 1."
         )
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from proteus_playground.evidence.committed import named, order
 from proteus_playground.evidence.report import Entry
 from proteus_playground.evidence.study import Row
 
-from .figure import CONFIG, GREY, INK
+from .figure import AXIS, GREY, INK, PAPER, blank
 
 HEIGHT, SPLIT, GAP = 470, 0.46, 0.235  # the right picture needs room for names
 RED, MID, BLUE = "#d1495b", "#8c959f", "#0072B2"
@@ -23,11 +23,7 @@ class EvidencePictures:
     """The FigureWidget; `on_pick(name, length)` hears clicks, either may be None."""
 
     def __init__(self, on_pick: Callable[[str | None, int | None], None]):
-        self.widget = go.FigureWidget(layout=_layout())
-        self.widget._config = {**self.widget._config, **CONFIG}
-        self._names: list[str] = []
-        for trace in _traces():
-            self.widget.add_trace(trace)
+        self.widget = blank(_layout(), _traces())
         self._lines, self._dense, self._chosen, self._here = self.widget.data[:4]
         self._arms, self._full, self._arm, self._here_arm = self.widget.data[4:]
         for trace in (self._lines, self._dense, self._chosen):
@@ -124,15 +120,11 @@ def _traces() -> list:
 
 
 def _layout() -> dict:
-    font = {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12, "color": INK}
-    axis = {"fixedrange": True, "zeroline": False, "showgrid": True, "gridcolor": "#eef0f2", "linecolor": GREY,
-            "ticks": "outside", "tickcolor": GREY, "ticklen": 4}  # fmt: skip
+    axis = {**AXIS, "showgrid": True, "gridcolor": "#eef0f2"}
     title = {"xref": "paper", "yref": "paper", "y": 1.0, "yanchor": "bottom", "xanchor": "left", "showarrow": False,
              "font": {"size": 13}, "text": ""}  # fmt: skip
     return {
-        "height": HEIGHT, "autosize": True, "margin": {"l": 56, "r": 14, "t": 34, "b": 44}, "font": font,
-        "paper_bgcolor": "white", "plot_bgcolor": "white", "template": None, "showlegend": False, "dragmode": False,
-        "hovermode": "closest", "uirevision": "fixed",
+        **PAPER, "height": HEIGHT, "margin": {"l": 56, "r": 14, "t": 34, "b": 44},
         "annotations": [{**title, "x": 0}, {**title, "x": SPLIT + 0.02}],
         "xaxis": {**axis, "type": "log", "title": {"text": "tokens"}, "domain": [0, SPLIT]},
         "yaxis": {**axis, "title": {"text": "share of right answers"}, "range": [-0.03, 1.05], "tickformat": ".0%"},

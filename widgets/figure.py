@@ -5,7 +5,8 @@ Axes: `T` tokens, `H` heads, `C` gates. All scales are fixed, so that what moves
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import plotly.graph_objects as go
@@ -31,6 +32,35 @@ RGB = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour
 HEAT_STEPS = 250  # weights travel as whole numbers; -1 says that the head slept
 CONFIG = {"displayModeBar": False, "showSendToCloud": False, "displaylogo": False, "doubleClick": False,
           "scrollZoom": False, "responsive": True}  # fmt: skip
+PAPER = {"autosize": True, "paper_bgcolor": "white", "plot_bgcolor": "white", "dragmode": False, "hovermode": "closest",
+         "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12, "color": INK},
+         "showlegend": False, "template": None, "uirevision": "fixed"}  # fmt: skip
+AXIS = {"fixedrange": True, "zeroline": False, "showgrid": False, "ticks": "outside", "ticklen": 4, "tickcolor": GREY,
+        "linecolor": GREY}  # fmt: skip
+
+
+def blank(layout: dict, traces: Iterable = ()) -> go.FigureWidget:
+    """A figure without plotly's own buttons and gestures, and with `traces`."""
+    made = go.FigureWidget(layout=layout)
+    made._config = {**made._config, **CONFIG}
+    for trace in traces:
+        made.add_trace(trace)
+    return made
+
+
+def titled(text: str, **rest) -> dict:
+    """An axis with a title."""
+    return {**AXIS, "title": {"font": {"size": 12}, "standoff": 4, "text": text}, **rest}
+
+
+def bare(text: str, **rest) -> dict:
+    """An axis without numbers, a side of a box."""
+    return titled(text, showticklabels=False, showline=True, mirror=True, **rest) | {"ticks": ""}
+
+
+def domain(height: int, top: int, bottom: int) -> list[float]:
+    """Where an axis stands in a figure, from pixels: what plotly calls its domain."""
+    return [1 - bottom / height, 1 - top / height]
 
 
 def heat_cells(view: LayerView) -> tuple[np.ndarray, np.ndarray]:
@@ -70,8 +100,7 @@ class Pictures:
     def __init__(self, on_pick: Callable[[int, int | None], None]):
         self.on_pick = on_pick
         self.tokens: list[str] = []
-        self.widget = go.FigureWidget(layout=_layout())
-        self.widget._config = {**self.widget._config, **CONFIG}
+        self.widget = blank(_layout())
         self._keys = {kind: np.empty(0, int) for kind in OKABE_ITO}
         self._lit_index = self._gates = np.empty(0, int)
         self._map: GateMap | None = None
@@ -229,30 +258,19 @@ def _slept_then_cividis(edge: float) -> list:
 
 
 def _layout() -> dict:
-    def across(top: int, bottom: int) -> list[float]:
-        return [1 - bottom / HEIGHT, 1 - top / HEIGHT]
-
-    font = {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12, "color": INK}
-    axis = {"fixedrange": True, "zeroline": False, "showgrid": False, "ticks": "outside", "ticklen": 4,
-            "tickcolor": GREY, "linecolor": GREY, "title": {"font": {"size": 12}, "standoff": 4}}  # fmt: skip
-    bare = {**axis, "showticklabels": False, "ticks": "", "showline": True, "mirror": True}
-
-    def titled(base: dict, text: str, **rest) -> dict:
-        return {**base, "title": {**base["title"], "text": text}, **rest}
+    across = partial(domain, HEIGHT)
 
     return {
-        "height": HEIGHT, "autosize": True, "margin": {"l": LEFT, "r": RIGHT, "t": 0, "b": 0, "pad": 0}, "font": font,
-        "paper_bgcolor": "white", "plot_bgcolor": "white", "dragmode": False, "hovermode": "closest",
+        **PAPER, "height": HEIGHT, "margin": {"l": LEFT, "r": RIGHT, "t": 0, "b": 0, "pad": 0}, "hoverdistance": 30,
         "shapes": [{"type": "rect", "xref": "x3", "yref": "y3 domain", "y0": 0, "y1": 1, "x0": 0, "x1": 0,
                     "layer": "below", "line": {"width": 0}, "fillcolor": MARKED, "visible": False}],
         "images": [{"xref": "x2", "yref": "y2", "sizing": "stretch", "layer": "below"}],
-        "hoverdistance": 30, "showlegend": False, "template": None, "uirevision": "fixed",
-        "xaxis": titled(axis, "token", domain=[0, SPLIT - GAP / 2], anchor="y"),
-        "yaxis": titled(axis, "head", domain=across(*TOP), anchor="x", range=[8.5, -0.5]),
-        "xaxis2": titled(bare, "two fixed axes", domain=[SPLIT + GAP / 2, 1], anchor="y2"),
-        "yaxis2": titled(bare, "", domain=across(*TOP), anchor="x2"),
-        "xaxis3": titled(axis, "key position", domain=[0, 1], anchor="y3"),
-        "yaxis3": titled({**axis, "showgrid": True, "gridcolor": "#eef0f2"}, "attention (log)", domain=across(*BOTTOM),
+        "xaxis": titled("token", domain=[0, SPLIT - GAP / 2], anchor="y"),
+        "yaxis": titled("head", domain=across(*TOP), anchor="x", range=[8.5, -0.5]),
+        "xaxis2": bare("two fixed axes", domain=[SPLIT + GAP / 2, 1], anchor="y2"),
+        "yaxis2": bare("", domain=across(*TOP), anchor="x2"),
+        "xaxis3": titled("key position", domain=[0, 1], anchor="y3"),
+        "yaxis3": titled("attention (log)", showgrid=True, gridcolor="#eef0f2", domain=across(*BOTTOM),
                          anchor="x3", range=[FLOOR, 0.05], tickvals=[-4, -3, -2, -1, 0],
                          ticktext=["≤0.01%", "0.1%", "1%", "10%", "100%"]),
     }  # fmt: skip

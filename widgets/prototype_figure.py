@@ -6,13 +6,14 @@ Made once; a step sends one message.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import plotly.graph_objects as go
 
 from proteus_playground.gate_story import Snapshot
 
-from .figure import CONFIG, GATE_COLOURS, GREY, INK
+from .figure import GATE_COLOURS, INK, PAPER, bare, blank, domain, titled
 
 HEIGHT = 540
 SPLIT = 0.55  # of the width is the map's
@@ -49,10 +50,7 @@ class PrototypePictures:
 
     def __init__(self, on_pick: Callable[[int], None]):
         self.on_pick, self._slots = on_pick, {}
-        self.widget = go.FigureWidget(layout=_layout())
-        self.widget._config = {**self.widget._config, **CONFIG}
-        for trace in _traces():
-            self.widget.add_trace(trace)
+        self.widget = blank(_layout(), _traces())
         self._trace = {trace.name: trace for trace in self.widget.data}
         for name in ("keys", "prototypes", "lured"):
             self._trace[name].on_click(lambda _, points, __, name=name: self._pick(name, points))
@@ -169,29 +167,19 @@ def _traces() -> list:
 
 
 def _layout() -> dict:
-    def across(top: int, bottom: int) -> list[float]:
-        return [1 - bottom / HEIGHT, 1 - top / HEIGHT]
-
-    axis = {"fixedrange": True, "zeroline": False, "showgrid": False, "ticks": "outside", "ticklen": 4,
-            "tickcolor": GREY, "linecolor": GREY, "title": {"font": {"size": 12}, "standoff": 4}}  # fmt: skip
-    bare = {**axis, "showticklabels": False, "ticks": "", "showline": True, "mirror": True}
-
-    def titled(base: dict, text: str, **rest) -> dict:
-        return {**base, "title": {**base["title"], "text": text}, **rest}
+    across = partial(domain, HEIGHT)
 
     right, grid = [SPLIT + 0.07, 0.97], {"showgrid": True, "gridcolor": "#eef0f2"}
     return {
-        "height": HEIGHT, "autosize": True, "margin": {"l": 12, "r": 8, "t": 0, "b": 0, "pad": 0}, "showlegend": False,
-        "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12, "color": INK},
-        "paper_bgcolor": "white", "plot_bgcolor": "white", "dragmode": False, "hovermode": "closest",
-        "template": None, "uirevision": "fixed", "hoverdistance": 20, "bargap": 0.25,
-        "xaxis": titled(bare, "", domain=[0, SPLIT], anchor="y"),
-        "yaxis": titled(bare, "", domain=across(*MAP), anchor="x"),
-        "xaxis2": titled(axis, "gate", domain=right, anchor="y2", tick0=0, dtick=1, tickangle=0),
-        "yaxis2": titled(axis, "keys", domain=across(*BARS), anchor="x2", nticks=5),
-        "yaxis3": titled(axis, "confidence", overlaying="y2", side="right", anchor="x2", range=[0, 1.05],
+        **PAPER, "height": HEIGHT, "margin": {"l": 12, "r": 8, "t": 0, "b": 0, "pad": 0}, "hoverdistance": 20,
+        "bargap": 0.25,
+        "xaxis": bare("", domain=[0, SPLIT], anchor="y"),
+        "yaxis": bare("", domain=across(*MAP), anchor="x"),
+        "xaxis2": titled("gate", domain=right, anchor="y2", tick0=0, dtick=1, tickangle=0),
+        "yaxis2": titled("keys", domain=across(*BARS), anchor="x2", nticks=5),
+        "yaxis3": titled("confidence", overlaying="y2", side="right", anchor="x2", range=[0, 1.05],
                          tickvals=[0, 1]),
-        "xaxis3": titled(axis, "updates", domain=right, anchor="y4", range=[-0.5, 20], nticks=6),
-        "yaxis4": titled(axis, "", domain=across(*CURVES), anchor="x3", range=[-0.03, 1.05], tickvals=[0, 0.5, 1],
+        "xaxis3": titled("updates", domain=right, anchor="y4", range=[-0.5, 20], nticks=6),
+        "yaxis4": titled("", domain=across(*CURVES), anchor="x3", range=[-0.03, 1.05], tickvals=[0, 0.5, 1],
                          **grid),
     }  # fmt: skip

@@ -13,7 +13,7 @@ from proteus_playground.gate_story import PIECE, Operation, Snapshot
 
 from .prototype_figure import FIT, MOVED, REVIVED
 from .readout import _cell, _key
-from .sentences import listed, percent
+from .sentences import listed, percent, shown
 
 NOTHING = 5e-6  # relative change of an output that is rounding
 NAMED = 4  # words in the sentence on a gate
@@ -23,11 +23,6 @@ CURVE_LEGEND = (
     _key(FIT, "fit", line=True) + _key(MOVED, "changed gates", line=True)
     + f'<span style="color:{REVIVED}">▲ revived</span><span style="color:#D55E00">◆ surgery</span>'
 )  # fmt: skip
-
-
-def shown(token: str) -> str:
-    """A token as it can be read alone."""
-    return token.strip(" ").replace("\n", "↵").replace("\t", "⇥") or "space"
 
 
 def gate_sentence(now: Snapshot, gate: int, tokens: Sequence[str]) -> str:

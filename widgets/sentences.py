@@ -9,10 +9,14 @@ from proteus_playground.views import ANCHOR, DNA, LOCAL, NOTE, LayerView, RowVie
 KIND_WORDS = {LOCAL: "near keys", ANCHOR: "anchors", DNA: "DNA", NOTE: "keys seen only in notes"}
 
 
+def shown(token: str) -> str:
+    """A token as it can be read alone, with what cannot be seen spelled out."""
+    return token.strip(" ").replace("\n", "↵").replace("\t", "⇥") or "space"
+
+
 def token_name(tokens: list[str], index: int) -> str:
-    """`'soup' (734)`, with what cannot be seen spelled out."""
-    text = tokens[index].strip(" ").replace("\n", "↵").replace("\t", "⇥") or "space"
-    return f"‘{text}’ ({index:,})"
+    """`'soup' (734)`."""
+    return f"‘{shown(tokens[index])}’ ({index:,})"
 
 
 def percent(share: float) -> str:

@@ -5,13 +5,15 @@ Made once; a step sends one message. What was not read yet stays behind a veil.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import plotly.graph_objects as go
 
 from proteus_playground.streaming.buffer import Champions
 from proteus_playground.streaming.replay import PAGE, Document, Replay, Scores, page_of
 
-from .figure import CONFIG, GREY, INK
+from .figure import AXIS, GREY, INK, PAPER, blank, domain
 
 HEIGHT = 470
 COLUMNS = 800  # no screen shows more
@@ -77,8 +79,7 @@ class StreamPictures:
     """The FigureWidget. `scored` and `replayed` set what a step leaves alone, `draw` what it changes."""
 
     def __init__(self) -> None:
-        self.widget = go.FigureWidget(layout=_layout())
-        self.widget._config = {**self.widget._config, **CONFIG}
+        self.widget = blank(_layout())
         for name, look in LOOK.items():
             hover = {"hoverinfo": "skip"} if name in ("sky", "bar") else {"hovertemplate": "%{text}<extra></extra>"}
             self.widget.add_trace(go.Scatter(**look, **hover, showlegend=False, name=name))
@@ -180,24 +181,17 @@ def _word(words: list[str], document: Document, position: int) -> str:
 
 
 def _layout() -> dict:
-    def across(top: int, bottom: int) -> list[float]:
-        return [1 - bottom / HEIGHT, 1 - top / HEIGHT]
-
-    axis = {"fixedrange": True, "zeroline": False, "showgrid": False, "ticks": "outside", "ticklen": 4,
-            "tickcolor": GREY, "linecolor": GREY}  # fmt: skip
+    across = partial(domain, HEIGHT)
     under = {"y": across(*SKY)[0], "font": {"size": 12}, "showarrow": False, "xref": "x", "yref": "paper"}
     sky = {"yref": "y domain", "y0": 0, "y1": 1, "xref": "x", "x0": 1, "x1": 1, "type": "rect", "line": {"width": 0}}
     return {
-        "height": HEIGHT, "autosize": True, "margin": {"l": 46, "r": 12, "t": 0, "b": 0}, "dragmode": False,
-        "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12, "color": INK},
-        "paper_bgcolor": "white", "plot_bgcolor": "white", "hovermode": "closest", "showlegend": False,
-        "template": None, "uirevision": "fixed", "hoverdistance": 12,
-        "xaxis": {**axis, "anchor": "y3", "domain": [0, 1], "range": [1, 2], "tickformat": ",d",
+        **PAPER, "height": HEIGHT, "margin": {"l": 46, "r": 12, "t": 0, "b": 0}, "hoverdistance": 12,
+        "xaxis": {**AXIS, "anchor": "y3", "domain": [0, 1], "range": [1, 2], "tickformat": ",d",
                   "title": {"text": "page", "standoff": 2, "font": {"size": 12}}},
-        "yaxis": {**axis, "domain": across(*SKY), "anchor": "x", "title": {"text": "score", "standoff": 2}},
-        "yaxis2": {**axis, "domain": across(*STRIP), "anchor": "x", "showticklabels": False, "ticks": "",
+        "yaxis": {**AXIS, "domain": across(*SKY), "anchor": "x", "title": {"text": "score", "standoff": 2}},
+        "yaxis2": {**AXIS, "domain": across(*STRIP), "anchor": "x", "showticklabels": False, "ticks": "",
                    "range": [-0.5, 0.5]},
-        "yaxis3": {**axis, "domain": across(*CURVES), "anchor": "x", "range": [-0.04, 1.08], "tickvals": [0, 0.5, 1],
+        "yaxis3": {**AXIS, "domain": across(*CURVES), "anchor": "x", "range": [-0.04, 1.08], "tickvals": [0, 0.5, 1],
                    "ticktext": ["0", "50%", "100%"], "showgrid": True, "gridcolor": "#eef0f2"},
         "shapes": [
             {**sky, "fillcolor": "#fdf3d7", "layer": "below"},

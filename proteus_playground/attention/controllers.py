@@ -121,7 +121,7 @@ class SparseHeadController:
 
     def update(self, measured: float) -> Decision:
         """Take in one call's measurement, at the setting in force, and set the knob for the next."""
-        self._seen.append(float(measured))
+        self._seen.append(real_number("measured", float(measured), 0))
         value = median(self._seen)
         if len(self._seen) < self._seen.maxlen:
             return self._decide(value, self._now, False, f"{len(self._seen)} of {self._seen.maxlen} calls measured")

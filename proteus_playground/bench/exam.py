@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ..files import write_json
+from ..files import check_place, write_json
 from ..model import ProteusLM
 from ..shelf.exam import Graded, exam
 from ..shelf.tokenizer import ShelfTokenizer
@@ -30,8 +30,12 @@ def command(
 ) -> None:
     """Held-out questions about shelves: the share answered to the letter, by length and alpha."""
     dev = pick_device(device)
+    if None in parse_alphas(alphas):
+        raise typer.BadParameter(f"{alphas!r}: must be numbers in [0, 1]", param_hint="--alphas")
+    if out:
+        check_place(out)
     lm = ProteusLM.load(model, str(dev)).eval() if model else load_shipped("shelf-mini", str(dev))[0]
-    asked, rows = tuple(alpha for alpha in parse_alphas(alphas) if alpha is not None), []
+    asked, rows = tuple(parse_alphas(alphas)), []
     for tokens in parse_lengths(lengths):
         _read(lm, tokens // share)
         paper = exam(lm, ShelfTokenizer(), tokens=tokens, questions=questions, seed=seed, alphas=asked)

@@ -12,7 +12,7 @@ import typer
 from tqdm import tqdm
 
 from ..experiments.sampling_effect import ARMS, Written, rows
-from ..files import write_json
+from ..files import check_place, write_json
 from ..model import ProteusLM
 from ..shelf import ShelfTokenizer, shelf
 from ..shelf.exam import HELD_OUT
@@ -36,6 +36,8 @@ def command(
 ) -> None:
     """Text written with and without Top-A: repetition, agreement of the heads, likelihood under dense attention."""
     dev, tokenizer = pick_device(device), ShelfTokenizer()
+    if out:
+        check_place(out)
     lm = ProteusLM.load(model, str(dev)).eval() if model else load_shipped("shelf-mini", str(dev))[0]
     lm.set_flux_alpha(alpha)
     begun = [shelf(HELD_OUT + seed * 1000 + i, 60).text for i in range(prompts)]

@@ -139,8 +139,7 @@ def _by_block(sight: Sight, rows: Tensor, rate: Callable[[Tensor, Tensor], Tenso
     T, (size, blocks, near) = sight.k.shape[2], sight.blocks()
     whole = T // size
     rating = rate(sight.q[:, :, rows], sight.k[:, :, : whole * size].unflatten(2, (whole, size)))
-    first = torch.arange(whole, device=rows.device) * size
-    past = (first + size <= rows[:, None] + 1) & (first < rows[:, None] - near + 1)
+    past = torch.arange(whole, device=rows.device) < sight.past_blocks(rows)[:, None]
     chosen = top(rating, past, blocks).repeat_interleave(size, dim=-1)
     return F.pad(chosen, (0, T - whole * size)) | sight.window(rows, near)
 
@@ -173,6 +172,7 @@ ARMS = {
     "dense + trained alpha": Arm(dense, alpha=True),
     "oracle": Arm(oracle, looks=lambda _, rows: rows + 1),
 }
+DENSE_ARMS = tuple(name for name in ARMS if name.startswith("dense"))  # they have no L
 Attend = Callable[[ProteusAttention, Tensor], tuple[Tensor, Tensor]]  # h (B, T, D) -> (B, T, D), counts (B, T, 2)
 
 
@@ -257,8 +257,7 @@ def choose_keys(attn: ProteusAttention, h: Tensor, arm: Arm, shortlist: int, **c
         raise ValueError("route_heads=True: must be False where an arm chooses keys for all heads")
     B, T, _ = h.shape
     L = min(shortlist, T)
-    q = attn.q_proj(h).unflatten(-1, (cfg.n_heads, -1))
-    k, v = (proj(h).unflatten(-1, (cfg.n_kv_heads, -1)) for proj in (attn.k_proj, attn.v_proj))
+    q, k, v = project(attn, h)
     salience = attn.gates.salience(k)
     q, k = (rotate(x, None, attn.inv_freq).transpose(1, 2) for x in (q, k))
     k, v = (x.repeat_interleave(cfg.heads_per_group, dim=1) for x in (k, v.transpose(1, 2)))
@@ -271,6 +270,13 @@ def choose_keys(attn: ProteusAttention, h: Tensor, arm: Arm, shortlist: int, **c
         reads[:, rows] = seen.sum(-1).float().mean(1)
     looks = 0 if arm.looks is None else arm.looks(sight, torch.arange(T, device=h.device))
     return attn.o_proj(out.transpose(1, 2).flatten(2)), counts(reads, looks)
+
+
+def project(attn: ProteusAttention, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Un-rotated queries `(B, T, H, d)`, keys and values `(B, T, G, d)` of every head."""
+    H, G = attn.cfg.n_heads, attn.cfg.n_kv_heads
+    parts = ((attn.q_proj, H), (attn.k_proj, G), (attn.v_proj, G))
+    return tuple(part(h).unflatten(-1, (count, -1)) for part, count in parts)
 
 
 def rows_in_hand(q: Tensor) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from . import report as reports
 from .arms import ARMS
 from .changes import CHANGES
 from .study import Asked, Row, cells, load, study
-from .subjects import PRESETS, Scale
+from .subjects import ALPHA, PRESETS, Scale, lessons, plan
 from .tasks import TASKS
 
 EVERY = tuple(TASKS)
@@ -87,7 +87,9 @@ def command(
 def _scale(preset: str, fields: str) -> Scale:
     base = choose("--preset", preset, PRESETS)
     try:
-        return replace(base, **parse_config(fields))
+        scale = replace(base, **parse_config(fields))
+        lessons(scale, 0), plan(scale, ALPHA, 0)  # refuses now what would fail after hours
+        return scale
     except TypeError as err:
         raise typer.BadParameter(f"{fields!r}: must be fields of Scale ({err})", param_hint="--scale") from None
 

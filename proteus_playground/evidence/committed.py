@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..progress import Stop, check_stop
-from .arms import ARMS
+from .arms import ARMS, DENSE_ARMS
 from .changes import CHANGES
-from .report import ALL, Entry, about, summarise
+from .report import Entry, about, summarise
 from .study import Cell, Row, load, tally
 from .subjects import Scale
 from .tasks import TASKS
@@ -31,7 +31,7 @@ class Study:
 
     def shares(self, entries: list[Entry]) -> list[int]:
         """What the length was divided by to give L, one for each L at the greatest length of `entries`."""
-        some = [entry for entry in entries if entry.arm not in ALL]
+        some = [entry for entry in entries if entry.arm not in DENSE_ARMS]
         longest = max((entry.length for entry in some), default=0)
         reads = {entry.shortlist for entry in some if entry.length == longest}
         by_reads = {self.scale.reads(longest, share): share for share in reversed(SHARES)}
@@ -40,10 +40,10 @@ class Study:
     def at(self, task: str, things: int, share: int, changed: bool) -> list[Entry]:
         """The entries of one task at L = length / share; dense ones, which have no L, always."""
         here = (e for e in self.entries if (e.task, e.things, bool(e.change)) == (task, things, changed))
-        return [entry for entry in here if entry.arm in ALL or self._at(entry, share)]
+        return [entry for entry in here if entry.arm in DENSE_ARMS or self._at(entry, share)]
 
     def _at(self, entry: Entry, share: int) -> bool:
-        return entry.arm not in ALL and entry.shortlist == self.scale.reads(entry.length, share)
+        return entry.arm not in DENSE_ARMS and entry.shortlist == self.scale.reads(entry.length, share)
 
 
 def folder() -> Path:
@@ -76,8 +76,8 @@ def repeat(
 ) -> Iterator[Row]:
     """The shipped recall-mini asked the same, on texts of another seed: the row after every few texts.
 
-    Ends with at least `cases` answers, or after `seconds`. `FileNotFoundError` without its weights, `Stopped` on request, `ValueError` for
-    an entry that needs another model.
+    Ends with at least `cases` answers, or after `seconds`. `FileNotFoundError` without its weights, `Stopped` on
+    request, `ValueError` for an entry that needs another model.
     """
     if not can_repeat(entry):
         raise ValueError(f"change={entry.change!r}: must be one that needs no model of its own")

@@ -1,4 +1,4 @@
-"""A study's rows as tables, sentences and figures: means over seeds with 95% intervals.
+"""A study's rows as tables and sentences: means over seeds with 95% intervals.
 
 A seed is the unit, because the cases of one seed share a model: the interval is Student's t over seeds, clipped to
 [0, 1]. With one seed there is none.
@@ -14,15 +14,13 @@ from statistics import mean, stdev
 
 from ..bench.measure import markdown
 from ..files import write_text
-from .arms import ARMS
+from .arms import ARMS, DENSE_ARMS
 from .changes import CHANGES
 from .study import OURS, Row
 
 # Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom; more seeds use the last, a little too wide.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 BEST, ORACLE = "dense", "oracle"
-ALL = [name for name in ARMS if name.startswith("dense")]  # they have no L
-COLOURS = {BEST: "#343a40", ORACLE: "#9a8c98", "gates": "#f4b942", "gates + notes": "#e58f65", OURS: "#d1495b"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def tables(entries: list[Entry]) -> str:
 
 
 def _table(entries: list[Entry]) -> str:
-    columns = sorted({(e.things, e.length, e.shortlist) for e in entries if e.arm not in ALL})
+    columns = sorted({(e.things, e.length, e.shortlist) for e in entries if e.arm not in DENSE_ARMS})
     columns = columns or sorted({(e.things, e.length, e.shortlist) for e in entries})
     found = {(e.change or e.arm, e.things, e.length, e.shortlist): e for e in entries}
     lines = []
@@ -114,7 +112,7 @@ def sentences(entries: list[Entry]) -> list[str]:
         here = [entry for entry in main if entry.place == place]
         full = next((entry for entry in here if entry.arm == BEST), None)
         for ours in (entry for entry in here if entry.arm == OURS):
-            rivals = [e for e in here if e.shortlist == ours.shortlist and e.arm not in (OURS, ORACLE, *ALL)]
+            rivals = [e for e in here if e.shortlist == ours.shortlist and e.arm not in (OURS, ORACLE, *DENSE_ARMS)]
             ahead = [f"{e.arm} ({e.accuracy:.3f})" for e in rivals if e.accuracy > ours.accuracy]
             task, length, things = place
             share = f", {ours.accuracy / full.accuracy:.3f} of dense" if full and full.accuracy else ""
@@ -145,28 +143,3 @@ def fill(page: Path, name: str, text: str) -> None:
         raise ValueError(f"page={str(page)!r}: must hold {begin} and {end} once each")
     head, rest = held.split(begin)
     write_text(page, f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
-
-
-def figure(entries: list[Entry], task: str):
-    """Accuracy by length, one panel per number of things, one line per arm. ImportError without plotly."""
-    from plotly.subplots import make_subplots
-
-    mine = [entry for entry in entries if entry.task == task and not entry.change]
-    counts = sorted({entry.things for entry in mine})
-    drawn = make_subplots(1, max(1, len(counts)), subplot_titles=[f"{n} planted" for n in counts], shared_yaxes=True)
-    for arm in (arm for arm in ARMS if any(entry.arm == arm for entry in mine)):
-        for column, n in enumerate(counts, 1):
-            some = sorted((e for e in mine if e.arm == arm and e.things == n), key=lambda e: (e.length, e.shortlist))
-            drawn.add_scatter(
-                x=[e.length for e in some], y=[e.accuracy for e in some], name=arm, legendgroup=arm, row=1, col=column,
-                showlegend=column == 1, mode="lines+markers", line={"color": COLOURS.get(arm)},
-                error_y={"type": "data", "symmetric": False, "thickness": 1,
-                         "array": [(e.accuracy if e.high is None else e.high) - e.accuracy for e in some],
-                         "arrayminus": [e.accuracy - (e.accuracy if e.low is None else e.low) for e in some]},
-                customdata=[[e.keys, e.shortlist, e.seeds] for e in some],
-                hovertemplate="%{x:,} tokens: %{y:.3f}<br>%{customdata[0]:,.0f} keys of %{customdata[1]:,}, "
-                              "%{customdata[2]} seeds",
-            )  # fmt: skip
-    drawn.update_xaxes(type="log", title="tokens", tickvals=sorted({e.length for e in mine}))
-    drawn.update_yaxes(range=[0, 1.05])
-    return drawn.update_layout(title=f"{task}: right answers by length", height=420, template="plotly_white")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..attention import ProteusAttention, plan_budget
 from ..attention.functional import Prepared, prepare
-from .arms import counts, rows_in_hand, top
+from .arms import counts, project, rows_in_hand, top
 
 
 def attend_by_rings(attn: ProteusAttention, h: Tensor, shortlist: int, salient: bool, **changes) -> tuple[Tensor, ...]:
@@ -22,8 +22,7 @@ def attend_by_rings(attn: ProteusAttention, h: Tensor, shortlist: int, salient: 
     """
     cfg = replace(attn.cfg, shortlist=min(shortlist, h.shape[1]), flux_alpha=1.0, **changes)
     budget = plan_budget(cfg, h.shape[1])
-    q = attn.q_proj(h).unflatten(-1, (cfg.n_heads, -1))
-    k, v = (proj(h).unflatten(-1, (cfg.n_kv_heads, -1)) for proj in (attn.k_proj, attn.v_proj))
+    q, k, v = project(attn, h)
     ready = prepare(q, k, v, attn.gates, budget, inv_freq=attn.inv_freq, positions=None, keep=None)
     order = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
     order = attn.gates.salience(k) if salient else order.float()

@@ -21,7 +21,7 @@ from ..files import write_json
 from ..losses import IGNORED
 from ..model import ProteusLM
 from ..progress import Stop, check_stop
-from .arms import ARMS, Reading, calibrate, read, walk
+from .arms import ARMS, DENSE_ARMS, Reading, calibrate, read, walk
 from .changes import AS_IT_IS, CHANGES, in_training, with_gates
 from .rings import attend_by_rings
 from .subjects import ALPHA, DENSE, Scale, Training, lessons, prepare
@@ -122,7 +122,7 @@ def cells(scale: Scale, asked: Asked) -> list[Cell]:
                     for share in asked.shares:
                         L = scale.reads(length, share)
                         for arm, change in arms:
-                            reads = length if arm.startswith("dense") else L
+                            reads = length if arm in DENSE_ARMS else L
                             wanted[Cell(task, length, things, arm, reads, seed, change)] = None
     return sorted(wanted, key=lambda cell: (cell.seed, cell.subject, cell.change))
 
@@ -132,8 +132,8 @@ def study(
 ) -> Iterator[Row | Training]:
     """Measure what `out` does not hold yet and yield every row, known ones first; in between, models being trained.
 
-    out: JSON file of all rows so far. models: folder of the models, one each in `<kind>-<seed>/model.safetensors`; one
-    that is missing is trained. Raises `ValueError` where `out` was measured at another scale, `Stopped`, `OSError`.
+    out: JSON file of all rows so far. models: folder of the models, as `prepare` keeps them; one that is
+    missing is trained. Raises `ValueError` where `out` was measured at another scale, `Stopped`, `OSError`.
     """
     known = {row.cell: row for row in load(out, scale)}
     wanted = cells(scale, asked)

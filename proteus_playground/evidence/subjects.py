@@ -34,6 +34,8 @@ class Scale:
     """C per KV group."""
     probes: int = 4
     dna_fraction: float = 0.75
+    rope_theta: float | None = None
+    """Base of the rotary positions; without them what is learned at 256 tokens holds at 4,096."""
     shortlist: int = 32
     """L at alpha 1 in training; at evaluation it follows the length."""
     tasks: tuple[str, ...] = ("mqar",)
@@ -68,6 +70,8 @@ class Scale:
                 raise ValueError(f"tasks={name!r}: must be one of {', '.join(TASKS)}")
         if not 0 <= self.copies < 1:
             raise ValueError(f"copies={self.copies!r}: must be in [0, 1)")
+        if not isinstance(self.words, Words):
+            raise TypeError(f"words={self.words!r}: expected Words, or a dict of its fields")
         self.model()
 
     def reads(self, length: int, share: int) -> int:
@@ -79,7 +83,7 @@ class Scale:
         shape = {
             "d_model": self.width, "n_heads": self.heads, "route_heads": False, "gates_per_group": self.gates,
             "probes": self.probes, "dna_fraction": self.dna_fraction, "shortlist": self.shortlist,
-            "flux_alpha": 1.0,
+            "rope_theta": self.rope_theta, "flux_alpha": 1.0,
         }  # fmt: skip
         attention = AttentionConfig(**{**shape, **changes})
         return ModelConfig(self.words.size, self.layers, attention, hidden=2 * self.width, taps=self.taps)

@@ -73,7 +73,7 @@ class Task(ABC):
         """Batch number `index`. Raises `ValueError` where `length` tokens do not hold `things`."""
         if length < self.fewest():
             raise ValueError(f"length={length}: must be at least {self.fewest()} for {self.things} things")
-        gen = self._generator(index, sequences, length)
+        gen = dice(self, index, sequences, length)
         low, high = self.words.keys + self.words.values, self.words.copy
         ids = torch.randint(low, high, (sequences, length), generator=gen)
         targets = torch.full_like(ids, IGNORED)
@@ -83,9 +83,6 @@ class Task(ABC):
     def right(self, batch: Batch, said: Tensor) -> Tensor:
         """Which predictions `said` (B, T) are right answers, `(B, T)` bool."""
         return said == batch.targets
-
-    def _generator(self, *place: int) -> torch.Generator:
-        return dice(self, *place)
 
     def _keys(self, B: int, count: int, gen: torch.Generator) -> Tensor:
         return distinct(B, self.words.keys, count, gen)

@@ -7,22 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ..training.recipe import Batch
-from .copying import Induction, Repeat, SelectiveCopy
+from .copying import Induction, SelectiveCopy
 from .recall import ManyValues, Recall
-from .task import Task, Words, dice
-
-__all__ = [
-    "TASKS",
-    "Induction",
-    "ManyValues",
-    "Mixture",
-    "Recall",
-    "Repeat",
-    "SelectiveCopy",
-    "Task",
-    "WarmedUp",
-    "Words",
-]
+from .task import Task, dice
 
 
 @dataclass(frozen=True)

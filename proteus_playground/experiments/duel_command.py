@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..bench.measure import markdown
 from ..bench.options import choose, pick_device
 from ..progress import Stopped
+from ..shelf.tokenizer import ShelfTokenizer
 from ..streaming.run import together
 from ..training.text import Bytes, Codec
 from .duel import PRESETS, Settings, duel
@@ -108,22 +109,9 @@ def side_by_side(left: str, right: str, width: int = 56) -> list[str]:
 def _codec(path: Path | None) -> Codec:
     if path is None:
         return Bytes()
-    from tokenizers import Tokenizer
-
     if not path.is_file():
         raise typer.BadParameter(f"{str(path)!r}: must be a tokenizers JSON file", param_hint="--tokenizer")
-    made = Tokenizer.from_file(str(path))
-
-    class FileCodec:
-        vocab_size = made.get_vocab_size()
-
-        def encode(self, text: str) -> list[int]:
-            return made.encode(text).ids
-
-        def decode(self, tokens: list[int]) -> str:
-            return made.decode(tokens)
-
-    return FileCodec()
+    return ShelfTokenizer(path)
 
 
 def _numbers(seeds: str) -> list[int]:

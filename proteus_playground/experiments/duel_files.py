@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ..bench.measure import environment
-from ..files import whole, write_json
+from ..files import append_lines, read_lines, whole, write_json
 from ..streaming.run import place
 from ..texts import Text
 from ..training import Step, read_log, train
 from ..training.ranks import total
-from ..training.store import append_lines, read_lines
 from ..training.text import Codec, TextBatches
 from .duel_settings import ARMS, Settings, split, start
 

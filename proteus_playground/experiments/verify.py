@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -12,7 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from time import perf_counter
 
-from ..files import write_json
+from ..files import append_lines, read_lines, write_json
 from ..progress import Stop, check_stop
 from ..streaming.buffer import StreamPlan
 from ..streaming.stores import fits
@@ -103,22 +102,18 @@ def verify(
     _claim(out, settings, pairs, subject, haystack)
     known = read_rows(out)
     index, met = None, {}
-    with open(out / CASES, "ab") as file:
-        for i, case in enumerate(every, 1):
-            group = (case.task, case.length, case.asked)
-            met[group] = met.get(group, 0) + 1
-            row = known.get(case.key)
-            if row is None:
-                check_stop(stop)
-                index = index or WindowIndex(haystack.tokens, subject.words)
-                asks = subject.reader is not None and bool(case.answers) and met[group] <= settings.answers
-                row = measure(case, PlantedStore(haystack.tokens, case), settings, subject, index, asks, stop)
-                line = json.dumps(row)
-                row = json.loads(line)  # a run that went on shows the same rows as one that did not stop
-                file.write(line.encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            yield Done(i, len(every), row, case.key in known)
+    for i, case in enumerate(every, 1):
+        group = (case.task, case.length, case.asked)
+        met[group] = met.get(group, 0) + 1
+        row = known.get(case.key)
+        if row is None:
+            check_stop(stop)
+            index = index or WindowIndex(haystack.tokens, subject.words)
+            asks = subject.reader is not None and bool(case.answers) and met[group] <= settings.answers
+            row = measure(case, PlantedStore(haystack.tokens, case), settings, subject, index, asks, stop)
+            row = json.loads(json.dumps(row))  # a run that went on shows the same rows as one that did not stop
+            append_lines(out / CASES, [row])
+        yield Done(i, len(every), row, case.key in known)
 
 
 def measure(
@@ -145,18 +140,10 @@ def measure(
 
 
 def read_rows(out: Path) -> dict[str, dict]:
-    """The finished cases of a folder by key. A last line that a kill cut short is taken off the file."""
-    path = out / CASES
-    if not path.is_file():
-        return {}
-    data = path.read_bytes()
-    sound = data[: data.rfind(b"\n") + 1]
-    if len(sound) < len(data):
-        os.truncate(path, len(sound))
+    """The finished cases of a folder by key; a last line that a kill cut short is left out."""
     try:
-        rows = [json.loads(line) for line in sound.splitlines()]
         whole = itemgetter("key", *FIELDS)  # KeyError where one is missing
-        return {whole(row)[0]: row for row in rows}
+        return {whole(row)[0]: row for row in read_lines(out / CASES)}
     except (ValueError, TypeError, KeyError) as err:
         raise ValueError(f"out={str(out)!r}: {CASES} is not what verify wrote: allowed is another folder") from err
 

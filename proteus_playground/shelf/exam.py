@@ -55,10 +55,9 @@ def exam(
     for name, value in (("questions", questions), ("per_shelf", per_shelf)):
         whole_number(name, value, 1)
     whole_number("seed", seed, 0)
-    whole_number("tokens", tokens, 8 * ROOM)
-    if model.training:
-        raise ValueError("training=True: the model must be in evaluation mode to be asked; call eval()")
-    before, device = model.cfg.attention.flux_alpha, model.embed.weight.device
+    whole_number("tokens", tokens, ROOM * max(8, 2 * min(per_shelf, questions)))  # half of it shelf, or more
+    _check(model, tokenizer)
+    before, device = [block.attn.cfg.flux_alpha for block in model.blocks], model.embed.weight.device
     try:
         for number in range(-(-questions // per_shelf)):
             ids, asked = _paper(tokenizer, tokens, min(per_shelf, questions - number * per_shelf), seed, number)
@@ -70,7 +69,16 @@ def exam(
                     at = answer.index(value)
                     yield Graded(question, start, start - fact, alpha, wrote == answer, wrote[at] == value)
     finally:
-        model.set_flux_alpha(before)
+        for block, alpha in zip(model.blocks, before, strict=True):
+            block.attn.set_flux_alpha(alpha)
+
+
+def _check(model: ProteusLM, tokenizer: ShelfTokenizer) -> None:
+    """`ValueError` for a model that would learn while it is asked, or that has other tokens."""
+    if model.training:
+        raise ValueError("training=True: the model must be in evaluation mode to be asked; call eval()")
+    if model.cfg.vocab_size != tokenizer.vocab_size:
+        raise ValueError(f"vocab_size={model.cfg.vocab_size}: must be the tokenizer's {tokenizer.vocab_size}")
 
 
 def _paper(tokenizer: ShelfTokenizer, tokens: int, count: int, seed: int, number: int) -> tuple[list[int], list]:
@@ -97,6 +105,7 @@ def ask(model: ProteusLM, tokenizer: ShelfTokenizer, text: Shelf, question: Ques
 
     The model must be in evaluation mode.
     """
+    _check(model, tokenizer)
     ids = tokenizer.encode(text.ask(question))
     written: list[int] = []
     for _ in range(ROOM):

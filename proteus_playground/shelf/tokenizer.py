@@ -17,13 +17,16 @@ class ShelfTokenizer:
 
     def __init__(self, path: str | Path | None = None):
         path = files("proteus_playground") / "data" / "shelf_tokenizer.json" if path is None else Path(path)
-        self._json = path.read_text(encoding="utf-8")
+        self.path, self._json = path, path.read_text(encoding="utf-8")
 
     @cached_property
     def _tokenizer(self):
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_str(self._json)
+        try:
+            return Tokenizer.from_str(self._json)
+        except Exception as err:  # the library raises nothing narrower
+            raise ValueError(f"path={str(self.path)!r}: must be a tokenizers JSON file ({err})") from None
 
     @property
     def vocab_size(self) -> int:

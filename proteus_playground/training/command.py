@@ -11,6 +11,7 @@ import typer
 from tqdm import tqdm
 
 from ..bench.options import choose, pick_device
+from ..checks import real_number
 from ..model import ProteusLM
 from ..progress import Stopped
 from ..streaming.run import together
@@ -62,6 +63,8 @@ def run(
     precision: str, every: int, quiet: bool = False,
 ) -> None:  # fmt: skip
     """Train until the recipe, the steps or the minutes end; says so where it was not the recipe."""
+    if minutes is not None:
+        real_number("minutes", minutes, 0, above=True)
     ends, at = monotonic() + 60 * (minutes or 1e9), 0  # steps done
 
     def stop() -> bool:

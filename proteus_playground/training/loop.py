@@ -9,12 +9,13 @@ from time import monotonic
 import torch
 
 from ..checks import whole_number
+from ..files import check_place, read_lines
 from ..model import ProteusLM
 from ..progress import Stop, Stopped
 from . import ranks
 from .recipe import Batches, Recipe
 from .run import Run, Step
-from .store import LOG, Store, read_lines
+from .store import LOG, STATE, Store
 
 
 def train(
@@ -45,6 +46,7 @@ def train(
     if folder is not None:
         store = Store(folder, run.about())
         run.restore(store.load())
+        check_place(store.folder / STATE)
     ranks.same_start(model)
     return _steps(run, store, every, save_seconds, stop)
 

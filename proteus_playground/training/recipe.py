@@ -124,6 +124,8 @@ class Recipe:
         whole_number("seed", self.seed, 0)
         for beta in self.betas:
             real_number("betas", beta, 0, 1)
+        if len(self.betas) != 2 or max(self.betas) == 1:
+            raise ValueError(f"betas={self.betas!r}: must be two numbers in [0, 1)")
 
     @property
     def steps(self) -> int:

@@ -7,14 +7,13 @@ however it was stopped, each step stands there once.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from ..files import whole
+from ..files import append_lines, read_lines, whole
 from ..tensors import read_tensors, write_tensors
 
 STATE, LOG = "state.safetensors", "log.jsonl"
@@ -44,7 +43,9 @@ class Store:
                 self._cut(0)
             return None
         tensors, about = read_tensors(self.folder / STATE, "training")
-        there = about.get("run", {})
+        if not (isinstance(about, dict) and {"run", "place", "scaler"} <= set(about)):
+            raise ValueError(f"folder={str(self.folder)!r}: its {STATE} is not of a training run")
+        there = about["run"]
         other = [name for name in _names(there) if _at(self.run, name) != _at(there, name)]  # settings may be newer
         if other:
             raise ValueError(
@@ -65,25 +66,12 @@ class Store:
         write_tensors(self.folder / STATE, tensors, {"run": self.run, "place": place, "scaler": scaler})
 
     def _cut(self, step: int) -> None:
-        kept = [line for line in read_lines(self.folder / LOG) if line["step"] <= step]
+        try:
+            kept = [line for line in read_lines(self.folder / LOG) if line["step"] <= step]
+        except (ValueError, TypeError, KeyError) as err:
+            raise ValueError(f"folder={str(self.folder)!r}: its {LOG} is not of a training run ({err!r})") from err
         with whole(self.folder / LOG) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-
-def append_lines(path: Path, lines: Iterable[dict]) -> None:
-    """Add lines of JSON to a file, in place of one that a kill cut short, and wait until they are on disk."""
-    whole_lines = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
-    with open(path, "ab") as file:
-        file.truncate(whole_lines)
-        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> list[dict]:
-    """A file's lines of JSON, none where there is no file; one that a kill cut short is left out."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _names(values: dict, head: str = "") -> Iterable[str]:
