@@ -55,7 +55,8 @@ class Store:
 class Calibration:
     """Gates of every layer of one model, fitted when first asked for.
 
-    source: a `RandomSource`, `hf.source.ModelSource` or `shelf_source.ShelfSource`; text: a `texts.Text`; tokens: how much of it is read.
+    source: a `RandomSource`, `hf.source.ModelSource` or `shelf_source.ShelfSource`; text: a `texts.Text`; tokens: how
+    much of it is read.
     """
 
     def __init__(self, source, text, tokens: int, folder: Path | None):

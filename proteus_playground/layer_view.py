@@ -89,9 +89,7 @@ def layer_view(layer: LoadedLayer, runner: ProteusLayer, settings: Settings, sou
     run, latency_ms = watch.run(
         "proteus",
         (layer.index, settings),
-        lambda: runner.run(
-            layer.q, layer.k, layer.v, inv_freq=layer.inv_freq, scale=layer.scale, logits=layer.logits
-        ),
+        lambda: runner.run(layer.q, layer.k, layer.v, inv_freq=layer.inv_freq, scale=layer.scale, logits=layer.logits),
     )
     if watch.count("dense", None) < RUNS:
         at = torch.arange(layer.q.shape[1], device=device)[None]

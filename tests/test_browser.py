@@ -17,7 +17,7 @@ AXES = "[...document.querySelectorAll('.pp-figure .nsewdrag')].map((e) => e.getB
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """The notebook with every cell run and SmolLM2 chosen; what the console complained about is in `page.complaints`."""
+    """The notebook, every cell run and SmolLM2 chosen; what the console complained about is in `page.complaints`."""
     with notebook_page(tmp_path_factory.mktemp("lab")) as (page, address):
         slider.run_all(page, address, f"notebooks/{slider.NOTEBOOK}")
         page.locator('.pp-model button:has-text("SmolLM2")').click()
