@@ -24,15 +24,13 @@ PLAIN, ANSWER, VALUE, COPY = 0.1, 0.5, 3.0, 0.3
 class ShelfBatches:
     """Endless shelves, `batch` is a pure function of its arguments and `seed`.
 
-    questions: least and most share of a sequence that is questions. copies: share of sequences of repeated words, and
-    all of them before batch number copies_first.
+    questions: least and most share of a sequence that is questions. copies: share of sequences of repeated words.
     """
 
     tokenizer: ShelfTokenizer
     seed: int = 0
     questions: tuple[float, float] = (0.2, 0.5)
     copies: float = 0.0
-    copies_first: int = 0
 
     @property
     def vocab_size(self) -> int:
@@ -41,8 +39,7 @@ class ShelfBatches:
     def batch(self, index: int, sequences: int, length: int) -> Batch:
         """ids and targets `(sequences, length)`; each token's weight in the loss beside them."""
         random = Random(f"{self.seed}.{index}.{sequences}.{length}")
-        copies = 1.0 if index < self.copies_first else self.copies
-        kinds = (self._copies if random.random() < copies else self._sequence for _ in range(sequences))
+        kinds = (self._copies if random.random() < self.copies else self._sequence for _ in range(sequences))
         rows = [write(random, length + 1) for write in kinds]
         ids = torch.tensor([row for row, _ in rows])
         weights = torch.tensor([weight for _, weight in rows])

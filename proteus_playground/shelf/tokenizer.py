@@ -35,9 +35,6 @@ class ShelfTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in self._tokenizer.encode_batch(texts)]
-
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Where each token of `encode(text)` stands: (start, stop) in characters."""
         return self._tokenizer.encode(text).offsets
