@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 
@@ -217,6 +218,34 @@ def test_many_moves_end_with_the_answer_of_the_last(bench):
         bench.state.flux_alpha = round(0.01 + step * 0.01, 2)
     rest(bench)
     assert bench.reply.settings.flux_alpha == 0.6 == bench.drawn.view.settings.flux_alpha
+
+
+def test_to_and_fro_the_answer_is_the_right_one_again(bench):
+    ask(bench)
+    for _ in range(5):
+        bench.state.flux_alpha = 0.3
+        assert "pp-old" in bench.ask_box.reply.value
+        bench.state.flux_alpha = 1.0
+        rest(bench)
+        assert bench.drawn.view.settings.flux_alpha == 1.0 and "pp-old" not in bench.ask_box.reply.value
+
+
+def test_to_and_fro_before_the_answer_still_brings_it(bench, monkeypatch):
+    ask(bench)
+    answer, begun = bench.probe.ask, threading.Event()
+
+    def slow(*args, **given):
+        begun.set()
+        time.sleep(0.2)
+        return answer(*args, **given)
+
+    monkeypatch.setattr(bench.probe, "ask", slow)
+    bench.state.flux_alpha = 0.5
+    assert begun.wait(10)
+    bench.state.flux_alpha = 0.4
+    bench.state.flux_alpha = 0.5
+    rest(bench)
+    assert bench.reply.settings.flux_alpha == 0.5 and "pp-old" not in bench.ask_box.reply.value
 
 
 def test_another_shelf_forgets_the_question(bench):

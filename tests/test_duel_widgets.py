@@ -178,6 +178,14 @@ def test_stop_ends_it_soon_and_resume_goes_on(panel):
     assert len(panel._duel.reached) == 2, "Start is a new duel"
 
 
+def test_the_last_step_of_a_stopped_duel_holds_up_no_picture_of_the_resumed_one(panel):
+    sent = []
+    panel._show(record_of(3), lambda *told: sent.append(told), "a step")  # its record is no more the one on show
+    assert sent == [] and panel._drawn
+    panel._show(panel.record, lambda *told: sent.append(told), "a step")
+    assert len(sent) == 1 and not panel._drawn
+
+
 def test_presets_and_boxes_say_what_is_trained(panel):
     panel.preset.value = "t4"
     assert panel.minutes.value == PRESETS["t4"].minutes

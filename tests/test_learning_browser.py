@@ -10,7 +10,9 @@ from notebook_page import notebook_page, traces
 
 from proteus_playground.bench import slider
 
-pytestmark = pytest.mark.slow
+# On the module and not by conftest.py alone: xdist looks for the group before the hook there has added it. Tests of one
+# file that are spread over two workers each find a page on which nothing has happened yet.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
 READY_MS = 180_000
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map((e) => e.textContent)"
 RAN = f"() => {PROMPTS}.every((prompt) => /\\[\\d+\\]/.test(prompt))"
@@ -193,7 +195,20 @@ def test_a_duel_starts_stops_and_resumes(the_duel):
     assert "dense, perplexity" in the_duel.found.locator(".pp-at-loss").inner_text()
 
 
-def test_the_slider_moves_along_the_curve(the_duel):
+@pytest.fixture(scope="module")
+def trained(the_duel) -> Panel:
+    """The duel once it is over, also where nobody has started it, and the curve is measured."""
+    if not the_duel.found.locator(".pp-done").count():
+        the_duel.found.locator('button:has-text("Start")').click()
+        wait(the_duel, "done")
+    the_duel.page.wait_for_function(
+        "() => document.querySelector('.pp-duel .pp-at-curve p').innerText.includes('(measured)')", timeout=30_000
+    )
+    return the_duel
+
+
+def test_the_slider_moves_along_the_curve(trained):
+    the_duel = trained
     before, said = the_duel.drawn(), the_duel.found.locator(".pp-at-curve p")
     words = said.inner_text()
     assert "measured" in words

@@ -506,6 +506,28 @@ def test_a_bank_shows_words_as_text():
     assert "<b>gate 0</b>" in shown and "&lt;b&gt;" in shown and "↵" in shown and "␣" in shown
 
 
+def test_back_at_the_picture_on_show_nothing_older_follows(panel, monkeypatch):
+    make, begun, shown = panel.frames.make, threading.Event(), panel.drawn
+
+    def slow(wanted, stop):
+        begun.set()
+        time.sleep(0.2)
+        return make(wanted, stop)
+
+    monkeypatch.setattr(panel.frames, "make", slow)
+    old, panel.state.neighbours = panel.state.neighbours, 3
+    assert begun.wait(5) and old != 3
+    panel.state.neighbours = old
+    panel.worker.wait()
+    assert panel.drawn is shown and shown.wanted == panel.wanted() and "pp-fresh" in panel.status.value
+
+
+def test_the_readout_says_which_sizes_it_is_of(panel):
+    panel.state.update({"neighbours": 3, "per_chunk_budget": 45})
+    rest(panel)
+    assert 'data-plan="1024 45 64 3"' in panel.numbers.value
+
+
 @pytest.fixture(scope="module")
 def reading_text():
     return pasted((SENTENCE + " A potato soup was on the table.") * 12, "a test")

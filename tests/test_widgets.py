@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -202,6 +203,32 @@ def test_an_overtaken_result_is_dropped_and_a_quick_one_is_drawn():
     worker.submit("frame", job(0.02), lambda n, r: drawn.append(r), lambda n, e: None)
     worker.wait(5)
     assert drawn == [0.01, 0.03, 0.02]
+
+
+def test_back_at_the_picture_on_show_nothing_older_follows():
+    made = playground(model="smollm2", probe=FakeProbe(seconds=0.1))
+    rest(made)
+    shown, alpha = made.drawn, made.state.flux_alpha
+    made.state.flux_alpha = 0.2
+    end = time.monotonic() + 5
+    while made.worker.busy != "frame" and time.monotonic() < end:
+        time.sleep(0.005)
+    made.state.flux_alpha = alpha
+    made.worker.wait()
+    assert made.drawn is shown and shown.wanted == made.wanted() and "pp-fresh" in made.status.value
+    made.close()
+
+
+def test_a_result_can_be_cancelled_until_it_is_shown():
+    async def run() -> None:
+        worker, heard = Worker(), []
+        worker.submit("frame", lambda stop, progress: 1, lambda n, r: heard.append(r), lambda n, e: heard.append(e))
+        worker.wait(5)  # the loop is held up meanwhile: the result is there, and nobody has heard of it
+        assert worker.cancel("frame") and not worker.cancel("frame")
+        await asyncio.sleep(0.05)
+        assert heard == []
+
+    asyncio.run(run())
 
 
 def test_cancel_stops_what_runs_and_forgets_what_waits():

@@ -64,8 +64,10 @@ class AskBox(w.VBox):
     def answered(self, reply: Reply) -> None:
         self.reply.value = reply_html(self.probe, reply)
 
-    def stale(self) -> None:
-        self.reply.value = self.reply.value.replace('"pp-reply"', '"pp-reply pp-old"')
+    def grey(self, old: bool) -> None:
+        """Whether the answer on show is one to other settings; dragging to and fro can make it the right one again."""
+        plain = self.reply.value.replace('"pp-reply pp-old"', '"pp-reply"')
+        self.reply.value = plain.replace('"pp-reply"', '"pp-reply pp-old"') if old else plain
 
     def _picked(self, question: str) -> None:
         if question != OWN:

@@ -136,7 +136,7 @@ class DuelPanel(w.VBox):
                 else:
                     taken += turn.arm == "proteus"
                 if turn.arm == "proteus":
-                    self._show(progress, words.progress_sentence(record, time.monotonic() - since, taken))
+                    self._show(record, progress, words.progress_sentence(record, time.monotonic() - since, taken))
             for point in self._curve(folder, device=self.device, stop=stop):
                 record.curve.append(point)
                 progress(1.0, "the slider's curve")
@@ -144,11 +144,14 @@ class DuelPanel(w.VBox):
 
         self.worker.submit("model", work, self._over, self._failed, self._going)
 
-    def _show(self, progress, what: str) -> None:
-        """From the worker: a picture, if the last one is on the screen and has been looked at."""
-        if self._drawn and self.room.free and time.monotonic() - self._looked > LOOK_SECONDS:
+    def _show(self, record: Record, progress, what: str) -> None:
+        """From the worker: a picture, if the last one is on the screen and has been looked at.
+
+        Not of a stopped duel in its last step: its picture would be dropped, and the resumed one would wait for it.
+        """
+        if record is self.record and self._drawn and self.room.free and time.monotonic() - self._looked > LOOK_SECONDS:
             self._drawn, self._looked = False, time.monotonic()
-            progress(self.record.step / max(1, self.record.steps), what)
+            progress(record.step / max(1, record.steps), what)
 
     def _going(self, _: int, share: float, what: str) -> None:
         self.status.value = status_html("busy", share, what)

@@ -60,7 +60,11 @@ class StreamPanel(StreamBoard):
         if self._running not in (None, Frames.key(wanted)):
             self.layers_worker.cancel("model")  # its answer would be to a question that is gone
             self._running = None
-        if frames is None or (self.drawn is not None and wanted == self.drawn.wanted and not self.problem):
+        if frames is None:
+            return
+        if self.drawn is not None and wanted == self.drawn.wanted and not self.problem:
+            if self.worker.cancel("frame"):  # back at the picture on show: the one on its way may not follow it
+                self._say_state("fresh")
             return
         self._mark_stale()
         self.worker.submit("frame", lambda stop, _: frames.make(wanted, stop), self._draw, self._failed)

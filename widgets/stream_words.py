@@ -12,6 +12,7 @@ from proteus_playground.streaming.replay import Document, Replay, Run, Scores, p
 from .readout import NAMES, _cell, _key
 from .sentences import listed
 from .stream_figure import EVICTED, KEPT, NEEDLE, PROMOTED
+from .stream_state import PLAN
 
 RUNS = 40  # stretches of text that are shown
 RUN_TOKENS = 60  # of one stretch, about its champion
@@ -129,7 +130,8 @@ def numbers_html(request: int, replay: Replay, step: int, document: Document, sc
         _cell("scored", f"{scores.until:,}", speed or "tokens",
               "Tokens whose score is known, and how fast they were scored on this machine; measured."),
     ]  # fmt: skip
-    return f'<div class="pp-readout" data-request="{request}">{"".join(cells)}</div>'
+    sizes = " ".join(str(getattr(replay.plan, name)) for name in PLAN)
+    return f'<div class="pp-readout" data-request="{request}" data-plan="{sizes}">{"".join(cells)}</div>'
 
 
 def banner_html(source, judge: str, asked: list[str], subject) -> str:

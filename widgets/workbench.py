@@ -63,18 +63,29 @@ class Workbench(Board):
         if self.worker.busy == "model":
             self.worker.cancel("model")  # its answer would be for settings that are gone
         self.worker.cancel("ask")  # this one too, and the picture goes before the next
-        if self.reply is not None and self.reply.settings != self.state.settings():
-            self.ask_box.stale()
+        if self.reply is not None:
+            self.ask_box.grey(self.reply.settings != self.state.settings())
         self._ask()
 
     def _ask(self) -> None:
         """One request for the picture as the controls now are."""
         probe, wanted = self.probe, self.wanted()
-        if probe is None or (wanted == self._shown() and not self.problem):
+        if probe is None:
+            return
+        if wanted == self._shown() and not self.problem:
+            self._stay()
             return
         self._stop_timing()
         self._mark_stale()
         self.worker.submit("frame", lambda stop, _: self._compute(probe, wanted, stop), self._draw, self._failed)
+
+    def _stay(self) -> None:
+        """The controls are back at the picture on show: none that is on its way may follow it, but its answer may."""
+        if self.worker.cancel("frame") and self.worker.busy != "model":
+            self._set_status("fresh")
+        self._ask_model(self.drawn.wanted.settings)
+        if self._runs == 1:
+            self._time_again(self.drawn)
 
     def _stop_timing(self) -> None:
         self._moved.set()

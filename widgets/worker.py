@@ -83,6 +83,7 @@ class Worker:
         self._pace = pace or (lambda: None)
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Request] = {}
+        self._posted: dict[int, Request] = {}  # done, but not yet heard of on the kernel's thread
         self._running: Request | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -101,14 +102,17 @@ class Worker:
             self._changed.notify_all()
         return request.number
 
-    def cancel(self, *lanes: str) -> None:
-        """Stops what runs and forgets what waits, in `lanes` or in all."""
+    def cancel(self, *lanes: str) -> bool:
+        """Stops what runs, forgets what waits or is yet to be shown, in `lanes` or in all. False: nothing did."""
         with self._changed:
+            known = [*self._waiting.values(), *self._posted.values(), self._running]
+            gone = [r for r in known if r is not None and r.lane in (lanes or LANES) and not r.stopped]
             for lane in lanes or LANES:
                 self._waiting.pop(lane, None)
-            if self._running is not None and self._running.lane in (lanes or LANES):
-                self._running.stopped = True
+            for request in gone:
+                request.stopped = True
             self._changed.notify_all()
+        return bool(gone)
 
     @property
     def busy(self) -> str | None:
@@ -150,18 +154,30 @@ class Worker:
         try:
             result = request.compute(lambda: self._gone(request), progress)
         except Exception as err:  # whatever a stopped job raises is no news
-            if not self._gone(request):
-                failure = err
-                self._post(lambda: request.failed(request.number, failure))
+            failure = err
+            self._hand_over(request, lambda: request.failed(request.number, failure))
             return
-        if not self._gone(request):
-            self._post(lambda: self._deliver(request, result))
+        if self._hand_over(request, lambda: self._deliver(request, result)):
             self._pace()
+
+    def _hand_over(self, request: Request, call: Callable[[], None]) -> bool:
+        """Runs `call` on the kernel's thread, until when it can be cancelled. False: nobody wants it any more."""
+        if self._gone(request):
+            return False
+        with self._changed:
+            self._posted[request.number] = request
+
+        def take() -> None:
+            with self._changed:
+                self._posted.pop(request.number, None)
+            if not request.stopped:
+                call()
+
+        self._post(take)
+        return True
 
     @staticmethod
     def _deliver(request: Request, result) -> None:
-        if request.stopped:
-            return
         try:
             request.done(request.number, result)
         except Exception as err:  # a picture that cannot be drawn must be said, not lost with its thread

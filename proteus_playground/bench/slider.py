@@ -38,6 +38,12 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},  # the workbench stays in the page when it is scrolled away
 }
+# Before a notebook asks for a kernel it also says that it is idle; cells that are run then are lost, or a dialog opens.
+CONNECTED = """() => {
+  const name = document.querySelector('.jp-Toolbar-kernelName')?.innerText;
+  const state = document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status;
+  return state === 'idle' && name && name !== 'No Kernel';
+}"""
 STARTED = """() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(
   (e) => /\\[(\\*|\\d+)\\]/.test(e.textContent))"""
 # Waits until figure, readout and text all hold a newer request than `old`, and resolves after the frame that shows
@@ -146,7 +152,7 @@ def start_all(page, address: str, notebook: str) -> None:
     from playwright.sync_api import TimeoutError
 
     page.goto(f"{address}/lab/tree/{notebook}?reset")
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=90_000)
+    page.wait_for_function(CONNECTED, timeout=90_000)
     for _ in range(5):  # a kernel that has only just said that it is idle may miss the first call
         if page.locator(".jp-Dialog").count():
             page.keyboard.press("Escape")  # on a busy machine JupyterLab may ask about a kernel that is still coming up
