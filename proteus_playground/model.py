@@ -6,6 +6,7 @@ Axes: `B` batch, `T` tokens, `D` model width, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
@@ -199,6 +200,22 @@ class ProteusLM(nn.Module):
         """Pin every layer's alpha in [0, 1], or release it with None so that the length decides."""
         for block in self.blocks:
             block.attn.set_flux_alpha(value)
+
+    def set(self, **changes) -> None:
+        """Give every layer other fields of its `AttentionConfig`. Raises as that does."""
+        for block in self.blocks:
+            block.attn.cfg = replace(block.attn.cfg, **changes)
+
+    @contextmanager
+    def settings(self, **changes) -> Iterator[None]:
+        """As `set` while the block runs; then every layer has the config that it had, whatever was set inside."""
+        before = [block.attn.cfg for block in self.blocks]
+        try:
+            self.set(**changes)
+            yield
+        finally:
+            for block, cfg in zip(self.blocks, before, strict=True):
+                block.attn.cfg = cfg
 
     # -- text, token by token ---------------------------------------------------------------------------------
 

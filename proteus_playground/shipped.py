@@ -18,36 +18,36 @@ RANDOM = (0.0, 1.0)  # flux alpha is drawn anew for every step
 def shelf_mini() -> Job:
     """Reads shelves and answers questions about them.
 
-    It has no rotary positions: the convolution tells it what stands beside what, and what it has learned at 512 tokens
-    then holds at any length.
+    It has no rotary positions: the convolution tells it what stands beside what, and what it has learned at one length
+    then holds at others. L follows the length in training, a sixteenth of it at alpha 1.
     """
     from .shelf.batches import ShelfBatches
     from .shelf.tokenizer import ShelfTokenizer
 
     batches = ShelfBatches(ShelfTokenizer(), seed=1, copies=0.1)
     attention = AttentionConfig(
-        d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, shortlist=256, dna_fraction=0.75, gates_per_group=64,
+        d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, shortlist=256, dna_fraction=0.75, gates_per_group=128,
         probes=2, head_top_p=0.8, rope_theta=None,
     )  # fmt: skip
+    thinned = {"alpha": RANDOM, "top_share": 0.5, "share": 16}
     stages = (
-        Stage((128,), 4096, 500, 0.0),
-        Stage((256,), 4096, 200, 0.0),
-        Stage((256, 512), 4096, 250, RANDOM, top_share=0.5),
-        Stage((512, 1024), 4096, 150, RANDOM, top_share=0.5),
+        Stage((128, 256), 1 << 16, 400, 0.0),
+        Stage((256, 512, 1024), 1 << 16, 800, **thinned),
+        Stage((512, 1024, 2048, 4096), 1 << 16, 2000, **thinned),
     )
     return Job(
         model=ModelConfig(batches.vocab_size, 3, attention, hidden=256, taps=8),
         batches=batches,
-        recipe=Recipe(stages, lr=5e-3, warmup=100, cooldown=0.3, weight_decay=0.01, seed=1),
+        recipe=Recipe(stages, lr=4e-3, warmup=100, cooldown=0.3, weight_decay=0.01, opening=0.3, seed=1),
         description="reads shelves of recipes, receipts, manuals and notes, and answers questions about them",
     )
 
 
 def recall_mini() -> Job:
     """Associative recall: the model behind the evidence notebook, the first of those that the study trains."""
-    from .evidence.subjects import ALPHA, SMALL, lessons, plan
+    from .evidence.subjects import ALPHA, FULL, lessons, plan
 
-    return Job(SMALL.model(), lessons(SMALL, 0), plan(SMALL, ALPHA, 0), "looks up the values of keys it has read")
+    return Job(FULL.model(), lessons(FULL, 0), plan(FULL, ALPHA, 0), "looks up the values of keys it has read")
 
 
 RECIPES: dict[str, Callable[[], Job]] = {"shelf-mini": shelf_mini, "recall-mini": recall_mini}
@@ -71,9 +71,9 @@ def load_shipped(name: str, device: str = "cpu") -> tuple[ProteusLM, object]:
         from .shelf.tokenizer import ShelfTokenizer
 
         return model, ShelfTokenizer()
-    from .evidence.subjects import SMALL
+    from .evidence.subjects import FULL
 
-    return model, SMALL.words
+    return model, FULL.words
 
 
 def _file(name: str):

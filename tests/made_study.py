@@ -14,7 +14,7 @@ from proteus_playground.evidence.tasks import TASKS
 from proteus_playground.model import ProteusLM
 
 WORDS = Words(64, 32, 16)
-SCALE = Scale(width=32, heads=2, gates=4, shortlist=16, words=WORDS, tasks=("mqar", "copying"))
+SCALE = Scale(width=32, heads=2, gates=4, words=WORDS, tasks=("mqar", "copying"))
 CHANGED = ("no notes", "k-means prototypes")
 
 

@@ -311,7 +311,10 @@ LAYER_CASES = {
         "key_padding_mask holds",
     ),
     "budget: short": (lambda: call(budget=plan_budget(config(), 10)), "planned for 10 tokens"),
-    "budget: gates": (lambda: call(gates=Gates(2, 60, 8), budget=plan_budget(config(shortlist=18), 20)), "60 gates"),
+    "budget: gates": (
+        lambda: call(gates=Gates(2, 60, 8), budget=plan_budget(config(shortlist=18, gates_per_group=4), 20)),
+        "60 gates",
+    ),
     "positions: list": (lambda: call(positions=[1]), "positions=list"),
     "mha: query": (lambda: CausalProteusMultiheadAttention(32, 4)(torch.ones(3), None, None), "query"),
     "block: hidden": (lambda: ProteusBlock(config(), hidden=0), "hidden=0"),

@@ -392,11 +392,11 @@ def test_every_change_changes_what_it_says(measured, tmp_path):
     """Each is measured on a row of its own, and none but the routed ones trains a model that another one has."""
     folder, _ = measured
     asked = replace(ASKED, arms=(), changes=tuple(CHANGES), lengths=(64,), things=(4,), shares=(2,), seeds=1, cases=10)
-    events = list(study(replace(SCALE, heads=4, gates=16), asked, tmp_path / "x.json", tmp_path))
+    events = list(study(replace(SCALE, heads=4, gates=8), asked, tmp_path / "x.json", tmp_path))
     rows = {row.cell.change: row for row in rows_of(events)}
     assert list(rows) != [] and set(rows) == set(CHANGES)
     trained = {event.name for event in events if isinstance(event, Training)}
-    assert len(trained) == 1 + 2 + 1 + 1 + 1  # as it is, two speeds, shared, routed, routed without balance
+    assert len(trained) == 1 + 2 + 2 + 3  # as it is, two speeds, two lessons, three of shared keys
     as_it_is = rows["as it is"]
     assert rows["no notes"].keys < as_it_is.keys and rows["keep 1/2 of the tokens"].keys < as_it_is.keys
     assert rows["rings of the most salient"].keys == pytest.approx(as_it_is.keys, rel=0.02)

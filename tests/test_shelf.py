@@ -26,6 +26,9 @@ class Knows(torch.nn.Module):
     def set_flux_alpha(self, value):
         pass
 
+    settings = ProteusLM.settings
+    set = ProteusLM.set
+
     def forward(self, ids):
         said = torch.nn.functional.one_hot(ids.roll(-1, 1), TOKENIZER.vocab_size).float()
         if self.wrong is not None:

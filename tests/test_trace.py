@@ -1,6 +1,7 @@
 """What a pass hands out about itself: exact, part of the graph, the same one token at a time; and the losses on it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from helpers import config, layer, off_by
 from torch.testing import assert_close
 
-from proteus_playground.attention import surgery
-from proteus_playground.losses import alignment, router_z
+from proteus_playground import losses
+from proteus_playground.attention import plan_budget, surgery
+from proteus_playground.attention.rope import rotate
+from proteus_playground.losses import alignment, opening, router_z
 from proteus_playground.model import ModelConfig, ProteusLM
 
 V = 23
@@ -167,6 +170,67 @@ def test_router_z_leaves_padding_out():
     padding = torch.arange(20)[None] >= 12
     short, padded = attn(x[:, :12], return_trace=True)[1], attn(x, key_padding_mask=padding, return_trace=True)[1]
     assert_close(router_z([padded]), router_z([short]))
+
+
+def spelled_out(trace, attn, rows: range) -> torch.Tensor:
+    """The opening loss of one layer, row by row."""
+    q, k, gates, d = trace.queries, trace.keys, attn.gates, attn.cfg.head_dim
+    B, T, G, K, _ = q.shape
+    turned, keys = (rotate(x.flatten(2, -2), None, attn.inv_freq).view_as(x) for x in (q, k))
+    home, window = gates.lure(k)[0], plan_budget(attn.cfg, T, 1.0).window
+    total = weights = torch.zeros(())
+    for b, t, g, s in itertools.product(range(B), rows, range(G), range(K)):
+        far = [j for j in range(t + 1) if j < t - window]
+        if not far or not trace.heads[b, t, g, s].any():
+            continue
+        p = (keys[b, : t + 1, g] @ turned[b, t, g, s] / d**0.5).softmax(0).detach()[far]
+        held = sorted({int(home[b, j, g]) for j in far})
+        mass = torch.stack([p[[int(home[b, j, g]) == c for j in far]].sum() for c in held]) * p.max()
+        length = k[:, :, g].norm(dim=-1).mean().detach()
+        total = total - (mass * (gates.prototypes[g, held] @ q[b, t, g, s] * length / d**0.5).log_softmax(0)).sum()
+        weights = weights + mass.sum()
+    return total / weights
+
+
+@pytest.mark.parametrize("name", ["slots", "no router", "dropped"])
+def test_the_opening_loss_is_what_it_says(name, monkeypatch):
+    monkeypatch.setattr(losses, "ROWS", 10)
+    lm, ids = model(layers=1, **CASES[name]).train(), text()
+    lm.blocks[0].attn.calibrate(torch.randn(2, 40, 32))
+    traces = lm(ids, return_trace=True)[1]
+    found = opening(traces, lm, first=7)  # 40 tokens, 10 rows: every fourth, from the fourth on
+    assert_close(found, spelled_out(traces[0], lm.blocks[0].attn, range(3, 40, 4)))
+    found.backward()
+    q, k = (getattr(lm.blocks[0].attn, f"{name}_proj").weight.grad for name in "qk")
+    assert q.abs().sum() > 0 and k is None
+    with pytest.raises(ValueError, match="traces"):
+        opening((), lm)
+
+
+def test_the_opening_loss_teaches_queries_to_open_the_gate_of_what_they_attend_to():
+    lm, ids = model(layers=1, route_heads=False, gates_per_group=16).train(), text(4, 120)
+    attn = lm.blocks[0].attn
+
+    def hits() -> float:
+        """How often the gate of the likeliest key is the first that a row opens."""
+        trace = copy.deepcopy(lm).eval()(ids, return_trace=True)[1][0]
+        q, k = trace.queries[:, 60:], trace.keys[:, :40]
+        likely = torch.einsum("btgkd,bsgd->btgks", q, k).argmax(-1)
+        home = attn.gates.lure(k)[0].transpose(1, 2)[:, None, :, None].expand(*likely.shape, -1)
+        first = torch.einsum("btgkd,gcd->btgkc", q, attn.gates.prototypes).argmax(-1)
+        return float((home.gather(-1, likely[..., None])[..., 0] == first).float().mean())
+
+    attn.calibrate(torch.randn(2, 100, 32))
+    with torch.no_grad():
+        attn.q_proj.weight *= 4  # attention that has made up its mind
+    before, optimiser, sizes = hits(), torch.optim.Adam([attn.q_proj.weight], 3e-3), []
+    for step in range(60):
+        loss = opening(lm(ids, return_trace=True)[1], lm, step)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        sizes.append(float(loss.detach()))
+    assert sizes[-1] < 0.75 * sizes[0] and hits() > before + 0.05, (sizes[0], sizes[-1], before, hits())
 
 
 def test_alignment_is_what_it_says_and_teaches():

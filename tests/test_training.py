@@ -137,6 +137,27 @@ def test_alignment_is_part_of_the_gradient(finished):
     assert not same(lm, finished[0])
 
 
+def test_the_opening_loss_is_part_of_the_gradient(finished):
+    lm, steps = whole_run(opening=0.5)
+    assert steps[0].loss == finished[1][0].loss and steps[0].grad_norm != finished[1][0].grad_norm
+    assert not same(lm, finished[0])
+
+
+def test_processes_that_write_ahead_change_no_bit(finished):
+    lm = model()
+    steps = list(train(lm, Echo(), recipe(), every=4, workers=1))
+    assert [step.loss for step in steps] == [step.loss for step in finished[1]] and same(lm, finished[0])
+
+
+def test_the_shortlist_follows_the_length_and_is_put_back():
+    lm, seen = model(), []
+    stages = (Stage((24, 48), 96, 4, 1.0, share=8), Stage((24,), 96, 1, 1.0))
+    for step in train(lm, Echo(), recipe(stages=stages)):
+        seen.append((step.length, lm.blocks[1].attn.cfg.shortlist))
+    assert {pair for pair in seen[:-1]} <= {(24, 3), (48, 6)} and seen[-1] == (24, 16)
+    assert lm.blocks[1].attn.cfg == lm.cfg.attention
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
     class Bad(Echo):
         def batch(self, index, sequences, length):
@@ -206,6 +227,9 @@ def test_draws_follow_the_stage():
         (lambda: Stage((8,), 8, 1, 1.5), ValueError, "1.5"),
         (lambda: Stage((8,), 8, 1, (0.5, 0.2)), ValueError, "alpha"),
         (lambda: Stage((8,), 8, 1, 0.0, top_share=2), ValueError, "top_share=2"),
+        (lambda: Stage((8,), 8, 1, 0.0, share=0), ValueError, "share=0"),
+        (lambda: recipe(opening=-1), ValueError, "opening=-1"),
+        (lambda: train(model(), Echo(), recipe(), workers=-1), ValueError, "workers=-1"),
         (lambda: Recipe(()), TypeError, "stages"),
         (lambda: recipe(lr=0), ValueError, "lr=0"),
         (lambda: recipe(lr=float("nan")), ValueError, "lr=nan"),

@@ -96,7 +96,7 @@ def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, 
     """Divide `cap` reads per row between window, anchors, rings and notes.
 
     A row reads at most window + block local keys, `anchors` anchors, probes x ring gate keys and one note per
-    gate. What the gates' share cannot hold goes in this order: notes first, then probes.
+    gate. Where notes would take more than half of the gates' share they go first, then probes.
     """
     far = min(floor(dna_fraction * cap + 1e-9), cap - 1)  # a row always reads itself
     near = cap - far
@@ -106,7 +106,7 @@ def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, 
     while block * 4 <= near and block * 2 <= local and block < MAX_BLOCK:
         block *= 2
     probes = min(probes, gates)
-    notes = notes and far >= gates + probes
+    notes = notes and far >= max(2 * gates, gates + probes)  # smaller rings lose more than notes bring: docs/log.md
     probes = min(probes, far)
     ring = (far - gates * notes) // probes if probes else 0
     return {"window": local - block, "block": block, "anchors": anchors, "probes": probes, "ring": ring, "notes": notes}

@@ -126,7 +126,7 @@ class ProteusAttention(nn.Module):
         if learning:
             self._observe(k, keep, routes)
         asked = [stats_of(result, routes, keep, key_padding_mask, budget)] if return_stats else []
-        asked += [trace_of(heads, routes, keep, self.gates)] if return_trace else []
+        asked += [trace_of(heads, routes, keep, self.gates, q, k)] if return_trace else []
         return (y, *asked) if asked else y
 
     def new_state(self, batch: int = 1, tokens: int | None = None, *, dtype: torch.dtype | None = None) -> KVBank:

@@ -20,7 +20,8 @@ from .routing import Routes
 class AttentionTrace:
     """What a pass computed on its way, part of the graph: for losses and for Top-A. Zero for dropped tokens.
 
-    All but `heads` is None in a layer without a router, where every head is awake at weight 1.
+    Routing is None in a layer without a router, where every head is awake at weight 1; queries and keys are None
+    one token at a time.
     """
 
     router_logits: Tensor | None  # (B, T, G, C) float32, as they enter the softmax: -inf for a pruned gate
@@ -29,6 +30,8 @@ class AttentionTrace:
     slot: Tensor | None  # (B, T, G, K) int64, head in the group of each slot; None when slots are heads (K = r)
     awake: Tensor | None  # (B, T, H) bool
     weight: Tensor | None  # (B, T, H) float32, 0 asleep
+    queries: Tensor | None = None  # (B, T, G, K, d) un-rotated, of the heads in the slots
+    keys: Tensor | None = None  # (B, T, G, d) un-rotated
 
     def last(self) -> AttentionTrace:
         """The same of the last token alone, T = 1."""
@@ -56,12 +59,15 @@ class AttentionTrace:
         return (weight[..., None] * direction).sum(2) / weight.sum(2, keepdim=True).clamp(min=1e-9)
 
 
-def trace_of(heads: Tensor, routes: Routes | None, keep: Tensor | None, gates: Gates) -> AttentionTrace:
-    """The trace of weighted heads `(B, T, G, K, d)`; keep `(B, T)` bool or None."""
+def trace_of(
+    heads: Tensor, routes: Routes | None, keep: Tensor | None, gates: Gates, q: Tensor | None = None, k=None
+) -> AttentionTrace:
+    """The trace of weighted heads `(B, T, G, K, d)`; keep `(B, T)` bool or None; q `(B, T, G K, d)`, k un-rotated."""
+    q = None if q is None else q.unflatten(2, heads.shape[2:4])
     if routes is None:
-        return AttentionTrace(None, None, heads, None, None, None)
+        return AttentionTrace(None, None, heads, None, None, None, q, k)
     awake, weight = routes.awake.flatten(2), routes.weight.flatten(2)
     if keep is not None:
         awake, weight = awake & keep[..., None], weight * keep[..., None]
     logits = (routes.logits.float() + gates.log_share).masked_fill(~gates.alive, -torch.inf)
-    return AttentionTrace(logits, routes.gate_prob, heads, routes.slot, awake, weight)
+    return AttentionTrace(logits, routes.gate_prob, heads, routes.slot, awake, weight, q, k)

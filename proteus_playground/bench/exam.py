@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,9 +36,9 @@ def command(
     lm = ProteusLM.load(model, str(dev)).eval() if model else load_shipped("shelf-mini", str(dev))[0]
     asked, rows = tuple(parse_alphas(alphas)), []
     for tokens in parse_lengths(lengths):
-        _read(lm, tokens // share)
         paper = exam(lm, ShelfTokenizer(), tokens=tokens, questions=questions, seed=seed, alphas=asked)
-        grades = list(tqdm(paper, total=questions * len(asked), unit="answer", desc=f"{tokens:,} tokens"))
+        with lm.settings(shortlist=max(1, tokens // share)):
+            grades = list(tqdm(paper, total=questions * len(asked), unit="answer", desc=f"{tokens:,} tokens"))
         rows += [_row(tokens, tokens // share, alpha, grades) for alpha in asked]
     report = {"benchmark": "exam", **environment(dev), "dtype": "float32", "seed": seed, "rows": rows}
     typer.echo(f"{report['device']}, torch {report['torch']}, float32, seed {seed}; whole answers to the letter\n")
@@ -47,11 +46,6 @@ def command(
     typer.echo(markdown(titles, [_cells(row) for row in rows]))
     if out:
         write_json(Path(out), report)
-
-
-def _read(model: ProteusLM, shortlist: int) -> None:
-    for block in model.blocks:
-        block.attn.cfg = replace(block.attn.cfg, shortlist=max(1, shortlist))
 
 
 def _row(tokens: int, shortlist: int, alpha: float, grades: list[Graded]) -> dict:

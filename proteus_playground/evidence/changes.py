@@ -15,15 +15,22 @@ AS_IT_IS = "as it is"
 @dataclass(frozen=True)
 class Change:
     """part: what it is about. reads: fields of `AttentionConfig` while reading. trained: fields in training too, where
-    the model has to learn them; `half` stands for half the heads. gates: this many per group instead of the model's,
-    fitted by k-means; 0 for as many as there are. salient: rings hold the most salient keys of a gate, not the newest.
+    the model has to learn them; `half` stands for half the heads. lessons: fields of `Scale` in training. gates: this
+    many per group instead of the model's, fitted by k-means; 0 for as many as there are. salient: rings hold the most
+    salient keys of a gate, not the newest.
     """
 
     part: str
     reads: dict = field(default_factory=dict)
-    trained: dict | None = None
+    trained: dict = field(default_factory=dict)
+    lessons: dict = field(default_factory=dict)
     gates: int | None = None
     salient: bool = False
+
+    @property
+    def label(self) -> str:
+        """What its model was trained with; empty where the study's own will do."""
+        return ",".join(f"{name}={value}" for name, value in sorted({**self.trained, **self.lessons}.items()))
 
 
 GROUPED = {"n_kv_heads": "half"}
@@ -41,9 +48,13 @@ CHANGES = {
     "rings of the most salient": Change("rings", salient=True),
     "k-means prototypes": Change("prototypes", gates=0),
     "8 gates by k-means": Change("gates", gates=8),
+    "32 gates by k-means": Change("gates", gates=32),
     "64 gates by k-means": Change("gates", gates=64),
+    "256 gates by k-means": Change("gates", gates=256),
     "keep 3/4 of the tokens": Change("keep", {"keep_ratio": 0.75}),
     "keep 1/2 of the tokens": Change("keep", {"keep_ratio": 0.5}),
+    "no opening loss": Change("opening loss", lessons={"opening": 0.0}),
+    "alpha 1 in every thinned step": Change("random alpha", lessons={"top_share": 1.0}),
     "EMA 0.9": Change("EMA", trained={"ema_decay": 0.9}),
     "EMA 0.999": Change("EMA", trained={"ema_decay": 0.999}),
     "two heads share keys": Change("routing", trained=GROUPED),
@@ -56,9 +67,9 @@ CHANGES = {
 
 def in_training(change: Change, heads: int) -> dict:
     """The fields that a change's model is trained with. ValueError where heads cannot be halved."""
-    if change.trained and heads % 2:
+    if "half" in change.trained.values() and heads % 2:
         raise ValueError(f"heads={heads}: must be even for changes in which two heads share keys")
-    return {name: heads // 2 if value == "half" else value for name, value in (change.trained or {}).items()}
+    return {name: heads // 2 if value == "half" else value for name, value in change.trained.items()}
 
 
 def with_gates(model: ProteusLM, count: int) -> ProteusLM:

@@ -17,14 +17,11 @@ from . import report as reports
 from .arms import ARMS
 from .changes import CHANGES
 from .study import Asked, Row, cells, load, study
-from .subjects import ALPHA, PRESETS, Scale, lessons, plan
+from .subjects import ALPHA, PRESETS, RELATED, Scale, lessons, plan
 from .tasks import TASKS
 
 EVERY = tuple(TASKS)
-ASKED = {
-    "small": Asked(),
-    "full": Asked(EVERY, (256, 512, 1024, 2048, 4096), (16, 64, 256), shares=(8, 16), cases=4000),
-}
+ASKED = {"small": Asked(), "full": Asked(("mqar", *RELATED), (256, 512, 1024, 2048, 4096), (16, 64, 256))}
 
 Preset = Annotated[str, typer.Option(help="small: minutes on one core; full: hours on a GPU.")]
 ScaleFields = Annotated[str, typer.Option("--scale", help='Other fields of Scale as JSON, such as {"width": 96}.')]

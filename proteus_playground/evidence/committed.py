@@ -68,7 +68,7 @@ def committed(where: Path | None = None) -> list[Study]:
 def can_repeat(entry: Entry) -> bool:
     """Whether the shipped model will do: what changed was changed while reading, and not while training."""
     change = CHANGES.get(entry.change)
-    return change is None or (change.trained is None and change.gates is None)
+    return change is None or (not change.label and change.gates is None)
 
 
 def repeat(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -24,12 +24,11 @@ from ..progress import Stop, check_stop
 from .arms import ARMS, DENSE_ARMS, Reading, calibrate, read, walk
 from .changes import AS_IT_IS, CHANGES, in_training, with_gates
 from .rings import attend_by_rings
-from .subjects import ALPHA, DENSE, Scale, Training, lessons, prepare
+from .subjects import ALPHA, DENSE, RELATED, Scale, Training, lessons, prepare
 from .task import Task
 from .tasks import TASKS
 
 OURS = "gates + notes + trained alpha"
-NEAR_RECALL = ("induction", "multi-key", "multi-query")  # who has learned recall and repetition can do these
 CALIBRATION = 1 << 14  # tokens of training text that k-means sees
 UNREAD = 10**9  # index of a batch that no training reaches
 HOW_MANY = 1 << 14  # tokens read at a time
@@ -74,9 +73,7 @@ class Cell:
     @property
     def subject(self) -> tuple[str, str]:
         """Kind of the model that reads, and what it was trained with beside its scale."""
-        trained = CHANGES[self.change].trained if self.change else None
-        label = ",".join(f"{name}={value}" for name, value in sorted((trained or {}).items()))
-        return ALPHA if ARMS[self.arm].alpha else DENSE, label
+        return ALPHA if ARMS[self.arm].alpha else DENSE, CHANGES[self.change or AS_IT_IS].label
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class Row:
 
 def cells(scale: Scale, asked: Asked) -> list[Cell]:
     """Every cell that fits its length, those of one model together. ValueError for a task that nobody has learned."""
-    learned = (*scale.tasks, *(NEAR_RECALL if "mqar" in scale.tasks else ()))
+    learned = (*scale.tasks, *(RELATED if "mqar" in scale.tasks else ()))
     strange = sorted(set(asked.tasks) - set(learned))
     if strange:
         raise ValueError(f"tasks={strange[0]!r}: must be one that the models have learned: {', '.join(learned)}")
@@ -164,7 +161,7 @@ def _subject(scale: Scale, cell: Cell, models: Path, device: str, stop: Stop | N
     """The model that a cell reads with, its gates fitted where training left none or others are wanted."""
     kind, trained = cell.subject
     change = CHANGES[cell.change or AS_IT_IS]
-    fields = in_training(change, scale.heads)
+    fields, scale = in_training(change, scale.heads), replace(scale, **change.lessons)
     for event in prepare(scale, kind, cell.seed, models, change=trained, device=device, stop=stop, **fields):
         if isinstance(event, Training):
             yield event

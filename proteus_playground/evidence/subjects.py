@@ -30,14 +30,16 @@ class Scale:
     layers: int = 2
     taps: int = 3
     """Tokens of the short convolution over the embeddings, see `ModelConfig`."""
-    gates: int = 32
+    gates: int = 64
     """C per KV group."""
     probes: int = 4
     dna_fraction: float = 0.75
     rope_theta: float | None = None
     """Base of the rotary positions; without them what is learned at 256 tokens holds at 4,096."""
-    shortlist: int = 32
-    """L at alpha 1 in training; at evaluation it follows the length."""
+    share: int = 8
+    """L at alpha 1 in training is the length divided by this; at evaluation the study says."""
+    opening: float = 0.0
+    """Weight of the opening loss where alpha is drawn at random."""
     tasks: tuple[str, ...] = ("mqar",)
     """What one model is trained on, all at once, of `TASKS`."""
     things: tuple[int, ...] = (4, 16, 32)
@@ -82,8 +84,8 @@ class Scale:
         """changes: other fields of `AttentionConfig`."""
         shape = {
             "d_model": self.width, "n_heads": self.heads, "route_heads": False, "gates_per_group": self.gates,
-            "probes": self.probes, "dna_fraction": self.dna_fraction, "shortlist": self.shortlist,
-            "rope_theta": self.rope_theta, "flux_alpha": 1.0,
+            "probes": self.probes, "dna_fraction": self.dna_fraction, "rope_theta": self.rope_theta, "flux_alpha": 1.0,
+            "shortlist": self.reads(max(length for length, _ in self.stages), self.share),
         }  # fmt: skip
         attention = AttentionConfig(**{**shape, **changes})
         return ModelConfig(self.words.size, self.layers, attention, hidden=2 * self.width, taps=self.taps)
@@ -92,10 +94,12 @@ class Scale:
         return asdict(self)
 
 
+RELATED = ("induction", "multi-key", "multi-query")  # who has learned mqar and repetition can do these
+WORKERS = 2  # processes that write texts ahead where another device trains
 SMALL = Scale()
 FULL = Scale(
-    width=128, heads=4, gates=32, shortlist=128, tasks=tuple(TASKS), things=(4, 16, 64), questions=16,
-    stages=((64, 2000), (256, 3000), (1024, 3000)), tokens=65536, lr=2e-3, words=Words(512, 512, 64),
+    gates=128, dna_fraction=0.875, opening=0.3, things=(4, 16, 64, 128), tokens=32768, lr=3e-3, top_share=0.5,
+    stages=((64, 400), (128, 400), (256, 600), (512, 600), (1024, 1000)),
 )  # fmt: skip
 PRESETS = {"small": SMALL, "full": FULL}
 
@@ -131,7 +135,8 @@ def prepare(
         torch.manual_seed(seed)
         model = ProteusLM(scale.model(**changes)).to(device)
         batches, recipe = lessons(scale, seed), plan(scale, kind, seed)
-        for step in train(model, batches, recipe, folder=folder / name, device=device, stop=stop):
+        workers = 0 if torch.device(device).type == "cpu" else WORKERS
+        for step in train(model, batches, recipe, folder=folder / name, device=device, workers=workers, stop=stop):
             yield Training(name, step, recipe.steps)
         model.save(path)
     yield ProteusLM.load(path, device).eval()
@@ -156,6 +161,7 @@ def plan(scale: Scale, kind: str, seed: int) -> Recipe:
     stages = []
     for i, (length, steps) in enumerate(scale.stages):
         dense = kind == DENSE or i < scale.dense_stages
-        alpha, top = (0.0, 0.0) if dense else ((0.0, 1.0), scale.top_share)
-        stages.append(Stage((length,), scale.tokens, steps, alpha, top))
-    return Recipe(tuple(stages), lr=scale.lr, warmup=50, weight_decay=0.01, seed=seed, learn_gates=kind != DENSE)
+        thinned = {} if dense else {"top_share": scale.top_share, "share": scale.share}
+        stages.append(Stage((length,), scale.tokens, steps, 0.0 if dense else (0.0, 1.0), **thinned))
+    figures = {"lr": scale.lr, "warmup": 50, "weight_decay": 0.01, "seed": seed, "learn_gates": kind != DENSE}
+    return Recipe(tuple(stages), opening=scale.opening if kind == ALPHA else 0.0, **figures)

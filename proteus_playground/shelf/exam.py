@@ -57,8 +57,8 @@ def exam(
     whole_number("seed", seed, 0)
     whole_number("tokens", tokens, ROOM * max(8, 2 * min(per_shelf, questions)))  # half of it shelf, or more
     _check(model, tokenizer)
-    before, device = [block.attn.cfg.flux_alpha for block in model.blocks], model.embed.weight.device
-    try:
+    device = model.embed.weight.device
+    with model.settings():
         for number in range(-(-questions // per_shelf)):
             ids, asked = _paper(tokenizer, tokens, min(per_shelf, questions - number * per_shelf), seed, number)
             for alpha in alphas:
@@ -68,9 +68,6 @@ def exam(
                     wrote, value = said[start - 1 : start - 1 + len(answer)], tokenizer.encode(question.value)[0]
                     at = answer.index(value)
                     yield Graded(question, start, start - fact, alpha, wrote == answer, wrote[at] == value)
-    finally:
-        for block, alpha in zip(model.blocks, before, strict=True):
-            block.attn.set_flux_alpha(alpha)
 
 
 def _check(model: ProteusLM, tokenizer: ShelfTokenizer) -> None:

@@ -28,6 +28,7 @@ Minutes = Annotated[float | None, typer.Option(help="Stop after so long; the sam
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Start = Annotated[Path | None, typer.Option(help="Begin with the weights of this model file, not with random ones.")]
+Workers = Annotated[int, typer.Option(help="Processes that write texts ahead; worth it on a GPU.", min=0)]
 Every = Annotated[int, typer.Option(help="Look at gates and heads every so many steps.", min=1)]
 
 
@@ -40,6 +41,7 @@ def command(
     precision: Precision = "auto",
     every: Every = 50,
     start: Start = None,
+    workers: Workers = 0,
 ) -> None:
     """Train a model by its recipe; under torchrun, all processes train it together."""
     from ..shipped import RECIPES
@@ -53,14 +55,14 @@ def command(
         model = ProteusLM(job.model) if start is None else ProteusLM.load(start)
         if model.cfg != job.model:
             raise ValueError(f"start={str(start)!r} holds a model of another shape than {name}")
-        run(job, model, out, steps, minutes, where, precision, every, quiet=rank > 0)
+        run(job, model, out, steps, minutes, where, precision, every, workers, quiet=rank > 0)
         if rank == 0:
             typer.echo(f"Model: {model.save(out / MODEL)}")
 
 
 def run(
     job: Job, model: ProteusLM, out: Path, steps: int | None, minutes: float | None, device: torch.device,
-    precision: str, every: int, quiet: bool = False,
+    precision: str, every: int, workers: int = 0, quiet: bool = False,
 ) -> None:  # fmt: skip
     """Train until the recipe, the steps or the minutes end; says so where it was not the recipe."""
     if minutes is not None:
@@ -70,8 +72,8 @@ def run(
     def stop() -> bool:
         return monotonic() > ends or (steps is not None and at >= steps)
 
-    options = {"folder": out, "every": every, "device": device, "precision": precision, "stop": stop}
-    training = train(model, job.batches, job.recipe, **options)
+    options = {"folder": out, "every": every, "device": device, "precision": precision, "workers": workers}
+    training = train(model, job.batches, job.recipe, stop=stop, **options)
     at = len(read_log(out))
     with tqdm(total=job.recipe.steps, disable=quiet, unit="step", mininterval=1, initial=at) as bar:
         try:

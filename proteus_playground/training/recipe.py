@@ -46,6 +46,8 @@ class Stage:
     """Flux alpha in [0, 1], or (low, high) to draw it uniformly for every step."""
     top_share: float = 0.0
     """Share of steps whose alpha is the high end exactly, in [0, 1]."""
+    share: int | None = None
+    """L at alpha 1 is the length divided by this, >= 1; None: the model's own L whatever the length."""
     plateau: float | None = None
     """End early once the mean loss over `patience` steps is less than this share below that of the steps before."""
     patience: int = 100
@@ -60,6 +62,8 @@ class Stage:
         whole_number("tokens", self.tokens, max(self.lengths))
         whole_number("steps", self.steps, 1)
         whole_number("patience", self.patience, 1)
+        if self.share is not None:
+            whole_number("share", self.share, 1)
         if isinstance(self.alpha, (tuple, list)):
             object.__setattr__(self, "alpha", tuple(map(check_alpha, self.alpha)))
             if len(self.alpha) != 2 or self.alpha[0] > self.alpha[1]:
@@ -101,6 +105,8 @@ class Recipe:
     """Factor on the rate of router and gate weights, > 0."""
     router_z: float = 1e-3
     """Weight of the router z-loss, >= 0."""
+    opening: float = 0.0
+    """Weight of the opening loss, which teaches queries to open the gates of what they attend to, >= 0."""
     alignment: float = 0.0
     """Weight of the alignment loss for Top-A, >= 0."""
     seed: int = 0
@@ -117,7 +123,7 @@ class Recipe:
             raise TypeError(f"stages={self.stages!r}: must be one Stage or more")
         for name in ("lr", "clip", "gate_lr"):
             real_number(name, getattr(self, name), 0, above=True)
-        for name in ("weight_decay", "router_z", "alignment"):
+        for name in ("weight_decay", "router_z", "opening", "alignment"):
             real_number(name, getattr(self, name), 0)
         real_number("cooldown", self.cooldown, 0, 1)
         whole_number("warmup", self.warmup, 0)

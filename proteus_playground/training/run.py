@@ -5,6 +5,7 @@ Axes: `B` batch, `T` tokens, `V` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from math import isfinite
@@ -23,6 +24,7 @@ from .precision import autocast, pick_dtype, scaler
 from .recipe import Batch, Batches, Recipe
 from .schedule import Place
 from .store import Saved
+from .texts import Texts
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,17 @@ class Step:
 class Run:
     """Model, optimiser and place: all that changes from step to step."""
 
-    def __init__(self, model: ProteusLM, batches: Batches, recipe: Recipe, device: torch.device, wanted: str):
+    def __init__(
+        self, model: ProteusLM, batches: Batches, recipe: Recipe, device: torch.device, wanted: str, workers: int = 0
+    ):
         self.model, self.batches, self.recipe, self.device = model.to(device), batches, recipe, device
         self.dtype = pick_dtype(device, wanted)
         self.optimiser, self.scaler = optimiser.build(model, recipe), scaler(device, self.dtype)
         self.place, self.rank, self.ranks = Place(), *ranks.place()
         self.names = {id(weight): name for name, weight in model.named_parameters()}
-        self._next: tuple[tuple, Batch] | None = None  # made ahead: for which step, and the batch
+        self.workers = workers
+        self._loader: tuple[int, Iterator[Batch]] | None = None  # of which stage, and its batches to come
+        self._next: tuple[int, Batch] | None = None  # written ahead: of which stage, and the batch
 
     # -- one step ---------------------------------------------------------------------------------------------
 
@@ -64,10 +70,10 @@ class Run:
         began, place, seen, result = perf_counter(), self.place, {}, []
         stage, rate = place.stage, place.rate(self.recipe)
         length, alpha = place.stage_of(self.recipe).draw(self.recipe.seed, place.step)
-        batch, scored = self._batch(length)
+        batch, scored = self._batch()
 
         def work() -> None:
-            result.extend(self._learn(batch, scored, alpha, rate))
+            result.extend(self._learn(batch, scored, length, alpha, rate))
 
         if measured:
             seen["memory_bytes"] = step_bytes(self.device, self._held, work)
@@ -83,30 +89,36 @@ class Run:
             seconds=place.seconds, tokens_per_second=tokens / seconds, grad_norm=norm, **seen,
         )  # fmt: skip
 
-    def _batch(self, length: int) -> tuple[Batch, float]:
+    def _batch(self) -> tuple[Batch, float]:
         """The next step's batch, and its weight over all ranks."""
         made, self._next = self._next, None
-        known = made and made[0] == (self.place.step, self.place.stage)
-        batch = made[1] if known else self._make(self.place.step, length)
+        batch = made[1] if made and made[0] == self.place.stage else self._write(self.place.step)
         asked = batch.targets != losses.IGNORED
         weight = asked.sum() if batch.weights is None else batch.weights[asked].sum()
         return batch, ranks.total([float(weight)], self.device)[0]
 
-    def _make(self, step: int, length: int) -> Batch:
-        stage = self.place.stage_of(self.recipe)
-        return self.batches.batch(step * self.ranks + self.rank, stage.tokens // length, length)
+    def _write(self, step: int) -> Batch:
+        """A step's batch; a stage's come from one loader."""
+        place, stage = self.place, self.place.stage_of(self.recipe)
+        if self._loader is None or self._loader[0] != place.stage:
+            texts = Texts(self.batches, stage, self.recipe.seed, self.rank, self.ranks)
+            to_come = range(step, place.step + stage.steps - place.stage_step)
+            self._loader = place.stage, texts.loader(to_come, self.workers)
+        return next(self._loader[1])
 
-    def _make_ahead(self) -> None:
+    def _write_ahead(self) -> None:
         """The batch of the step after this one, while the device works on this one."""
-        step, stage = self.place.step + 1, self.place.stage_of(self.recipe)
-        if self.place.stage_step + 1 < stage.steps:
-            length, _ = stage.draw(self.recipe.seed, step)
-            self._next = ((step, self.place.stage), self._make(step, length))
+        if self.place.stage_step + 1 < self.place.stage_of(self.recipe).steps:
+            self._next = self.place.stage, self._write(self.place.step + 1)
 
-    def _learn(self, batch: Batch, scored: float, alpha: float, rate: float) -> tuple[float, float]:
+    def _shortlist(self, length: int) -> int:
+        share = self.place.stage_of(self.recipe).share
+        return max(1, length // share) if share else self.model.cfg.attention.shortlist
+
+    def _learn(self, batch: Batch, scored: float, length: int, alpha: float, rate: float) -> tuple[float, float]:
         """Forward, backward, update. The loss over all ranks and the gradient's norm."""
         model, recipe = self.model.train(self.recipe.learn_gates), self.recipe
-        model.set_flux_alpha(alpha)
+        model.set(flux_alpha=alpha, shortlist=self._shortlist(length))
         optimiser.set_rate(self.optimiser, rate)
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.device, self.dtype):
@@ -120,7 +132,7 @@ class Run:
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.device.type != "cpu":
-            self._make_ahead()
+            self._write_ahead()
         return self._checked(float(loss.detach()), float(extra.detach()), float(norm))
 
     def _checked(self, loss: float, extra: float, norm: float) -> tuple[float, float]:
@@ -135,14 +147,17 @@ class Run:
         """Weighted cross-entropy, and what the recipe adds to it."""
         recipe, keep = self.recipe, {"checkpoint": True} if self.recipe.checkpoint else {}
         ids, targets = (x.to(self.device, non_blocking=True) for x in (batch.ids, batch.targets))
-        traced = recipe.alignment > 0 or (recipe.router_z > 0 and self.model.cfg.attention.route_heads)
+        routed = recipe.router_z > 0 and self.model.cfg.attention.route_heads
+        traced = recipe.alignment > 0 or recipe.opening > 0 or routed
         logits, traces = self.model(ids, return_trace=True, **keep) if traced else (self.model(ids, **keep), ())
         each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=losses.IGNORED, reduction="none")
         if batch.weights is not None:
             each = each * batch.weights.to(self.device, non_blocking=True).flatten()
         extra = each.new_zeros(())
-        if recipe.router_z and traced:
+        if routed:
             extra = extra + recipe.router_z * losses.router_z(traces)
+        if recipe.opening:
+            extra = extra + recipe.opening * losses.opening(traces, self.model, first=self.place.step)
         if recipe.alignment:
             extra = extra + recipe.alignment * losses.alignment(traces[-1], self.model, targets)
         return each.sum() * (self.ranks / max(scored, 1e-9)), extra
