@@ -18,6 +18,7 @@ from transformers import (  # noqa: E402
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -26,7 +27,7 @@ from transformers import (  # noqa: E402
 
 from proteus_playground.attention import plan_budget, rotate  # noqa: E402
 from proteus_playground.hf.cache import ProteusCache  # noqa: E402
-from proteus_playground.hf.patch import full_attention_layers, patched  # noqa: E402
+from proteus_playground.hf.patch import CACHE_NAMES, full_attention_layers, handed, patched  # noqa: E402
 from proteus_playground.hf.text import stream_text  # noqa: E402
 from proteus_playground.texts import load_text, pasted  # noqa: E402
 from proteus_playground.views import Settings  # noqa: E402
@@ -72,7 +73,7 @@ def write(model, ids, cache, n=60, **more):
     more.setdefault("attention_mask", torch.ones_like(ids))
     return model.generate(
         ids,
-        past_key_values=cache,
+        **handed(model, cache),
         max_new_tokens=n,
         do_sample=False,
         return_dict_in_generate=True,
@@ -131,9 +132,35 @@ def test_a_prompt_may_come_in_pieces(llama, layers):
     cache, patch = cache_of(llama, layers)
     edges = (0, 1, 40, 41, 43, 190, 230)
     with torch.no_grad():
-        got = [llama(text[:, a:b], past_key_values=cache).logits for a, b in zip(edges, edges[1:], strict=False)]
+        got = [llama(text[:, a:b], **handed(llama, cache)).logits for a, b in zip(edges, edges[1:], strict=False)]
     with patched(llama, patch):
         assert_close(torch.cat(got, 1), logits(llama, text), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_decoder_may_be_handed_its_cache_by_either_name(llama, ids, name, monkeypatch):
+    cache, patch = cache_of(llama)
+    (here,), native = handed(llama.model, None), LlamaModel.forward
+
+    def renamed(decoder, ids, **kwargs):
+        """As a transformers of that name would; the one that is installed has only one of them."""
+        return native(decoder, ids, **{here: kwargs.pop(name)}, **kwargs)
+
+    with torch.no_grad(), patched(llama, patch):
+        full = llama.model(ids).last_hidden_state
+    monkeypatch.setattr(LlamaModel, "forward", renamed)
+    with torch.no_grad():
+        got = llama.model(ids, **{name: cache}).last_hidden_state
+    assert all(bank.tokens == T for bank in cache.banks.values())
+    assert_close(got, full, atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_the_name_that_every_transformers_takes_writes_through_the_banks(llama, ids):
+    one, other = cache_of(llama)[0], cache_of(llama)[0]
+    found = llama.generate(ids, past_key_values=one, max_new_tokens=3, do_sample=False)
+    assert all(bank.tokens == T + 2 for bank in one.banks.values())
+    assert torch.equal(found, write(llama, ids, other, 3).sequences)
 
 
 def test_memory_stays_while_a_plain_cache_grows(llama, ids):
@@ -153,7 +180,7 @@ def test_it_works_in_one_expression_and_leaves_nothing(llama, ids):
     native = logits(llama, ids)
     layer = proteus(1.0)
     gates = dict.fromkeys(range(3), layer.gates)
-    llama.generate(ids, past_key_values=ProteusCache(llama, gates, layer.config), max_new_tokens=3)
+    llama.generate(ids, **handed(llama, ProteusCache(llama, gates, layer.config)), max_new_tokens=3)
     gc.collect()
     assert untouched(llama) and "forward" not in vars(llama.model)
     with ProteusCache(llama, gates, layer.config) as cache:
@@ -274,7 +301,12 @@ def test_a_file_of_another_model_is_refused(llama, tmp_path):
 def test_beams_and_several_continuations(llama, ids, alpha):
     cache, layers = cache_of(llama, alpha=alpha)
     found = llama.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, num_beams=3, max_new_tokens=25, do_sample=False
+        ids,
+        attention_mask=torch.ones_like(ids),
+        **handed(llama, cache),
+        num_beams=3,
+        max_new_tokens=25,
+        do_sample=False,
     )
     if alpha == 0:
         native = llama.generate(
@@ -282,7 +314,7 @@ def test_beams_and_several_continuations(llama, ids, alpha):
         )
         assert torch.equal(found, native)
     many = llama.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache_of(llama, alpha=alpha)[0],
+        ids, attention_mask=torch.ones_like(ids), **handed(llama, cache_of(llama, alpha=alpha)[0]),
         num_return_sequences=2, do_sample=True, max_new_tokens=5,
     )  # fmt: skip
     assert many.shape == (4, T + 5) and found.shape == (2, T + 25)
@@ -294,7 +326,7 @@ def test_taking_tokens_back_is_refused(llama, ids):
     with pytest.raises(ValueError, match="tokens_to_remove=-2"):
         cache.crop(-2)
     with pytest.raises(ValueError, match="(?i)crop|take tokens back|assisted"):
-        llama.generate(ids[:1].repeat(1, 3), past_key_values=cache_of(llama)[0], prompt_lookup_num_tokens=3,
+        llama.generate(ids[:1].repeat(1, 3), **handed(llama, cache_of(llama)[0]), prompt_lookup_num_tokens=3,
                        max_new_tokens=20, do_sample=False)  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 from transformers import (  # noqa: E402 -- after the skip
+    DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -17,7 +18,7 @@ from transformers import (  # noqa: E402 -- after the skip
 )
 
 from proteus_playground.attention import AttentionConfig, Gates, rotate  # noqa: E402
-from proteus_playground.hf.patch import NAME, capture, full_attention_layers, patched  # noqa: E402
+from proteus_playground.hf.patch import NAME, capture, full_attention_layers, handed, patched  # noqa: E402
 from proteus_playground.layer_run import ProteusLayer  # noqa: E402
 
 T, VOCABULARY = 77, 101
@@ -198,9 +199,10 @@ def test_gradient_reaches_the_projections_through_a_patched_layer(ids):
 
 def test_decoding_with_a_cache_is_refused(llama, ids):
     with patched(llama, {0: proteus(0.0)}):
-        past = llama(ids, use_cache=True).past_key_values
+        past = handed(llama, DynamicCache(config=llama.config))
+        llama(ids, **past)
         with pytest.raises(ValueError, match="KV cache"):
-            llama(ids[:, :1], past_key_values=past)
+            llama(ids[:, :1], **past)
     assert untouched(llama)
 
 

@@ -13,6 +13,7 @@ from ..sampling import Sampling
 from ..texts import Text
 from ..views import Settings
 from .cache import ProteusCache
+from .patch import handed
 from .source import ModelSource
 
 PIECE = 256  # tokens of the beginning that are read at a time
@@ -64,5 +65,5 @@ class ModelReading:
     @torch.inference_mode()
     def _take_in(self, ids: list[int]) -> None:
         row = torch.tensor([ids], device=self._model.device)
-        self._logits = self._model(row, past_key_values=self._cache, logits_to_keep=1).logits[:, -1]
+        self._logits = self._model(row, **handed(self._model, self._cache), logits_to_keep=1).logits[:, -1]
         self.tokens += self._tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)

@@ -32,7 +32,7 @@ from ..tensors import fingerprint, read_tensors, write_tensors
 from ..texts import Text, calibration_text
 from ..views import Settings
 from .bank_layer import BankLayer, gates_from
-from .patch import check_layers, find_decoder, full_attention_layers, layer_shape, patched
+from .patch import CACHE_NAMES, check_layers, find_decoder, full_attention_layers, layer_shape, patched
 from .source import ModelSource
 
 CALIBRATION_TOKENS = 2048
@@ -250,10 +250,10 @@ _WATCHED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many ca
 def _forward(decoder: nn.Module, *args, **kwargs):
     """A decoder's own forward, through the banks of the `ProteusCache` that it is handed, if it is."""
     native = MethodType(type(decoder).forward, decoder)
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, ProteusCache):
+    mine = [kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), ProteusCache)]
+    if not mine:
         return native(*args, **kwargs)
-    with cache.run(decoder):
+    with mine[0].run(decoder):
         return native(*args, **kwargs)
 
 

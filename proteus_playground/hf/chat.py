@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .patch import handed
+
 BEFORE, AFTER = "These passages were taken from a long document:\n\n", "\n\nAnswer in a few words, from the passages. "
 REPLY = 32  # tokens
 ROOM = 256  # tokens that the question, the frame around it and the reply take at most
@@ -52,14 +54,15 @@ class ChatReader:
     def _reply(self, ids: np.ndarray, stand: np.ndarray) -> str:
         from transformers import DynamicCache
 
-        model, cache, said = self._model, DynamicCache(), []
+        model, said = self._model, []
+        kept = handed(model, DynamicCache())
         ends = model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         for _ in range(REPLY):
             rows, place = (
                 torch.tensor(np.asarray(x), dtype=torch.long, device=model.device)[None] for x in (ids, stand)
             )
-            token = int(model(rows, position_ids=place, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax())
+            token = int(model(rows, position_ids=place, **kept, logits_to_keep=1).logits[0, -1].argmax())
             if token in ends:
                 break
             said.append(token)

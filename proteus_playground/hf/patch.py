@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from threading import get_ident
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ from ..captured import CapturedLayer, half
 from ..layer_run import LayerShape
 
 NAME = "proteus_playground"
+CACHE_NAMES = ("cache", "past_key_values")  # what a pass calls its KV cache: since transformers 5.24, and before
 REFUSED = ("softcap", "s_aux", "position_bias", "sliding_window", "cache")  # would change the scores unseen
 
 
@@ -145,6 +147,12 @@ def find_decoder(model) -> nn.Module:
             f"self_attn holding {', '.join(names)} (Llama, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 3)"
         )
     return decoder
+
+
+def handed(model, cache) -> dict:
+    """`cache` as the keyword that a pass of `model` takes it by; transformers 5.24 warns of the older name."""
+    new, old = CACHE_NAMES
+    return {new if new in signature(type(model).forward).parameters else old: cache}
 
 
 def full_attention_layers(model) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 
 from ..checks import whole_number
 from ..sampling import Sampling
+from .patch import handed
 
 READ = 512  # tokens of a prompt that go through the model at a time
 
@@ -44,11 +45,12 @@ def stream_text(
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     pieces = DecodeStream(skip_special_tokens=True)  # holds back half a character until the rest is there
+    kept = handed(model, cache)
     for part in ids.split(READ, dim=1):
-        logits = model(part, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = model(part, **kept, logits_to_keep=1).logits[:, -1]
     for _ in count() if max_new_tokens is None else range(max_new_tokens):
         token = choose(logits, cache.get_seq_length())
-        logits = model(token[:, None], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = model(token[:, None], **kept, logits_to_keep=1).logits[:, -1]
         piece = pieces.step(tokenizer.backend_tokenizer, int(token))
         if piece:
             yield piece
