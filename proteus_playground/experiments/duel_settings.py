@@ -36,7 +36,6 @@ class Settings:
     gates: int = 4  # per group
     shortlist: int | None = None  # L, reads per query at alpha 1; None: length / 16
     dna_fraction: float = 0.25  # of L
-    opening: float = 0.1  # weight of the loss that teaches queries to open gates
     lr: float = 3e-3
     scored: int = 5  # times that the held-out text is read
     held_out: int = 24  # windows of `length` tokens of it
@@ -69,8 +68,7 @@ class Settings:
             rest = replace(rest, alpha=(0.0, 1.0), top_share=0.5)
         stages = (Stage((self.length,), self.tokens, first, 0.0), rest)
         warmup = min(50, max(1, self.steps // 10))
-        ours = {"learn_gates": True, "opening": self.opening} if arm == "proteus" else {"learn_gates": False}
-        return Recipe(stages, self.lr, warmup, cooldown=0.3, seed=self.seed, **ours)
+        return Recipe(stages, self.lr, warmup, cooldown=0.3, seed=self.seed, learn_gates=arm == "proteus")
 
 
 PRESETS = {
