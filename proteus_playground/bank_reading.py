@@ -21,7 +21,8 @@ from .texts import Text, calibration_text
 from .views import Settings
 
 CALIBRATION_TOKENS = 2048
-SETTINGS = Settings(shortlist=80, dna_fraction=0.7)  # window and rings small enough to be watched while they fill
+# Window and rings small enough to be watched while they fill.
+SETTINGS = Settings(shortlist=80, dna_fraction=0.7, gates=28)
 
 
 class Reading(Protocol):

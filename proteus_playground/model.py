@@ -208,14 +208,14 @@ class ProteusLM(nn.Module):
 
     @contextmanager
     def settings(self, **changes) -> Iterator[None]:
-        """As `set` while the block runs; then every layer has the config that it had, whatever was set inside."""
-        before = [block.attn.cfg for block in self.blocks]
+        """As `set` while the block runs; then every layer has these fields as they were before."""
+        before = [{name: getattr(block.attn.cfg, name) for name in changes} for block in self.blocks]
         try:
             self.set(**changes)
             yield
         finally:
-            for block, cfg in zip(self.blocks, before, strict=True):
-                block.attn.cfg = cfg
+            for block, fields in zip(self.blocks, before, strict=True):
+                block.attn.cfg = replace(block.attn.cfg, **fields)
 
     # -- text, token by token ---------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class Settings:
     dna_fraction: float = 0.5  # [0, 1], share of L spent on gates' rings and notes
     probes: int = 2  # gates opened per query, >= 1
     gates: int = 32  # prototypes per KV group, >= 1
-    notes: bool = True  # read each gate's summary
+    notes: bool = True  # read each gate's summary, where there is room
     anchors: int = 4  # first tokens that are always read, >= 0
     route_heads: bool = False  # let the router put heads to sleep
     head_top_p: float = 0.9  # (0, 1], only with route_heads

@@ -17,7 +17,7 @@ from proteus_playground.attention import (
     row_reads,
     surgery,
 )
-from proteus_playground.attention.budget import alpha_for_length
+from proteus_playground.attention.budget import alpha_for_length, split_shortlist
 from proteus_playground.model import ProteusBlock
 
 X = torch.randn(2, 90, 32, generator=torch.Generator().manual_seed(3))
@@ -45,6 +45,8 @@ def test_set_flux_alpha_pins_and_releases():
 def test_notes_go_before_probes_when_the_share_is_small():
     roomy, tight = (plan_budget(config(shortlist=size), 1000) for size in (32, 12))
     assert roomy.notes and roomy.ring == 5
+    border, below = (split_shortlist(size, 1.0, 0, 2, 16, notes=True) for size in (33, 32))  # 32 and 31 for the gates
+    assert border["notes"] and border["ring"] == 8 and not below["notes"] and below["ring"] == 15
     assert not tight.notes and tight.ring == 3
 
 

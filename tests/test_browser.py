@@ -10,9 +10,7 @@ from notebook_page import notebook_page, traces
 
 from proteus_playground.bench import slider
 
-# On the module and not by conftest.py alone: xdist looks for the group before the hook there has added it. Tests of one
-# file that are spread over two workers each find a page on which nothing has happened yet.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.slow
 TRACES = traces(".pp-figure")
 AXES = "[...document.querySelectorAll('.pp-figure .nsewdrag')].map((e) => e.getBoundingClientRect().toJSON())"
 

@@ -392,7 +392,7 @@ def test_every_change_changes_what_it_says(measured, tmp_path):
     """Each is measured on a row of its own, and none but the routed ones trains a model that another one has."""
     folder, _ = measured
     asked = replace(ASKED, arms=(), changes=tuple(CHANGES), lengths=(64,), things=(4,), shares=(2,), seeds=1, cases=10)
-    events = list(study(replace(SCALE, heads=4, gates=8), asked, tmp_path / "x.json", tmp_path))
+    events = list(study(replace(SCALE, heads=4, gates=8, opening=0.1), asked, tmp_path / "x.json", tmp_path))
     rows = {row.cell.change: row for row in rows_of(events)}
     assert list(rows) != [] and set(rows) == set(CHANGES)
     trained = {event.name for event in events if isinstance(event, Training)}

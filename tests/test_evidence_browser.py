@@ -12,9 +12,7 @@ from proteus_playground.bench import slider
 from proteus_playground.evidence.committed import committed
 from proteus_playground.shipped import shipped_models
 
-# On the module and not by conftest.py alone: xdist looks for the group before the hook there has added it. Tests of one
-# file that are spread over two workers each find a page on which nothing has happened yet.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.slow
 READY_MS = 120_000
 PANEL, FIGURE = traces(".pp-evidence"), traces(".pp-figure")
 NUMBERS = ".pp-evidence .pp-readout"

@@ -10,9 +10,7 @@ from notebook_page import notebook_page, traces
 
 from proteus_playground.bench import slider
 
-# On the module and not by conftest.py alone: xdist looks for the group before the hook there has added it. Tests of one
-# file that are spread over two workers each find a page on which nothing has happened yet.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.slow
 READY_MS = 180_000
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map((e) => e.textContent)"
 RAN = f"() => {PROMPTS}.every((prompt) => /\\[\\d+\\]/.test(prompt))"

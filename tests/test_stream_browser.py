@@ -14,9 +14,7 @@ NOTEBOOK = "notebooks/04_million_tokens.ipynb"
 # What three keys to the left make of each.
 KNOBS = {"chunk-tokens": "512", "per-chunk-budget": "45", "buffer-tokens": "181", "neighbours": "5"}
 READY_MS = 280_000
-# On the module and not by conftest.py alone: xdist looks for the group before the hook there has added it. Tests of one
-# file that are spread over two workers each find a page on which nothing has happened yet.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.slow
 TRACES = traces(".pp-stream")
 SHOWN = """([name, value]) => {
   const app = document.querySelector('.pp-stream');

@@ -151,11 +151,13 @@ def test_processes_that_write_ahead_change_no_bit(finished):
 
 def test_the_shortlist_follows_the_length_and_is_put_back():
     lm, seen = model(), []
+    lm.set(shortlist=12)  # somebody's own
+    attn = lm.blocks[1].attn
+    attn.register_forward_pre_hook(lambda layer, x: seen.append((x[0].shape[1], layer.cfg.shortlist)))
     stages = (Stage((24, 48), 96, 4, 1.0, share=8), Stage((24,), 96, 1, 1.0))
-    for step in train(lm, Echo(), recipe(stages=stages)):
-        seen.append((step.length, lm.blocks[1].attn.cfg.shortlist))
-    assert {pair for pair in seen[:-1]} <= {(24, 3), (48, 6)} and seen[-1] == (24, 16)
-    assert lm.blocks[1].attn.cfg == lm.cfg.attention
+    for _ in train(lm, Echo(), recipe(stages=stages)):
+        assert attn.cfg.shortlist == 12 and attn.cfg.flux_alpha is None
+    assert set(seen) == {(24, 3), (48, 6), (24, 12)} and seen[-1] == (24, 12)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):

@@ -139,7 +139,7 @@ class LayerControls(w.VBox):
                       for name in MINOR}  # fmt: skip
         notes = w.Checkbox(value=state.notes, description="read notes", indent=False)
         route = w.Checkbox(value=state.route_heads, description="route heads", indent=False)
-        tip(notes, "Whether every gate shows one note that averages what was not read.")
+        tip(notes, "Whether every gate shows one note that averages what was not read, where there is room for all.")
         tip(route, "Whether heads may sleep; the output of a model that was not trained for it suffers.")
         bind(state, "notes", notes)
         bind(state, "route_heads", route)

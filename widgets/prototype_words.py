@@ -71,7 +71,7 @@ def operation_sentence(done: Operation) -> str:
     }[done.what]
     before, after = done.nll
     effect = "did not change" if done.change < NOTHING else f"changed by {amount(done.change)}"
-    why = " A new slot's note takes a place from the rings, so this is no longer nothing." * (
+    why = " A new slot changes how L is shared between rings and notes, so this is no longer nothing." * (
         done.grown and done.change >= NOTHING
     )
     return f"{did}. The layer's output {effect}; the model's loss was {before:.3f} and is {after:.3f}.{why}"

@@ -75,7 +75,8 @@ PRESET_TIPS = {
     "dense": "Every query reads every earlier token: ordinary attention.",
     "window + anchors": "Near tokens and the first few only, which is what StreamingLLM does.",
     "gates": "Half the shortlist goes to far keys fetched from the gates each query opens.",
-    "gates with notes": "As gates, and every gate also shows one note that averages what was not read.",
+    "gates with notes": "As gates, and every gate also shows one note that averages what was not read, where there is "
+    "room: all notes together take half of the gates' share at most.",
     "tiny budget": "Thirty-two reads per query: watch what breaks first.",
 }
 

@@ -85,6 +85,7 @@ class Workbench(Board):
             self._set_status("fresh")
         self._ask_model(self.drawn.wanted.settings)
         if self._runs == 1:
+            self._stop_timing()
             self._time_again(self.drawn)
 
     def _stop_timing(self) -> None:

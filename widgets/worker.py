@@ -116,9 +116,9 @@ class Worker:
 
     @property
     def busy(self) -> str | None:
-        """The lane of the request that runs, if one does."""
+        """The lane of the request that runs, if one does that nobody has stopped."""
         running = self._running
-        return running.lane if running is not None else None
+        return running.lane if running is not None and not running.stopped else None
 
     def wait(self, timeout: float = 60.0) -> None:
         """Blocks until nothing runs or waits. For scripts and tests: inside a kernel it would block the drawing."""

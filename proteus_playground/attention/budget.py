@@ -106,7 +106,7 @@ def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, 
     while block * 4 <= near and block * 2 <= local and block < MAX_BLOCK:
         block *= 2
     probes = min(probes, gates)
-    notes = notes and far >= max(2 * gates, gates + probes)  # smaller rings lose more than notes bring: docs/log.md
+    notes = notes and far >= 2 * gates  # smaller rings lose more than notes bring: docs/log.md
     probes = min(probes, far)
     ring = (far - gates * notes) // probes if probes else 0
     return {"window": local - block, "block": block, "anchors": anchors, "probes": probes, "ring": ring, "notes": notes}

@@ -54,7 +54,8 @@ class AttentionConfig:
     n_anchors: int = 4
     """First tokens that every query reads (attention sinks), >= 0."""
     notes: bool = True
-    """Whether each gate's summary (one mean key and value) is read."""
+    """Whether each gate's summary (one mean key and value) is read, where all of them take at most half of the gates'
+    share of L."""
     rope_theta: float | None = 10_000.0
     """Base of the rotary embedding, > 0. None leaves queries and keys un-rotated."""
     prior_max: float = 0.5

@@ -25,7 +25,7 @@ def clone(attn: ProteusAttention, group: int, gate: int) -> int:
 
     The two share the gate's routing probability half and half, and keys keep falling into one of them, so routing,
     reads and output stay as they were; only where the clone adds a slot does the budget set one more read aside for
-    its note, which can shorten rings.
+    its note, which can shorten rings or leave no room for notes.
     """
     _check(attn, group, gate)
     gates = attn.gates

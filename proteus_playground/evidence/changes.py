@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..model import ProteusLM
+from .subjects import Scale
 
 AS_IT_IS = "as it is"
 
@@ -31,6 +32,10 @@ class Change:
     def label(self) -> str:
         """What its model was trained with; empty where the study's own will do."""
         return ",".join(f"{name}={value}" for name, value in sorted({**self.trained, **self.lessons}.items()))
+
+    def is_own(self, scale: Scale) -> bool:
+        """Whether its lessons are those that the study's models have anyway."""
+        return bool(self.lessons) and all(getattr(scale, name) == value for name, value in self.lessons.items())
 
 
 GROUPED = {"n_kv_heads": "half"}

@@ -110,7 +110,8 @@ def cells(scale: Scale, asked: Asked) -> list[Cell]:
     if strange:
         raise ValueError(f"tasks={strange[0]!r}: must be one that the models have learned: {', '.join(learned)}")
     wanted: dict[Cell, None] = {}
-    arms = [(arm, "") for arm in asked.arms] + [(OURS, change) for change in asked.changes]
+    changes = [name for name in asked.changes if not CHANGES[name].is_own(scale)]
+    arms = [(arm, "") for arm in asked.arms] + [(OURS, change) for change in changes]
     for seed in range(asked.seeds):
         for task in asked.tasks:
             for things in asked.things:

@@ -39,7 +39,7 @@ class Scale:
     share: int = 8
     """L at alpha 1 in training is the length divided by this; at evaluation the study says."""
     opening: float = 0.0
-    """Weight of the opening loss where alpha is drawn at random."""
+    """Weight of the opening loss in the alpha model, its dense stages too."""
     tasks: tuple[str, ...] = ("mqar",)
     """What one model is trained on, all at once, of `TASKS`."""
     things: tuple[int, ...] = (4, 16, 32)
@@ -77,7 +77,7 @@ class Scale:
         self.model()
 
     def reads(self, length: int, share: int) -> int:
-        """L for texts of `length`: 1/share of them, and no fewer than 8. Notes are read where they fit beside rings."""
+        """L for texts of `length`: 1/share of them, and no fewer than 8."""
         return min(length, max(length // share, 8))
 
     def model(self, **changes) -> ModelConfig:

@@ -117,11 +117,11 @@ class _Arm:
 
     @torch.no_grad()
     def _read(self, step: int, alpha: float) -> Score:
-        self.model.eval().set_flux_alpha(alpha)
         texts = self.windows.to(self.device)
-        loss = held_out_loss(self.model, texts, self.settings.tokens)
-        seen = look(self.model, texts[:1, :-1])
         prompt = texts[:1, : min(48, self.settings.length)]
-        written = self.model.generate(prompt, self.settings.sample, temperature=0.8, seed=self.settings.seed)
-        sample = self.codec.decode(torch.cat([prompt[0], *written]).tolist())
+        with self.model.eval().settings(flux_alpha=alpha):
+            loss = held_out_loss(self.model, texts, self.settings.tokens)
+            seen = look(self.model, texts[:1, :-1])
+            written = self.model.generate(prompt, self.settings.sample, temperature=0.8, seed=self.settings.seed)
+            sample = self.codec.decode(torch.cat([prompt[0], *written]).tolist())
         return Score(self.name, step, alpha, loss, exp(loss), sample=sample, **asdict(seen))

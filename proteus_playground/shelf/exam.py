@@ -49,7 +49,7 @@ def exam(
 ) -> Iterator[Graded]:  # fmt: skip
     """Ask `questions` questions behind shelves that fill `tokens` tokens with them, each at every alpha of `alphas`.
 
-    The model must be in evaluation mode; its alpha is put back at the end. per_shelf: questions behind one shelf, the
+    The model must be in evaluation mode; its alpha is left alone. per_shelf: questions behind one shelf, the
     first of them right behind it. Raises `TypeError` or `ValueError` naming the argument.
     """
     for name, value in (("questions", questions), ("per_shelf", per_shelf)):
@@ -58,16 +58,15 @@ def exam(
     whole_number("tokens", tokens, ROOM * max(8, 2 * min(per_shelf, questions)))  # half of it shelf, or more
     _check(model, tokenizer)
     device = model.embed.weight.device
-    with model.settings():
-        for number in range(-(-questions // per_shelf)):
-            ids, asked = _paper(tokenizer, tokens, min(per_shelf, questions - number * per_shelf), seed, number)
-            for alpha in alphas:
-                model.set_flux_alpha(alpha)
+    for number in range(-(-questions // per_shelf)):
+        ids, asked = _paper(tokenizer, tokens, min(per_shelf, questions - number * per_shelf), seed, number)
+        for alpha in alphas:
+            with model.settings(flux_alpha=alpha):
                 said = model(torch.tensor([ids], device=device))[0].argmax(-1).tolist()
-                for question, start, answer, fact in asked:
-                    wrote, value = said[start - 1 : start - 1 + len(answer)], tokenizer.encode(question.value)[0]
-                    at = answer.index(value)
-                    yield Graded(question, start, start - fact, alpha, wrote == answer, wrote[at] == value)
+            for question, start, answer, fact in asked:
+                wrote, value = said[start - 1 : start - 1 + len(answer)], tokenizer.encode(question.value)[0]
+                at = answer.index(value)
+                yield Graded(question, start, start - fact, alpha, wrote == answer, wrote[at] == value)
 
 
 def _check(model: ProteusLM, tokenizer: ShelfTokenizer) -> None:

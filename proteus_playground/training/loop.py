@@ -68,21 +68,20 @@ def _steps(run: Run, store: Store | None, every: int, save_seconds: float, stop:
             store.save(*run.state())
             saved, last = run.place.step, monotonic()
 
-    with run.model.settings():
-        try:
-            while run.place.stage_of(run.recipe) is not None:
-                if ranks.total([float(stop is not None and stop())], run.device)[0]:
-                    raise Stopped("stopped on request")
-                between = False  # what is half done here must not be saved
-                measured = run.place.step == 0 or (run.place.step + 1) % every == 0 or run.place.left(run.recipe) == 1
-                step = run.advance(measured)
-                between = True
-                if store is not None:
-                    store.log(step)
-                    if monotonic() - last >= save_seconds:
-                        save()
-                yield step
-        finally:
-            if between:
-                save()
-            run.model.eval()
+    try:
+        while run.place.stage_of(run.recipe) is not None:
+            if ranks.total([float(stop is not None and stop())], run.device)[0]:
+                raise Stopped("stopped on request")
+            between = False  # what is half done here must not be saved
+            measured = run.place.step == 0 or (run.place.step + 1) % every == 0 or run.place.left(run.recipe) == 1
+            step = run.advance(measured)
+            between = True
+            if store is not None:
+                store.log(step)
+                if monotonic() - last >= save_seconds:
+                    save()
+            yield step
+    finally:
+        if between:
+            save()
+        run.model.eval()

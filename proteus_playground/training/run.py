@@ -18,13 +18,13 @@ from torch import Tensor
 from .. import losses
 from ..model import ProteusLM
 from . import optimiser, ranks
+from .ahead import Texts
 from .look import look
 from .memory import step_bytes
 from .precision import autocast, pick_dtype, scaler
 from .recipe import Batch, Batches, Recipe
 from .schedule import Place
 from .store import Saved
-from .texts import Texts
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,18 @@ class Run:
         batch, scored = self._batch()
 
         def work() -> None:
-            result.extend(self._learn(batch, scored, length, alpha, rate))
+            result.extend(self._learn(batch, scored, rate))
 
-        if measured:
-            seen["memory_bytes"] = step_bytes(self.device, self._held, work)
-        else:
-            work()
-        loss, norm = result
-        tokens, seconds = batch.ids.numel() * self.ranks, perf_counter() - began
-        place.advance(self.recipe, loss, tokens, seconds)
-        if measured:
-            seen |= asdict(look(self.model, batch.ids[:1].to(self.device)))
+        with self.model.settings(flux_alpha=alpha, **self._shortlist(length)):
+            if measured:
+                seen["memory_bytes"] = step_bytes(self.device, self._held, work)
+            else:
+                work()
+            loss, norm = result
+            tokens, seconds = batch.ids.numel() * self.ranks, perf_counter() - began
+            place.advance(self.recipe, loss, tokens, seconds)
+            if measured:
+                seen |= asdict(look(self.model, batch.ids[:1].to(self.device)))
         return Step(
             step=place.step, stage=stage, length=length, alpha=alpha, loss=loss, lr=rate, tokens=place.tokens,
             seconds=place.seconds, tokens_per_second=tokens / seconds, grad_norm=norm, **seen,
@@ -111,14 +112,14 @@ class Run:
         if self.place.stage_step + 1 < self.place.stage_of(self.recipe).steps:
             self._next = self.place.stage, self._write(self.place.step + 1)
 
-    def _shortlist(self, length: int) -> int:
+    def _shortlist(self, length: int) -> dict:
+        """L of a step at alpha 1, where it follows the length."""
         share = self.place.stage_of(self.recipe).share
-        return max(1, length // share) if share else self.model.cfg.attention.shortlist
+        return {"shortlist": max(1, length // share)} if share else {}
 
-    def _learn(self, batch: Batch, scored: float, length: int, alpha: float, rate: float) -> tuple[float, float]:
+    def _learn(self, batch: Batch, scored: float, rate: float) -> tuple[float, float]:
         """Forward, backward, update. The loss over all ranks and the gradient's norm."""
         model, recipe = self.model.train(self.recipe.learn_gates), self.recipe
-        model.set(flux_alpha=alpha, shortlist=self._shortlist(length))
         optimiser.set_rate(self.optimiser, rate)
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(self.device, self.dtype):

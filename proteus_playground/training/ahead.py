@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .recipe import Batch, Batches, Stage
@@ -26,4 +27,5 @@ class Texts(Dataset):
 
     def loader(self, steps: range, workers: int) -> Iterator[Batch]:
         """The batches of these steps. workers: processes that write them ahead; 0 for none."""
-        return iter(DataLoader(self, batch_size=None, sampler=steps, num_workers=workers))
+        alone = torch.Generator()  # else it would draw from the numbers that users have seeded
+        return iter(DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, generator=alone))
