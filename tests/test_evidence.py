@@ -275,6 +275,8 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="route_heads"):
         read(routed, ids, ARMS["local"], 8)
     read(routed, ids, ARMS["gates + notes"], 24)
+    with pytest.raises(ValueError, match="share=0"):
+        Scale(share=0)
     for bad in (0, 41):
         with pytest.raises(ValueError, match="things="):
             recall.Recall(bad, words=WORDS)

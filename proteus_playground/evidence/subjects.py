@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..attention import AttentionConfig
+from ..checks import whole_number
 from ..model import ModelConfig, ProteusLM
 from ..progress import Stop
 from ..training import Recipe, Stage, Step, train
@@ -67,6 +68,7 @@ class Scale:
         object.__setattr__(self, "stages", tuple((length, steps) for length, steps in self.stages))
         if isinstance(self.words, dict):
             object.__setattr__(self, "words", Words(**self.words))
+        whole_number("share", self.share, 1)
         for name in self.tasks:
             if name not in TASKS:
                 raise ValueError(f"tasks={name!r}: must be one of {', '.join(TASKS)}")
