@@ -77,10 +77,13 @@ class PrototypePictures:
         path = trails(past)
         trace["trails"].update(x=path[:, 0], y=path[:, 1])
         live = np.flatnonzero(now.alive)
-        at = now.prototypes[live]
-        trace["prototypes"].update(x=at[:, 0], y=at[:, 1], text=[f"<b>{slot}</b>" for slot in live])
+        at, busy = now.prototypes[live], now.lured[live] > 0
         size = 21 if len(live) <= 24 else 17 if len(live) <= 48 else 13
-        trace["prototypes"].marker.update(color=(now.lured[live] > 0).astype(int), size=size)
+        shown = busy | (len(live) <= 48)  # in a crowd the idle ones are small and have no number
+        blank = "\u00a0"  # a label that is empty once stays empty in plotly
+        said = [f"<b>{slot}</b>" if big else blank for slot, big in zip(live, shown, strict=True)]
+        trace["prototypes"].update(x=at[:, 0], y=at[:, 1], text=said, customdata=live)
+        trace["prototypes"].marker.update(color=busy.astype(int), size=np.where(shown, size, size // 2), opacity=1)
         trace["prototypes"].textfont.size = size // 2
         trace["chosen"].marker.size = size + 6
         trace["confidence"].marker.size = size // 2
@@ -150,7 +153,7 @@ def _traces() -> list:
                    **map_),
         go.Scatter(name="trails", mode="lines", line={"color": INK, "width": 1.2}, opacity=0.5, **skip, **map_),
         go.Scatter(name="prototypes", mode="markers+text", marker=diamond, textfont={"color": "white", "size": 10},
-                   hovertemplate="prototype %{text}<extra></extra>", **map_),
+                   hovertemplate="prototype %{customdata}<extra></extra>", **map_),
         go.Scatter(name="chosen", mode="markers", marker=ring, **skip, **map_),
         go.Bar(name="lured", marker={"line": {"width": 0}, **turns}, textposition="none", **said, **bars),
         go.Scatter(name="confidence", mode="markers", marker=tick,
