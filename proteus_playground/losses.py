@@ -62,7 +62,8 @@ def opening(traces: Sequence[AttentionTrace], model: ProteusLM, first: int = 0) 
 def _opening(trace: AttentionTrace, attn: ProteusAttention, first: int) -> Tensor:
     cfg, gates, k = attn.cfg, attn.gates, trace.keys
     T = k.shape[1]
-    rows = torch.arange(first % max(1, T // ROWS), T, max(1, T // ROWS), device=k.device)
+    step = max(1, T // ROWS)
+    rows = torch.arange(first % step, T, step, device=k.device)
     q, scale = trace.queries[:, rows].float(), cfg.head_dim**-0.5
     with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
         mass, length = _mass_by_gate(q, k.float(), attn, rows, plan_budget(cfg, T, 1.0).window)

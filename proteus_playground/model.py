@@ -6,7 +6,7 @@ Axes: `B` batch, `T` tokens, `D` model width, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
@@ -201,21 +201,13 @@ class ProteusLM(nn.Module):
         for block in self.blocks:
             block.attn.set_flux_alpha(value)
 
-    def set(self, **changes) -> None:
-        """Give every layer other fields of its `AttentionConfig`. Raises as that does."""
-        for block in self.blocks:
-            block.attn.cfg = replace(block.attn.cfg, **changes)
-
     @contextmanager
     def settings(self, **changes) -> Iterator[None]:
-        """As `set` while the block runs; then every layer has these fields as they were before."""
-        before = [{name: getattr(block.attn.cfg, name) for name in changes} for block in self.blocks]
-        try:
-            self.set(**changes)
+        """`ProteusAttention.settings` of every layer."""
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(block.attn.settings(**changes))
             yield
-        finally:
-            for block, fields in zip(self.blocks, before, strict=True):
-                block.attn.cfg = replace(block.attn.cfg, **fields)
 
     # -- text, token by token ---------------------------------------------------------------------------------
 

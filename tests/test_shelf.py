@@ -27,7 +27,6 @@ class Knows(torch.nn.Module):
         pass
 
     settings = ProteusLM.settings
-    set = ProteusLM.set
 
     def forward(self, ids):
         said = torch.nn.functional.one_hot(ids.roll(-1, 1), TOKENIZER.vocab_size).float()

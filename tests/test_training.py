@@ -151,7 +151,8 @@ def test_processes_that_write_ahead_change_no_bit(finished):
 
 def test_the_shortlist_follows_the_length_and_is_put_back():
     lm, seen = model(), []
-    lm.set(shortlist=12)  # somebody's own
+    for block in lm.blocks:
+        block.attn.cfg = replace(block.attn.cfg, shortlist=12)  # somebody's own
     attn = lm.blocks[1].attn
     attn.register_forward_pre_hook(lambda layer, x: seen.append((x[0].shape[1], layer.cfg.shortlist)))
     stages = (Stage((24, 48), 96, 4, 1.0, share=8), Stage((24,), 96, 1, 1.0))

@@ -6,6 +6,8 @@ Axes: `B` batch, `T` tokens, `D` model width, `H` query heads, `G` KV groups, `r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +63,16 @@ class ProteusAttention(nn.Module):
     def set_flux_alpha(self, value: float | None) -> None:
         """Pin alpha in [0, 1], or release it with None so that the length decides."""
         self.cfg = replace(self.cfg, flux_alpha=None if value is None else check_alpha(value))
+
+    @contextmanager
+    def settings(self, **changes) -> Iterator[None]:
+        """Other fields of the layer's `AttentionConfig` while the block runs; then these are as they were before."""
+        before = {name: getattr(self.cfg, name) for name in changes}
+        self.cfg = replace(self.cfg, **changes)
+        try:
+            yield
+        finally:
+            self.cfg = replace(self.cfg, **before)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, seed: int = 0) -> ProteusAttention:

@@ -60,7 +60,12 @@ class AttentionTrace:
 
 
 def trace_of(
-    heads: Tensor, routes: Routes | None, keep: Tensor | None, gates: Gates, q: Tensor | None = None, k=None
+    heads: Tensor,
+    routes: Routes | None,
+    keep: Tensor | None,
+    gates: Gates,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
 ) -> AttentionTrace:
     """The trace of weighted heads `(B, T, G, K, d)`; keep `(B, T)` bool or None; q `(B, T, G K, d)`, k un-rotated."""
     q = None if q is None else q.unflatten(2, heads.shape[2:4])

@@ -9,8 +9,7 @@ Axes: `B` batch, `T` tokens, `R` rows in hand, `H` query heads, `G` KV groups, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import floor
 
@@ -228,7 +227,7 @@ class _Stand(nn.Module):
 
 def ask_layer(attn: ProteusAttention, h: Tensor, shortlist: int, **changes) -> tuple[Tensor, Tensor]:
     """The layer's own pass at alpha 1 with another budget: `(B, T, D)`, and reads and looks `(B, T, 2)`."""
-    with settings(attn, shortlist=min(shortlist, h.shape[1]), flux_alpha=1.0, **changes):
+    with attn.settings(shortlist=min(shortlist, h.shape[1]), flux_alpha=1.0, **changes):
         y, stats = attn(h, return_stats=True)
     reads = stats.reads.sum(2) / stats.awake.sum(2).clamp(min=1)
     return y, counts(reads, 0 if stats.budget.dense else attn.gates.gates_per_group)
@@ -237,17 +236,6 @@ def ask_layer(attn: ProteusAttention, h: Tensor, shortlist: int, **changes) -> t
 def counts(reads: Tensor, looks: Tensor | int) -> Tensor:
     """Reads `(B, T)` and looks, broadcast to it: `(B, T, 2)`."""
     return torch.stack((reads, torch.zeros_like(reads) + looks), dim=-1)
-
-
-@contextmanager
-def settings(attn: ProteusAttention, **changes) -> Iterator[None]:
-    """Other fields of a layer's config while the block runs."""
-    before = attn.cfg
-    attn.cfg = replace(before, **changes)
-    try:
-        yield
-    finally:
-        attn.cfg = before
 
 
 def choose_keys(attn: ProteusAttention, h: Tensor, arm: Arm, shortlist: int, **changes) -> tuple[Tensor, Tensor]:
@@ -290,7 +278,7 @@ def calibrate(model: ProteusLM, ids: Tensor, seed: int = 0) -> ProteusLM:
 
     def fit(attn: ProteusAttention, h: Tensor) -> tuple[Tensor, Tensor]:
         attn.calibrate(h, seed)
-        with settings(attn, flux_alpha=0.0):
+        with attn.settings(flux_alpha=0.0):
             return attn(h), counts(h.new_zeros(h.shape[:2]), 0)
 
     walk(model, ids, fit)
