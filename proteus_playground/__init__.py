@@ -2,7 +2,8 @@
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+from .common import __version__ as __version__
+
 __all__ = ["AttentionConfig", "KVBank", "ProteusAttention"]
 
 

@@ -14,12 +14,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
+def is_browser_test(path: Path) -> bool:
+    return path.parent.name == "browser"
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file is run by one worker, so that its fixtures are made once; only one browser is driven at a time."""
     for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("browser" if name.endswith("browser") else name))
+        item.add_marker(pytest.mark.xdist_group("browser" if is_browser_test(item.path) else item.path.stem))
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,7 @@ def cores(request, tmp_path_factory):
         return
     import fcntl
 
-    kind = fcntl.LOCK_EX if request.path.stem.endswith("browser") else fcntl.LOCK_SH
+    kind = fcntl.LOCK_EX if is_browser_test(request.path) else fcntl.LOCK_SH
     with open(tmp_path_factory.getbasetemp().parent / "cores.lock", "w") as file:
         fcntl.flock(file, kind)
         yield

@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 
-from proteus_playground.views import ANCHOR, DNA, LOCAL, NOTE, GateMap, LayerView, ModelView, RowView, Settings
+from proteus_playground.attention.settings import Settings
+from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, GateMap, LayerView, ModelView, RowView
 
 WORDS = ("the", "soup", "was", "warm", "and", "a", "humble", "token", "sat", "on", "page", "fifty", "five", "\n", "why")
 

@@ -28,12 +28,18 @@ def between(mark: str) -> str:
     return readme.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0]
 
 
+def packages() -> dict[str, Path]:
+    """Every folder that is installed, by the name it is imported by."""
+    return {
+        ".".join(("proteus_playground", *path.parent.relative_to(top).parts)): path.parent
+        for top in (ROOT / "proteus_playground", ROOT)
+        for path in top.rglob("__init__.py")
+        if top != ROOT or path.relative_to(ROOT).parts[0] in {"experiments", "notebooks", "widgets"}
+    }
+
+
 def test_every_package_is_listed():
-    listed = set(setup_cfg()["options"]["packages"].split())
-    folders = {path.parent for path in (ROOT / "proteus_playground").rglob("*.py")}
-    found = {str(folder.relative_to(ROOT)).replace(os.sep, ".") for folder in folders}
-    from_elsewhere = ("widgets", "notebooks", "paraphrases", "benchmarks")
-    assert listed == found | {f"proteus_playground.{name}" for name in from_elsewhere}
+    assert set(setup_cfg()["options"]["packages"].split()) == set(packages())
 
 
 def test_version_and_address_stand_in_one_place():
@@ -105,15 +111,13 @@ def test_a_wheel_holds_widgets_notebooks_and_the_story(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    wanted = {f"proteus_playground/notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
-    wanted |= {
-        f"proteus_playground/widgets/{path.relative_to(ROOT / 'widgets').as_posix()}"
-        for path in (ROOT / "widgets").rglob("*")
-        if path.suffix in {".py", ".js", ".css", ".json"} and "__pycache__" not in path.parts
+    wanted = {
+        f"{name.replace('.', '/')}/{path.relative_to(folder).as_posix()}"
+        for name, folder in packages().items()
+        for path in [*folder.glob("*.*"), *folder.glob("*_data/*"), *folder.glob("data/*"), *folder.glob("weights/*")]
+        if path.is_file() and not path.name.endswith(".pyc")
     }
-    wanted |= {"proteus_playground/paraphrases/paraphrases.json"}
-    studies = (ROOT / "docs" / "benchmarks").glob("evidence_*.json")
-    wanted |= {f"proteus_playground/benchmarks/{path.name}" for path in studies}
-    wanted |= {f"proteus_playground/data/{path.name}" for path in (ROOT / "proteus_playground" / "data").iterdir()}
+    studies = {path.name for path in (ROOT / "experiments" / "results").glob("*.json") if "evidence" not in path.name}
+    wanted -= {f"proteus_playground/experiments/results/{name}" for name in studies}
     assert wanted <= names, wanted - names
-    assert not any(name.startswith(("widgets/", "notebooks/", "tests/")) for name in names)
+    assert not any(name.startswith(("widgets/", "experiments/", "notebooks/", "tests/")) for name in names)

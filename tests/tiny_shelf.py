@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from proteus_playground import AttentionConfig
-from proteus_playground.model import ModelConfig, ProteusLM
-from proteus_playground.shelf import ShelfTokenizer, shelf
+from proteus_playground.lm.model import ModelConfig, ProteusLM
+from proteus_playground.lm.shelf import ShelfTokenizer, shelf
 
 
 def build(folder: Path, *, d_model: int = 48, n_layers: int = 2, gates: int = 8, **attention):

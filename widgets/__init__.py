@@ -1,8 +1,8 @@
 """The playground's widgets: `display(playground())`."""
 
 from .apps import bank_panel, duel_panel, evidence_panel, playground, prototype_panel, stream_panel
-from .state import PRESETS, PlayState
-from .workbench import Workbench
+from .parts.state import PRESETS, PlayState
+from .workbench.workbench import Workbench
 
 __all__ = [
     "PRESETS",

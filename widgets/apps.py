@@ -6,22 +6,23 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from proteus_playground import shipped
-from proteus_playground.bank_reading import Reading
-from proteus_playground.checks import whole_number
-from proteus_playground.evidence.committed import Study, committed
-from proteus_playground.live import Live, open_live
+from proteus_playground.experiments.evidence.committed import Study, committed
 
-from .bank_panel import BankPanel
-from .duel_panel import DuelPanel
-from .evidence_panel import CASES, EvidencePanel
-from .prototype_panel import PrototypePanel
-from .state import SHELF, PlayState, parse
-from .stream_frames import Source
-from .stream_panel import StreamPanel
-from .stream_state import StreamState
-from .stream_state import check as check_stream
-from .workbench import Workbench
+from proteus_playground.common.checks import whole_number
+from proteus_playground.lm import shipped
+from proteus_playground.playground.bank_reading import Reading
+from proteus_playground.playground.live import Live, open_live
+
+from .bank.panel import BankPanel
+from .duel.panel import DuelPanel
+from .evidence.panel import CASES, EvidencePanel
+from .parts.state import SHELF, PlayState, parse
+from .prototypes.panel import PrototypePanel
+from .stream.frames import Source
+from .stream.panel import StreamPanel
+from .stream.state import StreamState
+from .stream.state import check as check_stream
+from .workbench.workbench import Workbench
 
 
 def make_probe(source: Mapping, stop, progress) -> tuple:
@@ -29,7 +30,7 @@ def make_probe(source: Mapping, stop, progress) -> tuple:
 
     source: the traits that `workbench.SOURCE` names, and the `settings`. What is asked, is asked of a small model only.
     """
-    from proteus_playground.probe import LayerProbe
+    from proteus_playground.playground.probe import LayerProbe
 
     model, length = source["model"], source["length"]
     why = "" if model == "random" else _why_not(model)
@@ -42,7 +43,7 @@ def make_probe(source: Mapping, stop, progress) -> tuple:
 
 
 def _ask_shelf(source: Mapping, stop, progress):
-    from proteus_playground.shelf_probe import open_shelf
+    from proteus_playground.playground.shelf_probe import open_shelf
 
     written = source["text"] == SHELF and not source["pasted"]
     probe = open_shelf(
@@ -59,8 +60,8 @@ def _ask_shelf(source: Mapping, stop, progress):
 
 
 def _text(source: Mapping):
-    from proteus_playground.shelf import shelf
-    from proteus_playground.texts import load_text, pasted
+    from proteus_playground.common.texts import load_text, pasted
+    from proteus_playground.lm.shelf import shelf
 
     if source["pasted"]:
         return pasted(source["pasted"])
@@ -125,7 +126,8 @@ def playground(
 
 def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:
     """A text as tokens of `model`, or as whole words with random vectors where it is not pulled."""
-    from proteus_playground.experiments.haystacks import build
+    from proteus_playground.experiments.needles.haystacks import build
+
     from proteus_playground.streaming.random_words import RandomWords
 
     why = "" if model == "random" else _why_not(model)
@@ -141,7 +143,7 @@ def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:
 
 def make_subject(model: str, folder: str):
     """The model itself, ready to score in context and to answer; the keys it makes are kept in `folder`."""
-    from proteus_playground.experiments.subjects import load
+    from proteus_playground.experiments.needles.subjects import load
 
     return load(model, cache=Path(folder) / f"{model}.keys")
 
@@ -186,8 +188,8 @@ def bank_panel(
     model writes on, `start` of them at once; layer, group: whose bank is shown first; reading: a ready `Reading`
     instead. A random layer stands in for a model that is not pulled.
     """
-    from proteus_playground.bank_reading import open_reading
-    from proteus_playground.texts import load_text
+    from proteus_playground.common.texts import load_text
+    from proteus_playground.playground.bank_reading import open_reading
 
     check_stream("model", model)
 
@@ -231,9 +233,8 @@ def duel_panel(
     from dataclasses import replace
 
     import torch
-
-    from proteus_playground.experiments.duel import PRESETS, duel
-    from proteus_playground.experiments.duel_curve import held_out_curve
+    from proteus_playground.experiments.duel.curve import held_out_curve
+    from proteus_playground.experiments.duel.duel import PRESETS, duel
 
     preset = preset or ("t4" if torch.cuda.is_available() else "small")
     if preset not in PRESETS:

@@ -1,14 +1,14 @@
 """The attention stack. Imports run one way: leaves, then backends, then the functional core, then the modules."""
 
 from .backends import choose_backend
-from .bank import ENDLESS, KVBank
-from .bank_view import BankContents, GateContents
+from .bank.bank import ENDLESS, KVBank
+from .bank.view import BankContents, GateContents
 from .budget import Budget, plan_budget
 from .config import AttentionConfig
 from .controllers import Decision, SparseHeadController
 from .functional import AttentionResult, proteus_attention
 from .gates import Gates
-from .module import ProteusAttention
+from .layer import ProteusAttention
 from .multihead import CausalProteusMultiheadAttention
 from .rope import rope_frequencies, rotate
 from .routing import prior_route

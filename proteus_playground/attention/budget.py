@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from math import floor, log
 from typing import TYPE_CHECKING
 
-from ..checks import whole_number
+from ..common.checks import whole_number
 
 if TYPE_CHECKING:
     from .config import AttentionConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 
-from ..checks import whole_number
+from ..common.checks import whole_number
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 

@@ -17,10 +17,10 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from ..checks import real_number, whole_number
-from ..timing import wait
+from ..common.checks import real_number, whole_number
+from ..common.timing import wait
 from .budget import check_alpha
-from .module import ProteusAttention
+from .layer import ProteusAttention
 
 KNOBS = {"alpha": "flux_alpha", "shortlist": "shortlist", "heads": "heads_awake_max"}  # fields of AttentionConfig
 STEPS = 256  # settings of alpha

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .bank import ENDLESS, KVBank
+from .bank.bank import ENDLESS, KVBank
 from .budget import Budget, plan_budget
 from .trace import trace_of
 
 if TYPE_CHECKING:
-    from .module import ProteusAttention
+    from .layer import ProteusAttention
 
 PIECE = 1 << 16  # tokens whose keys and values are held at a time while a prefill fills a bank
 

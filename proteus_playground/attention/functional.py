@@ -106,7 +106,7 @@ def proteus_attention(
 
 def _fused(q, k, v, gates, budget, inv_freq, positions, keep, awake, scale, explain, int8, why) -> AttentionResult:
     """The Triton backend: like the rest, but dropped tokens are moved to the end without asking how many there are."""
-    from .backends import triton
+    from .backends.fused import launch as triton
 
     B, T = q.shape[:2]
     positions = None if positions is None else positions.to(q.device)

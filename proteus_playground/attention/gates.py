@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import whole_number
+from ..common.checks import whole_number
 
 OBSERVE_LIMIT = 1 << 13  # keys one training pass adds to the moving averages
 FIT_LIMIT = 1 << 16  # keys k-means looks at; more change a centroid by less than its own noise

@@ -14,7 +14,7 @@ from .backends.reference import weights as attention_weights
 from .budget import plan_budget
 from .config import AttentionConfig
 from .functional import prepare
-from .module import ProteusAttention
+from .layer import ProteusAttention
 from .rope import rope_frequencies
 
 

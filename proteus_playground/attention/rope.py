@@ -42,7 +42,7 @@ def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor | None) -> Tens
     if inv_freq is None:
         return x
     if x.is_cuda and fused(x):
-        from .backends.triton import rotate as run
+        from .backends.fused.launch import rotate as run
 
         return run(x, positions, inv_freq)
     if positions is None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import whole_number
+from ..common.checks import whole_number
 from .budget import Budget
 from .functional import check_inputs, prepare
 from .gates import Gates

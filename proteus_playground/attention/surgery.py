@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import whole_number
-from .module import ProteusAttention
+from ..common.checks import whole_number
+from .layer import ProteusAttention
 
 
 def clone(attn: ProteusAttention, group: int, gate: int) -> int:

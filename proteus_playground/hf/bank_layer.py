@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..attention import AttentionConfig, Budget, Gates
-from ..attention.bank import ENDLESS, KVBank
-from ..layer_run import ProteusLayer
+from ..attention.adapter import ProteusLayer
+from ..attention.bank.bank import ENDLESS, KVBank
 from .patch import AttentionCall
 
 

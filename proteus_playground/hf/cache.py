@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..attention import AttentionConfig, Budget, Gates, plan_budget
-from ..attention.bank import ENDLESS, KVBank
-from ..calibration import Calibration
-from ..files import cache_dir
-from ..layer_run import ProteusLayer, config_for
-from ..tensors import fingerprint, read_tensors, write_tensors
-from ..texts import Text, calibration_text
-from ..views import Settings
+from ..attention.adapter import ProteusLayer
+from ..attention.bank.bank import ENDLESS, KVBank
+from ..attention.calibration import Calibration
+from ..attention.settings import Settings, config_for
+from ..common.files import cache_dir
+from ..common.tensors import fingerprint, read_tensors, write_tensors
+from ..common.texts import Text, calibration_text
 from .bank_layer import BankLayer, gates_from
 from .patch import CACHE_NAMES, check_layers, find_decoder, full_attention_layers, layer_shape, patched
 from .source import ModelSource

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from proteus_playground import hub
+from proteus_playground.common import hub
 
 NEEDED = {"config.json", "tokenizer.json", "model.safetensors"}
 WELCOME = NEEDED | {"generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}

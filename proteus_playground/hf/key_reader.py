@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..captured import half
-from ..progress import Stop, check_stop
-from ..tensors import fingerprint
+from ..attention.captured import half
+from ..common.progress import Stop, check_stop
+from ..common.tensors import fingerprint
 from .patch import AttentionCall, patched
 
 WINDOW, CONTEXT, BATCH = 256, 32, 8

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from proteus_playground.files import cache_dir
+from proteus_playground.common.files import cache_dir
 from proteus_playground.hf import fetch
 from proteus_playground.hf.fetch import Known, PullError, Say, Unreachable
 

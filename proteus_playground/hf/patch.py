@@ -22,9 +22,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..attention.captured import CapturedLayer, half
 from ..attention.rope import rotate
-from ..captured import CapturedLayer, half
-from ..layer_run import LayerShape
+from ..attention.settings import LayerShape
 
 NAME = "proteus_playground"
 CACHE_NAMES = ("cache", "past_key_values")  # what a pass calls its KV cache: since transformers 5.24, and before

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.resources import files
 
 import torch
 from torch import Tensor
 
-from ..progress import Progress, Stop, check_stop, tell
+from ..common.progress import Progress, Stop, check_stop, tell
 from .key_reader import Head, first_layers
 from .patch import full_attention_layers
 
@@ -25,7 +25,7 @@ RADIUS = 8  # tokens on either side over which a prompt row looks for its best m
 WINDOW, WINDOWS = 256, 32  # haystack that calibration reads
 CANDIDATES = 20  # heads that are best on their own, of which the set is made
 FLOOR = 1e-3  # shares below this are as good as zero: an easy fact must not outweigh a hard one
-KNOWN = Path(__file__).parent.parent / "data" / "retrieval_heads.json"
+DATA = files(__package__) / "data"
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Calibrated:
 
 def known_heads(name: str) -> tuple[Head, ...] | None:
     """Heads found by an earlier calibration of the model called `name`, None where there was none."""
-    found = json.loads(KNOWN.read_text(encoding="utf-8")).get(name)
+    found = json.loads((DATA / "retrieval_heads.json").read_text(encoding="utf-8")).get(name)
     return None if found is None else tuple(Head(*pair) for pair in found["heads"])
 
 
 def calibration_pairs() -> list[dict]:
     """The pairs of `fact` and `question` that heads are chosen by."""
-    return json.loads((KNOWN.parent / "calibration_pairs.json").read_text(encoding="utf-8"))
+    return json.loads((DATA / "calibration_pairs.json").read_text(encoding="utf-8"))
 
 
 def prompt_ids(tokenizer, prompt: str) -> tuple[Tensor, int, int]:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..progress import Stop
-from ..texts import BOOK, load_text
+from ..common.progress import Stop
+from ..common.texts import BOOK, load_text
 from .key_reader import Head, KeyReader
 from .retrieval_heads import RADIUS, calibration_queries, find_heads, known_heads, match, mean_queries, prompt_queries
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..captured import CapturedLayer
-from ..tensors import fingerprint
+from ..attention.captured import CapturedLayer
+from ..common.tensors import fingerprint
 from .patch import Attend, capture, find_decoder, full_attention_layers, layer_shape, patched
 
 NLL_ROWS = 256  # rows of logits turned into float32 probabilities at a time

@@ -7,8 +7,8 @@ from itertools import count
 
 import torch
 
-from ..checks import whole_number
-from ..sampling import Sampling
+from ..common.checks import whole_number
+from ..lm.sampling import Sampling
 from .patch import handed
 
 READ = 512  # tokens of a prompt that go through the model at a time

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checks import whole_number
+from ..common.checks import whole_number
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import __version__
-from ..tensors import read_tensors, write_tensors
+from ..common import __version__
+from ..common.tensors import read_tensors, write_tensors
 from .buffer import Champions, StreamPlan
 
 FORMAT = 1

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..attention import AttentionConfig, ProteusAttention
-from ..random_layer import WORD
+from ..common.texts import WORD
 from .arrays import npy_rows
 from .buffer import Champions
 from .layer_scorer import LayerScorer, one_thread_each

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..progress import Stop, check_stop
+from ..common.progress import Stop, check_stop
 from .buffer import Champions, StreamPlan, choose, merge
 
 

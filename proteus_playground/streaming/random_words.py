@@ -9,7 +9,7 @@ from binascii import crc32
 
 import numpy as np
 
-from ..random_layer import WORD
+from ..common.texts import WORD
 
 WIDTH = 512
 

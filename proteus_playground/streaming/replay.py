@@ -14,7 +14,7 @@ from time import perf_counter
 
 import numpy as np
 
-from ..progress import Progress, Stop, check_stop, tell
+from ..common.progress import Progress, Stop, check_stop, tell
 from .buffer import Champions, StreamPlan
 from .pipeline import Scorer, stream
 

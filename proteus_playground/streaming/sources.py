@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import texts
-from ..checks import whole_number
-from ..files import cache_dir
-from ..progress import Progress, Stop, check_stop, tell
+from ..common import texts
+from ..common.checks import whole_number
+from ..common.files import cache_dir
+from ..common.progress import Progress, Stop, check_stop, tell
 from . import tokenising
 from .arrays import file_recipe, npy_rows, safetensors_rows
 from .stores import ArrayRows, FileRows, Seen, Store, digest, fits, row_bytes, size_words

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..checks import whole_number
+from ..common.checks import whole_number
 
 TOP_ID = 2**31 - 1  # token ids are int32
 SHARE = 0.5  # of the free memory that a document may take where no limit is given

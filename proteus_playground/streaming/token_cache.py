@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_json
-from ..progress import Stopped, check_stop, tell
+from ..common.files import write_json
+from ..common.progress import Stopped, check_stop, tell
 from .stores import ChangedFile, FileRows, Seen
 from .tokenising import IDS, Work
 

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..progress import Progress, Stop, check_stop, tell
+from ..common.progress import Progress, Stop, check_stop, tell
 from .stores import TOP_ID, size_words
 
 PIECE = 65_536  # characters

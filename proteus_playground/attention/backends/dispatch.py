@@ -75,7 +75,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float, back
     if backend == "reference":
         from .reference import attend as run
     else:
-        from .torch import attend as run
+        from .pytorch.tiles import attend as run
     return run(q, k, v, short, scale)
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks and studies: everything that prints a figure of README or docs."""

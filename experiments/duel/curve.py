@@ -1,0 +1,61 @@
+"""The slider on a duel's trained Proteus model: held-out loss at a few alphas, from dense to the constant shortlist."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...common.progress import Stop, check_stop
+from ...lm.model import ProteusLM
+from ...lm.training.look import look
+from ...lm.training.text import Bytes, Codec, windows
+from .files import SETTINGS
+from .settings import Settings, pick_text, split
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The model at one alpha."""
+
+    alpha: float
+    loss: float  # nats per held-out token
+    density: float  # mean reads of a row over the keys that it could read
+    heads_awake: float  # per token
+
+
+@torch.no_grad()
+def held_out_loss(model: ProteusLM, texts: Tensor, tokens: int) -> float:
+    """Mean loss in nats of each next token of `texts (B, T + 1)` int64, about `tokens` of them at a time."""
+    losses = [
+        F.cross_entropy(model(part[:, :-1]).flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum")
+        for part in texts.split(max(1, tokens // (texts.shape[1] - 1)))
+    ]
+    return float(torch.stack(losses).sum()) / texts[:, 1:].numel()
+
+
+def held_out_curve(
+    out: str | Path, *, codec: Codec | None = None, device: str = "cpu", stop: Stop | None = None
+) -> Iterator[Point]:
+    """A `Point` at each of ALPHAS for the duel in the folder `out`, which must be over. codec: as given to `duel`.
+
+    Raises `FileNotFoundError` where the duel is not over, `Stopped`.
+    """
+    out, codec = Path(out), codec or Bytes()
+    model = ProteusLM.load(out / "proteus.safetensors", device).eval()
+    asked = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["asked"]
+    settings = Settings(**{field.name: asked[field.name] for field in fields(Settings)})
+    held_out = split(torch.tensor(codec.encode(pick_text(settings.text).body), dtype=torch.int32))[1]
+    texts = windows(held_out, settings.length, settings.held_out).to(device)
+    for alpha in ALPHAS:
+        check_stop(stop)
+        model.set_flux_alpha(alpha)
+        seen = look(model, texts[:1, :-1])
+        yield Point(alpha, held_out_loss(model, texts, settings.tokens), seen.density, seen.heads_awake)

@@ -1,0 +1,107 @@
+"""The committed studies, found in a checkout and in an install, and one of their cells measured again here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+from ...common.progress import Stop, check_stop
+from ...lm.recall.scale import Scale
+from ...lm.recall.tasks import TASKS
+from .arms import ARMS, DENSE_ARMS
+from .changes import CHANGES
+from .report import Entry, about, summarise
+from .study import Cell, Row, load, tally
+
+SHARES = (2, 4, 8, 16, 32, 64)
+TOKENS = 4096  # read between two looks at the clock
+
+
+@dataclass(frozen=True)
+class Study:
+    """One JSON file of `proteus evidence`."""
+
+    name: str
+    note: str  # where it was measured, on what models
+    scale: Scale
+    entries: tuple[Entry, ...]
+
+    def shares(self, entries: list[Entry]) -> list[int]:
+        """What the length was divided by to give L, one for each L at the greatest length of `entries`."""
+        some = [entry for entry in entries if entry.arm not in DENSE_ARMS]
+        longest = max((entry.length for entry in some), default=0)
+        reads = {entry.shortlist for entry in some if entry.length == longest}
+        by_reads = {self.scale.reads(longest, share): share for share in reversed(SHARES)}
+        return sorted(by_reads[L] for L in reads & set(by_reads))
+
+    def at(self, task: str, things: int, share: int, changed: bool) -> list[Entry]:
+        """The entries of one task at L = length / share; dense ones, which have no L, always."""
+        here = (e for e in self.entries if (e.task, e.things, bool(e.change)) == (task, things, changed))
+        return [entry for entry in here if entry.arm in DENSE_ARMS or self._at(entry, share)]
+
+    def _at(self, entry: Entry, share: int) -> bool:
+        return entry.arm not in DENSE_ARMS and entry.shortlist == self.scale.reads(entry.length, share)
+
+
+def folder() -> Path:
+    """Where the committed studies are."""
+    return Path(str(files("proteus_playground.experiments.results")))
+
+
+def committed(where: Path | None = None) -> list[Study]:
+    """Every study in a folder (None: `folder()`), by name. ValueError where a file is not a study's."""
+    studies = []
+    for path in sorted((folder() if where is None else where).glob("evidence_*.json")):
+        entries = summarise(load(path))
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if entries:
+            name = path.stem.removeprefix("evidence_").replace("_", " ")
+            studies.append(Study(name, about(held, entries), Scale(**held["scale"]), tuple(entries)))
+    return studies
+
+
+def can_repeat(entry: Entry) -> bool:
+    """Whether the shipped model will do: what changed was changed while reading, and not while training."""
+    change = CHANGES.get(entry.change)
+    return change is None or (not change.label and change.gates is None)
+
+
+def repeat(
+    entry: Entry, cases: int, *, seconds: float = 20.0, seed: int = 1_000, stop: Stop | None = None
+) -> Iterator[Row]:
+    """The shipped recall-mini asked the same, on texts of another seed: the row after every few texts.
+
+    Ends with at least `cases` answers, or after `seconds`. `FileNotFoundError` without its weights, `Stopped` on
+    request, `ValueError` for an entry that needs another model.
+    """
+    if not can_repeat(entry):
+        raise ValueError(f"change={entry.change!r}: must be one that needs no model of its own")
+    model, words = _recall_mini()
+    cell = Cell(entry.task, entry.length, entry.things, entry.arm, entry.shortlist, seed, entry.change)
+    task = TASKS[entry.task](entry.things, seed=seed, words=words).evaluation()
+    for row in tally(model, cell, task, TOKENS):
+        check_stop(stop)
+        yield row
+        if row.cases >= cases or row.seconds >= seconds:
+            return
+
+
+@lru_cache(maxsize=1)
+def _recall_mini() -> tuple:
+    from ...lm.shipped import load_shipped
+
+    return load_shipped("recall-mini")
+
+
+def named(entry: Entry) -> str:
+    """What a reader calls it."""
+    return entry.change or entry.arm
+
+
+def order(entries: list[Entry]) -> list[str]:
+    """The names among `entries`, as the arms and changes are listed."""
+    return [name for name in (*ARMS, *CHANGES) if any(named(entry) == name for entry in entries)]

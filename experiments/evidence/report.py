@@ -1,0 +1,145 @@
+"""A study's rows as tables and sentences: means over seeds with 95% intervals.
+
+A seed is the unit, because the cases of one seed share a model: the interval is Student's t over seeds, clipped to
+[0, 1]. With one seed there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import mean, stdev
+
+from ...common.files import write_text
+from ...common.machine import markdown
+from .arms import ARMS, DENSE_ARMS
+from .changes import CHANGES
+from .study import OURS, Row
+
+# Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom; more seeds use the last, a little too wide.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+BEST, ORACLE = "dense", "oracle"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell over its seeds."""
+
+    task: str
+    length: int
+    things: int
+    arm: str
+    change: str
+    shortlist: int
+    accuracy: float
+    low: float | None  # of the 95% interval; None with one seed
+    high: float | None
+    keys: float
+    seeds: int
+    cases: int  # of all seeds
+    looks: float = 0.0
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        return self.task, self.length, self.things
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """95% interval of the mean of one figure per seed, each in [0, 1]; None for a single one."""
+    if len(values) < 2:
+        return None
+    reach = T95[min(len(values) - 1, len(T95)) - 1] * stdev(values) / len(values) ** 0.5
+    return max(0.0, mean(values) - reach), min(1.0, mean(values) + reach)
+
+
+def summarise(rows: Iterable[Row]) -> list[Entry]:
+    """One entry per cell, tasks and lengths in order, arms and changes as they are listed."""
+    arms, changes = list(ARMS), ["", *CHANGES]
+
+    def place(row: Row) -> tuple:
+        cell = row.cell
+        return (cell.task, cell.things, cell.length, changes.index(cell.change), arms.index(cell.arm), cell.shortlist)
+
+    entries = []
+    for _, group in groupby(sorted(rows, key=place), key=place):
+        some = list(group)
+        cell, right = some[0].cell, [row.accuracy for row in some]
+        low, high = interval(right) or (None, None)
+        entries.append(
+            Entry(cell.task, cell.length, cell.things, cell.arm, cell.change, cell.shortlist, mean(right), low, high,
+                  mean(row.keys for row in some), len(some), sum(row.cases for row in some),
+                  mean(row.looks for row in some))
+        )  # fmt: skip
+    return entries
+
+
+def tables(entries: list[Entry]) -> str:
+    """Markdown: for each task a table of arms, and one of changes; a column is a length and a number of things."""
+    parts = []
+    for changed, title in ((False, "arms"), (True, "one change at a time")):
+        mine = [entry for entry in entries if bool(entry.change) == changed]
+        for task, some in groupby(mine, key=lambda entry: entry.task):
+            parts.append(f"**{task}, {title}**\n\n{_table(list(some))}")
+    return "\n\n".join(parts)
+
+
+def _table(entries: list[Entry]) -> str:
+    columns = sorted({(e.things, e.length, e.shortlist) for e in entries if e.arm not in DENSE_ARMS})
+    columns = columns or sorted({(e.things, e.length, e.shortlist) for e in entries})
+    found = {(e.change or e.arm, e.things, e.length, e.shortlist): e for e in entries}
+    lines = []
+    for name in dict.fromkeys(e.change or e.arm for e in entries):
+        cells = [found.get((name, n, T, L)) or found.get((name, n, T, T)) for n, T, L in columns]
+        lines.append([name, *(_cell(entry) for entry in cells)])
+    return markdown(["read by", *(f"T {T:,}, {n} planted, L {L}" for n, T, L in columns)], lines)
+
+
+def _cell(entry: Entry | None) -> str:
+    if entry is None:
+        return "–"
+    spread = "" if entry.low is None else f" [{entry.low:.3f}, {entry.high:.3f}]"
+    looks = f" + {entry.looks:,.0f}" if entry.looks else ""
+    return f"{entry.accuracy:.3f}{spread} · {entry.keys:,.0f}{looks}"
+
+
+def sentences(entries: list[Entry]) -> list[str]:
+    """What came out against what was to be reached: our share of dense, and every rival ahead of us."""
+    lines = []
+    main = [entry for entry in entries if not entry.change]
+    for place in dict.fromkeys(entry.place for entry in main):
+        here = [entry for entry in main if entry.place == place]
+        full = next((entry for entry in here if entry.arm == BEST), None)
+        for ours in (entry for entry in here if entry.arm == OURS):
+            rivals = [e for e in here if e.shortlist == ours.shortlist and e.arm not in (OURS, ORACLE, *DENSE_ARMS)]
+            ahead = [f"{e.arm} ({e.accuracy:.3f})" for e in rivals if e.accuracy > ours.accuracy]
+            task, length, things = place
+            share = f", {ours.accuracy / full.accuracy:.3f} of dense" if full and full.accuracy else ""
+            line = f"{task}, {length:,} tokens, {things} planted, L {ours.shortlist}: {OURS} {ours.accuracy:.3f}{share}"
+            beaten = f"; ahead of it: {', '.join(ahead) or f'none of {len(rivals)} arms'}" if rivals else ""
+            lines.append(f"{line}{beaten}.")
+    return lines
+
+
+def about(held: dict, entries: list[Entry]) -> str:
+    """Where it was measured, on what models, and on how many seeds and cases."""
+    on, scale = held["about"], held["scale"]
+    seeds = ", ".join(map(str, sorted({entry.seeds for entry in entries})))
+    stages = ", ".join(f"{steps:,} steps at {length:,}" for length, steps in scale["stages"])
+    return (
+        f"{on['device']}, torch {on['torch']}, Python {on['python']}, {on['date']}; read in float32. Models: "
+        f"{scale['layers']} layers, width {scale['width']}, {scale['heads']} heads, {scale['gates']} gates; trained on "
+        f"{', '.join(scale['tasks'])}: {stages} tokens, {scale['tokens']:,} tokens a step. Seeds per cell: {seeds}; "
+        f"at least {min(entry.cases // entry.seeds for entry in entries):,} answers a seed."
+    )
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Put `text` between the page's marks of that name. ValueError where they are missing."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    held = page.read_text(encoding="utf-8")
+    if held.count(begin) != 1 or held.count(end) != 1:
+        raise ValueError(f"page={str(page)!r}: must hold {begin} and {end} once each")
+    head, rest = held.split(begin)
+    write_text(page, f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")

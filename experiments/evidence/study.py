@@ -1,0 +1,227 @@
+"""The study's loop: every cell is measured once and written down at once, so that a run can go on.
+
+A cell is one task, length, number of things, arm, L and seed. A seed is a model and the texts it is asked about.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ...common.checks import whole_number
+from ...common.files import write_json
+from ...common.machine import environment
+from ...common.progress import Stop, check_stop
+from ...lm.losses import IGNORED
+from ...lm.model import ProteusLM
+from ...lm.recall.scale import ALPHA, DENSE, RELATED, Scale, lessons
+from ...lm.recall.task import Task
+from ...lm.recall.tasks import TASKS
+from .arms import ARMS, DENSE_ARMS, Reading, calibrate, read, walk
+from .changes import AS_IT_IS, CHANGES, in_training, with_gates
+from .rings import attend_by_rings
+from .subjects import Training, prepare
+
+OURS = "gates + notes + trained alpha"
+CALIBRATION = 1 << 14  # tokens of training text that k-means sees
+UNREAD = 10**9  # index of a batch that no training reaches
+HOW_MANY = 1 << 14  # tokens read at a time
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run measures. ValueError names the field that does not fit."""
+
+    tasks: tuple[str, ...] = ("mqar",)
+    lengths: tuple[int, ...] = (256, 512, 1024)
+    things: tuple[int, ...] = (16, 64)
+    arms: tuple[str, ...] = tuple(ARMS)
+    changes: tuple[str, ...] = ()
+    shares: tuple[int, ...] = (8,)  # L is the length divided by this
+    seeds: int = 3
+    cases: int = 1000  # answers per cell, at least
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("tasks", TASKS), ("arms", ARMS), ("changes", CHANGES)):
+            for word in set(getattr(self, name)) - set(allowed):
+                raise ValueError(f"{name}={word!r}: must be one of {', '.join(allowed)}")
+        for name in ("lengths", "things", "shares"):
+            for value in getattr(self, name):
+                whole_number(name, value, 1)
+        whole_number("seeds", self.seeds, 1)
+        whole_number("cases", self.cases, 1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure."""
+
+    task: str
+    length: int  # tokens
+    things: int
+    arm: str
+    shortlist: int  # L
+    seed: int
+    change: str = ""  # of CHANGES; empty for the arms themselves
+
+    @property
+    def subject(self) -> tuple[str, str]:
+        """Kind of the model that reads, and what it was trained with beside its scale."""
+        return ALPHA if ARMS[self.arm].alpha else DENSE, CHANGES[self.change or AS_IT_IS].label
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found in a cell."""
+
+    cell: Cell
+    right: int
+    cases: int  # answers asked for
+    keys: float  # keys and notes read per row that answers, mean over them and over layers and heads
+    seconds: float
+    device: str
+    looks: float = 0.0  # summaries compared with to choose the keys, likewise
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.cases
+
+    def to_dict(self) -> dict:
+        """Flat, as a line of the JSON."""
+        found = asdict(self)
+        return found.pop("cell") | found
+
+    @classmethod
+    def from_dict(cls, line: dict) -> Row:
+        names = ("right", "cases", "keys", "seconds", "device", "looks")
+        return cls(Cell(**{k: v for k, v in line.items() if k not in names}), **{name: line[name] for name in names})
+
+
+def cells(scale: Scale, asked: Asked) -> list[Cell]:
+    """Every cell that fits its length, those of one model together. ValueError for a task that nobody has learned."""
+    learned = (*scale.tasks, *(RELATED if "mqar" in scale.tasks else ()))
+    strange = sorted(set(asked.tasks) - set(learned))
+    if strange:
+        raise ValueError(f"tasks={strange[0]!r}: must be one that the models have learned: {', '.join(learned)}")
+    wanted: dict[Cell, None] = {}
+    changes = [name for name in asked.changes if not CHANGES[name].is_own(scale)]
+    arms = [(arm, "") for arm in asked.arms] + [(OURS, change) for change in changes]
+    for seed in range(asked.seeds):
+        for task in asked.tasks:
+            for things in asked.things:
+                fewest = maker(scale, task, things, seed).fewest()
+                for length in (length for length in sorted(asked.lengths) if length >= fewest):
+                    for share in asked.shares:
+                        L = scale.reads(length, share)
+                        for arm, change in arms:
+                            reads = length if arm in DENSE_ARMS else L
+                            wanted[Cell(task, length, things, arm, reads, seed, change)] = None
+    return sorted(wanted, key=lambda cell: (cell.seed, cell.subject, cell.change))
+
+
+def study(
+    scale: Scale, asked: Asked, out: Path, models: Path, *, device: str = "cpu", stop: Stop | None = None
+) -> Iterator[Row | Training]:
+    """Measure what `out` does not hold yet and yield every row, known ones first; in between, models being trained.
+
+    out: JSON file of all rows so far. models: folder of the models, as `prepare` keeps them; one that is
+    missing is trained. Raises `ValueError` where `out` was measured at another scale, `Stopped`, `OSError`.
+    """
+    known = {row.cell: row for row in load(out, scale)}
+    wanted = cells(scale, asked)
+    done = {cell for cell in wanted if cell in known and known[cell].cases >= asked.cases}
+    yield from (known[cell] for cell in wanted if cell in done)
+    held, model = None, None
+    for cell in (cell for cell in wanted if cell not in done):
+        check_stop(stop)
+        if held != (cell.seed, *cell.subject, cell.change):
+            held, model = (cell.seed, *cell.subject, cell.change), None
+            for event in _subject(scale, cell, models, device, stop):
+                if isinstance(event, Training):
+                    yield event
+                else:
+                    model = event
+        row = measure(model, cell, maker(scale, cell.task, cell.things, cell.seed), asked.cases)
+        known[cell] = row
+        save(out, scale, list(known.values()), device)
+        yield row
+
+
+def maker(scale: Scale, task: str, things: int, seed: int) -> Task:
+    """Held-out texts of a task."""
+    return TASKS[task](things, seed=seed, words=scale.words).evaluation()
+
+
+def _subject(scale: Scale, cell: Cell, models: Path, device: str, stop: Stop | None) -> Iterator[Training | ProteusLM]:
+    """The model that a cell reads with, its gates fitted where training left none or others are wanted."""
+    kind, trained = cell.subject
+    change = CHANGES[cell.change or AS_IT_IS]
+    fields, scale = in_training(change, scale.heads), replace(scale, **change.lessons)
+    for event in prepare(scale, kind, cell.seed, models, change=trained, device=device, stop=stop, **fields):
+        if isinstance(event, Training):
+            yield event
+            continue
+        model = event if change.gates is None else with_gates(event, change.gates)
+        if kind == DENSE or change.gates is not None:
+            length = max(length for length, _ in scale.stages)
+            ids = lessons(scale, cell.seed).batch(UNREAD, max(1, CALIBRATION // length), length).ids
+            model = calibrate(model, ids.to(device), cell.seed)
+        yield model
+
+
+def measure(model: ProteusLM, cell: Cell, task: Task, cases: int) -> Row:
+    """Ask batch after batch until `cases` answers were due."""
+    return next(row for row in tally(model, cell, task, HOW_MANY) if row.cases >= cases)
+
+
+@torch.no_grad()
+def tally(model: ProteusLM, cell: Cell, task: Task, tokens: int) -> Iterator[Row]:
+    """The row so far after every batch of about `tokens` tokens, without end."""
+    device, began = model.embed.weight.device, perf_counter()
+    name, right, asked, keys, looks = environment(device)["device"], 0, 0, 0.0, 0.0
+    for index in count():
+        batch = task.batch(index, max(1, tokens // cell.length), cell.length)
+        found = look(model, batch.ids.to(device), cell)
+        scored = batch.targets != IGNORED
+        right += int((task.right(batch, found.logits.argmax(-1).cpu()) & scored).sum())
+        keys += float(found.reads.cpu()[scored].sum())
+        looks += float(found.looks.cpu()[scored].sum())
+        asked += int(scored.sum())
+        spent = round(perf_counter() - began, 3)
+        yield Row(cell, right, asked, round(keys / asked, 3), spent, name, round(looks / asked, 3))
+
+
+def look(model: ProteusLM, ids: Tensor, cell: Cell) -> Reading:
+    """One batch, read as the cell says."""
+    change = CHANGES[cell.change or AS_IT_IS]
+    if change.salient:
+        return walk(model, ids, lambda attn, h: attend_by_rings(attn, h, cell.shortlist, True, **change.reads))
+    return read(model, ids, ARMS[cell.arm], cell.shortlist, **change.reads)
+
+
+def load(out: Path, scale: Scale | None = None) -> list[Row]:
+    """The rows of a file, none where it is missing. ValueError where it is not a study's, or of another scale."""
+    if not out.is_file():
+        return []
+    try:
+        held = json.loads(out.read_text(encoding="utf-8"))
+        rows = [Row.from_dict(line) for line in held["rows"]]
+        there = held["scale"]
+    except (ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"out={str(out)!r}: must be what proteus evidence wrote, or no file yet ({err!r})") from err
+    if scale is not None and there != json.loads(json.dumps(scale.to_dict())):
+        raise ValueError(f"out={str(out)!r} was measured at another scale: give another file, or the same options")
+    return rows
+
+
+def save(out: Path, scale: Scale, rows: list[Row], device: str) -> None:
+    """All rows so far, whole or not at all."""
+    about = environment(torch.device(device))
+    write_json(out, {"about": about, "scale": scale.to_dict(), "rows": [row.to_dict() for row in rows]})

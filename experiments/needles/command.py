@@ -1,0 +1,110 @@
+"""`proteus verify`: run the suite, or go on with it, and write its report."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from ...common.machine import environment
+from ...common.options import choose_some, parse_lengths, pick_device
+from .pairs import Pair, load_pairs
+from .report import PAGE, sentences, write_report
+from .subjects import Subject, load
+from .tasks import ASKED, TASKS
+from .verify import Settings, read_rows, read_settings, verify
+
+EVERY_TASK, BOTH_WAYS = ",".join(TASKS), ",".join(ASKED)
+LIBRARIES = ("numpy", "transformers", "bm25s", "snowballstemmer", "scipy")
+
+
+Lengths = Annotated[str, typer.Option(help="Token counts: 4k,1m; 4k..1m doubles; 4k..1m/4 goes in steps of 4.")]
+Depths = Annotated[str, typer.Option(help="Depths of the grid, shares in [0, 1].")]
+Tasks = Annotated[str, typer.Option(help=f"Of {EVERY_TASK}.")]
+Asked = Annotated[str, typer.Option(help="paraphrase shares no word with the fact, literal does.")]
+PairsFile = Annotated[Path | None, typer.Option(help="JSON file of facts and questions; ours if left out.")]
+Source = Annotated[str, typer.Option(help="pydoc, jargon, bible, a file, some joined by +, or auto: all installed.")]
+Share = Annotated[float, typer.Option(help="Tokens kept, as a share of the document.")]
+Chunk = Annotated[int, typer.Option(help="Tokens of a chunk.")]
+PerChunk = Annotated[float, typer.Option(help="Tokens one chunk may promote, in fair shares of the buffer.")]
+Neighbours = Annotated[int, typer.Option(help="Tokens that a champion brings along on either side.")]
+Seeds = Annotated[int, typer.Option(help="Other facts in other places; live fire asks every fact once per seed.")]
+Answers = Annotated[int, typer.Option(help="Cases per task, length and way of asking that the model also answers.")]
+Read = Annotated[int, typer.Option(help="Best tokens of a buffer that the model reads to answer.")]
+Model = Annotated[str, typer.Option(help="A pulled model, or layer: random weights, for chance level.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 (twice as fast where AVX512-BF16 is) or float16.")]
+Out = Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on from what is there.")]
+
+
+def command(
+    lengths: Lengths = "4k..64k/4",
+    depths: Depths = "0,0.25,0.5,0.75,1",
+    tasks: Tasks = EVERY_TASK,
+    asked: Asked = BOTH_WAYS,
+    pairs: PairsFile = None,
+    haystack: Source = "auto",
+    buffer_share: Share = 0.03,
+    chunk: Chunk = 4096,
+    per_chunk: PerChunk = 4.0,
+    neighbours: Neighbours = 12,
+    seeds: Seeds = 3,
+    answers: Answers = 0,
+    read: Read = 1024,
+    model: Model = "smollm2",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    out: Out = Path("proteus-verify"),
+) -> None:
+    """Plant facts in long documents of real English and see whether they are found."""
+    settings = Settings(
+        lengths=tuple(sorted(set(parse_lengths(lengths)))), depths=_shares(depths), seeds=seeds, haystack=haystack,
+        tasks=tuple(choose_some("--tasks", tasks, TASKS)), asked=tuple(choose_some("--asked", asked, ASKED)),
+        buffer_share=buffer_share, chunk_tokens=chunk, per_chunk=per_chunk, neighbours=neighbours, answers=answers,
+        read_tokens=read,
+    )  # fmt: skip
+    facts, where = load_pairs(pairs), pick_device(device)
+    subject = load(model, device, cache=out / "keys", dtype=dtype, answers=answers > 0)
+    stopped = _run(settings, facts, subject, out)
+    rows = list(read_rows(out).values())
+    if stopped:
+        typer.echo(f"Stopped. The same command goes on from {len(rows):,} finished cases.", err=True)
+    if rows:
+        report = write_report(out, rows, read_settings(out) | environment(where) | _versions())
+        typer.echo("\n".join((*sentences(report), f"Report: {out / PAGE}")))
+    if stopped:
+        raise typer.Exit(130)
+
+
+def _run(settings: Settings, facts: list[Pair], subject: Subject, out: Path) -> bool:
+    """True where Ctrl+C ended it."""
+    try:
+        with tqdm(unit="case", dynamic_ncols=True) as bar:
+            for done in verify(settings, facts, subject, out):
+                bar.total = done.total
+                bar.set_postfix_str(done.row["key"][:60], refresh=False)
+                bar.update(done.index - bar.n)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        problem = f"{text!r}: must be numbers in [0, 1] separated by commas"
+        raise typer.BadParameter(problem, param_hint="--depths") from None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found

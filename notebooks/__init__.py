@@ -1,0 +1,1 @@
+"""The notebooks, as a package so that importlib.resources finds them."""

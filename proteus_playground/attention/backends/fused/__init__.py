@@ -1,0 +1,1 @@
+"""The `triton` backend: fused GPU kernels, forward and backward."""

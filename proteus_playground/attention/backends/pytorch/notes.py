@@ -1,0 +1,72 @@
+"""Notes and anchors: what a block of rows reads beside its window and its rings.
+
+Axes: `B` batch, `T` tokens, `G` KV groups, `r` heads per group, `d` head dim, `N` blocks of `b` rows per sequence,
+`U` blocks of all sequences in a row, `C` gates, `n` probes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...shortlist import Shortlist
+from .keys import SortedKeys, running_means
+from .tile import attend_tile, take_rows
+
+
+class Notes:
+    """Notes and anchors of every block: which rows of the table of means, and at what bias.
+
+    Columns: a key that weighs nothing, so that no row is empty; anchors; a spare; the notes of gates a row did not
+    open; a spare; the notes of gates it did (less the ring). The spares take writes for probes that opened nothing.
+    Biases are log(count) less a whole number near the largest, which half precision holds exactly.
+    """
+
+    def __init__(self, kv: Tensor, keys: SortedKeys | None, short: Shortlist):
+        B, T, G, width = kv.shape
+        N, A = short.left.shape[2], min(short.anchors, T)
+        device, self.d, self.anchors = kv.device, width // 2, A
+        anchors = kv[:, :A].reshape(-1, width)
+        self.means = running_means(keys, anchors) if short.notes else pad(anchors, (0, 0, 1, 0))
+        none = len(self.means) - len(anchors) - 1  # the row of zeros
+        edge = torch.arange(N, device=device) * short.block - short.window  # first key in the window, by tick
+        at = torch.arange(A, device=device)
+        anchor = none + 1 + (torch.arange(B, device=device)[:, None] * A + at)[:, None] * G
+        anchor = (anchor + torch.arange(G, device=device)[:, None])[:, None].expand(B, N, G, A)
+        unread = torch.full((B, N, G, 1), -torch.inf, device=device)
+        nothing = torch.full_like(unread, torch.finfo(kv.dtype).min / 4)
+        left = short.left.transpose(1, 2)  # (B, N, G, C)
+        top = left.amax(-1, keepdim=True).clamp(min=1).float().log().round()
+        seen = torch.where(at < edge[:, None], 0.0, -torch.inf)[None, :, None] - top
+        rows, bias = [unread.new_full((B, N, G, 1), none), anchor], [nothing, seen]
+        self.rest = None
+        if short.notes:
+            gone = (left - short.ring).clamp(min=0)
+            newest = keys.newest
+            idle = newest.new_full((B, N, G, 1), none)
+            rows += [idle, newest, idle, (newest - short.ring).where(gone > 0, none)]
+            rest = torch.cat((unread, gone.float().log() - top), dim=-1).to(kv.dtype)
+            bias += [unread, left.float().log() - top, unread, torch.full_like(left, -torch.inf, dtype=torch.float32)]
+            self.rest = rest.flatten(0, 1)
+        cols = sum(x.shape[-1] for x in rows)
+        self.rows = pad(torch.cat([x.int() for x in rows], dim=-1), (0, -cols % 8), value=none).flatten(0, 1)
+        self.idle = pad(torch.cat(bias, dim=-1), (0, -cols % 8), value=-torch.inf).to(kv.dtype).flatten(0, 1)
+        self.top = top.flatten(0, 1)
+        self.columns = self.rows.shape[-1]
+
+    def attend(self, cut: slice, tiles: Tensor, opened: Tensor, scale: float):
+        """Attention of tiles `(U, G, b r, d)` over notes and anchors: out and lse. opened: `(U, b, G, r, n)`."""
+        U, b, G, r, n = opened.shape
+        kv = take_rows(self.means, self.rows[cut])  # (U, G, columns, 2 d)
+        bias = self.idle[cut][:, :, None, None]
+        bias = bias.expand(U, G, b, r, bias.shape[-1]).contiguous()
+        if self.rest is not None and n:
+            opened = opened.transpose(1, 2)
+            rest = self.rest[cut][:, :, None, None].expand(U, G, b, r, -1).gather(-1, opened)
+            spot = opened + (1 + self.anchors)
+            bias.scatter_(-1, spot, -torch.inf)
+            bias.scatter_(-1, spot + self.rest.shape[-1], rest)
+        d = self.d
+        out, lse = attend_tile(tiles, kv[..., :d], kv[..., d:], bias.view(*tiles.shape[:3], -1), scale)
+        return out, lse + self.top[cut]

@@ -1,0 +1,91 @@
+"""The rows of new tokens, read from a bank that holds them already. All stand in one block, so they share a tick.
+
+Axes: `B` sequences, `H` query heads, `G` KV groups, `r = H / G`, `C` gates per group, `d` head dim, `m` ring,
+`n` probes, `t` new tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..shortlist import open_gates
+from .slots import Keys, as_read
+
+if TYPE_CHECKING:
+    from .bank import KVBank
+
+
+def dense_row(bank: KVBank, q: Tensor) -> Tensor:
+    rows = bank.rows[:, :, : bank.tokens]
+    tile = _by_group(q, rows.shape[1]).to(rows.dtype)
+    out = F.scaled_dot_product_attention(tile, *rows.unbind(3), attn_mask=_seen(bank, q, bank.tokens), scale=bank.scale)
+    return _by_token(out, q).to(q.dtype)
+
+
+def sparse_row(bank: KVBank, q: Tensor, rotated: Tensor) -> Tensor:
+    """Rows of q `(B, t, H, d)`: one softmax over window and anchors, rings of opened gates, and notes."""
+    G, near = bank.token.shape[1], bank.anchors + bank.window
+    tile = _by_group(rotated, G).float() * bank.scale  # (B, G, t r, d)
+    scales = bank.scales[:, :, :near] if bank.int8 else None
+    window = as_read(Keys(bank.rows[:, :, :near], scales, None, None))
+    parts = [(tile @ window[..., 0, :].mT).masked_fill(~_seen(bank, q, near), -torch.inf)]
+    opened = None
+    if bank.ring:
+        gates = bank.gates
+        opened = open_gates(q, gates.prototypes, gates.alive, bank.left[:, :, None], q.shape[1], bank.budget.probes)
+        opened = _by_group(opened, G)  # (B, G, t r, n)
+        first = near + opened[..., None] * bank.ring + torch.arange(bank.ring, device=q.device)
+        slot = torch.where(opened[..., None] < 0, bank._spare, first)  # (B, G, t r, n, m)
+        keys = bank._at(slot.flatten(2))
+        ring = as_read(keys).unflatten(2, (tile.shape[2], -1))  # (B, G, t r, n m, 2, d)
+        score = (ring[..., 0, :] @ tile[..., None])[..., 0]
+        parts.append(score.masked_fill(keys.token.view_as(score) < 0, -torch.inf))
+    if bank.notes:
+        notes, held = bank.sums.flatten(2, 3), _held(bank)
+        score = tile @ notes[..., 0, :].mT / held.clamp(min=1) + held.log()
+        parts.append(score.masked_fill(_not_its_note(opened, score), -torch.inf))
+    weight = torch.cat(parts, dim=-1).softmax(-1).split([x.shape[-1] for x in parts], dim=-1)
+    out = weight[0] @ window[..., 1, :]
+    if bank.ring:
+        out += (weight[1][..., None, :] @ ring[..., 1, :])[..., 0, :]
+    if bank.notes:
+        out += (weight[-1] / held.clamp(min=1)) @ notes[..., 1, :]
+    return _by_token(out, q).to(q.dtype)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """`(B, t, H, ...)` -> `(B, G, t r, ...)`."""
+    return x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _by_token(x: Tensor, like: Tensor) -> Tensor:
+    """`(B, G, t r, d)` -> `(B, t, H, d)`."""
+    return x.unflatten(2, (like.shape[1], -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _seen(bank: KVBank, q: Tensor, slots: int) -> Tensor:
+    """Which of the first slots hold a key that is not after a row, `(B, G, t r or 1, slots)`."""
+    t, token = q.shape[1], bank.token[:, :, None, :slots]
+    if t == 1:
+        return token >= 0
+    row = bank.seen[:, None] - t + torch.arange(t, device=token.device)  # (B, t)
+    row = row.repeat_interleave(q.shape[2] // bank.token.shape[1], dim=1)
+    return (token >= 0) & (token <= row[:, None, :, None])
+
+
+def _held(bank: KVBank) -> Tensor:
+    """How many keys each sum holds, `(B, G, 1, 2 C)` float32: ALL, then REST."""
+    return torch.cat((bank.left, (bank.left - bank.ring).clamp(min=0)), dim=-1)[:, :, None].float()
+
+
+def _not_its_note(opened: Tensor | None, score: Tensor) -> Tensor:
+    """Of both sums of a gate a row reads one: REST where its ring is read, else ALL. Like `score`, True: not."""
+    C = score.shape[-1] // 2
+    hot = torch.zeros(*score.shape[:-1], C, dtype=torch.bool, device=score.device)
+    if opened is not None:
+        hot = (opened[..., None] == torch.arange(C, device=score.device)).any(-2)
+    return torch.cat((hot, ~hot), dim=-1)

@@ -1,0 +1,144 @@
+"""Prototypes for a model that was trained without any: k-means on its own keys, of another text.
+
+The keys cost one pass over the calibration text, the prototypes of one layer a few tens of milliseconds. Both
+are kept on disk beside the recipe they were made by; a file of another recipe is made again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from threading import RLock
+
+import torch
+from torch import Tensor
+
+from ..common import __version__
+from ..common.progress import Progress, Stop, check_stop, tell
+from ..common.tensors import read_tensors, write_tensors
+from . import Gates
+
+FORMAT = "1"
+SEED = 0
+CHARS_PER_TOKEN = 20  # more than any text has on average, so that only the start of a long one is tokenised
+IN_MEMORY = 128  # sets of gates; one is about 40 KB
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of safetensors files, each with the recipe that made it. None keeps nothing on disk."""
+
+    folder: Path | None
+
+    def read(self, name: str, recipe: dict) -> dict[str, Tensor] | None:
+        """The tensors of `name`, or None where there is no readable file of exactly this recipe."""
+        if self.folder is None:
+            return None
+        try:
+            tensors, theirs = read_tensors(self.folder / f"{name}.safetensors", "Calibration")
+        except (OSError, ValueError):
+            return None
+        return tensors if theirs == recipe else None
+
+    def write(self, name: str, tensors: dict[str, Tensor], recipe: dict) -> None:
+        """Appears whole or not at all. A folder that cannot be written costs only time: no error."""
+        if self.folder is not None:
+            with suppress(OSError):
+                write_tensors(self.folder / f"{name}.safetensors", tensors, recipe)
+
+
+class Calibration:
+    """Gates of every layer of one model, fitted when first asked for.
+
+    source: a `RandomSource`, `hf.source.ModelSource` or `shelf_source.ShelfSource`; text: a `texts.Text`; tokens: how
+    much of it is read.
+    """
+
+    def __init__(self, source, text, tokens: int, folder: Path | None):
+        self.source, self.text = source, text
+        self._store = Store(folder)
+        self._tokens = tokens
+        self._keys: dict[int, Tensor] | None = None
+        self._gates: OrderedDict[tuple[int, int], Gates] = OrderedDict()
+        self._lock = RLock()
+        self._recipe = {
+            "format": FORMAT,
+            "package": __version__,
+            "model": source.name,
+            "model_hash": source.fingerprint,
+            "text": text.name,
+            "text_sha256": sha256(text.body.encode()).hexdigest(),
+            "tokens": tokens,
+            "seed": SEED,
+        }
+        label = re.sub(r"\W+", "-", f"{source.name}-{text.name}").strip("-").lower()
+        self._label = f"{label}-{source.fingerprint[:8]}"
+
+    def gates(self, layer: int, n_gates: int, *, progress: Progress | None = None, stop: Stop | None = None) -> Gates:
+        """Prototypes for `layer`, on the source's device.
+
+        Those it was trained with, where it was trained with as many. Raises `ValueError` for more gates than the
+        calibration text has tokens, `Stopped` on request.
+        """
+        if (layer, n_gates) in self.source.own_gates:
+            return self.source.own_gates[layer, n_gates]
+        if n_gates > self._tokens:
+            raise ValueError(f"gates={n_gates}: must be at most {self._tokens}, the tokens they are fitted on")
+        with self._lock:
+            at = (layer, n_gates)
+            if at not in self._gates:
+                self._gates[at] = self._load_or_fit(layer, n_gates, progress, stop)
+            self._gates.move_to_end(at)
+            while len(self._gates) > IN_MEMORY:
+                self._gates.popitem(last=False)
+            return self._gates[at]
+
+    def _load_or_fit(self, layer: int, n_gates: int, progress: Progress | None, stop: Stop | None) -> Gates:
+        shape, seed = self.source.shape, SEED + 1000 * layer
+        with torch.random.fork_rng(devices=[]):  # new gates start at random; the caller's seed is not ours
+            gates = Gates(shape.n_groups, n_gates, shape.head_dim, shape.n_heads // shape.n_groups)
+        recipe = self._recipe | {"layer": layer, "gates": n_gates}
+        name = f"{self._label}-layer{layer}-gates{n_gates}"
+        saved = self._store.read(name, recipe)
+        if saved is not None and _shapes(saved) == _shapes(gates.state_dict()):
+            gates.load_state_dict(saved)
+        else:
+            keys = self._keys_of(layer, progress, stop)
+            check_stop(stop)
+            gates.fit(keys.float(), seed=seed)
+            self._store.write(name, gates.state_dict(), recipe)
+        return gates.eval().to(self.source.device)
+
+    def _keys_of(self, layer: int, progress: Progress | None, stop: Stop | None) -> Tensor:
+        """Un-rotated keys `(N, G, d)` of the calibration text, float16; one pass for all layers."""
+        if self._keys is None:
+            name = f"{self._label}-keys"
+            saved = self._store.read(name, self._recipe)
+            if saved is None:
+                words = self.source.encode(self.text.body[: self._tokens * CHARS_PER_TOKEN])
+                ids = self.source.ids(words[: self._tokens])
+                before = watch(f"calibrating on {self.text.name}", self.source.n_layers, progress, stop)
+                found = self.source.capture(ids, keys_only=True, before_layer=before)
+                saved = {str(index): captured.k for index, captured in found.items()}
+                self._store.write(name, saved, self._recipe)
+            self._keys = {int(index): k for index, k in saved.items()}
+        return self._keys[layer]
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def watch(what: str, layers: int, progress: Progress | None, stop: Stop | None) -> Callable[[int], None]:
+    """A `before_layer` hook that reports and listens."""
+
+    def before(layer: int) -> None:
+        check_stop(stop)
+        tell(progress, layer / layers, f"{what}: layer {layer + 1} of {layers}")
+
+    return before

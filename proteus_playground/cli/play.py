@@ -1,0 +1,112 @@
+"""What `proteus play` does: find the notebooks, pick a port, hand over to JupyterLab or Voila."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..common.files import shipped_notebooks, whole, write_json
+
+FIRST = "00_start_here.ipynb"
+HOST = "127.0.0.1"
+LEDGER = ".proteus-notebooks.json"  # sha256 of each notebook as we wrote it: a different one is the user's
+Say = Callable[[str], None]
+
+
+def notebooks_folder(directory: Path, say: Say = print) -> Path:
+    """Where to open the notebooks: a checkout's own folder, else copies in `directory`.
+
+    FileNotFoundError where the install came without notebooks.
+    """
+    shipped = shipped_notebooks()
+    if not (shipped / FIRST).is_file():
+        raise FileNotFoundError(f"{FIRST} is not in {shipped}: install proteus-playground again")
+    if shipped.parent.name != "proteus_playground":
+        return shipped
+    copy_notebooks(shipped, directory, say)
+    return directory.resolve()
+
+
+def copy_notebooks(shipped: Path, directory: Path, say: Say = print) -> None:
+    """Copy what is new, renew what the user has not touched, leave what the user changed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    ledger = directory / LEDGER
+    ours = json.loads(ledger.read_text(encoding="utf-8")) if ledger.is_file() else {}
+    for notebook in sorted(shipped.glob("*.ipynb")):
+        content, copy = notebook.read_bytes(), directory / notebook.name
+        if copy.exists() and _sha256(copy.read_bytes()) not in {ours.get(notebook.name), _sha256(content)}:
+            say(f"Kept your {copy}; the one that came with this version is {notebook}.")
+            continue
+        with whole(copy) as part:
+            part.write_bytes(content)
+        ours[notebook.name] = _sha256(content)
+    write_json(ledger, ours)
+    say(f"Your notebooks are in {directory.resolve()}.")
+
+
+def free_port(port: str | None = None) -> int:
+    """`port` if it is a free one (ValueError if not), else 8888 or the next that is free."""
+    if port is not None:
+        # Read here, not by the CLI library, whose message would leave out the value.
+        if not (port.isdecimal() and 1 <= int(port) <= 65535):
+            raise ValueError(f"--port {port}: allowed is a whole number from 1 to 65535")
+        if not _is_free(int(port)):
+            raise ValueError(f"--port {port} cannot be opened on {HOST}: allowed is a port that is not in use")
+        return int(port)
+    return next(p for p in [*range(8888, 8908), _any_port()] if _is_free(p))
+
+
+def command(folder: Path, port: int, browser: bool, app: bool) -> list[str]:
+    """The command line of the server: this machine only, token on, and no other port than `port`."""
+    if app:
+        line = [sys.executable, "-m", "voila", str(folder / FIRST), f"--port={port}", f"--Voila.ip={HOST}"]
+        # Voila leaves its token off unless asked.
+        line += ["--strip_sources=True", "--token"]
+    else:
+        line = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={HOST}", f"--ServerApp.port={port}"]
+        line += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
+        line += [f"--LabApp.default_url=/lab/tree/{FIRST}"]
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
+            line += ["--allow-root"]  # containers; Jupyter refuses otherwise
+    return line if browser else [*line, "--no-browser"]
+
+
+def serve(folder: Path, port: int, browser: bool, app: bool, say: Say = print) -> None:
+    """Become the server, so that Ctrl-C and signals reach it. ImportError without the `lab` extra."""
+    module = "voila" if app else "jupyterlab"
+    if find_spec(module) is None:
+        raise ImportError(f"{module} is not installed: pip install 'proteus-playground[lab]'")
+    line = command(folder, port, browser, app)
+    say(f"Opening {folder / FIRST}. The address with its token follows; Ctrl-C ends it.")
+    sys.stdout.flush()
+    if os.name == "posix":
+        os.execv(line[0], line)
+    raise SystemExit(subprocess.call(line))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        if os.name == "posix":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def _any_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

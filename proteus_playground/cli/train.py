@@ -1,0 +1,92 @@
+"""`proteus train`: train one of the models we ship, or go on with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import monotonic
+from typing import Annotated
+
+import torch
+import typer
+from tqdm import tqdm
+
+from ..common.checks import real_number
+from ..common.options import choose, pick_device
+from ..common.processes import together
+from ..common.progress import Stopped
+from ..lm.model import ProteusLM
+from ..lm.training.loop import read_log, train
+from ..lm.training.recipe import Job
+from ..lm.training.run import Step
+
+MODEL = "model.safetensors"
+
+Name = Annotated[str, typer.Argument(help="A model we ship; a wrong name lists them.")]
+Out = Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on from what is there.")]
+Steps = Annotated[int | None, typer.Option(help="Stop after this many steps in all; the same command goes on.", min=1)]
+Minutes = Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
+Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Start = Annotated[Path | None, typer.Option(help="Begin with the weights of this model file, not with random ones.")]
+Workers = Annotated[int, typer.Option(help="Processes that write texts ahead; worth it on a GPU.", min=0)]
+Every = Annotated[int, typer.Option(help="Look at gates and heads every so many steps.", min=1)]
+
+
+def command(
+    name: Name,
+    out: Out,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    device: Device = "cpu",
+    precision: Precision = "auto",
+    every: Every = 50,
+    start: Start = None,
+    workers: Workers = 0,
+) -> None:
+    """Train a model by its recipe; under torchrun, all processes train it together."""
+    from ..lm.shipped import RECIPES
+
+    make, where = choose("NAME", name, RECIPES), pick_device(device)
+    with together(where) as (rank, _):
+        job = make()
+        if rank == 0:
+            typer.echo(job.description)
+        torch.manual_seed(job.recipe.seed)
+        model = ProteusLM(job.model) if start is None else ProteusLM.load(start)
+        if model.cfg != job.model:
+            raise ValueError(f"start={str(start)!r} holds a model of another shape than {name}")
+        run(job, model, out, steps, minutes, where, precision, every, workers, quiet=rank > 0)
+        if rank == 0:
+            typer.echo(f"Model: {model.save(out / MODEL)}")
+
+
+def run(
+    job: Job, model: ProteusLM, out: Path, steps: int | None, minutes: float | None, device: torch.device,
+    precision: str, every: int, workers: int = 0, quiet: bool = False,
+) -> None:  # fmt: skip
+    """Train until the recipe, the steps or the minutes end; says so where it was not the recipe."""
+    if minutes is not None:
+        real_number("minutes", minutes, 0, above=True)
+    ends, at = monotonic() + 60 * (minutes or 1e9), 0  # steps done
+
+    def stop() -> bool:
+        return monotonic() > ends or (steps is not None and at >= steps)
+
+    options = {"folder": out, "every": every, "device": device, "precision": precision, "workers": workers}
+    training = train(model, job.batches, job.recipe, stop=stop, **options)
+    at = len(read_log(out))
+    with tqdm(total=job.recipe.steps, disable=quiet, unit="step", mininterval=1, initial=at) as bar:
+        try:
+            for step in training:
+                at = step.step
+                bar.update(at - bar.n)
+                if step.density is not None:
+                    bar.set_postfix_str(describe(step))
+        except (KeyboardInterrupt, Stopped):
+            if not quiet:
+                typer.echo(f"Stopped after {at:,} steps. The same command goes on.", err=True)
+
+
+def describe(step: Step) -> str:
+    """A step in a few words."""
+    return f"loss {step.loss:.3f} at alpha {step.alpha:.2f}, T {step.length:,}, {step.tokens_per_second:,.0f} tokens/s"

@@ -1,0 +1,117 @@
+"""What the bench commands are told on their command lines, read once and the same way by all of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import torch
+import typer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+UNITS = {"k": 1024, "m": 1024**2}
+
+Lengths = Annotated[str, typer.Option(help="Token counts: 4k,1m; 4k..1m doubles; 4k..1m/4 goes in steps of 4.")]
+Width = Annotated[int, typer.Option(help="Model width D.")]
+Heads = Annotated[int, typer.Option(help="Query heads.")]
+Groups = Annotated[str, typer.Option(help="KV groups, comma-separated; each divides heads.")]
+HeadDim = Annotated[int, typer.Option(help="Features per head.")]
+Shortlist = Annotated[int, typer.Option(help="L, reads per query.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+Backend = Annotated[str, typer.Option(help="Our backend; auto lets the device choose.")]
+Config = Annotated[str, typer.Option(help='Other fields of AttentionConfig as JSON, such as {"keep_ratio": 0.5}.')]
+Cap = Annotated[float, typer.Option(help="On CUDA, hold this process to so many GB; 0 for all there is.")]
+Seed = Annotated[int, typer.Option(help="Seed of weights and inputs.")]
+Alpha = Annotated[float, typer.Option(help="Flux alpha.")]
+Out = Annotated[str, typer.Option(help="JSON file to write.")]
+
+
+def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
+    """'1k,4096,1m' -> [1024, 4096, 1048576]; '1k..8k' doubles and '1k..1m/4' goes in steps of 4, ends included."""
+    lengths: list[int] = []
+    for part in text.lower().split(","):
+        span, slash, step = part.partition("/")
+        low, dots, high = span.partition("..")
+        numbers = [_number(low), _number(high if dots else low), _number(step if slash else "2")]
+        if None in numbers or numbers[1] < numbers[0] or numbers[2] < 2 or (slash and not dots):
+            raise typer.BadParameter(
+                f"{part!r}: must be whole numbers >= 1 separated by commas, such as 1k,4096,1m, or a range that "
+                "doubles, 4k..1m, or multiplies, 4k..1m/4",
+                param_hint=option,
+            )
+        tokens, last, factor = numbers
+        while tokens <= last:
+            lengths.append(tokens)
+            tokens *= factor
+    return lengths
+
+
+def parse_size(text: str, option: str) -> int:
+    """'64k' -> 65536."""
+    number = _number(text.lower())
+    if number is None:
+        raise typer.BadParameter(f"{text!r}: must be a whole number >= 1, such as 500, 64k or 1m", param_hint=option)
+    return number
+
+
+def _number(text: str) -> int | None:
+    digits, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1)
+    return int(digits) * unit if digits.isdecimal() and int(digits) >= 1 else None
+
+
+def parse_alphas(text: str) -> list[float | None]:
+    """'0.5,1,auto' -> [0.5, 1.0, None]; None lets the length decide."""
+    alphas: list[float | None] = []
+    for part in text.lower().split(","):
+        try:
+            alpha = None if part == "auto" else float(part)
+        except ValueError:
+            alpha = -1.0
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise typer.BadParameter(f"{part!r}: must be numbers in [0, 1] or auto", param_hint="--alphas")
+        alphas.append(alpha)
+    return alphas
+
+
+def parse_config(text: str) -> dict:
+    """A JSON object of `AttentionConfig` fields; the fields themselves are checked where the config is made."""
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise typer.BadParameter(f"{text!r}: must be a JSON object", param_hint="--config")
+    return fields
+
+
+def choose(option: str, value: str, allowed):
+    """`value`, or what a dict `allowed` holds under it."""
+    if value not in allowed:
+        raise typer.BadParameter(f"{value!r}: must be one of {', '.join(allowed)}", param_hint=option)
+    return allowed[value] if isinstance(allowed, dict) else value
+
+
+def choose_some(option: str, text: str, allowed) -> list[str]:
+    """Comma-separated names, each once; an empty text is none."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for name in names:
+        choose(option, name, allowed)
+    return list(dict.fromkeys(names))
+
+
+def pick_device(name: str) -> torch.device:
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not usable.get(name):
+        allowed = ", ".join(n for n, ok in usable.items() if ok)
+        raise typer.BadParameter(f"{name!r}: must be one of {allowed} on this machine", param_hint="--device")
+    return torch.device(name)
+
+
+def hold_to(cap_gb: float, device: torch.device) -> None:
+    """Let this process allocate at most `cap_gb` GB (1e9 bytes) of a CUDA device; 0 changes nothing."""
+    if cap_gb < 0 or (cap_gb and device.type != "cuda"):
+        raise typer.BadParameter(f"{cap_gb:g} on {device.type}: must be 0, or above 0 on cuda", param_hint="--cap")
+    if cap_gb:
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gb * 1e9 / whole))

@@ -1,0 +1,60 @@
+"""The same gates in front of MLPs: prototypes and a router choose the experts that a token wakes.
+
+Axes: `B` batch, `T` tokens, `D` model width, `N` experts, `K` slots for awake experts, `F` features inside an expert.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import AttentionConfig, Gates
+from ..attention.heads import pick_awake, project_in, project_out
+from ..attention.routing import Router, gate_probability, head_probability, is_learning, wake_heads
+
+
+class Experts(nn.Module):
+    """N gated MLPs (SwiGLU) of which each token wakes at most K: `(B, T, D)` -> `(B, T, D)`. A mixture of experts.
+
+    They wake and weigh as heads do at flux alpha 1, whatever alpha is: Top-P, at least one, the balance bias in the
+    choice only, and at K = 1 a weight of 1 from which the router learns nothing. Prototypes live in the space of x and
+    follow it in training, one forward pass late, padding included. A token decides by itself, so decoding is the same
+    function. cfg: its gates_per_group (at least N are made), prior, balance_rate and ema_decay; hidden: F; awake: K;
+    top_p: probability mass at which waking stops, in (0, 1].
+    """
+
+    def __init__(self, cfg: AttentionConfig, hidden: int, n_experts: int, awake: int, top_p: float):
+        super().__init__()
+        D, C = cfg.d_model, max(n_experts, cfg.gates_per_group)
+        self.cfg, self.n_experts, self.awake, self.top_p = cfg, n_experts, awake, top_p
+        self.gates = Gates(1, C, D, n_experts, cfg.ema_decay)
+        self.router = Router(1, C, n_experts, D, cfg.balance_rate)
+        self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * hidden, D).uniform_(-(D**-0.5), D**-0.5))
+        self.down = nn.Parameter(torch.empty(n_experts, hidden, D).uniform_(-(hidden**-0.5), hidden**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        learning = is_learning(self)
+        if learning:
+            self.gates.fold()
+            self.router.fold()
+        awake, weight = self.route(x)
+        slot, real = pick_awake(awake, self.awake)  # (B, T, 1, K)
+        gate, up = project_in(x, self.gate_up, None, slot, real).chunk(2, dim=-1)
+        rows = F.silu(gate) * up * weight.gather(-1, slot)[..., None].to(gate.dtype)
+        y = project_out(rows, self.down, slot, real)
+        if learning:
+            everyone = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            self.gates.observe(x[:, :, None], everyone)
+            self.router.observe(awake, everyone)
+        return y
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Who wakes, bool, and how loud each is, float32, 0 asleep: `(B, T, 1, N)` each."""
+        gates, cfg = self.gates, self.cfg
+        cosine = gates.cosines(x[:, :, None])
+        prob = gate_probability(
+            self.router(x), cosine, gates.confidence, gates.log_share, cfg.prior_temperature, cfg.prior_max
+        )
+        prob = head_probability(prob, gates.head_of_gate, self.n_experts)
+        return wake_heads(prob, self.router.balance, 1.0, self.top_p, 1, self.awake)

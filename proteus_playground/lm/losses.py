@@ -1,0 +1,111 @@
+"""What a training step may add to cross-entropy: small routers, queries that open the gates of what they attend to,
+and heads that point at the word that comes.
+
+All read `AttentionTrace`. Load balance is no loss: a router's balance bias sees to it, outside the gradient.
+
+Axes: `B` batch, `T` tokens, `R` sampled rows, `D` model width, `G` KV groups, `K` slots for awake heads, `d` head dim,
+`C` gates per group, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ..attention import AttentionTrace, ProteusAttention, plan_budget
+from ..attention.rope import rotate
+
+if TYPE_CHECKING:
+    from .model import ProteusLM
+
+ROWS = 64  # rows of each text that the opening loss looks at
+IGNORED = -100  # a target that is not scored, as in cross_entropy
+
+
+def router_z(traces: Sequence[AttentionTrace]) -> Tensor:
+    """Mean over layers, tokens and groups of the square of logsumexp(router logits), a scalar; 0 without a router.
+
+    Keeps logits near zero, where softmax is precise and not yet decided: the z-loss of ST-MoE (Zoph et al. 2022,
+    https://arxiv.org/abs/2202.08906). Dropped tokens and padding do not count.
+    """
+    if not traces:
+        raise ValueError("traces=(): must hold at least one AttentionTrace")
+    layers = [_z(trace) for trace in traces if trace.router_logits is not None]
+    return torch.stack(layers).mean() if layers else traces[0].heads.new_zeros((), dtype=torch.float32)
+
+
+def _z(trace: AttentionTrace) -> Tensor:
+    square = trace.router_logits.float().logsumexp(-1).square().mean(-1)  # (B, T)
+    counts = trace.awake.any(-1)
+    return (square * counts).sum() / counts.sum().clamp(min=1)
+
+
+def opening(traces: Sequence[AttentionTrace], model: ProteusLM, first: int = 0) -> Tensor:
+    """How badly queries tell the gates that hold what they attend to: nats per row and head, a scalar >= 0.
+
+    Of about ROWS evenly spaced rows per text, from row `first` on, dense attention is computed; what falls on keys
+    beyond the window is summed by gate, and the softmax over q.p has to agree with it (cross-entropy). A row counts
+    as much as falls there, times its largest weight there: rows that look at nothing in particular hardly count.
+    Gradient reaches the queries alone. Same purpose as the indexer loss of DeepSeek-V3.2 (2025,
+    https://github.com/deepseek-ai/DeepSeek-V3.2-Exp). Mean over layers; traces must come from a parallel pass.
+    """
+    if not traces or traces[0].keys is None:
+        raise ValueError("traces: must be of at least one layer's parallel pass, which keeps queries and keys")
+    losses = [_opening(trace, block.attn, first) for trace, block in zip(traces, model.blocks, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def _opening(trace: AttentionTrace, attn: ProteusAttention, first: int) -> Tensor:
+    cfg, gates, k = attn.cfg, attn.gates, trace.keys
+    T = k.shape[1]
+    step = max(1, T // ROWS)
+    rows = torch.arange(first % step, T, step, device=k.device)
+    q, scale = trace.queries[:, rows].float(), cfg.head_dim**-0.5
+    with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
+        mass, length = _mass_by_gate(q, k.float(), attn, rows, plan_budget(cfg, T, 1.0).window)
+        mass = mass * (trace.heads[:, rows] != 0).any(-1)[..., None]  # sleepers and dropped tokens open nothing
+    with torch.autocast(k.device.type, enabled=False):
+        score = torch.einsum("brgkd,gcd->brgkc", q, gates.prototypes) * (scale * length[:, None, None])
+        score = score.masked_fill(mass.isnan() | ~gates.alive[:, None], -torch.inf).log_softmax(-1)
+        mass = mass.nan_to_num()
+        return -(mass * score.masked_fill(mass == 0, 0)).sum() / mass.sum().clamp(min=1e-6)
+
+
+def _mass_by_gate(q: Tensor, k: Tensor, attn: ProteusAttention, rows: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Attention of the rows q `(B, R, G, K, d)` on far keys, by gate: `(B, R, G, K, C)`, NaN where a gate has none.
+
+    And the mean length of each group's keys, `(G,)`.
+    """
+    at = torch.arange(k.shape[1], device=k.device)
+    gate = attn.gates.lure(k)[0].transpose(1, 2)[:, None, :, None]  # (B, 1, G, 1, T)
+    turned = rotate(q.flatten(2, 3), rows, attn.inv_freq).view_as(q)
+    score = torch.einsum("brgkd,btgd->brgkt", turned, rotate(k, None, attn.inv_freq)) * q.shape[-1] ** -0.5
+    ahead = (at > rows[:, None])[:, None, None]  # (R, 1, 1, T)
+    far = (at < rows[:, None] - window)[:, None, None].expand_as(score)
+    weight = score.masked_fill(ahead, -torch.inf).softmax(-1) * far
+    weight = weight * weight.amax(-1, keepdim=True)
+    mass = score.new_zeros(*score.shape[:-1], attn.cfg.gates_per_group)
+    gate = gate.expand_as(score)
+    count = torch.zeros_like(mass).scatter_add_(-1, gate, far.to(mass.dtype))
+    return mass.scatter_add_(-1, gate, weight).masked_fill(count == 0, torch.nan), k.norm(dim=-1).mean((0, 1))
+
+
+def alignment(trace: AttentionTrace, model: ProteusLM, targets: Tensor) -> Tensor:
+    """Mean of 1 - cos(the heads' consensus, the target's unembedding row), a scalar in [0, 2]; 0 where none is scored.
+
+    trace: of the model's last layer; targets: `(B, T)` int64, -100 not scored. Consensus: see
+    `ProteusAttention.consensus`. It teaches awake heads to point where Top-A looks. Gradient reaches the unembedding
+    too. Raises `ValueError` for targets of another shape.
+    """
+    if targets.shape != trace.heads.shape[:2]:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}: must be {tuple(trace.heads.shape[:2])}")
+    scored = targets != IGNORED
+    if trace.awake is not None:
+        scored = scored & trace.awake.any(-1)
+    rows = model.unembedding()[targets.clamp(min=0)].float()
+    gap = 1 - cosine_similarity(model.blocks[-1].attn.consensus(trace), rows, dim=-1)
+    return (gap * scored).sum() / scored.sum().clamp(min=1)

@@ -1,0 +1,89 @@
+"""A run on disk: one file with all that a resumed run needs, and a log with a line per step.
+
+The log is on disk before the state that counts its last step, and lines past the state are dropped when a run goes on:
+however it was stopped, each step stands there once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ...common.files import append_lines, read_lines, whole
+from ...common.tensors import read_tensors, write_tensors
+
+STATE, LOG = "state.safetensors", "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `state.safetensors` holds."""
+
+    tensors: dict[str, Tensor]
+    place: dict
+    scaler: dict
+
+
+class Store:
+    """The folder of one run."""
+
+    def __init__(self, folder: Path, run: dict):
+        """run: what model, recipe and batches are, as JSON can hold it; a folder of another run is refused."""
+        self.folder, self.run = Path(folder), json.loads(json.dumps(run))
+        self._lines: list[dict] = []
+
+    def load(self) -> Saved | None:
+        """The state to go on from, None in a new folder. ValueError where the folder holds something else."""
+        if not (self.folder / STATE).is_file():
+            if (self.folder / LOG).is_file():  # of a run that ended before its first save
+                self._cut(0)
+            return None
+        tensors, about = read_tensors(self.folder / STATE, "training")
+        if not (isinstance(about, dict) and {"run", "place", "scaler"} <= set(about)):
+            raise ValueError(f"folder={str(self.folder)!r}: its {STATE} is not of a training run")
+        there = about["run"]
+        other = [name for name in _names(there) if _at(self.run, name) != _at(there, name)]  # settings may be newer
+        if other:
+            raise ValueError(
+                f"folder={str(self.folder)!r} holds a run with other settings ({', '.join(other)}): "
+                "allowed is an empty folder, or the same settings to go on"
+            )
+        self._cut(about["place"]["step"])
+        return Saved(tensors, about["place"], about["scaler"])
+
+    def log(self, step) -> None:
+        """Note a `Step`; it is on disk once the state is."""
+        self._lines.append({name: value for name, value in asdict(step).items() if value is not None})
+
+    def save(self, tensors: dict[str, Tensor], place: dict, scaler: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        append_lines(self.folder / LOG, self._lines)
+        self._lines.clear()
+        write_tensors(self.folder / STATE, tensors, {"run": self.run, "place": place, "scaler": scaler})
+
+    def _cut(self, step: int) -> None:
+        try:
+            kept = [line for line in read_lines(self.folder / LOG) if line["step"] <= step]
+        except (ValueError, TypeError, KeyError) as err:
+            raise ValueError(f"folder={str(self.folder)!r}: its {LOG} is not of a training run ({err!r})") from err
+        with whole(self.folder / LOG) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def _names(values: dict, head: str = "") -> Iterable[str]:
+    """Dotted names of all values in nested dicts."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _names(value, f"{head}{key}.")
+        else:
+            yield head + key
+
+
+def _at(values: dict, name: str) -> object:
+    for key in name.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values

@@ -1,0 +1,1 @@
+"""Looking into one attention layer of a model: plain numbers out, for any display."""

@@ -1,0 +1,274 @@
+"""Look into one attention layer of a real model while its controls move.
+
+The model runs once over the text; every layer's un-rotated queries, keys and values and its dense output are
+kept as float16. After that a view re-runs one layer, not the model.
+
+Axes: `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `D` model width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from threading import RLock
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from ..attention import AttentionConfig, row_reads
+from ..attention.adapter import ProteusLayer
+from ..attention.calibration import Calibration, watch
+from ..attention.captured import check_cache
+from ..attention.settings import Settings, config_for
+from ..common.checks import whole_number
+from ..common.files import cache_dir
+from ..common.progress import Progress, Stop, Stopped, check_stop, tell
+from ..common.timing import Stopwatch
+from .layer_view import LoadedLayer, group_map, layer_view, load_layer
+from .random_source import RandomSource
+from .text_window import cut_text, describe
+from .views import GateMap, LayerView, ModelView, RowView
+
+__all__ = ["LayerProbe", "Stopped"]
+
+LOADED = 3  # layers kept in working precision at least
+LOADED_BYTES = 1 << 25  # and as many as fit in here, which are all of a small model
+CALIBRATION_TOKENS = 2048
+
+
+class LayerProbe:
+    """One text through one model, ready to be looked at layer by layer. Make it with a class method.
+
+    `name`, `note` (one sentence: model, text, calibration, or that it is random), `random`, `tokens` (T
+    strings), `n_layers`, `layers` (those that can be viewed), `n_heads`, `n_groups`, `head_dim`, `device`.
+    Every method may be called from any thread; one view and one run of the model go on at a time.
+
+    A text longer than max_tokens is cut to its first 4 tokens, which models use as attention sinks, and its
+    last max_tokens - 4, so that a question at the end stays; `note` says so.
+    """
+
+    def __init__(
+        self,
+        source,
+        text,
+        *,
+        max_tokens: int,
+        calibration=None,
+        calibration_tokens: int = CALIBRATION_TOKENS,
+        cache: Path | None = None,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+    ):
+        from ..common.texts import calibration_text
+
+        self._source, shape = source, source.shape
+        self.name, self.random, self.device = source.name, source.random, str(source.device)
+        self.n_layers, self.layers = source.n_layers, source.full_layers
+        self.n_heads, self.n_groups, self.head_dim = shape.n_heads, shape.n_groups, shape.head_dim
+        whole_number("max_tokens", max_tokens, 8)
+        whole_number("calibration_tokens", calibration_tokens, 8)
+        words, cut = cut_text(source, text.body, max_tokens)
+        if len(words) < 2:
+            raise ValueError(f"text={text.name!r} has {len(words)} token: must have at least 2")
+        if len(words) > (source.context or len(words)):
+            raise ValueError(
+                f"max_tokens={max_tokens}: must be at most {source.context}, the model's context, for a "
+                f"text of {len(words):,} tokens"
+            )
+        check_cache(len(words), self.n_layers, self.n_heads, self.n_groups, self.head_dim, source.width)
+        self.tokens = source.strings(words)
+        self._ids = source.ids(words)
+        learned = calibration or calibration_text(text.name)
+        self.note = describe(source, text, len(words), cut, learned)
+        enough = min(calibration_tokens, source.context or calibration_tokens)
+        self._calibration = Calibration(source, learned, enough, cache)
+        listen = watch("reading the text", self.n_layers, progress, stop)
+        self._captured = source.capture(self._ids, before_layer=listen)
+        self._loaded: OrderedDict[int, LoadedLayer] = OrderedDict()
+        self._maps: OrderedDict[tuple, GateMap] = OrderedDict()
+        self._watch = Stopwatch(source.device)
+        self._dense_nll: tuple[float, float] | None = None
+        self._lock, self._model_lock = RLock(), RLock()  # views stay possible while the model runs
+        tell(progress, 1.0, self.note)
+
+    @classmethod
+    def from_pulled(
+        cls,
+        text,
+        *,
+        model: str = "smollm2",
+        max_tokens: int = 1024,
+        device: str | None = None,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+    ) -> LayerProbe:
+        """A probe of a model that `proteus models pull` brought. device: None takes a GPU where there is one.
+
+        float32 on the CPU; on a GPU bfloat16 where the card really has it, float16 elsewhere.
+        Raises `ValueError` for a model that is not pulled or a text or length that does not fit.
+        """
+        from ..hf.models import load
+        from ..hf.source import ModelSource
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        tell(progress, 0.0, f"loading {model}")
+        check_stop(stop)
+        net, tokenizer = load(model, device, _dtype_for(device))
+        return cls(
+            ModelSource(net, tokenizer, model),
+            text,
+            max_tokens=max_tokens,
+            cache=cache_dir() / "gates",
+            progress=progress,
+            stop=stop,
+        )
+
+    @classmethod
+    def from_model(
+        cls,
+        model,
+        tokenizer,
+        text,
+        *,
+        name: str,
+        max_tokens: int = 1024,
+        calibration=None,
+        calibration_tokens: int = CALIBRATION_TOKENS,
+        cache: Path | None = None,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+    ) -> LayerProbe:
+        """A probe of any model that `hf.patch` supports, on the device it is on.
+
+        calibration: a `Text` to fit prototypes on, None chooses one that is not `text`; cache: a folder for
+        the prototypes, None keeps them in memory only.
+        """
+        from ..hf.source import ModelSource
+
+        return cls(
+            ModelSource(model, tokenizer, name),
+            text,
+            max_tokens=max_tokens,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            cache=cache,
+            progress=progress,
+            stop=stop,
+        )
+
+    @classmethod
+    def random_layer(cls, text, *, max_tokens: int = 512, seed: int = 0) -> LayerProbe:
+        """Two layers of random weights over whole words: opens at once, needs no model, learned nothing."""
+        return cls(RandomSource(seed), text, max_tokens=max_tokens)
+
+    @torch.no_grad()
+    def view(self, layer: int, settings: Settings, *, stop: Stop | None = None) -> LayerView:
+        """Re-run one layer at `settings`. `ValueError` names what is out of range; `Stopped` on request."""
+        with self._lock:
+            loaded, runner = self._ready(layer, settings, stop)
+            check_stop(stop)
+            return layer_view(loaded, runner, settings, self._source, self._watch)
+
+    @torch.no_grad()
+    def row(self, layer: int, settings: Settings, token: int, head: int) -> RowView:
+        """What one query row sees at `settings`; token in [0, T), head in [0, H)."""
+        whole_number("token", token, 0, len(self.tokens) - 1)
+        whole_number("head", head, 0, self.n_heads - 1)
+        with self._lock:
+            loaded, runner = self._ready(layer, settings)
+            budget, keep, awake, _ = runner.decide(loaded.q, loaded.k, logits=loaded.logits)
+            if (keep is not None and not keep[0, token]) or (awake is not None and not awake[0, token, head]):
+                empty = np.zeros(len(self.tokens))
+                return RowView(token, head, empty.astype(np.uint8), empty.astype(np.float32), (), 0, True)
+            near = dict(token=token, head=head, inv_freq=loaded.inv_freq, keep=keep, scale=loaded.scale)
+            seen = row_reads(loaded.q, loaded.k, loaded.v, runner.gates, budget, **near)
+            return RowView(token, head, seen.kind, seen.weight, seen.gates_opened, seen.notes_read, False)
+
+    @torch.no_grad()
+    def gate_map(self, layer: int, group: int, gates: int) -> GateMap:
+        """Keys of a KV group on two axes that no control moves, and its prototypes on the same axes."""
+        whole_number("group", group, 0, self.n_groups - 1)
+        self._check_layer(layer)
+        config_for(Settings(gates=gates, probes=1), self._source.shape)
+        with self._lock:
+            at = (layer, group, gates)
+            if at not in self._maps:
+                loaded = self._load(layer)
+                self._maps[at] = group_map(loaded, group, self._calibration.gates(layer, gates))
+                while len(self._maps) > 64:
+                    self._maps.popitem(last=False)
+            return self._maps[at]
+
+    def run_model(
+        self,
+        settings: Settings,
+        *,
+        layers: Sequence[int] | None = None,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+    ) -> ModelView:
+        """The whole model with `layers` (None: all that can be) at `settings`, beside itself dense.
+
+        Both are scored on the second half of the tokens, T // 2 .. T - 1, each predicted from all before it,
+        so that every scored row has a past worth choosing from. The dense result is computed once per probe.
+        Raises `ValueError` for random layers and for layers out of range, `Stopped` on request.
+        """
+        if self.random:
+            raise ValueError("model='random layer': random weights predict nothing; pull a model to run it whole")
+        config = config_for(settings, self._source.shape)
+        chosen = self.layers if layers is None else tuple(layers)
+        for layer in chosen:
+            self._check_layer(layer)
+        first = max(1, len(self._ids) // 2)
+        with self._model_lock:
+            runners = {}
+            for done, layer in enumerate(chosen):
+                check_stop(stop)
+                tell(progress, 0.3 * done / len(chosen), f"prototypes of layer {layer}")
+                runners[layer] = self._runner(layer, config, stop)
+            if self._dense_nll is None:
+                self._dense_nll = self._scored(first, {}, "dense", 0.3, 0.6, progress, stop)
+            nll, seconds = self._scored(first, runners, "at these settings", 0.6, 1.0, progress, stop)
+        dense_nll, dense_seconds = self._dense_nll
+        return ModelView(settings, chosen, nll, dense_nll, len(self._ids) - first, seconds, dense_seconds)
+
+    def _scored(self, first, runners, what, start, end, progress, stop) -> tuple[float, float]:
+        """NLL and seconds of one pass; progress runs from `start` to `end`."""
+        scaled = None if progress is None else lambda share, said: progress(start + (end - start) * share, said)
+        before = watch(f"the whole model, {what}", self.n_layers, scaled, stop)
+        begun = perf_counter()
+        return self._source.nll(self._ids, first, runners, before), perf_counter() - begun
+
+    def _ready(self, layer: int, settings: Settings, stop: Stop | None = None) -> tuple[LoadedLayer, ProteusLayer]:
+        config = config_for(settings, self._source.shape)
+        loaded = self._load(layer)
+        check_stop(stop)
+        return loaded, self._runner(layer, config, stop)
+
+    def _runner(self, layer: int, config: AttentionConfig, stop: Stop | None) -> ProteusLayer:
+        gates = self._calibration.gates(layer, config.gates_per_group, stop=stop)
+        trained = gates is self._source.own_gates.get((layer, config.gates_per_group))
+        return ProteusLayer(gates, config, self._source.routers.get(layer) if trained else None)
+
+    def _load(self, layer: int) -> LoadedLayer:
+        self._check_layer(layer)
+        if layer not in self._loaded:
+            self._loaded[layer] = load_layer(layer, self._captured[layer], self._source, self._watch)
+        self._loaded.move_to_end(layer)
+        while len(self._loaded) > max(LOADED, LOADED_BYTES // self._loaded[layer].nbytes):
+            self._loaded.popitem(last=False)
+        return self._loaded[layer]
+
+    def _check_layer(self, layer: int) -> None:
+        whole_number("layer", layer, 0, self.n_layers - 1)
+        if layer not in self.layers:
+            raise ValueError(f"layer={layer}: reads a sliding window and stays native; allowed is one of {self.layers}")
+
+
+def _dtype_for(device: str) -> torch.dtype:
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    real = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if real else torch.float16

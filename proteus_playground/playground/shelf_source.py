@@ -1,0 +1,176 @@
+"""A `ProteusLM` and its tokenizer as the probe sees them: tokens in, each layer's tensors out, likelihood, an answer.
+
+What is run at other settings than the model's own is a twin: it shares every weight, and differs in the budgets, gates
+and router of its layers.
+
+Axes: `T` tokens, `H` query heads, `d` head dim, `D` model width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.adapter import ProteusLayer
+from ..attention.captured import CapturedLayer, half
+from ..attention.settings import LayerShape
+from ..common.progress import Stop, check_stop
+from ..common.tensors import fingerprint
+from ..lm.model import ProteusLM
+
+TRAINED = ("prior_max", "prior_temperature", "heads_awake_min", "heads_awake_max")  # what no control changes
+
+
+class ShelfSource:
+    """Wraps a model in evaluation mode, which is neither copied nor changed, and a `ShelfTokenizer`.
+
+    Its own gates and router are used wherever a layer has as many gates as the model was trained with.
+    """
+
+    random, context = False, None
+
+    def __init__(self, model: ProteusLM, tokenizer, name: str):
+        if model.training:
+            raise ValueError("training=True: the model must be in evaluation mode to be looked at; call eval()")
+        self.name, self._model, self._tokenizer = name, model, tokenizer
+        cfg = model.cfg.attention
+        trained = {field: getattr(cfg, field) for field in TRAINED} if cfg.route_heads else {}
+        self.shape = LayerShape(cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, trained)
+        self.n_layers, self.width = len(model.blocks), cfg.d_model
+        self.full_layers = tuple(range(self.n_layers))
+        self.device, self.dtype = model.embed.weight.device, model.embed.weight.dtype
+        layers = {index: block.attn for index, block in enumerate(model.blocks)}
+        self.own_gates = {(index, attn.gates.gates_per_group): attn.gates for index, attn in layers.items()}
+        self.routers = {index: attn.router for index, attn in layers.items() if attn.router is not None}
+        self.fingerprint = fingerprint(model)
+
+    def encode(self, body: str) -> list[int]:
+        return self._tokenizer.encode(body)
+
+    def spans(self, body: str) -> list[tuple[int, int]]:
+        """Where each token of `encode(body)` begins and ends, in characters."""
+        return self._tokenizer.spans(body)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+    def ids(self, tokens: list[int]) -> Tensor:
+        return torch.tensor(tokens)
+
+    def strings(self, tokens: list[int]) -> list[str]:
+        """What each token reads as on its own."""
+        return self._tokenizer.strings(tokens)
+
+    def project(self, layer: int, out: Tensor) -> Tensor:
+        """o_proj: `(T, H d)` -> `(T, D)`."""
+        return self._model.blocks[layer].attn.o_proj(out)
+
+    @torch.no_grad()
+    def capture(
+        self, ids: Tensor, *, keys_only: bool = False, before_layer: Callable[[int], None] | None = None
+    ) -> dict[int, CapturedLayer]:
+        """What each layer of the dense model sees of `ids` `(T,)`."""
+        found: dict[int, CapturedLayer] = {}
+
+        def record(layer: int, x: Tensor, y: Tensor) -> None:
+            attn = self._model.blocks[layer].attn
+            d, of = self.shape.head_dim, {"inv_freq": attn.inv_freq, "scale": self.shape.head_dim**-0.5}
+            k = half(attn.k_proj(x[0]).unflatten(-1, (-1, d)))
+            if keys_only:
+                found[layer] = CapturedLayer(None, k, None, None, **of)
+                return
+            q, v = (half(proj(x[0]).unflatten(-1, (-1, d))) for proj in (attn.q_proj, attn.v_proj))
+            logits = None if attn.router is None else half(attn.router(x)[0])
+            found[layer] = CapturedLayer(q, k, v, half(y[0]), logits=logits, **of)
+
+        self._twin({}, before_layer, record).hidden(ids.to(self.device)[None])
+        return found
+
+    @torch.inference_mode()
+    def nll(
+        self,
+        ids: Tensor,
+        first: int,
+        layers: Mapping[int, ProteusLayer],
+        before_layer: Callable[[int], None] | None = None,
+    ) -> float:
+        """Mean negative log-likelihood, nats, of tokens `first` .. T-1 of `ids`, each given its past."""
+        ids = ids.to(self.device)
+        states = self._twin(layers, before_layer).hidden(ids[None])[0, first - 1 : -1]
+        return F.cross_entropy(states @ self._model.embed.weight.T, ids[first:]).item()
+
+    @torch.inference_mode()
+    def answer(
+        self, ids: Tensor, layers: Mapping[int, ProteusLayer], ends: Iterable[int], most: int, stop: Stop | None = None
+    ) -> list[int]:
+        """The likeliest tokens after `ids` `(T,)`, at most `most`, up to the first of `ends` without it.
+
+        layers: what runs at its own settings; the others are dense. `Stopped` on request, between two tokens.
+        """
+        model, ends, said = self._twin(layers), set(ends), []
+        state = model.new_state(1, len(ids) + most)
+        for token in model.generate(ids.to(self.device)[None], most, temperature=0.0, state=state):
+            check_stop(stop)
+            if int(token) in ends:
+                break
+            said.append(int(token))
+        return said
+
+    def _twin(self, layers: Mapping[int, ProteusLayer], before=None, after=None) -> ProteusLM:
+        """The model with `layers` at their settings and the others dense; before(layer), after(layer, x, y) listen."""
+        model = _share(self._model)
+        model.blocks = nn.ModuleList(map(_share, self._model.blocks))
+        for index, block in enumerate(model.blocks):
+            block.attn = _attention(block.attn, layers.get(index))
+            if before is not None or after is not None:
+                block.attn = _Heard(index, block.attn, before, after)
+        return model
+
+
+def _share(module: nn.Module) -> nn.Module:
+    """Another module of the same parts, whose parts can be exchanged without touching those of the first."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _attention(attn: nn.Module, runner: ProteusLayer | None) -> nn.Module:
+    """The layer at a runner's budgets, gates and router; without a runner dense."""
+    twin = _share(attn)
+    if runner is None:
+        twin.cfg = replace(attn.cfg, flux_alpha=0.0)
+        return twin
+    twin.cfg = replace(runner.config, d_model=attn.cfg.d_model, bias=attn.cfg.bias)
+    twin.gates = runner.gates
+    twin.router = (runner.router or _Untrained()) if runner.config.route_heads else None
+    return twin
+
+
+class _Untrained(nn.Module):
+    """In a router's place: says nothing, so that heads are routed by the prototypes' prior alone."""
+
+    balance = None
+
+    def forward(self, x: Tensor) -> None:
+        return None
+
+
+class _Heard(nn.Module):
+    """A layer with someone listening."""
+
+    def __init__(self, index: int, attn: nn.Module, before, after):
+        super().__init__()
+        self.index, self.attn, self.before, self.after = index, attn, before, after
+
+    def forward(self, x: Tensor, **given):
+        if self.before is not None:
+            self.before(self.index)
+        y = self.attn(x, **given)
+        if self.after is not None:
+            self.after(self.index, x, y)
+        return y

@@ -1,0 +1,493 @@
+"""The bank against the parallel pass: the same rows, in memory that does not grow."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import config, layer, off_by, qkv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proteus_playground.attention import (
+    ENDLESS,
+    Gates,
+    KVBank,
+    plan_budget,
+    proteus_attention,
+    rope_frequencies,
+    rotate,
+)
+from proteus_playground.attention.int8 import error_bound
+from proteus_playground.cli import app as cli
+
+ALPHA = st.sampled_from([0.0, 0.3, 0.7, 1.0, None])
+DELTA = st.sampled_from([0.0, 0.5, 0.8, 1.0])
+few = settings(max_examples=int(os.environ.get("PROTEUS_EXAMPLES", 40)) // 2, deadline=None)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def world(tokens, device="cpu", heads=4, batch=2, drop=0.0, seed=0, int8=False, **changes):
+    """Queries, keys, values, tokens that stay, and an empty bank planned for them."""
+    cfg = config(**{"shortlist": 30, "gates_per_group": 3, "dense_below": 40, "shortlist_from": 150, **changes})
+    q, k, v = qkv(tokens, heads=heads, batch=batch, seed=seed, device=device)
+    gates = Gates(2, cfg.gates_per_group, 8).to(device).fit(qkv(100, seed=7, device=device)[1])
+    keep = None
+    if drop:
+        keep = (torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed)) >= drop).to(device)
+    bank = KVBank.empty(plan_budget(cfg, tokens), gates, batch, inv_freq=rope_frequencies(8, 1e4, device), int8=int8)
+    return q, k, v, keep, bank
+
+
+def part(x, a, b):
+    return None if x is None else x[:, a:b]
+
+
+def take_in(bank, k, v, keep, start, stop):
+    if stop > start:
+        bank.extend(k[:, start:stop], v[:, start:stop], keep=part(keep, start, stop))
+
+
+def walk(bank, q, k, v, keep, start, stop):
+    """Rows start..stop, one step each."""
+    rows = [bank.step(*(x[:, t : t + 1] for x in (q, k, v)), keep=part(keep, t, t + 1)) for t in range(start, stop)]
+    return torch.cat([q[:, :0], *rows], dim=1)
+
+
+def parallel(bank, q, k, v, keep, **kwargs):
+    return proteus_attention(
+        q, k, v, bank.gates, bank.budget, inv_freq=bank.inv_freq, keep=keep, backend="reference", **kwargs
+    )
+
+
+# the same rows
+
+
+@few
+@given(
+    tokens=st.integers(1, 160),
+    cut=st.floats(0, 1),
+    alpha=ALPHA,
+    delta=DELTA,
+    notes=st.booleans(),
+    drop=st.sampled_from([0.0, 0.5]),
+    size=st.sampled_from([12, 30, 60]),
+    heads=st.sampled_from([2, 4, 6]),
+    seed=st.integers(0, 99),
+)
+def test_rows_are_those_of_the_parallel_pass(tokens, cut, alpha, delta, notes, drop, size, heads, seed):
+    q, k, v, keep, bank = world(
+        tokens, heads=heads, drop=drop, seed=seed, flux_alpha=alpha, dna_fraction=delta, notes=notes, shortlist=size
+    )
+    want, start = parallel(bank, q, k, v, keep).out, int(cut * tokens)
+    take_in(bank, k, v, keep, 0, start)
+    assert off_by(walk(bank, q, k, v, keep, start, tokens), want[:, start:]) <= 1e-5
+
+
+@few
+@given(
+    tokens=st.integers(1, 160),
+    cut=st.floats(0, 1),
+    alpha=ALPHA,
+    delta=DELTA,
+    drop=st.sampled_from([0.0, 0.5]),
+    heads=st.sampled_from([2, 6]),
+    seed=st.integers(0, 99),
+)
+def test_many_steps_at_once_are_steps_one_by_one(tokens, cut, alpha, delta, drop, heads, seed):
+    q, k, v, keep, bank = world(tokens, heads=heads, drop=drop, seed=seed, flux_alpha=alpha, dna_fraction=delta)
+    start = min(int(cut * tokens), tokens - 1)
+    take_in(bank, k, v, keep, 0, start)
+    single = bank.fork()
+    want = walk(single, q, k, v, keep, start, tokens)
+    assert off_by(bank.steps(*(x[:, start:] for x in (q, k, v)), keep=part(keep, start, tokens)), want) <= 1e-5
+    assert [bank.contents(b, g) for b in (0, 1) for g in (0, 1)] == [
+        single.contents(b, g) for b in (0, 1) for g in (0, 1)
+    ]
+
+
+def test_past_every_rings_wrap_around(device):
+    q, k, v, keep, bank = world(400, device, drop=0.2)
+    want = parallel(bank, q, k, v, keep).out
+    assert off_by(walk(bank, q, k, v, keep, 0, 400), want) <= 1e-5
+    assert int(bank.left.min()) > 3 * bank.ring and bank.ring >= 2
+
+
+@few
+@given(
+    tokens=st.integers(1, 120),
+    cut=st.floats(0, 1),
+    alpha=ALPHA,
+    rho=st.sampled_from([0.4, 1.0]),
+    route=st.sampled_from(
+        [
+            {},
+            {"route_heads": False},
+            {"heads_awake_max": 1},
+            {"head_top_p": 0.6, "bias": True},
+            {"n_heads": 32, "heads_awake_max": 2, "gates_per_group": 16},  # projected head by head
+        ]
+    ),
+)
+def test_layer_decodes_what_it_computes(tokens, cut, alpha, rho, route):
+    attn = layer(flux_alpha=alpha, keep_ratio=rho, dense_below=40, shortlist_from=100, **route)
+    x, start = torch.randn(3, tokens, 32), int(cut * tokens)
+    want, stats = attn(x, return_stats=True)
+    y, state = attn.prefill(x[:, :start], tokens) if start else (x[:, :0], attn.new_state(3, tokens))
+    assert start == 0 or off_by(y, want[:, :start]) <= 1e-5
+    at = (start + tokens) // 2
+    pieces = [x[:, start:at], *x[:, at:].split(1, dim=1)]  # several tokens at once, then one by one
+    y = torch.cat([x[:, :0], *(attn.decode(piece, state) for piece in pieces if piece.shape[1])], dim=1)
+    assert start == tokens or off_by(y, want[:, start:]) <= 1e-5
+    assert torch.equal(state.count, stats.kept.sum(1)) and torch.all(state.seen == tokens)
+
+
+@pytest.mark.parametrize("alpha", [1.0, None])
+def test_endless_state_gives_the_rows_of_any_longer_text(alpha):
+    attn = layer(flux_alpha=alpha, dense_below=40, shortlist_from=100)
+    x = torch.randn(2, 300, 32)
+    y, state = attn.prefill(x[:, :20])
+    assert off_by(torch.cat((y, attn.decode(x[:, 20:], state)), dim=1), attn(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("rho", [0.4, 1.0])
+def test_padded_sequences_decode_as_they_would_alone(side, rho):
+    attn = layer(keep_ratio=rho)
+    lengths, wide, new = (70, 41, 1), 70, 40
+    texts = [torch.randn(1, n + new, 32) for n in lengths]
+    x = torch.full((3, wide, 32), torch.nan)
+    mask, at = torch.ones(3, wide, dtype=torch.bool), torch.zeros(3, wide, dtype=torch.long)
+    for i, n in enumerate(lengths):
+        real = slice(wide - n, None) if side == "left" else slice(n)
+        x[i, real], mask[i, real], at[i, real] = texts[i][0, :n], False, torch.arange(n)
+    _, state = attn.prefill(x, positions=at, key_padding_mask=mask)
+    y = attn.decode(torch.cat([text[:, n:] for text, n in zip(texts, lengths, strict=True)]), state)
+    for i, n in enumerate(lengths):
+        alone = attn.prefill(texts[i])[0]
+        assert off_by(y[i], alone[0, n:]) <= 1e-5
+
+
+def test_a_sequence_that_has_ended_stays_as_it_is():
+    attn = layer()
+    x, ended = torch.randn(2, 80, 32), torch.zeros(2, 40, dtype=torch.bool)
+    ended[1] = True
+    _, state = attn.prefill(x[:, :40])
+    before = state.contents(1)
+    y = attn.decode(x[:, 40:], state, key_padding_mask=ended)
+    after = state.contents(1)
+    assert y[1].abs().max() == 0 and y[0].abs().min(dim=-1).values.max() > 0
+    assert replace(after, tokens_seen=before.tokens_seen) == before
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_one_extend_is_many_is_steps(drop, alpha):
+    q, k, v, keep, whole = world(211, drop=drop, flux_alpha=alpha)
+    parts, steps, one_piece = whole.fork(), whole.fork(), whole.fork()
+    take_in(whole, k, v, keep, 0, 211)
+    edges = (0, 1, 9, 60, 61, 200, 211)
+    for a, b in zip(edges, edges[1:], strict=False):
+        take_in(parts, k, v, keep, a, b)
+    walk(steps, q, k, v, keep, 0, 211)
+    one_piece.extend(k[:, :100], v[:, :100], keep=part(keep, 0, 100), positions=torch.arange(100))
+    one_piece.extend(k[:, 100:], v[:, 100:], keep=part(keep, 100, 211))
+    for other in (parts, steps, one_piece):
+        for batch in range(2):
+            for group in range(2):
+                assert other.contents(batch, group) == whole.contents(batch, group)
+        assert off_by(other.sums, whole.sums) <= 1e-6 and torch.equal(other.next_position, whole.next_position)
+        here = slice(0, 211) if alpha == 0 else slice(0, -1)  # the spare slot holds nothing
+        full = whole.token[:, :, here] >= 0
+        assert torch.equal(other.rows[:, :, here][full], whole.rows[:, :, here][full])
+
+
+def test_long_sums_stay_exact():
+    """60,000 keys in pieces and blocks: the sums are off by no more than float32 rounds."""
+    _, k, v, _, bank = world(60_000, batch=1)
+    take_in(bank, k, v, None, 0, 50_000)
+    walk(bank, k.repeat_interleave(2, 2), k, v, None, 50_000, 50_500)
+    turned = rotate(k, torch.arange(60_000), bank.inv_freq)
+    gone = max(bank.contents().gates[0].ring) + 1
+    rows, gate = torch.stack((turned, v), 3)[0].double(), bank.gates.lure(k)[0][0]
+    first = min(bank.contents().window)
+    assert gone <= first
+    for g in range(2):
+        for c in range(3):
+            mine = (gate[:, g] == c).nonzero()[:, 0]
+            mine = mine[(mine >= bank.anchors) & (mine < first)]
+            assert int(bank.left[0, g, c]) == len(mine)
+            for which, members in enumerate((mine, mine[: -bank.ring])):
+                assert off_by(bank.sums[0, g, which, c], rows[members, g].sum(0)) <= 1e-5
+
+
+def test_a_long_past_does_not_round_the_present_away():
+    q, k, v, _, bank = world(600, batch=1)
+    take_in(bank, k, v, None, 0, 100)
+    late = bank.fork()
+    late.sums += 2.0**24  # whole numbers are all that float32 still holds
+    for other in (bank, late):
+        for start in range(100, 600, 10):
+            take_in(other, k, v, None, start, start + 10)
+    moved = late.sums.double() - late.lost - 2.0**24
+    assert off_by(moved, bank.sums) <= 0.05  # 0.02; without the carry 0.15
+
+
+# int8
+
+
+@pytest.mark.parametrize("delta", [0.3, 0.8])
+def test_int8_is_the_parallel_pass_in_int8_and_near_float(delta):
+    q, k, v, keep, bank = world(200, drop=0.2, int8=True, dna_fraction=delta)
+    *_, plain = world(200, dna_fraction=delta)
+    take_in(bank, k, v, keep, 0, 90)
+    take_in(plain, k, v, keep, 0, 90)
+    out, exact = walk(bank, q, k, v, keep, 90, 200), walk(plain, q, k, v, keep, 90, 200)
+    want = parallel(bank, q, k, v, keep, int8=True).out[:, 90:]
+    assert off_by(out, want) <= 1e-5
+    turned = (rotate(x, torch.arange(200), bank.inv_freq) for x in (q, k))
+    bound = error_bound(*turned, v, bank.scale)
+    assert 0 < (out - exact).abs().max() <= bound
+    assert bank.rows.nbytes * 4 == plain.rows.nbytes and bank.nbytes < plain.nbytes
+
+
+def test_int8_layer():
+    attn = layer(int8=True)
+    x = torch.randn(2, 150, 32)
+    y, state = attn.prefill(x[:, :50])
+    assert state.int8 and off_by(torch.cat((y, attn.decode(x[:, 50:], state)), dim=1), attn(x)) <= 1e-5
+
+
+# memory, copies, files
+
+
+def test_memory_is_constant_unless_dense():
+    q, k, v, _, bank = world(3000)
+    *_, dense = world(3000, flux_alpha=0.0)
+    size, small = bank.nbytes, dense.nbytes
+    for start in range(0, 3000, 1000):
+        take_in(bank, k, v, None, start, start + 990)
+        take_in(dense, k, v, None, start, start + 990)
+        walk(bank, q, k, v, None, start + 990, start + 1000)
+        walk(dense, q, k, v, None, start + 990, start + 1000)
+        assert bank.nbytes == size
+    assert dense.nbytes > 20 * small and dense.window == 3000
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int8])
+def test_saved_forked_and_selected_banks_go_on_bit_for_bit(tmp_path, alpha, kind):
+    q, k, v, _, like = world(160, flux_alpha=alpha)
+    kinds = {"int8": True} if kind == torch.int8 else {"dtype": kind}
+
+    def empty():
+        return KVBank.empty(like.budget, like.gates, 2, inv_freq=like.inv_freq, scale=0.5, **kinds)
+
+    bank, copied = empty(), empty()
+    take_in(bank, k, v, None, 0, 101)
+    saved = KVBank.load(bank.save(tmp_path / "bank.safetensors"), bank.gates)
+    copied.load_state_dict(bank.state_dict())
+    fork, swapped = bank.fork(), bank.select(torch.tensor([1, 0]))
+    want = walk(bank, q, k, v, None, 101, 160)
+    for other in (saved, copied, fork):
+        assert torch.equal(walk(other, q, k, v, None, 101, 160), want)
+    rows = walk(swapped, *(x.flip(0) for x in (q, k, v)), None, 101, 160)
+    assert off_by(rows.flip(0), want) <= 1e-6
+    assert (want.abs().amax(dim=(2, 3)) > 0).all()
+
+
+def test_a_fork_leaves_its_origin_alone():
+    q, k, v, _, bank = world(160)
+    take_in(bank, k, v, None, 0, 77)
+    before = {name: x.clone() for name, x in bank.state_dict()["tensors"].items()}
+    walk(bank.fork(), q, k, v, None, 77, 160)
+    assert all(torch.equal(x, before[name]) for name, x in bank.state_dict()["tensors"].items())
+    assert bank.tokens == 77
+
+
+def test_a_bank_of_other_gates_is_refused_by_name(tmp_path):
+    *_, bank = world(100)
+    path = bank.save(tmp_path / "bank.safetensors")
+    other = Gates(2, 3, 8)
+    with pytest.raises(ValueError, match=r"bank\.safetensors.*bank of gates"):
+        KVBank.load(path, other)
+    with pytest.raises(ValueError, match="gates="):
+        KVBank.empty(bank.budget, other, 2, inv_freq=bank.inv_freq).load_state_dict(bank.state_dict())
+    with pytest.raises(ValueError, match="state's rows"):
+        KVBank.empty(bank.budget, bank.gates, 3, inv_freq=bank.inv_freq).load_state_dict(bank.state_dict())
+    with pytest.raises(FileNotFoundError):
+        KVBank.load(tmp_path / "none", bank.gates)
+    (tmp_path / "text").write_text("not a bank")
+    with pytest.raises(ValueError, match=r"KVBank\.save"):
+        KVBank.load(tmp_path / "text", bank.gates)
+    layer().save(tmp_path / "layer")
+    with pytest.raises(ValueError, match=r"KVBank\.save"):
+        KVBank.load(tmp_path / "layer", bank.gates)
+
+
+# looking
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+def test_contents_are_what_the_parallel_pass_reads(drop):
+    q, k, v, keep, bank = world(140, drop=drop)
+    take_in(bank, k, v, keep, 0, 90)
+    walk(bank, q, k, v, keep, 90, 140)
+    gate_of_key = parallel(bank, q, k, v, keep).gate_of_key
+    for batch in range(2):
+        kept = [t for t in range(140) if keep is None or keep[batch, t]]
+        start = (len(kept) - 1) // bank.budget.block * bank.budget.block
+        edge = max(0, start - bank.budget.window)
+        for group in range(2):
+            view = bank.contents(batch, group)
+            assert view.window == tuple(kept[edge:])
+            assert view.anchors == tuple(kept[: min(edge, bank.anchors)])
+            assert (view.tokens_seen, view.tokens_kept, view.notes) == (140, len(kept), True)
+            for gate in view.gates:
+                mine = [t for t in kept[bank.anchors : edge] if gate_of_key[batch, t, group] == gate.gate]
+                assert gate.ring == tuple(mine[: -bank.ring - 1 : -1])
+                assert (gate.count, gate.summarised) == (len(mine), max(0, len(mine) - bank.ring))
+
+
+# odds
+
+
+def test_state_made_under_inference_mode_steps_outside_it():
+    attn = layer()
+    x = torch.randn(1, 60, 32)
+    with torch.inference_mode():
+        _, state = attn.prefill(x[:, :30], 60)
+        fork = state.fork()
+    assert torch.equal(attn.decode(x[:, 30:], state), attn.decode(x[:, 30:], fork))
+
+
+def test_nan_in_padding_or_dropped_tokens_reaches_no_row():
+    q, k, v, keep, bank = world(150, drop=0.3)
+    clean = bank.fork()
+    take_in(clean, k, v, keep, 0, 70)
+    want = walk(clean, q, k, v, keep, 70, 150)
+    for x in (q, k, v):
+        x[~keep] = torch.nan
+    take_in(bank, k, v, keep, 0, 70)
+    assert torch.equal(walk(bank, q, k, v, keep, 70, 150), want)
+
+
+def test_autocast_and_half_banks():
+    attn = layer()
+    x = torch.randn(1, 100, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = attn.prefill(x[:, :50])
+        y = torch.cat((y, attn.decode(x[:, 50:], state)), dim=1)
+        want = attn(x)
+    assert off_by(y, want) <= 0.03
+    half = attn.to(torch.bfloat16)
+    y, state = half.prefill(x[:, :50].bfloat16())
+    assert state.rows.dtype == torch.bfloat16 and state.sums.dtype == torch.float32
+    assert off_by(torch.cat((y, half.decode(x[:, 50:].bfloat16(), state)), dim=1), want) <= 0.05
+
+
+def test_cuda_graph_replays_steps():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    q, k, v, _, bank = world(200, "cuda")
+    bank.budget = replace(bank.budget, tokens=ENDLESS)
+    now = [x[:, :1].clone() for x in (q, k, v)]
+    want = walk(bank.fork(), q, k, v, None, 0, 200)
+    bank.fork().step(*now)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = bank.step(*now)
+    for t in range(200):
+        for x, home in zip((q, k, v), now, strict=True):
+            home.copy_(x[:, t : t + 1])
+        graph.replay()
+        assert off_by(out, want[:, t : t + 1]) <= 1e-5
+
+
+def test_bad_input_is_named():
+    q, k, v, _, bank = world(50)
+    one = [x[:, :1] for x in (q, k, v)]
+    with pytest.raises(ValueError, match="planned for at most 50"):
+        bank.extend(*qkv(51)[1:])
+    assert bank.tokens == 0
+    with pytest.raises(ValueError, match="q has 2 tokens"):
+        bank.step(*(x[:, :2] for x in (q, k, v)))
+    with pytest.raises(ValueError, match="k has 1 sequences"):
+        bank.step(*(x[:1] for x in one))
+    with pytest.raises(TypeError, match="keep="):
+        bank.step(*one, keep=torch.ones(2, 1))
+    with pytest.raises(ValueError, match="awake has shape"):
+        bank.step(*one, awake=torch.ones(2, 1, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="v has shape"):
+        bank.extend(k, v[:, 1:])
+    for name, call in {
+        "batch=": lambda: KVBank.empty(bank.budget, bank.gates, 0, inv_freq=None),
+        "budget=": lambda: KVBank.empty(None, bank.gates, inv_freq=None),
+        "gates=": lambda: KVBank.empty(bank.budget, None, inv_freq=None),
+        "dtype=": lambda: KVBank.empty(bank.budget, bank.gates, inv_freq=None, dtype=torch.int8),
+        "inv_freq": lambda: KVBank.empty(bank.budget, bank.gates, inv_freq=torch.ones(3)),
+        "group=": lambda: bank.contents(0, 2),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=name):
+            call()
+
+
+def test_bad_states_are_named():
+    attn, x = layer(), torch.randn(2, 40, 32)
+    with pytest.raises(ValueError, match="tokens=None"):
+        layer(flux_alpha=0.5).new_state(2)
+    with pytest.raises(ValueError, match="tokens=39"):
+        attn.prefill(x, 39)
+    with pytest.raises(TypeError, match="state="):
+        attn.decode(x, None)
+    with pytest.raises(ValueError, match="another layer"):
+        attn.decode(x, layer().new_state(2))
+    with pytest.raises(ValueError, match="at most 45"):
+        attn.decode(x[:, :6], attn.prefill(x, 45)[1])
+    with pytest.raises(ValueError, match="training=True"):
+        attn.train().decode(x, attn.new_state(2))
+
+
+def test_states_that_are_none_are_named(tmp_path):
+    *_, bank = world(50)
+    for state in ({}, None, {"about": bank.state_dict()["about"], "tensors": {}}):
+        with pytest.raises(ValueError, match="not what state_dict gave"):
+            bank.load_state_dict(state)
+    path = bank.save(tmp_path / "bank.safetensors")
+    with pytest.raises(TypeError, match="gates=NoneType"):
+        KVBank.load(path, None)
+    whole = path.read_bytes()
+    for size in (0, 4, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="bank.safetensors"):
+            KVBank.load(path, bank.gates)
+
+
+def test_bench_decode_reports_time_and_memory_by_context(tmp_path, capsys):
+    path = tmp_path / "decode.json"
+    small = ["--lengths", "64,256", "--heads", "4", "--groups", "2", "--head-dim", "8", "--shortlist", "24"]
+    with pytest.raises(SystemExit) as done:
+        cli.main(
+            ["bench", "decode", *small, "--config", '{"gates_per_group": 4}', "--repeats", "2", "--out", str(path)]
+        )
+    assert not done.value.code
+    report, shown = json.loads(path.read_text()), capsys.readouterr().out
+    rows = {(row["who"], row["context"]): row for row in report["rows"]}
+    assert rows["bank", 64]["bytes"] == rows["bank", 256]["bytes"]
+    assert rows["dense", 256]["bytes"] == 2 * 257 * 2 * 8 * 4
+    assert all(row["eager"]["median_ms"] > 0 and row["eager"]["runs"] == 2 for row in rows.values())
+    assert "memory 1.00x" in shown and report["seed"] == 0 and report["dtype"] == "float32"

@@ -1,0 +1,47 @@
+"""A page of JupyterLab over copies of the notebooks, which writes down what its console complains about."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import driver
+import pytest
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+
+def traces(panel: str) -> str:
+    """JavaScript that tells all that the figure inside `panel` draws."""
+    return f"""() => {{
+      const figure = document.querySelector('{panel} .js-plotly-plot');
+      return JSON.stringify(figure.data.map((trace) => [trace.z, trace.x && [...trace.x], trace.y && [...trace.y]]));
+    }}"""
+
+
+@contextmanager
+def notebook_page(folder: Path) -> Iterator[tuple]:
+    """(page, address); `page.complaints` holds the console's errors. Skips where there is no browser."""
+    executable = driver.chromium()
+    if executable is None:
+        pytest.skip("no Chromium here: install one or set PROTEUS_CHROMIUM")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    shutil.copytree(NOTEBOOKS, folder / "notebooks")
+    with driver.jupyter_lab(folder) as address, api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=list(driver.CHROMIUM_ARGS))
+        page = browser.new_page(viewport={"width": 1400, "height": 1060})
+        page.complaints = []
+        page.on("console", lambda said: page.complaints.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda err: page.complaints.append(str(err)))
+        # Badges and pictures come from elsewhere, and a test asks nothing of the network.
+        for elsewhere in ("https://colab.research.google.com/**", "https://raw.githubusercontent.com/**"):
+            page.route(
+                elsewhere,
+                lambda route: route.fulfill(
+                    body="<svg xmlns='http://www.w3.org/2000/svg'/>", content_type="image/svg+xml"
+                ),
+            )
+        yield page, address
+        browser.close()

@@ -1,0 +1,137 @@
+"""The first notebook in a real browser: JupyterLab, Chromium, keys on sliders and clicks on pictures.
+
+`PROTEUS_SCREENSHOTS=docs/img` keeps the screenshots; otherwise they go to the test's own folder.
+"""
+
+from __future__ import annotations
+
+import driver
+import pytest
+from notebook_page import notebook_page, traces
+
+pytestmark = pytest.mark.slow
+TRACES = traces(".pp-figure")
+AXES = "[...document.querySelectorAll('.pp-figure .nsewdrag')].map((e) => e.getBoundingClientRect().toJSON())"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The notebook, every cell run and SmolLM2 chosen; what the console complained about is in `page.complaints`."""
+    with notebook_page(tmp_path_factory.mktemp("lab")) as (page, address):
+        driver.run_all(page, address, f"notebooks/{driver.NOTEBOOK}")
+        page.locator('.pp-model button:has-text("SmolLM2")').click()
+        page.wait_for_function("() => !document.querySelector('.pp-title').innerText.includes('shelf-mini')",
+                               timeout=driver.READY_MS)  # fmt: skip
+        driver.settle(page, driver.READY_MS)
+        page.keyboard.press("Control+b")
+        page.wait_for_timeout(500)
+        page.locator(".pp-app").scroll_into_view_if_needed()
+        yield page
+
+
+@pytest.mark.parametrize("name", driver.SLIDERS)
+def test_a_key_on_a_slider_changes_numbers_and_pictures(page, name):
+    old = driver.settle(page)
+    before, readout = page.evaluate(TRACES), page.locator(".pp-readout").inner_text()
+    page.focus(f".pp-knob-{name} .noUi-handle")
+    for _ in range(12):
+        page.keyboard.press("ArrowLeft")
+    page.wait_for_function("(old) => +document.querySelector('.pp-readout').dataset.request > old", arg=old)
+    assert driver.settle(page) > old
+    page.wait_for_timeout(200)
+    assert page.locator(".pp-readout").inner_text() != readout
+    assert page.evaluate(TRACES) != before
+    entry = page.locator(f".pp-knob-{name} input").first
+    assert entry.input_value() not in ("1", "128", "0.5")
+    page.locator(f".pp-knob-{name} .pp-undo").click()
+    driver.settle(page)
+
+
+def test_a_held_key_ends_on_the_last_value(page):
+    page.focus(".pp-knob-flux-alpha .noUi-handle")
+    for _ in range(60):
+        page.keyboard.press("ArrowLeft")
+    entry = "document.querySelector('.pp-knob-flux-alpha input').value"  # comes back from the kernel, as it gets to it
+    page.wait_for_function(f"() => Math.abs({entry} - 0.4) < 1e-6", timeout=30_000)
+    page.wait_for_timeout(400)
+    driver.settle(page)
+    assert float(page.locator(".pp-knob-flux-alpha input").first.input_value()) == pytest.approx(0.4)
+    page.locator('button:has-text("gates with notes")').click()
+    page.wait_for_timeout(400)
+    driver.settle(page)
+
+
+def chosen(page) -> int:
+    return int(page.locator(".pp-chosen").get_attribute("data-i"))
+
+
+def follow(page, act) -> int:
+    """Does `act`, waits until the pictures follow, and returns the chosen token."""
+    old = driver.settle(page)
+    act()
+    page.wait_for_function("(old) => +document.querySelector('.pp-text').dataset.request > old", arg=old)
+    driver.settle(page)
+    return chosen(page)
+
+
+def test_a_click_on_a_word_is_followed_by_the_figures(page):
+    before = page.evaluate(TRACES)
+    token = follow(page, lambda: page.locator('.pp-tok[data-i="300"]').click())
+    assert token == 300
+    page.wait_for_timeout(200)
+    assert "(300)" in page.locator(".pp-at-row").inner_text() and "(300)" in page.locator(".pp-at-gates").inner_text()
+    assert page.evaluate(TRACES) != before
+
+
+def test_a_click_in_the_heat_map_is_followed_by_the_text(page):
+    box = page.evaluate(AXES)[0]
+    x, y = box["x"] + 0.5 * box["width"], box["y"] + 0.72 * box["height"]
+    page.mouse.move(x - 3, y)
+
+    def click() -> None:
+        page.mouse.move(x, y)
+        page.wait_for_timeout(200)
+        page.mouse.click(x, y)
+
+    token = follow(page, click)
+    assert abs(token - 511) < 10 and "in head 6" in page.locator(".pp-at-row").inner_text()
+
+
+@pytest.mark.parametrize("panel,at,start", [(2, (0.66, 0.2), 700), (1, (0.4, 0.2), 650)], ids=["row", "prototypes"])
+def test_a_click_in_the_other_figures_chooses_a_token(page, panel, at, start):
+    before = follow(page, lambda: page.locator(f'.pp-tok[data-i="{start}"]').click())
+    box = page.evaluate(AXES)[panel]
+
+    def click() -> None:
+        # Wherever the nearest point is: a few steps about the middle of the panel find one.
+        for step in range(40):
+            x = box["x"] + (at[0] + 0.012 * (step % 4)) * box["width"]
+            y = box["y"] + (at[1] + 0.07 * (step // 4)) * box["height"]
+            page.mouse.move(x, y)
+            page.wait_for_timeout(120)
+            if page.locator(".pp-figure .hovertext").count():
+                page.mouse.click(x, y)
+                page.wait_for_timeout(400)
+                if chosen(page) != before:
+                    return
+
+    assert follow(page, click) != before
+
+
+def test_more_controls_open_and_the_state_can_be_shared(page, shots):
+    page.locator(".pp-app").screenshot(path=shots / "workbench.png")
+    page.locator('button:has-text("More controls")').click()
+    page.wait_for_selector(".pp-drawer", state="visible")
+    assert "planned" in page.locator(".pp-drawer").inner_text() or "Dense" in page.locator(".pp-drawer").inner_text()
+    assert "playground(state=" in page.locator(".pp-drawer input[type=text]").last.input_value()
+    page.locator(".pp-app").screenshot(path=shots / "more-controls.png")
+    page.locator('button:has-text("More controls")').click()
+
+
+def test_the_keyboard_walks_through_the_text(page):
+    follow(page, lambda: page.locator('.pp-tok[data-i="500"]').click())
+    assert follow(page, lambda: page.keyboard.press("ArrowRight")) == 501
+
+
+def test_the_console_stayed_free_of_errors(page):
+    assert page.complaints == []

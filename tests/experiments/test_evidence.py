@@ -1,0 +1,485 @@
+"""Evidence: tasks that mean what their drawings show, arms that read what they may, studies that can go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from proteus_playground.experiments.evidence import arms, command
+from proteus_playground.experiments.evidence import report as reports
+from proteus_playground.experiments.evidence import study as studies
+from proteus_playground.experiments.evidence.arms import ARMS, calibrate, read
+from proteus_playground.experiments.evidence.changes import CHANGES, in_training, with_gates
+from proteus_playground.experiments.evidence.rings import attend_by_rings
+from proteus_playground.experiments.evidence.study import OURS, Asked, Cell, Row, cells, load, study
+from proteus_playground.experiments.evidence.subjects import Training
+
+from proteus_playground.attention import AttentionConfig
+from proteus_playground.cli import app as cli
+from proteus_playground.common.progress import Stopped
+from proteus_playground.lm.losses import IGNORED
+from proteus_playground.lm.model import ModelConfig, ProteusLM
+from proteus_playground.lm.recall import copying, recall
+from proteus_playground.lm.recall.scale import PRESETS, Scale, lessons
+from proteus_playground.lm.recall.task import Words
+from proteus_playground.lm.recall.tasks import TASKS, Mixture, WarmedUp
+
+WORDS = Words(keys=40, values=40, noise=10)
+TINY = [make(8, words=WORDS) for make in TASKS.values()]
+NAMES = list(TASKS)
+UNROUTED = {name: arm for name, arm in ARMS.items() if not arm.alpha}
+
+
+def small_model(seed: int = 0, **changes) -> ProteusLM:
+    torch.manual_seed(seed)
+    shape = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "gates_per_group": 4, "shortlist": 24, "dna_fraction": 0.75}
+    cfg = AttentionConfig(**{**shape, "route_heads": False, "flux_alpha": 1.0, **changes})
+    model = ProteusLM(ModelConfig(WORDS.size, 2, cfg, taps=3)).eval()
+    return calibrate(model, torch.randint(WORDS.size, (4, 160)))
+
+
+@pytest.mark.parametrize("task", TINY, ids=NAMES)
+def test_a_batch_is_a_pure_function_and_streams_are_apart(task):
+    one, again = task.batch(3, 5, 97), replace(task).batch(3, 5, 97)
+    assert torch.equal(one.ids, again.ids) and torch.equal(one.targets, again.targets)
+    assert one.ids.shape == one.targets.shape == (5, 97) and one.ids.min() >= 0 and one.ids.max() < task.vocab_size
+    others = [task.batch(4, 5, 97), replace(task, seed=1).batch(3, 5, 97), task.evaluation().batch(3, 5, 97)]
+    assert all(not torch.equal(one.ids, other.ids) for other in others)
+    assert task.evaluation().evaluation() == task.evaluation() != task
+
+
+@pytest.mark.parametrize("task", TINY, ids=NAMES)
+def test_the_answer_follows_its_question_and_stood_there_before(task):
+    """What is scored is the next token, and the right token was planted where only reading far back finds it."""
+    batch = task.batch(0, 20, 120)
+    scored = batch.targets != IGNORED
+    assert (scored.sum(1) == scored.sum(1)[0]).all() and scored.any()
+    rows, at = scored.nonzero(as_tuple=True)
+    answers = batch.targets[rows, at]
+    assert torch.equal(batch.ids[rows, at + 1], answers)
+    for row, place, answer in zip(rows.tolist(), at.tolist(), answers.tolist(), strict=True):
+        assert answer in batch.ids[row, :place].tolist()
+
+
+@pytest.mark.parametrize("length", [64, 65, 128, 255])
+@pytest.mark.parametrize("at_end", [False, True])
+def test_recall_asks_every_pair_once_and_answers_are_what_was_planted(length, at_end):
+    task = recall.Recall(16, words=WORDS, at_end=at_end)
+    batch = task.batch(0, 30, length)
+    for ids, targets in zip(batch.ids.tolist(), batch.targets.tolist(), strict=True):
+        asked = [i for i, target in enumerate(targets) if target != IGNORED]
+        planted = [i for i in range(min(asked)) if ids[i] < WORDS.keys]
+        known = {ids[i]: ids[i + 1] for i in planted}
+        assert len(planted) == len(known) == len(asked) == 16
+        assert {ids[i] for i in asked} == set(known)
+        assert all(known[ids[i]] == targets[i] for i in asked)
+        assert max(planted) + 1 < min(asked)
+        rest = [x for i, x in enumerate(ids) if not {i, i - 1} & {*planted, *asked}]
+        assert all(WORDS.keys + WORDS.values <= x < WORDS.copy for x in rest)
+
+
+def test_recall_asks_again_only_after_all_were_asked():
+    batch = recall.Recall(4, questions=10, words=WORDS).batch(0, 8, 64)
+    for ids, targets in zip(batch.ids, batch.targets, strict=True):
+        asked = ids[targets != IGNORED].tolist()
+        assert len(asked) == 10 and len(set(asked[:4])) == len(set(asked[4:8])) == 4
+
+
+def test_copying_keeps_the_order_and_induction_repeats_the_run():
+    batch = copying.SelectiveCopy(8, words=WORDS).batch(0, 6, 50)
+    for ids in batch.ids.tolist():
+        mark = ids.index(WORDS.copy)
+        assert [x for x in ids[:mark] if x < WORDS.keys] == ids[mark + 1 :] and len(ids) - mark == 9
+    batch = copying.Induction(8, words=WORDS).batch(0, 40, 50)
+    starts = set()
+    for ids in batch.ids.tolist():
+        start = ids.index(ids[-8])
+        starts.add(start)
+        assert ids[start : start + 8] == ids[-8:]
+    assert len(starts) > 10
+
+
+def test_many_values_may_come_in_any_order_but_not_twice():
+    task = recall.ManyValues(6, words=WORDS, owned=3)
+    batch = task.batch(0, 5, 40)
+    asked = batch.targets != IGNORED
+    answers = batch.targets[asked].view(5, 3)
+    for order, good in (
+        ([0, 1, 2], [1, 1, 1]),
+        ([2, 1, 2], [1, 1, 1]),  # 2 was guessed, but only what stood there has been said
+        ([1, 0, 2], [1, 0, 1]),
+        ([0, 0, 0], [1, 0, 0]),
+    ):
+        said = torch.zeros_like(batch.ids).masked_scatter(asked, answers[:, order])
+        assert torch.equal(task.right(batch, said)[asked].view(5, 3), torch.tensor(good).bool().expand(5, 3))
+    assert not task.right(batch, torch.zeros_like(batch.ids)).any()
+
+
+@pytest.mark.parametrize("task", TINY, ids=NAMES)
+def test_a_text_too_short_is_refused_and_the_shortest_works(task):
+    task.batch(0, 3, task.fewest())
+    with pytest.raises(ValueError, match="length="):
+        task.batch(0, 3, task.fewest() - 1)
+
+
+def test_repetition_asks_for_all_that_can_be_known():
+    batch = copying.Repeat(words=WORDS).batch(0, 30, 67)
+    for ids, targets in zip(batch.ids.tolist(), batch.targets.tolist(), strict=True):
+        run = next(i for i, target in enumerate(targets) if target != IGNORED) + 1
+        assert 67 // 8 <= run <= 67 // 2
+        assert targets[run - 1 : -1] == ids[run:] and ids[run:] == ids[:-run] and targets[-1] == IGNORED
+    warmed = WarmedUp(copying.Repeat(words=WORDS), 3, recall.Recall(4, words=WORDS))
+    for index, task in ((2, warmed.first), (3, warmed.then)):
+        assert torch.equal(warmed.batch(index, 2, 64).ids, task.batch(index, 2, 64).ids)
+
+
+def test_a_mixture_holds_every_task_in_its_share():
+    mixed = Mixture((recall.Recall(4, words=WORDS), copying.SelectiveCopy(4, words=WORDS)), (3.0, 1.0))
+    batch = mixed.batch(0, 400, 40)
+    copies = (batch.ids == WORDS.copy).any(1).float().mean()
+    assert len(batch.ids) == 400 and 0.17 < copies < 0.33
+    assert torch.equal(batch.ids, mixed.batch(0, 400, 40).ids)
+    with pytest.raises(ValueError, match="weights"):
+        Mixture(mixed.tasks, (1.0,))
+    with pytest.raises(ValueError, match="same words"):
+        Mixture((recall.Recall(4), recall.Recall(4, words=WORDS)))
+
+
+@pytest.mark.parametrize("shortlist", [24, 25, 40])
+@pytest.mark.parametrize("name", UNROUTED)
+def test_an_arm_reads_no_more_than_it_may_and_itself(name, shortlist):
+    model, ids = small_model(), torch.randint(WORDS.size, (2, 150))
+    reads = read(model, ids, ARMS[name], shortlist).reads
+    most = torch.arange(1, 151).float()
+    assert (reads >= 1).all()
+    if name != "dense":
+        assert (reads <= most.clamp(max=shortlist)).all()
+    if ARMS[name].choose is not None:  # rivals get all they may have, but for a block that the window cuts
+        lost = 7 if name in ("block means", "quest") else 0
+        assert (reads >= (most if name == "dense" else most.clamp(max=shortlist - lost))).all()
+
+
+@pytest.mark.parametrize("name", UNROUTED)
+def test_an_arm_looks_at_nothing_later(name):
+    model, ids = small_model(), torch.randint(WORDS.size, (2, 150))
+    other = ids.clone()
+    other[:, 97:] = torch.randint(WORDS.size, (2, 53))
+    one, two = (read(model, x, ARMS[name], 24) for x in (ids, other))
+    assert torch.allclose(one.logits[:, :97], two.logits[:, :97], atol=1e-5)
+    assert torch.equal(one.reads[:, :97], two.reads[:, :97])
+    assert not torch.allclose(one.logits[:, 97:], two.logits[:, 97:], atol=1e-3)
+    assert torch.allclose(one.logits[:, :97], read(model, ids[:, :97], ARMS[name], 24).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_that_may_read_all_is_dense(name):
+    model, ids = small_model(), torch.randint(WORDS.size, (2, 150))
+    model.set_flux_alpha(0.0)
+    assert torch.allclose(read(model, ids, ARMS[name], 150).logits, model(ids), atol=1e-5)
+
+
+def test_our_arms_are_the_layer(monkeypatch):
+    model, ids = small_model(), torch.randint(WORDS.size, (2, 150))
+    logits, stats = model(ids, return_stats=True)
+    ours = read(model, ids, ARMS["gates + notes"], 24)
+    assert torch.allclose(ours.logits, logits, atol=1e-5)
+    assert torch.allclose(ours.reads, torch.stack([s.reads for s in stats]).float().mean((0, 3)))
+    assert not torch.allclose(read(model, ids, ARMS["gates"], 24).logits, logits, atol=1e-3)
+    assert all(block.attn.cfg == model.cfg.attention for block in model.blocks)
+    monkeypatch.setattr(arms, "HELD", 1)  # one row at a time
+    whole = {name: read(model, ids, arm, 24).logits for name, arm in UNROUTED.items()}
+    monkeypatch.undo()
+    for name, arm in UNROUTED.items():
+        assert torch.allclose(read(model, ids, arm, 24).logits, whole[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"notes": False}, {"probes": 3}, {"shortlist": 90}])
+def test_rings_by_masks_are_the_layer_and_salient_ones_read_as_much(changes):
+    """An independent reading of the layer's rule; only which keys of a gate are in its ring differs."""
+    attn, h = small_model().blocks[0].attn, torch.randn(2, 90, 32)
+    other = {name: value for name, value in changes.items() if name != "shortlist"}
+    layer, reads = arms.ask_layer(attn, h, changes.get("shortlist", 24), **other)
+    newest, same = attend_by_rings(attn, h, changes.get("shortlist", 24), False, **other)
+    assert torch.allclose(newest, layer, atol=1e-5) and torch.allclose(same, reads)
+    salient, same = attend_by_rings(attn, h, changes.get("shortlist", 24), True, **other)
+    assert torch.allclose(same, reads)
+    assert torch.allclose(salient, layer, atol=1e-5) == ("shortlist" in changes)
+
+
+def test_the_window_arm_is_an_attention_mask():
+    """`local` against a mask written out by hand."""
+    model, ids = small_model(), torch.randint(WORDS.size, (1, 60))
+    attn, h = model.blocks[0].attn, torch.randn(1, 60, 32)
+    y, _ = arms.choose_keys(attn, h, ARMS["local"], 10)
+    model.set_flux_alpha(0.0)
+    for t in (0, 5, 37, 59):
+        alone = attn(h[:, max(0, t - 9) : t + 1])[:, -1]
+        assert torch.allclose(y[:, t], alone, atol=1e-5)  # scores of RoPE depend on distances alone
+    assert read(model, ids, ARMS["local"], 10).reads.max() == 10
+
+
+def test_the_oracle_reads_the_largest_scores_and_others_do_not():
+    q, k = torch.randn(2, 3, 90, 8), torch.randn(2, 3, 90, 8)
+    sight = arms.Sight(q, k, torch.rand(2, 90), 12, 9, 2)
+    rows = torch.arange(90)
+    score = (q @ k.transpose(-1, -2)).masked_fill(torch.ones(90, 90).triu(1).bool(), -torch.inf)
+    mass = {}
+    for name, arm in UNROUTED.items():
+        if arm.choose is not None:
+            seen = arm.choose(sight, rows).expand(2, 3, 90, 90)
+            mass[name] = (score.softmax(-1) * seen)[:, :, 30:].sum(-1).mean().item()
+    chosen = sight_top(score, 12)
+    seen = arms.oracle(sight, rows)
+    assert ((seen & ~chosen).sum(-1) <= 1).all()  # itself, where it was not among them
+    assert max(mass, key=mass.get) == "dense"
+    assert all(mass["oracle"] > mass[name] for name in mass if name not in ("oracle", "dense"))
+    assert min(mass["block means"], mass["quest"]) > max(mass["random keys"], mass["local"], mass["salience only"])
+
+
+def sight_top(score, n):
+    at = score.topk(n, dim=-1).indices
+    return torch.zeros_like(score).bool().scatter(-1, at, True) & (score > -torch.inf)
+
+
+def test_what_is_looked_at_is_counted():
+    model, ids = small_model(), torch.randint(WORDS.size, (1, 150))
+    at = torch.arange(150.0)
+    looks = {name: read(model, ids, arm, 24).looks[0] for name, arm in UNROUTED.items()}
+    for name in ("dense", "local", "local + anchors", "random keys", "salience only"):
+        assert (looks[name] == 0).all()
+    assert (looks["gates"] == 4).all() and (looks["gates + notes"] == 4).all()  # its prototypes
+    assert torch.equal(looks["oracle"], at + 1)
+    # L 24, 18 of them far: 4 blocks of 4 and a window of 8, so that row 8 is the first with a key beyond its window
+    assert torch.equal(looks["block means"], ((at - 8).clamp(min=-4) // 4 + 1))
+    assert torch.equal(looks["quest"], 2 * looks["block means"])
+
+
+def test_random_keys_are_random():
+    """Every older key is drawn about as often as another, and rows draw differently."""
+    sight = arms.Sight(torch.zeros(1, 2, 400, 4), torch.zeros(1, 2, 400, 4), torch.zeros(1, 400), 40, 20, 0)
+    seen = arms.random_keys(sight, torch.arange(380, 400)).expand(2, 20, 400)[..., :300].float()
+    drawn = seen.mean((0, 1))
+    assert abs(float(drawn.mean()) - 20 / 370) < 0.01 and drawn.max() < 0.35
+    both = (seen[:, :-1] * seen[:, 1:]).sum(-1).mean()
+    assert both < 5  # two rows share about one key by chance
+
+
+def test_what_does_not_fit_is_refused():
+    model, ids = small_model(), torch.randint(WORDS.size, (1, 50))
+    with pytest.raises(ValueError, match="shortlist=0"):
+        read(model, ids, ARMS["local"], 0)
+    with pytest.raises(ValueError, match="call eval"):
+        read(model.train(), ids, ARMS["local"], 8)
+    routed = small_model(route_heads=True)
+    with pytest.raises(ValueError, match="route_heads"):
+        read(routed, ids, ARMS["local"], 8)
+    read(routed, ids, ARMS["gates + notes"], 24)
+    with pytest.raises(ValueError, match="share=0"):
+        Scale(share=0)
+    for bad in (0, 41):
+        with pytest.raises(ValueError, match="things="):
+            recall.Recall(bad, words=WORDS)
+
+
+# -- the study ----------------------------------------------------------------------------------------------------
+
+SCALE = Scale(width=16, gates=4, stages=((32, 3), (48, 2)), things=(4,), questions=4, warm_up=1, tokens=96, words=WORDS)
+ASKED = Asked(lengths=(32, 64), things=(4, 16), arms=("dense", "local", "oracle", OURS), seeds=2, cases=40)
+
+
+@pytest.fixture(scope="module")
+def few_tokens():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies, "HOW_MANY", 1024)
+        patch.setattr(studies, "CALIBRATION", 1024)
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(few_tokens, tmp_path_factory):
+    """A small study that was run once: its folder and all its events."""
+    folder = tmp_path_factory.mktemp("evidence")
+    torch.set_num_threads(1)
+    return folder, list(study(SCALE, ASKED, folder / "evidence_tiny.json", folder / "models"))
+
+
+def rows_of(events) -> list[Row]:
+    return [event for event in events if isinstance(event, Row)]
+
+
+def test_a_study_measures_every_cell_that_fits_once(measured):
+    folder, events = measured
+    rows = rows_of(events)
+    assert [row.cell for row in rows] == cells(SCALE, ASKED)
+    places = {(row.cell.length, row.cell.things) for row in rows}
+    assert places == {(32, 4), (64, 4), (64, 16)}  # 16 pairs do not fit 32 tokens
+    assert len(rows) == 3 * 4 * 2 and len({row.cell for row in rows}) == len(rows)
+    for row in rows:
+        assert row.cases >= 40 and 0 <= row.right <= row.cases and row.keys <= row.cell.shortlist
+        assert row.cell.arm != "dense" or row.keys > row.cell.length / 2  # who answers stands in the second half
+    steps = [event for event in events if isinstance(event, Training)]
+    assert {step.name for step in steps} == {"dense-0", "alpha-0", "dense-1", "alpha-1"} and len(steps) == 4 * 5
+    assert all(step.step.alpha == 0 for step in steps if step.name.startswith("dense"))
+    assert load(folder / "evidence_tiny.json", SCALE) == rows
+
+
+def test_a_study_goes_on_and_gives_what_it_would_have_given(measured, tmp_path):
+    folder, events = measured
+    again = rows_of(study(SCALE, ASKED, folder / "evidence_tiny.json", tmp_path / "no models"))
+    assert again == rows_of(events) and not (tmp_path / "no models").exists()  # nothing is measured twice
+    few = replace(ASKED, arms=("local",), lengths=(64,), seeds=1, cases=10_000)
+    more = rows_of(
+        study(SCALE, few, shutil.copy(folder / "evidence_tiny.json", tmp_path / "more.json"), folder / "models")
+    )
+    assert min(row.cases for row in more) >= 10_000 and len(load(tmp_path / "more.json")) == len(again)
+    out, stopped = tmp_path / "part.json", []
+    with pytest.raises(Stopped):
+        for event in study(SCALE, ASKED, out, folder / "models", stop=lambda: len(stopped) == 5):
+            stopped.append(event)
+    assert [row.cell for row in load(out)] == cells(SCALE, ASKED)[:5]
+    rest = rows_of(study(SCALE, ASKED, out, folder / "models"))
+    assert [(row.cell, row.right, row.cases, row.keys) for row in rest] == [
+        (row.cell, row.right, row.cases, row.keys) for row in rows_of(events)
+    ]
+
+
+def test_a_file_of_another_scale_is_refused(measured, tmp_path):
+    folder, _ = measured
+    with pytest.raises(ValueError, match="another scale"):
+        next(study(replace(SCALE, width=32), ASKED, folder / "evidence_tiny.json", folder))
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="proteus evidence wrote"):
+        load(tmp_path / "x.json")
+    with pytest.raises(ValueError, match="have learned: mqar"):
+        cells(SCALE, replace(ASKED, tasks=("copying",)))
+    for bad in ({"arms": ("best",)}, {"changes": ("all",)}, {"tasks": ("x",)}, {"seeds": 0}, {"lengths": (0,)}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            replace(ASKED, **bad)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_one_that_can_be_learned_and_asked(name):
+    scale = PRESETS[name]
+    first, last = scale.stages[0][0], scale.stages[-1][0]
+    rows = lessons(scale, 0).then.tasks[1:]
+    few, many = min(scale.things), max(scale.things)
+    assert len(rows) == len(scale.tasks) * len(scale.things)
+    assert all(row.fewest() <= (first if row.things == few else last) for row in rows) and many > few
+    assert len(cells(scale, replace(command.ASKED[name], tasks=scale.tasks))) > 50
+    assert max(length for length in command.ASKED[name].lengths) >= 4 * last  # beyond what was trained
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", sorted(set(UNROUTED) - {"random keys"}))
+def test_an_arm_on_a_gpu_is_the_arm_on_a_cpu(name):
+    model, ids = small_model(), torch.randint(WORDS.size, (2, 150))
+    here = read(model, ids, ARMS[name], 24)
+    there = read(model.cuda(), ids.cuda(), ARMS[name], 24)
+    assert torch.equal(here.reads, there.reads.cpu())
+    assert torch.allclose(here.logits, there.logits.cpu(), atol=2e-2)
+
+
+def test_prototypes_of_a_dense_model_are_fitted_and_those_of_alpha_are_its_own(measured):
+    folder, _ = measured
+    for kind, own in (("dense", False), ("alpha", True)):
+        saved = ProteusLM.load(folder / "models" / f"{kind}-0" / "model.safetensors")
+        cell = next(cell for cell in cells(SCALE, ASKED) if cell.subject == (kind, ""))
+        (used,) = studies._subject(SCALE, cell, folder / "models", "cpu", None)
+        same = torch.equal(used.blocks[0].attn.gates.prototypes, saved.blocks[0].attn.gates.prototypes)
+        assert same == own and torch.equal(used.embed.weight, saved.embed.weight)
+
+
+def test_every_change_changes_what_it_says(measured, tmp_path):
+    """Each is measured on a row of its own, and none but the routed ones trains a model that another one has."""
+    folder, _ = measured
+    asked = replace(ASKED, arms=(), changes=tuple(CHANGES), lengths=(64,), things=(4,), shares=(2,), seeds=1, cases=10)
+    events = list(study(replace(SCALE, heads=4, gates=8, opening=0.1), asked, tmp_path / "x.json", tmp_path))
+    rows = {row.cell.change: row for row in rows_of(events)}
+    assert list(rows) != [] and set(rows) == set(CHANGES)
+    trained = {event.name for event in events if isinstance(event, Training)}
+    assert len(trained) == 1 + 2 + 2 + 3  # as it is, two speeds, two lessons, three of shared keys
+    as_it_is = rows["as it is"]
+    assert rows["no notes"].keys < as_it_is.keys and rows["keep 1/2 of the tokens"].keys < as_it_is.keys
+    assert rows["rings of the most salient"].keys == pytest.approx(as_it_is.keys, rel=0.02)
+    with pytest.raises(ValueError, match="heads=3"):
+        in_training(CHANGES["two heads share keys"], 3)
+
+
+def test_gates_can_be_exchanged_without_touching_a_weight():
+    model = small_model()
+    other = with_gates(model, 9)
+    assert other.blocks[0].attn.gates.prototypes.shape[1] == 9 and model.blocks[0].attn.gates.prototypes.shape[1] == 4
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+# -- the report ---------------------------------------------------------------------------------------------------
+
+
+def made_up(arm: str, seed: int, right: int, **other) -> Row:
+    cell = {"task": "mqar", "length": 64, "things": 4, "arm": arm, "shortlist": 8, "seed": seed, **other}
+    return Row(Cell(**cell), right, 100, 8.0, 1.0, "a CPU")
+
+
+def test_intervals_are_students_over_seeds():
+    assert reports.interval([0.7]) is None
+    low, high = reports.interval([0.5, 0.6, 0.7])
+    assert low == pytest.approx(0.6 - 4.303 * 0.1 / 3**0.5, abs=1e-4) and high == pytest.approx(1.2 - low, abs=1e-4)
+    assert reports.interval([0.9, 1.0, 0.95])[1] == 1.0
+    stats = pytest.importorskip("scipy.stats")
+    assert tuple(round(float(stats.t.ppf(0.975, n)), 3) for n in range(1, 10)) == reports.T95
+
+
+def test_entries_sentences_and_tables_say_what_the_rows_say():
+    rows = [made_up("dense", seed, 100, shortlist=64) for seed in range(3)]
+    rows += [made_up(OURS, seed, 90 + seed) for seed in range(3)] + [made_up("quest", seed, 95) for seed in range(3)]
+    rows += [
+        replace(made_up("oracle", 0, 99), looks=40.0),
+        made_up(OURS, 0, 40, change="no notes"),
+        made_up(OURS, 0, 90, change="as it is"),
+    ]
+    entries = reports.summarise(rows)
+    ours = next(entry for entry in entries if entry.arm == OURS and not entry.change)
+    assert ours.accuracy == pytest.approx(0.91) and ours.seeds == 3 and ours.cases == 300
+    assert ours.low == pytest.approx(0.91 - 4.303 * 0.01 / 3**0.5, abs=1e-4)
+    (line,) = reports.sentences(entries)
+    assert "0.910 of dense" in line and "ahead of it: quest (0.950)" in line and "oracle" not in line
+    text = reports.tables(entries)
+    assert "| dense | 1.000 [1.000, 1.000] · 8 |" in text and "| oracle | 0.990 · 8 + 40 |" in text
+    assert text.index("as it is") < text.index("no notes") and "T 64, 4 planted, L 8" in text
+    assert len([line for line in text.splitlines() if line.startswith("| T") or "planted" in line]) == 2
+
+
+def test_a_name_can_stand_in_a_list():
+    assert not [name for name in (*ARMS, *CHANGES, *TASKS) if "," in name]
+
+
+def test_the_command_prints_and_fills_the_page(measured, tmp_path, capsys):
+    folder, events = measured
+    fields = json.dumps({name: value for name, value in SCALE.to_dict().items() if value != Scale().to_dict()[name]})
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- evidence_tiny:begin -->\nold\n<!-- evidence_tiny:end -->\nafter\n")
+    out = str(folder / "evidence_tiny.json")
+    same = ["--scale", fields, "--lengths", "32,64", "--pairs", "4,16", "--seeds", "2", "--cases", "40",
+            "--arms", f"dense,local,oracle,{OURS}", "--models", str(folder / "models")]  # fmt: skip
+    for args in (same, ["--report"]):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["evidence", "--out", out, "--page", str(page), *args])
+        printed = capsys.readouterr().out
+        assert left.value.code == 0 and "**mqar, arms**" in printed and printed.count("2 layers, width 16") == 1
+        filled = page.read_text()
+        assert filled.startswith("before\n") and filled.endswith("\nafter\n") and "old" not in filled
+        assert printed.strip() in filled
+    assert load(folder / "evidence_tiny.json") == rows_of(events)
+    for bad, message in (
+        (["--out", str(tmp_path / "none.json"), "--report"], "holds no finished cell"),
+        (["--out", out, "--report", "--page", str(tmp_path / "evidence.md")], "evidence.md"),
+        (["--scale", '{"wide": 3}'], "--scale"),
+        (["--arms", "best"], "--arms"),
+        (["--device", "mps"], "--device"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["evidence", *bad])
+        assert left.value.code in (1, 2) and message in capsys.readouterr().err

@@ -1,0 +1,265 @@
+"""A transformers decoder runs with other attention in chosen layers, exactly, and is left as it was."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("transformers")
+from transformers import (  # noqa: E402 -- after the skip
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from proteus_playground.attention import AttentionConfig, Gates, rotate  # noqa: E402
+from proteus_playground.attention.adapter import ProteusLayer  # noqa: E402
+from proteus_playground.hf.patch import NAME, capture, full_attention_layers, handed, patched  # noqa: E402
+
+T, VOCABULARY = 77, 101
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+)
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def make(kind, config, **extra):
+    torch.manual_seed(0)
+    return kind(config(**SIZES, **extra)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make(LlamaForCausalLM, LlamaConfig)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(VOCABULARY, (2, T), generator=torch.Generator().manual_seed(1))
+
+
+def proteus(alpha, *, heads=6, groups=2, dim=8, **settings):
+    torch.manual_seed(3)
+    gates = Gates(groups, 6, dim, heads_per_group=heads // groups).fit(torch.randn(200, groups, dim))
+    settings = dict(shortlist=24, gates_per_group=6, route_heads=False) | settings
+    config = AttentionConfig(
+        d_model=heads * dim, n_heads=heads, n_kv_heads=groups, head_dim=dim, flux_alpha=alpha, **settings
+    )
+    return ProteusLayer(gates, config)
+
+
+def logits(model, ids, **kwargs):
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+def untouched(model):
+    attentions = [block.self_attn for block in model.model.layers]
+    hooks = [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+    return model.model.config._attn_implementation == "sdpa" and not hooks and len(attentions) > 0
+
+
+@pytest.mark.parametrize(
+    "kind, config, extra",
+    [
+        (LlamaForCausalLM, LlamaConfig, {}),
+        (LlamaForCausalLM, LlamaConfig, {"rope_parameters": YARN}),
+        (LlamaForCausalLM, LlamaConfig, {"attention_bias": True}),
+        (Qwen3ForCausalLM, Qwen3Config, {}),
+        (
+            Gemma3ForCausalLM,
+            Gemma3TextConfig,
+            {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        ),
+    ],
+    ids=["llama", "yarn", "biased", "qwen3", "gemma3"],
+)
+def test_alpha_zero_is_the_native_model(kind, config, extra, ids):
+    model = make(kind, config, **extra)
+    native = logits(model, ids)
+    with patched(model, dict.fromkeys(full_attention_layers(model), proteus(0.0))):
+        ours = logits(model, ids)
+    assert_close(ours, native, atol=1e-4, rtol=0)
+    assert untouched(model)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_reaches_the_layer(llama, ids, side):
+    mask = torch.ones_like(ids)
+    real = slice(20, None) if side == "left" else slice(0, T - 20)
+    mask[1] = 0
+    mask[1, real] = 1
+    native = logits(llama, ids, attention_mask=mask)
+    with patched(llama, dict.fromkeys(range(3), proteus(0.0))):
+        ours = logits(llama, ids, attention_mask=mask)
+    assert_close(ours[mask.bool()], native[mask.bool()], atol=1e-4, rtol=0)
+
+
+def test_positions_may_start_anywhere(llama, ids):
+    at = torch.arange(T)[None] + 100
+    native = logits(llama, ids, position_ids=at)
+    with patched(llama, dict.fromkeys(range(3), proteus(0.0))):
+        assert_close(logits(llama, ids, position_ids=at), native, atol=1e-4, rtol=0)
+
+
+def test_only_the_chosen_layers_change(llama, ids):
+    calls = []
+
+    def spy(call):
+        calls.append((call.layer, tuple(call.q.shape), tuple(call.k.shape)))
+        return proteus(1.0)(call)
+
+    native = logits(llama, ids)
+    with patched(llama, {1: spy}):
+        ours = logits(llama, ids)
+    assert calls == [(1, (2, T, 6, 8), (2, T, 2, 8))]
+    assert (ours - native).abs().max() > 1e-4
+    with patched(llama, {}):
+        assert_close(logits(llama, ids), native)
+
+
+def test_everything_is_undone_after_an_exception(llama, ids):
+    class Boom(Exception):
+        pass
+
+    def fail(call):
+        raise Boom
+
+    native = logits(llama, ids)
+    with pytest.raises(Boom), patched(llama, {0: fail}, before_layer=lambda layer: None):
+        logits(llama, ids)
+    assert untouched(llama)
+    with pytest.raises(RuntimeError, match="already patched"), patched(llama, {}), patched(llama, {}):
+        pass
+    assert untouched(llama)
+    assert_close(logits(llama, ids), native)
+
+
+def test_before_layer_sees_each_layer_and_can_end_the_pass(llama, ids):
+    seen = []
+
+    def before(layer):
+        seen.append(layer)
+        if layer == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), patched(llama, {}, before_layer=before):
+        logits(llama, ids)
+    assert seen == [0, 1] and untouched(llama)
+
+
+def test_capture_turned_again_is_what_the_model_computes(llama, ids):
+    seen = {}
+
+    def spy(module, args, kwargs):
+        seen["x"], seen["tables"] = kwargs["hidden_states"], kwargs["position_embeddings"]
+
+    hook = llama.model.layers[2].self_attn.register_forward_pre_hook(spy, with_kwargs=True)
+    layers = capture(llama, ids[0])
+    hook.remove()
+    assert sorted(layers) == [0, 1, 2] and untouched(llama)
+    attention, layer = llama.model.layers[2].self_attn, layers[2]
+    for ours, projection in ((layer.q, attention.q_proj), (layer.k, attention.k_proj), (layer.v, attention.v_proj)):
+        plain = projection(seen["x"])[0].unflatten(-1, (-1, 8))
+        assert ours.dtype == torch.float16 and ours.device.type == "cpu"
+        assert_close(ours.float(), plain, atol=2e-3, rtol=2e-3)
+    cos, sin = (table[0, :, None] for table in seen["tables"])
+    q = attention.q_proj(seen["x"])[0].unflatten(-1, (-1, 8))
+    turned = q * cos + torch.cat((-q[..., 4:], q[..., :4]), -1) * sin
+    again = rotate(layer.q.float()[None], torch.arange(T), layer.inv_freq)[0]
+    assert_close(again, turned, atol=2e-3, rtol=2e-3)
+    output, _ = attention(seen["x"], position_embeddings=seen["tables"], attention_mask=None)
+    assert_close(layer.dense.float(), output[0], atol=2e-3, rtol=2e-3)
+
+
+def test_capture_of_keys_only(llama, ids):
+    layers = capture(llama, ids[0], keys_only=True)
+    assert all(x.q is None and x.v is None and x.dense is None for x in layers.values())
+    assert layers[0].k.shape == (T, 2, 8)
+
+
+def test_gradient_reaches_the_projections_through_a_patched_layer(ids):
+    model = make(LlamaForCausalLM, LlamaConfig).requires_grad_(True)
+    with patched(model, {1: proteus(1.0)}):
+        logits(model, ids).square().mean().backward()
+    attention = model.model.layers[1].self_attn
+    assert all(p.weight.grad.abs().sum() > 0 for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+
+
+def test_decoding_with_a_cache_is_refused(llama, ids):
+    with patched(llama, {0: proteus(0.0)}):
+        past = handed(llama, DynamicCache(config=llama.config))
+        llama(ids, **past)
+        with pytest.raises(ValueError, match="KV cache"):
+            llama(ids[:, :1], **past)
+    assert untouched(llama)
+
+
+def test_a_sliding_layer_is_refused_by_name():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = make(Gemma3ForCausalLM, Gemma3TextConfig, sliding_window=16, layer_types=kinds)
+    assert full_attention_layers(model) == (1,)
+    with pytest.raises(ValueError, match="key 2.*sliding window of 16"), patched(model, {2: proteus(0.0)}):
+        pass
+
+
+def test_a_mask_that_is_not_causal_with_padding_is_refused(llama, ids):
+    banded = torch.ones(T, T, dtype=torch.bool).tril().triu(-5)[None, None]
+    with patched(llama, {0: proteus(0.0)}), pytest.raises(ValueError, match="attention_mask"):
+        logits(llama, ids, attention_mask=banded)
+
+
+@pytest.mark.parametrize(
+    "layers, error, said",
+    [
+        ({3: proteus(0.0)}, ValueError, "key 3"),
+        ({-1: proteus(0.0)}, ValueError, "key -1"),
+        ({True: proteus(0.0)}, ValueError, "key True"),
+        ({"1": proteus(0.0)}, ValueError, "key '1'"),
+        ({0: 1.0}, TypeError, r"layers\[0\]"),
+    ],
+)
+def test_layers_that_are_none(llama, layers, error, said):
+    with pytest.raises(error, match=said), patched(llama, layers):
+        pass
+    assert untouched(llama)
+
+
+def test_another_build_of_model_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=11))
+    with pytest.raises(TypeError, match="model=GPT2LMHeadModel"), patched(model, {}):
+        pass
+
+
+def test_rope_that_is_not_half_split_is_refused(llama, ids):
+    rotary = llama.model.rotary_emb
+    plain = rotary.forward
+
+    def interleaved(x, position_ids):
+        return tuple(table[..., : table.shape[-1] // 2].repeat_interleave(2, -1) for table in plain(x, position_ids))
+
+    rotary.forward = interleaved
+    try:
+        with patched(llama, {0: proteus(0.0)}), pytest.raises(ValueError, match="half-split"):
+            logits(llama, ids)
+    finally:
+        del rotary.forward
+
+
+def test_the_name_is_registered_but_never_left_on_a_model(llama):
+    from transformers import AttentionInterface
+
+    with patched(llama, {}):
+        assert llama.config._attn_implementation == NAME
+    assert NAME in AttentionInterface().valid_keys() and llama.config._attn_implementation == "sdpa"

@@ -1,0 +1,611 @@
+"""Pass 1 as it is run (killed, resumed, shared), the layer that scores it, and pass 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import layer
+from proteus_playground.experiments.speed import stream as bench
+
+from proteus_playground import AttentionConfig, ProteusAttention
+from proteus_playground.cli import app as cli
+from proteus_playground.common import tensors
+from proteus_playground.common.progress import Stopped
+from proteus_playground.streaming.buffer import Champions, StreamPlan, choose
+from proteus_playground.streaming.layer_scorer import LayerScorer
+from proteus_playground.streaming.run import run
+from proteus_playground.streaming.second_pass import attend_over, gather, second_pass
+
+HERE = Path(__file__).resolve().parent
+PLAN = StreamPlan(chunk_tokens=100, buffer_tokens=60, per_chunk_budget=12, nucleus=0.9, neighbours=1)
+WIDTH = 32
+
+
+@dataclass(frozen=True)
+class Array:
+    """Rows in memory, as a store."""
+
+    rows: np.ndarray
+    fingerprint: str = "rows"
+
+    @classmethod
+    def random(cls, tokens: int = 1030, seed: int = 0) -> Array:
+        return cls(np.random.default_rng(seed).standard_normal((tokens, WIDTH), np.float32))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.rows[start:stop]
+
+
+def prompted(rows: int = 5, **changes) -> LayerScorer:
+    return LayerScorer(layer(**changes), torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(9)))
+
+
+def final(*args, **kwargs) -> Champions:
+    *_, last = run(*args, **kwargs)
+    return last.buffer
+
+
+def same(one: Champions, other: Champions) -> bool:
+    return all(
+        getattr(one, name).dtype == getattr(other, name).dtype
+        and getattr(one, name).tobytes() == getattr(other, name).tobytes()
+        for name in vars(one)
+    )
+
+
+# -- the layer as a scorer --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40, 300])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_content_match_is_the_best_dot_product_of_any_prompt_row_and_head(rows, groups, bias):
+    attn = layer(n_kv_heads=groups, bias=bias)
+    for proj in (attn.q_proj, attn.k_proj):
+        if bias:
+            torch.nn.init.normal_(proj.bias)
+    prompt, x = torch.randn(rows, WIDTH), torch.randn(777, WIDTH)
+    scorer = LayerScorer(attn, prompt)
+    score, reason = scorer.score(x.numpy())
+    with torch.no_grad():
+        q = attn.q_proj(prompt).view(rows, 4, 8)
+        k = attn.k_proj(x).view(777, groups, 8).repeat_interleave(4 // groups, dim=1)
+        every = torch.einsum("phd,nhd->nph", q, k).flatten(1) * 8**-0.5  # all prompt rows and heads
+    assert np.allclose(score, every.amax(1), atol=1e-5)
+    assert score.dtype == np.float32 and reason.dtype == np.int32
+    named = every[torch.arange(777), torch.from_numpy(reason).long()]
+    assert np.allclose(named, every.amax(1), atol=1e-5), "the row and head named are not the best"
+    row, head = divmod(int(reason[0]), 4)
+    assert scorer.explain(int(reason[0])) == f"matches prompt row {row} in head {head}"
+
+
+def test_short_prompts_make_no_keys_and_long_ones_do():
+    assert prompted(1)._measure.__name__ == "_match_folded"
+    assert prompted(300)._measure.__name__ == "_match_keys"
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_without_a_prompt_the_score_is_salience(dead):
+    attn = layer(gates_per_group=5)
+    attn.gates.alive[1, 3] = not dead
+    x = torch.randn(900, WIDTH)
+    score, reason = LayerScorer(attn).score(x.numpy())
+    with torch.no_grad():
+        k = attn.k_proj(x).unflatten(-1, (2, 8))
+        gate, best = attn.gates.lure(k)
+        lured = best * torch.stack([attn.gates.confidence[g][gate[:, g]] for g in range(2)], dim=1)
+    assert np.allclose(score, attn.gates.salience(k), atol=1e-6)
+    group, slot = np.divmod(reason, 5)
+    rows = np.arange(900)
+    assert np.allclose(lured[rows, group], lured.amax(1), atol=1e-6)
+    assert (gate[rows, group].numpy() == slot).all()
+    assert LayerScorer(attn).explain(7) == "salient: gate 2 of KV group 1"
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 5003])
+@pytest.mark.parametrize("rows", [None, 2, 200])
+def test_scores_do_not_depend_on_threads_or_where_the_rows_lie(tokens, rows):
+    attn = ProteusAttention(AttentionConfig(d_model=512, n_heads=8, n_kv_heads=2))
+    scorer = LayerScorer(attn, None if rows is None else torch.randn(rows, 512))
+    x = np.random.default_rng(0).standard_normal((tokens, 512), np.float32)
+    moved = np.empty(x.size + 1, np.float32)[1:].reshape(x.shape)
+    moved[:] = x
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, data in ((1, x), (2, x), (3, moved), (1, torch.from_numpy(x))):
+            torch.set_num_threads(threads)
+            found.append(b"".join(part.tobytes() for part in scorer.score(data)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found)) == 1
+
+
+def test_the_fingerprint_follows_what_changes_a_score():
+    base = prompted().fingerprint
+    assert prompted().fingerprint == base
+    others = [prompted(4), prompted(seed=1), LayerScorer(layer()), LayerScorer(layer(seed=1))]
+    assert len({base, *(scorer.fingerprint for scorer in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        (np.zeros((3, 31), np.float32), "must be (n, D=32)"),
+        (np.zeros(3, np.int32), "expected floating-point rows"),
+        ([[0.0]], "expected floating-point rows"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows, problem):
+    with pytest.raises((TypeError, ValueError)) as err:
+        prompted().score(rows)
+    assert "rows" in str(err.value) and problem in str(err.value)
+
+
+def test_prompts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="prompt has no rows"):
+        LayerScorer(layer(), torch.zeros(0, WIDTH))
+    with pytest.raises(ValueError, match="labels has 1 entries"):
+        LayerScorer(layer(), torch.zeros(2, WIDTH), ["one"])
+    with pytest.raises(TypeError, match="expected ProteusAttention"):
+        LayerScorer(torch.nn.Linear(2, 2))
+
+
+# -- resume -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 10, 11])
+def test_a_stopped_run_goes_on_to_the_same_buffer(tmp_path, stop_after):
+    store, scorer, path = Array.random(), prompted(), tmp_path / "c.safetensors"
+    whole = final(store, scorer, PLAN)
+    asked = iter(range(100))
+    steps = []
+    try:
+        for step in run(store, scorer, PLAN, checkpoint=path, stop=lambda: next(asked) >= stop_after):
+            steps.append(step.index)
+    except Stopped:
+        assert stop_after <= 10
+    rest = list(run(store, scorer, PLAN, checkpoint=path))
+    assert [*steps[:11], *(step.index for step in rest)] == list(range(12))
+    assert same(rest[-1].buffer, whole)
+    assert [step.index for step in run(store, scorer, PLAN, checkpoint=path)] == [11]  # nothing left to read
+    assert len(list(run(store, scorer, PLAN, checkpoint=path, fresh=True))) == 12
+
+
+def test_a_run_that_fails_or_is_left_keeps_what_was_done(tmp_path):
+    store, scorer, path = Array.random(), prompted(), tmp_path / "c.safetensors"
+    for step in run(store, scorer, PLAN, checkpoint=path, every_s=1e9):
+        if step.index == 3:
+            break
+    with pytest.raises(KeyboardInterrupt):
+        for step in run(store, scorer, PLAN, checkpoint=path, every_s=1e9):
+            assert step.index > 3
+            if step.index == 6:
+                raise KeyboardInterrupt
+    step = next(run(store, scorer, PLAN, checkpoint=path))
+    assert step.index == 7
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_says_why(tmp_path):
+    store, path = Array.random(), tmp_path / "c.safetensors"
+    final(store, prompted(), PLAN, checkpoint=path)
+    cases = {
+        "buffer_tokens is 61 now, 60 there": (store, prompted(), replace(PLAN, buffer_tokens=61)),
+        "scorer is ": (store, prompted(seed=1), PLAN),
+        "document is 'other' now, 'rows' there": (replace(store, fingerprint="other"), prompted(), PLAN),
+    }
+    for problem, args in cases.items():
+        with pytest.raises(ValueError, match="belongs to another run") as err:
+            final(*args, checkpoint=path)
+        assert problem in str(err.value) and "--fresh" in str(err.value)
+        whole = final(*args)
+        assert same(final(*args, checkpoint=path, fresh=True), whole)
+        final(store, prompted(), PLAN, checkpoint=path, fresh=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="c.safetensors"):
+        final(Array.random(), prompted(), PLAN, checkpoint=path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda arrays, about: about.pop("next_chunk"),
+        lambda arrays, about: about.update(next_chunk="7"),
+        lambda arrays, about: about.update(recipe=[1]),
+        lambda arrays, about: arrays.pop("score"),
+        lambda arrays, about: arrays.update(score=arrays["score"][:3]),
+        lambda arrays, about: arrays.update(position=arrays["position"].float()),
+        lambda arrays, about: arrays.update(position=arrays["position"].flip(0)),
+    ],
+)
+def test_a_checkpoint_that_holds_no_buffer_is_refused(tmp_path, harm):
+    store, path = Array.random(), tmp_path / "c.safetensors"
+    final(store, prompted(), PLAN, checkpoint=path)
+    arrays, about = tensors.read_tensors(path, "a run")
+    harm(arrays, about)
+    tensors.write_tensors(path, arrays, about)
+    with pytest.raises(ValueError, match="c.safetensors.*not a checkpoint"):
+        final(store, prompted(), PLAN, checkpoint=path)
+
+
+class Slow:
+    """A scorer that takes its time, and need not be a network: a forked child of a process with threads may not use
+    them."""
+
+    fingerprint = "slow"
+
+    def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        time.sleep(0.004)
+        return rows.sum(1), (rows[:, 0] > 0).astype(np.int32)
+
+    def explain(self, reason: int) -> str:
+        return str(reason)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, for fifty children that start at once")
+def test_fifty_kills_leave_the_same_buffer(tmp_path):
+    # 600 chunks take 2.4 s at the very least, fifty lives 2 s at the most.
+    store, path = Array.random(60_000), tmp_path / "c.safetensors"
+    whole = final(store, Slow(), PLAN)
+    draw, kills, resumed = random.Random(0), 0, set()
+    while True:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                final(store, Slow(), PLAN, checkpoint=path, every_s=0)
+                code = 0
+            finally:
+                os._exit(code)
+        # The last child is left to finish; a kill falls anywhere within about ten chunks, reads and writes alike.
+        if kills < 50:
+            time.sleep(draw.uniform(0, 0.04))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status):
+            assert os.waitstatus_to_exitcode(status) == 0
+            break
+        kills += 1
+        if path.is_file():
+            resumed.add(_next_chunk(path))
+    assert kills == 50, "the document is too short for fifty kills"
+    assert len(resumed) > 10, "hardly any of them came in the middle"
+    assert same(final(store, Slow(), PLAN, checkpoint=path), whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_in_the_middle_of_a_write_leaves_the_checkpoint_before(tmp_path):
+    store, path = Array.random(), tmp_path / "c.safetensors"
+    child = os.fork()
+    if child == 0:
+        try:
+            steps = run(store, Slow(), PLAN, checkpoint=path, every_s=0)
+            for _ in range(5):
+                next(steps)
+
+            def half(tensors, part, about):
+                Path(part).write_bytes(b"half a file")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            tensors.save_file = half
+            next(steps)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert _next_chunk(path) == 5
+    assert same(final(store, Slow(), PLAN, checkpoint=path), final(store, Slow(), PLAN))
+
+
+def _next_chunk(path: Path) -> int:
+    return tensors.read_tensors(path, "a test")[1]["next_chunk"]
+
+
+# -- ranks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_two_processes_end_with_the_buffer_of_one(tmp_path, threads):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(HERE / "stream_ranks.py"), str(tmp_path)],
+        cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole = final(Array.random(), prompted(), PLAN)
+    for rank in range(2):
+        with np.load(tmp_path / f"{rank}.npz") as found:
+            assert found["ranks"] == 2
+            assert same(Champions(**{name: found[name] for name in vars(whole)}), whole)
+    assert sorted(p.name for p in tmp_path.glob("c.*")) == ["c.safetensors", "c.safetensors.rank1"]
+    with pytest.raises(ValueError, match="ranks is 1 now, 2 there"):
+        final(Array.random(), prompted(), PLAN, checkpoint=tmp_path / "c.safetensors")
+
+
+# -- pass 2 -----------------------------------------------------------------------------------------------------
+
+
+def test_gather_reads_only_the_stretches_that_hold_champions():
+    store, read = Array.random(5000), []
+    watched = type("Watched", (), {"read": lambda self, a, b: read.append((a, b)) or store.read(a, b)})()
+    at = np.array([3, 4, 900, 2049, 4999])
+    assert (gather(watched, at) == store.rows[at]).all()
+    assert read == [(3, 901), (2049, 2050), (4999, 5000)]
+    assert gather(store, at[:0]).shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("positions", ["original", "compacted"])
+def test_pass_two_is_attention_over_champions_and_prompt_where_they_stood(positions):
+    attn, store, prompt = layer(flux_alpha=0.0), Array.random(), torch.randn(3, WIDTH)
+    kept = final(store, LayerScorer(attn, prompt), PLAN)
+    found = attend_over(attn, store, kept, prompt, positions=positions)
+    rows = torch.cat((torch.from_numpy(store.rows[kept.position]), prompt))
+    at = [*kept.position, 1030, 1031, 1032] if positions == "original" else range(len(rows))
+    with torch.no_grad():
+        wanted = attn(rows[None], positions=torch.tensor(at))[0, -3:]
+    assert torch.allclose(found.out, wanted, atol=1e-5)
+    with torch.no_grad():  # what the last row reads, spelled out
+        place = torch.tensor(at)[:, None] * attn.inv_freq
+        turn = torch.polar(torch.ones(()), place)[:, None]  # (K + P, 1, d / 2)
+        half = lambda x: torch.view_as_complex(torch.stack(x.chunk(2, -1), -1).contiguous()) * turn  # noqa: E731
+        q, k = half(attn.q_proj(rows).view(-1, 4, 8)), half(attn.k_proj(rows).view(-1, 2, 8)).repeat_interleave(2, 1)
+        share = ((q[-1] * k.conj()).real.sum(-1) * 8**-0.5).softmax(0).mean(1)  # (K + P,), heads alike at alpha 0
+    assert np.allclose(found.reads(), share[:-3], atol=1e-5)
+    assert found.reads(0).sum() < 1
+    with pytest.raises(ValueError, match=r"row=3: must be in \[-3, 3\)"):
+        found.reads(3)
+
+
+def test_a_language_model_gets_the_champions_in_order_with_their_positions():
+    ids = Array(np.arange(5000, dtype=np.int32))
+    none = np.zeros(2, np.int64)
+    kept = Champions(np.array([70, 4000]), none.astype(np.float32), none, none.astype(np.int32))
+    seen = []
+    model = type("Model", (), {"answer": lambda self, *args: seen.append([*map(list, args[:2]), args[2]]) or "tea"})()
+    assert second_pass(ids, kept, "what?", model) == "tea"
+    assert seen == [[[70, 4000], [70, 4000], "what?"]]
+
+
+# -- the command ------------------------------------------------------------------------------------------------
+
+SMALL = ["--model", "layer", "--chunk-tokens", "500", "--buffer-tokens", "300", "--per-chunk-budget", "60"]
+FACT = "The password of the vault at Elmsworth is marigold seventeen."
+
+
+@pytest.fixture
+def proteus(capsys, monkeypatch, tmp_path):
+    """Run `proteus`: (exit code, stdout, stderr). What it keeps goes to a folder of the test."""
+    monkeypatch.setenv("PROTEUS_CACHE", str(tmp_path / "cache"))
+
+    def call(*args) -> tuple[int, str, str]:
+        code = 0
+        try:
+            cli.main([str(arg) for arg in args])
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def document(tmp_path) -> Path:
+    words = ["tea", "was", "cold", "while", "rain", "fell", "upon", "every", "roof", "by", "some", "window"]
+    draw = random.Random(0)
+    body = [" ".join(draw.choices(words, k=12)) + "." for _ in range(400)]
+    body[310] = FACT
+    path = tmp_path / "document.txt"
+    path.write_text("\n".join(body), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("memory", [[], ["--ram-limit", "0"]])
+def test_the_command_finds_a_fact_and_reports_it(proteus, document, tmp_path, memory):
+    asked = [document, "--prompt", "What is the password of the vault at Elmsworth?", *SMALL, *memory]
+    for _ in range(2):  # the second time its ids are on disk, and no word has been met
+        code, out, err = proteus("stream", *asked, "--json", "-", "--events", tmp_path / "events.jsonl")
+        assert code == 0, err
+        report = json.loads(out)
+        first = report["best"][0]
+        assert FACT in " ".join(first["text"].split())
+        assert first["page"] == first["token"] // 512 + 1
+        assert report["kept"] == 300 and report["pass_1"]["tokens_read"] == report["document"]["tokens"] > 5000
+        assert report["storage"]["mode"] == ("disk" if memory else "ram")
+        events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+        inside = set()
+        for event in events:
+            assert (event["token"] in inside) == (event["kind"] == "evicted")
+            inside ^= {event["token"]}
+        assert len(inside) == 300 and len(events) == report["pass_1"]["promoted"] + report["pass_1"]["evicted"]
+        assert first["token"] in inside
+        assert 0 <= report["pass_2"]["share_to_champions"] <= 1
+        assert not list((tmp_path / "cache").rglob("streams/*"))
+    code, out, _ = proteus("stream", *asked)
+    assert code == 0 and "page " in out and FACT in out
+
+
+def test_an_interrupted_command_goes_on(proteus, document, tmp_path, monkeypatch):
+    def ask(name: str, *more) -> tuple[int, str, str]:
+        files = ["--json", tmp_path / f"{name}.json", "--events", tmp_path / f"{name}.jsonl"]
+        return proteus("stream", document, "--prompt", "tea at Elmsworth", *SMALL, *files, *more)
+
+    assert ask("whole")[0] == 0
+    score, calls = LayerScorer.score, iter(range(100))
+
+    def interrupted(self, rows):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return score(self, rows)
+
+    monkeypatch.setattr(LayerScorer, "score", interrupted)
+    code, _, err = ask("again")
+    assert code == 130 and "The same command goes on" in err
+    with open(tmp_path / "again.jsonl", "a") as file:
+        file.write('{"chunk": 4, "half a li')  # killed while it wrote
+    assert ask("again")[0] == 0
+    one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "again"))
+    assert other["pass_1"]["tokens_read"] == one["document"]["tokens"] - 4 * 500
+    assert one["best"] == other["best"] and one["kept"] == other["kept"]
+    assert (tmp_path / "whole.jsonl").read_text() == (tmp_path / "again.jsonl").read_text()
+    mine = tmp_path / "mine.safetensors"
+    assert ask("again", "--checkpoint", mine)[0] == 0 and mine.is_file()
+    code, _, err = ask("again", "--checkpoint", mine, "--neighbours", "2")
+    assert code == 2 and "neighbours is 2 now, 8 there" in err
+    assert ask("again", "--checkpoint", mine, "--neighbours", "2", "--fresh")[0] == 0
+
+
+def test_embeddings_and_generated_documents(proteus, tmp_path):
+    rows = np.random.default_rng(0).standard_normal((3000, WIDTH), np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    np.save(tmp_path / "prompt.npy", 10 * rows[[1234]])
+    code, out, err = proteus(
+        "stream", tmp_path / "rows.npy", "--prompt", tmp_path / "prompt.npy", *SMALL, "--json", "-"
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["best"][0]["token"] == 1234 and report["best"][0]["text"] is None
+    code, out, err = proteus("stream", "--generated", "2k", *SMALL)
+    assert code == 0 and "2,048 embeddings" in out and "salient: gate" in out and "pass 2" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        ([], "give a FILE or --generated N"),
+        (["x.txt", "--generated", "2k"], "give a FILE or --generated N"),
+        (["no.txt", "--model", "layer"], "no.txt"),
+        (["--generated", "2k", "--model", "elk", "--prompt", "tea"], "'elk'"),
+        (["--generated", "2x", "--model", "layer"], "--generated"),
+        (["--generated", "2k", "--model", "layer", "--chunk-tokens", "0"], "--chunk-tokens"),
+        (["--generated", "2k", "--model", "layer", "--positions", "new"], "original, compacted"),
+        (["--generated", "2k", "--model", "layer", "--ram-limit", "much"], "--ram-limit: 'much'"),
+        (["--generated", "2k", "--model", "layer", "--seed", "-1"], "'--seed'"),
+        (["--generated", "2k", "--model", "layer", "--json", "."], "--json cannot be written"),
+        (["--generated", "2k", "--model", "layer", "--events", "."], "--events cannot be written"),
+        (["--generated", "2k", "--model", "layer", "--checkpoint", "."], "--checkpoint cannot be written"),
+        (["--generated", "2k", "--model", "layer", "--prompt", "tea"], "must be .npy rows (P, D=512)"),
+    ],
+)
+def test_what_cannot_be_done_is_said(proteus, args, problem):
+    code, _, err = proteus("stream", *args)
+    assert code in (1, 2) and problem in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompt", "problem"),
+    [
+        (np.arange(100), "", "ids of another vocabulary"),
+        (np.full((100, 8), np.nan, np.float32), "", "row 0 of the document holds NaN"),
+        (np.ones((100, 8), np.float32), np.ones(8, np.float32), "(8,)"),
+        (np.ones((100, 8), np.float32), np.ones((2, 9), np.float32), "must be (P, D=8)"),
+        (np.ones((100, 8), np.float32), np.full((2, 8), np.inf, np.float32), "must be finite"),
+        (np.ones((100, 8), np.float32), np.ones((2, 8), complex), "complex128"),
+        (np.ones((100, 8), np.float32), np.array([{}], object), "prompt.npy"),
+    ],
+)
+def test_arrays_that_are_no_document_or_prompt_are_refused(proteus, tmp_path, rows, prompt, problem):
+    np.save(tmp_path / "rows.npy", rows)
+    if not isinstance(prompt, str):
+        np.save(tmp_path / "prompt.npy", prompt, allow_pickle=True)
+        prompt = tmp_path / "prompt.npy"
+    code, _, err = proteus("stream", tmp_path / "rows.npy", "--prompt", prompt, *SMALL)
+    assert code == 2 and problem in err
+
+
+def test_a_word_that_is_not_in_the_document_says_nothing(proteus, document):
+    code, _, err = proteus("stream", document, "--prompt", "zebra", *SMALL)
+    assert code == 2 and "prompt='zebra'" in err
+    reports = []
+    for prompt in ("Elmsworth", "Elmsworth zebra"):
+        _, out, _ = proteus("stream", document, "--prompt", prompt, *SMALL, "--json", "-")
+        reports.append(json.loads(out)["best"][0])
+    one, other = reports
+    assert one["token"] == other["token"] and one["score"] == pytest.approx(other["score"], rel=1e-4)
+
+
+def test_what_is_shown_is_one_line_of_plain_text(proteus, tmp_path):
+    path = tmp_path / "loud.txt"
+    path.write_text("tea \x1b[31m\a\0" * 5 + "x" * 9999, encoding="utf-8")
+    code, out, _ = proteus("stream", path, "--model", "layer", "--prompt", "tea")
+    assert code == 0 and all(line.isprintable() and len(line) < 700 for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("score", "problem"),
+    [([1, np.nan], "token 71 is nan"), ([np.inf, 1], "token 70 is inf"), ([1e39, 1], "inf"), ([[1, 2]], "(1, 2)"),
+     ([1, 2, 3], "(3,)")],
+)  # fmt: skip
+def test_scores_that_cannot_be_ranked_are_refused(score, problem):
+    with pytest.raises(ValueError, match="score .*" + re.escape(problem)):
+        choose(np.array(score, float), np.zeros(2, np.int32), 70, PLAN)
+
+
+@pytest.mark.parametrize("given", [3, 200])
+def test_a_scorer_that_miscounts_is_refused(given):
+    scorer = prompted()
+    scorer.score = lambda rows: (np.zeros(given, np.float32), np.zeros(given, np.int32))
+    with pytest.raises(ValueError, match=f"gave {given} scores for 100 tokens"):
+        final(Array.random(), scorer, PLAN)
+
+
+# -- the benchmark ----------------------------------------------------------------------------------------------
+
+BENCH = {"width": 32, "heads": 2, "prompt_rows": 3, "device": "cpu", "seed": 0, "repeats": 2}
+
+
+def test_the_benchmark_measures_the_same_pass_wherever_the_rows_lie(tmp_path):
+    file = tmp_path / "rows.npy"
+    bench.write_embeddings(file, 1030, 32, seed=0, step=100)
+    for by in bench.BY:
+        cases = [bench.Case(1030, where, by, PLAN, file=str(file), **BENCH) for where in ("ram", "disk", "generated")]
+        rows = [bench.measure(case) for case in cases]
+        assert [row["storage"] for row in rows] == ["ram", "disk", "generated"]
+        assert {row["kept"] for row in rows} == {60}
+        assert all(row["pass_1"]["runs"] == 2 and 0 < row["reading_share"] < 1 for row in rows)
+        assert all(row["tokens_per_s"] == 1030 / row["pass_1"]["median_ms"] * 1e3 for row in rows)
+        stores = [bench.open_case(case, torch.device("cpu"))[0] for case in cases]
+        assert len({stores[i].read(0, 1030).tobytes() for i in range(3)}) == 1
+
+
+def test_rows_made_on_the_device_do_not_depend_on_how_they_are_read():
+    rows = bench.OnDevice(1030, 8, block=100, seed=3, device=torch.device("cpu"))
+    whole = rows.read(0, 1030)
+    assert whole.shape == (1030, 8)
+    for start, stop in ((0, 1), (99, 101), (250, 700), (1000, 1030), (5, 5)):
+        assert torch.equal(rows.read(start, stop), whole[start:stop])
+
+
+@pytest.mark.slow
+def test_bench_stream_writes_its_table_and_json(proteus, tmp_path):
+    sizes = ["--chunk-tokens", "512", "--buffer-tokens", "128", "--per-chunk-budget", "64", "--width", "32"]
+    code, out, err = proteus(
+        "bench", "stream", "--lengths", "2k", *sizes, "--heads", "2", "--repeats", "1", "--storage", "disk",
+        "--by", "prompt", "--out", tmp_path / "out.json",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["plan"]["chunk_tokens"] == 512 and report["torch"] == torch.__version__
+    (row,) = report["rows"]
+    assert (row["tokens"], row["kept"]) == (2048, 128) and row["peak_mb"] >= row["pass_1_peak_mb"] > 50
+    assert "| 2,048 | disk | prompt |" in out

@@ -1,0 +1,109 @@
+"""The first notebook as Colab would run it: ipywidgets 7.7.1, ipykernel 6.17, and a stand-in for `google.colab`.
+
+The old versions are laid before the others on the path of one kernel; the environment itself is not touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "00_start_here.ipynb"
+AS_IN_COLAB = ("ipywidgets==7.7.1", "ipykernel==6.17.1", "ipython_genutils==0.2.0", "nest_asyncio", "comm")
+STAND_IN = """import sys
+
+callers = []
+
+
+def enable_custom_widget_manager():
+    callers.append(sys._getframe(1).f_globals["__name__"])
+"""
+REPORT = """
+import json, time, asyncio
+import google.colab.output, ipykernel, ipywidgets
+
+for _ in range(1200):
+    if workbench.drawn is not None or workbench.problem:
+        break
+    await asyncio.sleep(0.1)
+workbench.state.flux_alpha = 0.5
+for _ in range(300):
+    if workbench.drawn.wanted == workbench.wanted():
+        break
+    await asyncio.sleep(0.1)
+print(json.dumps({
+    "callers": google.colab.output.callers, "ipywidgets": ipywidgets.__version__, "ipykernel": ipykernel.__version__,
+    "drawn": workbench.drawn.view.settings.flux_alpha, "problem": workbench.problem, "threads": workbench._threads,
+}))
+"""
+WATCH_DRAWING = """
+import threading
+workbench._threads = []
+draw = workbench._draw
+def watched(*args):
+    workbench._threads.append(threading.current_thread() is threading.main_thread())
+    draw(*args)
+workbench._draw = watched
+"""
+
+
+@pytest.fixture(scope="module")
+def colab_path(tmp_path_factory) -> str:
+    """A PYTHONPATH on which Colab's versions come first."""
+    old = tmp_path_factory.mktemp("colab") / "site"
+    line = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(old), *AS_IN_COLAB]
+    done = subprocess.run([*line, "--disable-pip-version-check"], capture_output=True, text=True, timeout=180)
+    if done.returncode:
+        pytest.skip(f"PyPI is not reachable, so Colab's versions are not here: {done.stderr[-200:]}")
+    colab = old / "google" / "colab"
+    colab.mkdir(parents=True)
+    (colab / "__init__.py").write_text("")
+    (colab / "output.py").write_text(STAND_IN)
+    return os.pathsep.join([str(old), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_with_colabs_versions(colab_path, tmp_path, monkeypatch):
+    spec = tmp_path / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Colab", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", colab_path)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    last = next(i for i, cell in enumerate(book.cells) if cell.id == "workbench")
+    book.cells.insert(last + 1, nbformat.v4.new_code_cell(WATCH_DRAWING))
+    book.cells.append(nbformat.v4.new_code_cell(REPORT))
+    nbclient.NotebookClient(book, timeout=200, kernel_name="python3").execute(cwd=str(tmp_path))
+    said = "".join(output.text for output in book.cells[-1].outputs if output.output_type == "stream")
+    report = json.loads(said.strip().splitlines()[-1])
+    assert (report["ipywidgets"], report["ipykernel"]) == ("7.7.1", "6.17.1")
+    # anywidget enables it a second time by itself, where it finds itself in Colab.
+    assert report["callers"].count("__main__") == 1
+    assert {caller.partition(".")[0] for caller in report["callers"]} <= {"__main__", "anywidget"}
+    assert report["problem"] == "" and report["drawn"] == 0.5
+    assert report["threads"] and all(report["threads"]), "widgets were touched outside the kernel's own thread"
+    shown = next(cell for cell in book.cells if cell.id == "workbench").outputs
+    assert any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in shown)
+
+
+def test_the_notebook_says_what_colab_needs_and_carries_no_outputs():
+    book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    meta = book["metadata"]
+    assert meta["accelerator"] == "GPU" and meta["colab"] == {"gpuType": "T4", "provenance": []}
+    assert meta["kernelspec"]["name"] == "python3" and "widgets" not in meta
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    source = "".join("".join(cell["source"]) for cell in code)
+    assert source.count("enable_custom_widget_manager()") == 1 and "display(workbench)" in source
+    assert "torch==" not in source and "install torch" not in source
+    assert any("colab-badge.svg" in "".join(cell["source"]) for cell in book["cells"])

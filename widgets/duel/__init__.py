@@ -1,0 +1,1 @@
+"""The panel of the duel: two models learning side by side."""

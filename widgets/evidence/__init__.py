@@ -1,0 +1,1 @@
+"""The panel of the evidence: which choice of keys finds what."""

@@ -1,0 +1,1 @@
+"""What all panels share: state, controls, worker thread, HTML, colours."""

@@ -1,0 +1,78 @@
+"""One plain sentence for each picture, made from the same numbers that the picture shows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, LayerView, RowView
+
+KIND_WORDS = {LOCAL: "near keys", ANCHOR: "anchors", DNA: "DNA", NOTE: "keys seen only in notes"}
+
+
+def shown(token: str) -> str:
+    """A token as it can be read alone, with what cannot be seen spelled out."""
+    return token.strip(" ").replace("\n", "↵").replace("\t", "⇥") or "space"
+
+
+def token_name(tokens: list[str], index: int) -> str:
+    """`'soup' (734)`."""
+    return f"‘{shown(tokens[index])}’ ({index:,})"
+
+
+def percent(share: float) -> str:
+    if 0 < share < 0.01:
+        return "under 1%"
+    return f"{share:.0%}"
+
+
+def listed(words: list[str]) -> str:
+    """`7, 19 and 30`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def heads_sentence(view: LayerView, head: int) -> str:
+    if view.head_map_kind == "routing weight":
+        woke = view.awake.mean(0)
+        most = int(woke.argmax())
+        other = "no head woke more often" if most == head else f"head {most} woke most often ({percent(woke[most])})"
+        return f"Head {head} woke for {percent(woke[head])} of the tokens; {other}."
+    rows = view.awake & view.kept[:, None]
+    away = np.where(rows, view.head_map, 0).sum(0) / np.maximum(rows.sum(0), 1)
+    most, least = int(away.argmax()), int(away.argmin())
+    return (
+        f"Head {head} spends {percent(away[head])} of its attention off the anchors; head {most} looks away "
+        f"most ({percent(away[most])}), head {least} least ({percent(away[least])})."
+    )
+
+
+def gates_sentence(row: RowView, tokens: list[str]) -> str:
+    if row.asleep or not row.gates_opened:
+        why = "reads nothing here" if row.asleep else "opened no gate: it has no far keys to fetch"
+        return f"Row {token_name(tokens, row.token)} {why}."
+    gates = [str(gate) for gate in row.gates_opened]
+    word = "gate" if len(gates) == 1 else "gates"
+    fetched = int((row.kind == DNA).sum())
+    notes = f" and {row.notes_read} notes" if row.notes_read else ""
+    keys = f"{fetched} key" + ("" if fetched == 1 else "s")
+    return f"Row {token_name(tokens, row.token)} opened {word} {listed(gates)}: {keys}{notes}."
+
+
+def row_sentence(row: RowView, tokens: list[str]) -> str:
+    name = token_name(tokens, row.token)
+    if row.asleep:
+        return f"Head {row.head} computed nothing for {name}: the head slept or the token was dropped."
+    shares = [(float(row.weight[row.kind == kind].sum()), word) for kind, word in KIND_WORDS.items()]
+    shares = sorted((share for share in shares if share[0] > 0), reverse=True)
+    most = int(row.weight.argmax())
+    where = listed([f"{percent(share)} to {word}" for share, word in shares])
+    top = f"{token_name(tokens, most)}, {percent(row.weight[most])}"
+    return f"Head {row.head} at {name} gives {where}; most of all to {top}."
+
+
+def text_sentence(view: LayerView, row: RowView, tokens: list[str]) -> str:
+    dropped = int((~view.kept).sum())
+    gone = f"{dropped:,} of {len(tokens):,} tokens are dropped (struck)" if dropped else "No token is dropped"
+    read = int(((row.kind > 0) & (row.kind != NOTE)).sum())
+    keys = f"{read:,} key" + ("" if read == 1 else "s")
+    noted = f" and {row.notes_read} notes" if row.notes_read else ""
+    return f"{gone}; {token_name(tokens, row.token)} reads {keys}{noted} of the {row.token + 1:,} tokens so far."

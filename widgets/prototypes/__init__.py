@@ -1,0 +1,1 @@
+"""The panel of gates: prototypes moving, and surgery on live gates."""

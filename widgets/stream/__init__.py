@@ -1,0 +1,1 @@
+"""The panel of the chunk buffer: a long document read chunk by chunk."""

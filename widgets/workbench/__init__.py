@@ -1,0 +1,1 @@
+"""The workbench: four linked pictures of one attention layer."""

@@ -1,0 +1,297 @@
+"""The workbench: one state, one worker, four linked panels."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from proteus_playground.attention.settings import Settings
+from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
+from proteus_playground.playground.views import LayerView, ModelView
+
+from ..parts.state import SETTINGS, PlayState
+from ..parts.text_panel import TextPanel
+from ..parts.worker import Worker
+from . import readout
+from .board import Board, Frame, Wanted
+from .figure import Pictures
+
+PAINT_SECONDS = 0.25  # how long a picture may take to appear before the next one is sent anyway
+STALE_SECONDS = 0.12  # a marker that would flash for less is not shown
+REST_SECONDS = 0.8
+REPEATS = 4  # extra runs once a slider rests, so that the latency shown is a median
+SOURCE = ("model", "text", "pasted", "length", "shelf", "question")
+
+
+class Workbench(Board):
+    """What `playground` returns. `state` is a `PlayState`, `drawn` the last `Frame` shown and `number` its request."""
+
+    def __init__(self, state: PlayState, make_probe: Callable):
+        self.pictures, self.text = Pictures(self._picked), TextPanel()
+        super().__init__(state, self.pictures.widget, self.text, self._pull, self._go_to)
+        self.probe, self.problem = None, ""
+        self.reply: Reply | None = None
+        self._make_probe = make_probe
+        self._view: LayerView | None = None  # the worker's last, so that a click re-runs no layer
+        self._timed: LayerView | None = None  # the shown layer's last run, with the median of `_runs` runs
+        self._runs = 0
+        self._fitted: set[tuple[int, int]] = set()  # (layer, gates) whose prototypes are known to be there
+        self._painted = threading.Event()
+        self._moved = threading.Event()  # set: no slider rests any more
+        self._seen = False  # whether a browser has ever answered
+        self.worker = Worker(pace=self._pace)
+        self.run_model.on_click(lambda _: self._run_whole_model())
+        self.cancel.on_click(lambda _: self.stop())
+        self.text.observe(self._text_painted, "painted")
+        self.text.observe(lambda change: self._picked(change["new"][0], None), "clicked")
+        state.observe(lambda _: self._settings_changed(), [*SETTINGS, "layer"])
+        state.observe(lambda _: self._ask(), ["head", "token"])
+        state.observe(lambda _: self._load(), list(SOURCE))
+        self._load()
+
+    # What is wanted
+
+    def wanted(self) -> Wanted:
+        """The controls as they are, within what this model and text have."""
+        state, probe = self.state, self.probe
+        if probe is None:
+            return Wanted(state.settings(), state.layer, state.head, state.token)
+        return Wanted(state.settings(), min(state.layer, probe.n_layers - 1), min(state.head, probe.n_heads - 1),
+                      min(state.token, len(probe.tokens) - 1))  # fmt: skip
+
+    def _settings_changed(self) -> None:
+        if self.worker.busy == "model":
+            self.worker.cancel("model")  # its answer would be for settings that are gone
+        self.worker.cancel("ask")  # this one too, and the picture goes before the next
+        if self.reply is not None:
+            self.ask_box.grey(self.reply.settings != self.state.settings())
+        self._ask()
+
+    def _ask(self) -> None:
+        """One request for the picture as the controls now are."""
+        probe, wanted = self.probe, self.wanted()
+        if probe is None:
+            return
+        if wanted == self._shown() and not self.problem:
+            self._stay()
+            return
+        self._stop_timing()
+        self._mark_stale()
+        self.worker.submit("frame", lambda stop, _: self._compute(probe, wanted, stop), self._draw, self._failed)
+
+    def _stay(self) -> None:
+        """The controls are back at the picture on show: none that is on its way may follow it, but its answer may."""
+        if self.worker.cancel("frame") and self.worker.busy != "model":
+            self._set_status("fresh")
+        self._ask_model(self.drawn.wanted.settings)
+        if self._runs == 1:
+            self._stop_timing()
+            self._time_again(self.drawn)
+
+    def _stop_timing(self) -> None:
+        self._moved.set()
+        self.worker.cancel("repeat")
+
+    def _mark_stale(self) -> None:
+        """Says that the picture is old, unless the new one is there before anybody could read it."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._set_status("stale")
+        else:
+            loop.call_later(STALE_SECONDS, self._still_stale)
+
+    def _still_stale(self) -> None:
+        wanted = self.wanted()
+        if wanted == self._shown() or self.worker.busy not in (None, "frame"):
+            return
+        if (wanted.layer, wanted.settings.gates) in self._fitted:
+            self._set_status("stale")
+        else:
+            words = f"fitting {wanted.settings.gates} prototypes per group, once for this layer …"
+            self._set_status("busy", what=words)
+
+    def _shown(self) -> Wanted | None:
+        return self.drawn.wanted if self.drawn is not None else None
+
+    def _compute(self, probe, wanted: Wanted, stop) -> Frame:
+        """On the worker: re-runs only what `wanted` changes."""
+        view, settings, layer = self._view, wanted.settings, wanted.layer
+        if view is None or (view.layer, view.settings) != (layer, settings):
+            view = probe.view(layer, settings, stop=stop)
+        group = wanted.head * probe.n_groups // probe.n_heads
+        row = probe.row(layer, settings, wanted.token, wanted.head)
+        gate_map = probe.gate_map(layer, group, settings.gates)
+        if probe is self.probe:
+            self._view = view
+        return Frame(wanted, view, row, gate_map, group)
+
+    # What is shown
+
+    def _draw(self, number: int, frame: Frame) -> None:
+        old, now = self.drawn, frame.wanted
+        changed = {name for name, part in (("view", "view"), ("gates", "gate_map"))
+                   if old is None or getattr(old, part) is not getattr(frame, part)}  # fmt: skip
+        self._painted.clear()
+        self.drawn, self.number, self.problem = frame, number, ""
+        self._fitted.add((now.layer, now.settings.gates))
+        if "view" in changed:
+            self._timed, self._runs = frame.view, 1
+        # The small messages go out just before the figure's, which leaves with the batch: one repaint shows them all.
+        with self.pictures.widget.batch_update():
+            self.pictures.draw(number, frame.view, frame.row, frame.gate_map, frame.group, changed)
+            self.text.draw(number, frame.view.salience, frame.view.kept, frame.row.kind,
+                           frame.view.gate_of_key[:, frame.group], now.token)  # fmt: skip
+            self._draw_words(frame, self.probe, self._timed, self._runs)
+            if self.wanted() == now:
+                self._set_status("fresh")
+        self._ask_model(now.settings)
+        if "view" in changed:
+            self._time_again(frame)
+
+    def _ask_model(self, settings: Settings) -> None:
+        """The question again, at the settings of the picture that has just been drawn."""
+        probe = self.probe
+        asked = isinstance(probe, ShelfProbe) and probe.question
+        if asked and (self.reply is None or self.reply.settings != settings):
+            self.worker.submit("ask", lambda stop, _: probe.ask(settings, stop=stop), self._answered, self._failed)
+
+    def _answered(self, _: int, reply: Reply) -> None:
+        self.reply = reply
+        self.ask_box.answered(reply)
+
+    # Work that takes longer
+
+    def _load(self) -> None:
+        """Another model or text: the old pictures stay, marked stale, until the new ones are there."""
+        state = self.state
+        source = {name: getattr(state, name) for name in SOURCE} | {"settings": state.settings()}
+        self.worker.cancel()
+        self._set_status("busy", 0.0, "loading")
+        self.worker.submit("load", lambda stop, progress: self._make_probe(source, stop, progress), self._loaded,
+                           self._failed, self._progress)  # fmt: skip
+
+    def _loaded(self, _: int, made: tuple) -> None:
+        probe, why = made
+        state = self.state
+        self.worker.cancel("frame", "ask", "repeat", "model")
+        place = self._place(probe)
+        self.probe, self.drawn, self.model_view, self._view, self.reply = probe, None, None, None, None
+        self._fitted.clear()
+        self.banner.value = readout.banner_html(probe, why)
+        self.run_model.disabled = probe.random
+        self.source_controls.pull.layout.display = "" if why and state.model == "smollm2" else "none"
+        self.layer_controls.knobs["layer"].limit(probe.n_layers - 1)
+        self.layer_controls.knobs["head"].limit(probe.n_heads - 1)
+        shelf = probe if isinstance(probe, ShelfProbe) else None
+        fact = (shelf.fact if shelf else None) or (0, 0)
+        self.ask_box.offer(shelf)
+        self.pictures.reset(probe.tokens, probe.n_heads, fact)
+        self.text.marked, self.text.tokens = fact, probe.tokens
+        state.update(place)
+        self._ask()
+
+    def _place(self, probe) -> dict:
+        """The row to look at in a new probe: where the state is, or the one that has to find what was asked for."""
+        state, end = self.state, len(probe.tokens)
+        asked = isinstance(probe, ShelfProbe) and probe.question
+        layer, head = min(state.layer, probe.n_layers - 1), min(state.head, probe.n_heads - 1)
+        if asked and (self.probe is not None or state.token == 0):
+            layer, head = probe.start or (layer, head)
+            return {"layer": layer, "head": head, "token": end - 1}
+        token = state.token if 0 < state.token < end else end - 1 if asked else _last_word(probe.tokens)
+        return {"layer": layer, "head": head, "token": token}
+
+    def _run_whole_model(self) -> None:
+        probe, settings = self.probe, self.state.settings()
+        if probe is None or probe.random:
+            return
+        self._set_status("busy", 0.0, "whole model")
+        self._stop_timing()
+        self.worker.submit("model", lambda stop, progress: probe.run_model(settings, progress=progress, stop=stop),
+                           self._model_done, self._failed, self._progress)  # fmt: skip
+
+    def _model_done(self, _: int, view: ModelView) -> None:
+        self.model_view = view
+        if self.drawn is not None:
+            self._draw_numbers(self._timed, self._runs)
+            if self._runs == 1:
+                self._time_again(self.drawn)
+        self._set_status("fresh" if self.wanted() == self._shown() else "stale")
+
+    def _time_again(self, frame: Frame) -> None:
+        """Once the slider rests: a few more runs of the same layer, for a median that means something."""
+        probe, wanted = self.probe, frame.wanted
+        moved = self._moved = threading.Event()
+
+        def again(stop, _):
+            if moved.wait(REST_SECONDS):
+                return None
+            view = frame.view
+            for _ in range(REPEATS):
+                if stop():
+                    return None
+                view = probe.view(wanted.layer, wanted.settings, stop=stop)
+            return view
+
+        def show(_: int, view: LayerView | None) -> None:
+            if view is not None and self.drawn is frame:
+                self._timed, self._runs = view, self._runs + REPEATS
+                self._draw_numbers(view, self._runs)
+
+        self.worker.submit("repeat", again, show, lambda number, err: None)
+
+    def _pull(self) -> None:
+        from proteus_playground.hf.models import pull
+
+        self._set_status("busy", 0.0, "pulling SmolLM2, 98 MB; this cannot be cancelled")
+        self.worker.submit("load", lambda stop, progress: pull("smollm2", progress=False), lambda n, path: self._load(),
+                           self._failed, self._progress)  # fmt: skip
+
+    def stop(self) -> None:
+        """Cancel: what runs stops at its next check, what waits is forgotten."""
+        self.worker.cancel()
+        if self.probe is None:
+            self._show_empty("Stopped before a model was there. Choose a text under More controls and press Read it.")
+        self._set_status("fresh" if self.drawn and self.wanted() == self._shown() else "stopped")
+
+    def close(self) -> None:
+        self.worker.cancel()
+        super().close()
+
+    def _progress(self, _: int, share: float, what: str) -> None:
+        self._set_status("busy", share, what)
+
+    def _failed(self, _: int, err: BaseException) -> None:
+        self.problem = str(err) or type(err).__name__
+        self._set_status("error", what=self.problem)
+        if self.probe is None:
+            self._show_empty(self.problem)
+
+    # What the user does
+
+    def _go_to(self, token: int) -> None:
+        """Scroll the text to a token without choosing it."""
+        self.text.look = [token, self.text.look[1] + 1]
+
+    def _picked(self, token: int, head: int | None) -> None:
+        if self.probe is not None and 0 <= token < len(self.probe.tokens):
+            self.state.update({"token": token} | ({} if head is None else {"head": head}))
+
+    # Pacing: a browser that is slower than the layer is never sent more than it can draw
+
+    def _text_painted(self, change) -> None:
+        self._seen = True
+        if change["new"] >= self.number:
+            self._painted.set()
+
+    def _pace(self) -> None:
+        if self._seen and self.worker.busy == "frame":
+            self._painted.wait(PAINT_SECONDS)
+
+
+def _last_word(tokens: list[str]) -> int:
+    """A row worth looking at first: the last real word, which has the whole text behind it."""
+    words = (i for i in range(len(tokens) - 1, -1, -1) if len(tokens[i].strip()) > 3 and tokens[i].strip().isalpha())
+    return next(words, len(tokens) - 1)
