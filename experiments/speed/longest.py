@@ -14,7 +14,7 @@ from ...attention import AttentionConfig
 from ...common import options
 from ...common.files import write_json
 from ...common.machine import environment, markdown
-from .rivals import EXACT, LABELS, OURS, Case
+from .rivals import EXACT, LABELS, OURS, Case, Rivals
 from .row import OOM, attempt
 from .table import name
 
@@ -52,7 +52,7 @@ def command(
     head_dim: options.HeadDim = 64,
     shortlist: options.Shortlist = 256,
     alpha: options.Alpha = 1,
-    rivals: options.Rivals = "flash,cudnn,efficient,mha",
+    rivals: Rivals = "flash,cudnn,efficient,mha",
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     backend: options.Backend = "auto",

@@ -20,7 +20,7 @@ from ...common.files import write_json
 from ...common.machine import environment
 from .floor import measure_rates
 from .measure import release, sync
-from .rivals import LABELS, OURS, Case
+from .rivals import LABELS, OURS, Case, Rivals
 from .row import OOM, TIMINGS, attempt
 from .table import PASSES, SCOPES, markdown_report, name
 
@@ -123,7 +123,7 @@ def command(
     head_dim: options.HeadDim = 64,
     shortlist: options.Shortlist = 256,
     alphas: Annotated[str, typer.Option(help="Flux alphas; auto lets the length decide.")] = "1",
-    rivals: options.Rivals = "flash,cudnn,efficient,mha,flex,nsa",
+    rivals: Rivals = "flash,cudnn,efficient,mha,flex,nsa",
     scope: Annotated[str, typer.Option(help="layer: hidden states in and out; attention: q, k, v in.")] = "layer",
     passes: Annotated[str, typer.Option(help="forward; training: forward + backward.")] = "forward",
     dtype: options.Dtype = "float32",

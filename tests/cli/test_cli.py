@@ -215,7 +215,7 @@ def test_play_serves_this_machine_only_and_asks_for_the_token(tmp_path, app):
     pytest.importorskip("voila" if app else "jupyterlab", reason="needs the lab extra")
     (tmp_path / play.FIRST).write_text(json.dumps(NOTEBOOK))
     port = play.free_port()
-    code = "import pathlib; from proteus_playground import play; "
+    code = "import pathlib; from proteus_playground.cli import play; "
     code += f"play.serve(pathlib.Path.cwd(), {port}, browser=False, app={app})"
     log = open(tmp_path / "log", "w+")  # noqa: SIM115  the server writes while the test reads
     server = subprocess.Popen(
