@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from proteus_playground.experiments.duel.curve import ALPHAS, Point, held_out_curve
 from proteus_playground.experiments.duel.duel import PRESETS, Score, Turn
-from proteus_playground.widgets.duel import panel as duel_panel
+from proteus_playground.widgets import duel_panel
 from proteus_playground.widgets.duel import words as words
 from proteus_playground.widgets.duel.record import MOST, Record
 

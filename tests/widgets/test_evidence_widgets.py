@@ -11,7 +11,7 @@ from proteus_playground.experiments.evidence import committed as found
 from proteus_playground.experiments.evidence.arms import ARMS
 from proteus_playground.experiments.evidence.report import summarise
 from proteus_playground.experiments.evidence.study import OURS, measure
-from proteus_playground.widgets.evidence import panel as evidence_panel
+from proteus_playground.widgets import evidence_panel
 
 from proteus_playground.common.progress import Stopped
 from proteus_playground.lm.recall.tasks import TASKS

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from proteus_playground.widgets import prototype_panel
 from proteus_playground.widgets.parts.painted import Room
-from proteus_playground.widgets.prototypes import panel as prototype_panel
 from proteus_playground.widgets.prototypes import words as words
 from proteus_playground.widgets.prototypes.figure import trails
 

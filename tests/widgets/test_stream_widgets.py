@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proteus_playground.experiments.needles.haystacks import Haystack, read
-from proteus_playground.widgets.bank import panel as bank_panel
+from proteus_playground.widgets import bank_panel, stream_panel
 from proteus_playground.widgets.bank import words as bank_words
 from proteus_playground.widgets.stream import figure as stream_figure
-from proteus_playground.widgets.stream import panel as stream_panel
 from proteus_playground.widgets.stream import words as stream_words
 from proteus_playground.widgets.stream.frames import Source
 from proteus_playground.widgets.stream.state import FIELDS, StreamState, check
