@@ -38,7 +38,7 @@ class LayerShape:
 def config_for(settings: Settings, shape: LayerShape) -> AttentionConfig:
     """The layer that `settings` describe. `ValueError` or `TypeError` names the setting."""
     if not isinstance(settings, Settings):
-        raise TypeError(f"settings={settings!r}: expected a proteus_playground.views.Settings")
+        raise TypeError(f"settings={settings!r}: expected a proteus_playground.playground.views.Settings")
     for name, low in (("gates", 1), ("anchors", 0)):  # AttentionConfig knows these two by longer names
         whole_number(name, getattr(settings, name), low)
     r = shape.n_heads // shape.n_groups
