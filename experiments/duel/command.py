@@ -16,7 +16,7 @@ from ...common.options import choose, pick_device
 from ...common.processes import together
 from ...common.progress import Stopped
 from ...lm.shelf.tokenizer import ShelfTokenizer
-from ...lm.training.text import Bytes, Codec
+from ...lm.training.data import Bytes, Codec
 from .duel import PRESETS, Settings, duel
 from .files import REPORT, ROWS, write_report
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...common.progress import Stop, check_stop
 from ...lm.model import ProteusLM
 from ...lm.training.look import look
-from ...lm.training.text import Bytes, Codec, windows
+from ...lm.training.data import Bytes, Codec, windows
 from .files import SETTINGS
 from .settings import Settings, pick_text, split
 

@@ -18,8 +18,8 @@ from ...common.machine import environment
 from ...common.processes import place
 from ...common.texts import Text
 from ...lm.training import Step, read_log, train
-from ...lm.training.ranks import total
-from ...lm.training.text import Codec, TextBatches
+from ...lm.training.distributed import total
+from ...lm.training.data import Codec, TextBatches
 from .settings import ARMS, Settings, split, start
 
 SETTINGS, SCORES, ROWS, REPORT = "settings.json", "scores.jsonl", "duel.csv", "duel.json"

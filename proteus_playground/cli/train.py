@@ -15,9 +15,7 @@ from ..common.options import choose, pick_device
 from ..common.processes import together
 from ..common.progress import Stopped
 from ..lm.model import ProteusLM
-from ..lm.training.loop import read_log, train
-from ..lm.training.recipe import Job
-from ..lm.training.run import Step
+from ..lm.training import Job, Step, read_log, train
 
 MODEL = "model.safetensors"
 

@@ -10,7 +10,7 @@ from importlib.resources import as_file, files
 
 from ..attention import AttentionConfig
 from .model import ModelConfig, ProteusLM
-from .training.recipe import Job, Recipe, Stage
+from .training import Job, Recipe, Stage
 
 RANDOM = (0.0, 1.0)  # flux alpha is drawn anew for every step
 

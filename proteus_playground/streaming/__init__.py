@@ -1,6 +1,7 @@
-"""The chunked shortlist: a document of any length is read by slices, scored, and a fixed buffer of champions is kept.
+"""The chunked shortlist: read a document of any length chunk by chunk, score each token, and keep the best in a buffer.
 
-A document: stores <- tokenising, arrays <- token_cache <- sources. Imports run one way, as the arrows read.
+Opening a document: stores <- tokenising, arrays <- token_cache <- sources.
+Pass 1: buffer <- pipeline, checkpoint <- run; scorers: layer_scorer, table_scorer. Pass 2: second_pass.
 """
 
 from .sources import TextRows, open_document

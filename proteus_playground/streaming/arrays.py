@@ -1,4 +1,4 @@
-"""Token ids and embeddings that lie in a file already: `.npy` and `.safetensors`, never pickle.
+"""Token ids and embeddings from array files: `.npy` and `.safetensors`. Pickled objects are refused.
 
 Axes: `T` rows of a document, `D` width of an embedding.
 """
@@ -12,17 +12,17 @@ import numpy as np
 
 from .stores import FileRows, Seen
 
-SAMPLES, SAMPLE = 16, 1 << 16  # places of a file that are hashed, and bytes at each
-FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}  # safetensors' names, and how numpy reads them
+SAMPLES, BYTES_PER_SAMPLE = 16, 1 << 16  # parts of a file that are hashed
+FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}  # names in safetensors -> types that numpy can read
 
 
 def file_recipe(path: Path, seen: Seen) -> dict[str, object]:
-    """What a file is known by: place, size, time, and a hash of `SAMPLES` places in it."""
+    """What identifies a file: path, size, time, and a hash of `SAMPLES` parts spread over it."""
     sha = sha256()
     with open(path, "rb") as file:
         for step in range(SAMPLES):
-            file.seek(max(0, seen.size - SAMPLE) * step // (SAMPLES - 1))
-            sha.update(file.read(SAMPLE))
+            file.seek(max(0, seen.size - BYTES_PER_SAMPLE) * step // (SAMPLES - 1))
+            sha.update(file.read(BYTES_PER_SAMPLE))
     return {"source": str(path), "size": seen.size, "mtime_ns": seen.mtime_ns, "sample": sha.hexdigest()}
 
 
@@ -32,7 +32,7 @@ def npy_rows(path: Path) -> FileRows:
     seen = Seen.now(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as err:  # Python objects, a torn file, or no .npy at all
+    except (ValueError, EOFError) as err:  # Python objects, an incomplete file, or no .npy file at all
         raise ValueError(f"{path} cannot be read as .npy ({err}): {allowed}") from err
     if not isinstance(array, np.memmap):
         raise ValueError(f"{path} is an archive of arrays: {allowed}")
@@ -60,5 +60,5 @@ def safetensors_rows(path: Path) -> FileRows:
     if len(found) != 1 or dtype not in FLOATS or len(shape) != 2 or 0 in shape:
         raise ValueError(f"{path} holds {found}: {allowed}")
     with open(path, "rb") as file:
-        offset = 8 + int.from_bytes(file.read(8), "little")  # the header's length, the header, then the only tensor
+        offset = 8 + int.from_bytes(file.read(8), "little")  # the file is: length of the header, header, tensor
     return FileRows(path, offset, np.dtype(FLOATS[dtype]), shape, seen, bfloat16=dtype == "BF16")

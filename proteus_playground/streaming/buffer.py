@@ -1,8 +1,8 @@
-"""The buffer of champions: the best tokens of a whole document, so many at most, chosen chunk by chunk.
+"""The buffer of champions: a limited number of tokens, the best of a whole document, chosen chunk by chunk.
 
-A token's rank is the best score within `neighbours` tokens of it, so that what is kept can be read; ties go to the
-token nearest its champion, then to the earliest. That is a total order, so the buffer is a top-k of the document:
-chunks may come in any order, on any number of machines, and leave the same buffer.
+A token's rank is the best score within `neighbours` tokens of it, so that champions are kept with their context and can
+be read. Of equal ranks the token nearest to its champion comes first, then the earlier token. That is a total order, so
+the buffer is a top-k of the document: in whatever order and on however many machines chunks are read, it is the same.
 
 Axes: `n` tokens of a chunk, `K` tokens kept.
 """
@@ -21,15 +21,16 @@ class StreamPlan:
     """Sizes of a stream, in tokens. `ValueError` or `TypeError` names the field that does not fit."""
 
     chunk_tokens: int = 65_536
-    """Tokens read at a time, >= 1."""
+    """Tokens of a chunk, >= 1."""
     buffer_tokens: int = 32_768
-    """Tokens kept of the whole document, neighbours included, >= 1."""
+    """Largest number of tokens kept of the whole document, neighbours included, >= 1."""
     per_chunk_budget: int = 4_096
-    """Tokens one chunk may promote, neighbours included, >= 1."""
+    """Largest number of tokens that one chunk may promote, neighbours included, >= 1."""
     nucleus: float = 1.0
-    """Champions of a chunk stop at this share of softmax(scores), in (0, 1]; 1 leaves it to the budget."""
+    """Champions of a chunk are the best tokens that together hold this share of softmax(scores), in (0, 1]; at 1 only
+    the budget limits them."""
     neighbours: int = 0
-    """Tokens on either side that a champion brings along, within its chunk, >= 0."""
+    """Tokens kept on either side of a champion, within its chunk, >= 0."""
 
     def __post_init__(self) -> None:
         for name, low in (("chunk_tokens", 1), ("buffer_tokens", 1), ("per_chunk_budget", 1), ("neighbours", 0)):
@@ -44,10 +45,10 @@ class StreamPlan:
 class Champions:
     """Kept tokens in order of position."""
 
-    position: np.ndarray  # (K,) int64, where the token stands in the document
+    position: np.ndarray  # (K,) int64, position of the token in the document
     score: np.ndarray  # (K,) float32, its rank: the best score within `neighbours` tokens
-    champion: np.ndarray  # (K,) int64, position of the token with that score, itself if it won on its own
-    reason: np.ndarray  # (K,) int32, the scorer's code for why the champion scored so
+    champion: np.ndarray  # (K,) int64, position of the token that has this score, often the token itself
+    reason: np.ndarray  # (K,) int32, the scorer's code for the reason of the champion's score
 
     def __len__(self) -> int:
         return len(self.position)
@@ -62,7 +63,7 @@ class Champions:
             return self
         cut = np.partition(self.score, len(self) - most)[len(self) - most]
         stay = self.score > cut
-        tied = np.flatnonzero(self.score == cut)  # only these need the rest of the order
+        tied = np.flatnonzero(self.score == cut)  # only these need the tie-breaking order
         stay[tied[self.take(tied).ranking()[: most - int(stay.sum())]]] = True
         return self.take(np.flatnonzero(stay))
 
@@ -77,14 +78,14 @@ class Champions:
 
 
 def choose(score: np.ndarray, reason: np.ndarray, start: int, plan: StreamPlan) -> Champions:
-    """What a chunk that begins at token `start` sends forward: at most `plan.per_chunk_budget` tokens.
+    """The best tokens of the chunk that begins at token `start`: at most `plan.per_chunk_budget`.
 
-    score: `(n,)` float32, higher is better, -inf for tokens that may not be kept; reason: `(n,)` int32. `ValueError`
-    where a score is NaN or +inf, for nothing could be ranked against it, or where there are not as many reasons.
+    score: `(n,)` float32, higher is better, -inf for tokens that may not be kept; reason: `(n,)` int32. Raises
+    `ValueError` for a score of NaN or +inf, which cannot be ranked, and for another number of reasons than scores.
     """
     if score.ndim != 1 or reason.shape != score.shape:
         raise ValueError(f"score has shape {score.shape}, reason {reason.shape}: must be (n,) both")
-    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+    with np.errstate(over="ignore"):  # a score too large for float32 becomes inf, which is refused below
         score = score.astype(np.float32, copy=False)
     bad = ~(score < np.inf)
     if bad.any():
@@ -93,15 +94,15 @@ def choose(score: np.ndarray, reason: np.ndarray, start: int, plan: StreamPlan) 
     lead = _nucleus(score, plan.nucleus, plan.per_chunk_budget)
     reach = min(plan.neighbours, len(score) - 1)
     best, owner = lead.copy(), np.arange(len(score))
-    for step in range(1, reach + 1):  # nearest first, the earlier side first: a later tie never replaces
+    for step in range(1, reach + 1):  # nearest first, earlier side first, so an equal score never replaces one
         for shift in (-step, step):
             here = slice(step, None) if shift < 0 else slice(None, -step)
             there = slice(None, -step) if shift < 0 else slice(step, None)
             better = lead[there] > best[here]
             best[here] = np.where(better, lead[there], best[here])
             owner[here] = np.where(better, np.arange(len(score))[there], owner[here])
-    able = np.flatnonzero(best > -np.inf)
-    found = Champions(able + np.int64(start), best[able], owner[able] + np.int64(start), reason[owner[able]])
+    kept = np.flatnonzero(best > -np.inf)
+    found = Champions(kept + np.int64(start), best[kept], owner[kept] + np.int64(start), reason[owner[kept]])
     return found.best(plan.per_chunk_budget)
 
 
@@ -112,9 +113,10 @@ def merge(kept: Champions, fresh: Champions, most: int) -> Champions:
 
 
 def _nucleus(score: np.ndarray, mass: float, most: int) -> np.ndarray:
-    """`score`, -inf outside the smallest set of tokens that holds `mass` of softmax(score).
+    """`score`, with -inf outside the smallest set of tokens that holds `mass` of softmax(score).
 
-    Tokens that `most` others outdo may be left out as well: a sort of what cannot win would cost more than the scores.
+    Tokens below the `most` best may become -inf too. They cannot be chosen, and sorting them would take longer than
+    scoring them.
     """
     top = score.max(initial=-np.inf)
     if mass >= 1 or top == -np.inf:

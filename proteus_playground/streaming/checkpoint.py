@@ -1,7 +1,7 @@
-"""Where pass 1 stands, on disk: the buffer, the next chunk, and the recipe that both belong to.
+"""The state of pass 1 on disk: the buffer, the next chunk, and the recipe of the run.
 
-The file is replaced whole, so a process killed at any moment leaves the state after some chunk, and the chunks that
-follow are read again: pass 1 has no other state, and so ends with the same buffer.
+The file is always replaced as a whole. A process that is killed at any moment leaves the state after some chunk, and
+the next run reads the chunks after it again. Pass 1 has no other state, so it ends with the same buffer.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class Checkpoint:
     """A safetensors file and the recipe of the run that may write it."""
 
     path: Path
-    recipe: Mapping[str, object]  # plain values; a run with any other value is another run
+    recipe: Mapping[str, object]  # plain values; a run with any other value counts as another run
 
     def load(self) -> tuple[Champions, int] | None:
-        """The buffer and the next chunk; None where there is no file.
+        """The buffer and the next chunk; None if there is no file.
 
-        `ValueError` for a file of another recipe, naming what differs, or for one that is no checkpoint.
+        Raises `ValueError` for a file of another recipe, naming what differs, and for a file that is no checkpoint.
         """
         if not self.path.exists():
             return None
         tensors, about = read_tensors(self.path, "a checkpointed stream")
         theirs = about.get("recipe")
         found, reached = {name: tensor.numpy() for name, tensor in tensors.items()}, about.get("next_chunk")
-        if not isinstance(theirs, dict) or type(reached) is not int or not _sound(found):
+        if not isinstance(theirs, dict) or type(reached) is not int or not _is_buffer(found):
             raise ValueError(f"checkpoint={str(self.path)!r}: not a checkpoint of a stream")
         differing = [
             f"{name} is {self.recipe.get(name)!r} now, {theirs.get(name)!r} there"
@@ -53,22 +53,25 @@ class Checkpoint:
         return Champions(**found), reached
 
     def save(self, buffer: Champions, next_chunk: int) -> None:
-        """`OSError` where the file cannot be written; the one before it stays."""
+        """`OSError` if the file cannot be written; the earlier file stays."""
         tensors = {name: torch.from_numpy(getattr(buffer, name)) for name in NAMES}
         write_tensors(self.path, tensors, {"recipe": dict(self.recipe), "next_chunk": next_chunk})
 
 
-def _sound(found: dict[str, np.ndarray]) -> bool:
-    """Whether these arrays are a buffer: of its types, equally long, in order of position."""
+def _is_buffer(found: dict[str, np.ndarray]) -> bool:
+    """Whether these arrays have a buffer's types, are equally long, and are in order of position."""
     if found.keys() != set(NAMES):
         return False
-    like, position = Champions.none(), found["position"]
-    alike = (found[name].dtype == getattr(like, name).dtype and found[name].shape == (len(position),) for name in NAMES)
-    return position.ndim == 1 and all(alike) and bool((np.diff(position, prepend=-1) > 0).all())
+    empty, position = Champions.none(), found["position"]
+    if position.ndim != 1:
+        return False
+    same_types = all(found[name].dtype == getattr(empty, name).dtype for name in NAMES)
+    same_lengths = all(found[name].shape == position.shape for name in NAMES)
+    return same_types and same_lengths and bool((np.diff(position, prepend=-1) > 0).all())
 
 
 def recipe(store, scorer, plan: StreamPlan, rank: int, ranks: int) -> dict[str, object]:
-    """Everything that decides which buffer a run ends with, in words that a message can repeat."""
+    """Everything that decides the final buffer of a run, under names that an error message can show."""
     return {
         "document": store.fingerprint,
         "tokens": len(store),

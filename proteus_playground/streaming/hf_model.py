@@ -1,4 +1,4 @@
-"""A pulled language model as `proteus stream` runs it: it tokenises, scores by content match, and answers."""
+"""A downloaded language model for `proteus stream`: it tokenises, scores by content match, and answers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .second_pass import second_pass
 from .stores import Store
 from .tokenising import encoder
 
-READ = 2048  # best tokens of the buffer that are read to answer: more would dwell on a CPU for minutes
+TOKENS_TO_ANSWER = 2048  # best tokens of the buffer that an answer is made from: more would take minutes on a CPU
 
 
 @dataclass(frozen=True)
 class ModelTask:
-    """One document and one prompt. `rows` and `scorer` are pass 1's; `answer` is pass 2."""
+    """One document and one prompt. Pass 1 uses `rows` and `scorer`; `answer` is pass 2."""
 
     rows: Store
     scorer: ModelScorer
@@ -30,14 +30,14 @@ class ModelTask:
     def answer(self, champions: Champions, positions: str) -> dict:
         """The reply, and how many tokens it was made from."""
         reader = ChatReader(self.model, self.tokenizer, compact=positions == "compacted")
-        best = champions.best(min(READ, (reader.context - ROOM) // 2))
+        best = champions.best(min(TOKENS_TO_ANSWER, (reader.context - ROOM) // 2))
         return {"text": second_pass(self.rows, best, self.prompt, reader), "tokens_read": len(best)}
 
 
 class StreamModel:
-    """A pulled model for one prompt. `ValueError` where it is not pulled or the prompt is empty."""
+    """A downloaded model for one prompt. `ValueError` if it is not downloaded or the prompt is empty."""
 
-    positions = "compacted"  # none was trained on distances like a million tokens
+    positions = "compacted"  # no model here was trained on distances of a million tokens
 
     def __init__(self, name: str, prompt: str | None, device: str):
         if not prompt:

@@ -1,7 +1,8 @@
-"""The built-in layer as a reader of documents: what `proteus stream` uses where no language model is.
+"""The built-in layer as a reader of documents: `proteus stream --model layer`, which needs no language model.
 
-Nothing is learned. Words are hashed to fixed random vectors and the layer's queries resemble its keys, so a word of the
-prompt finds itself; a word that the document is full of counts for little, by its logarithmic rarity.
+Nothing is learned. Words are hashed to fixed random vectors, and the layer's queries resemble its keys, so that a word
+of the prompt matches the same word in the document. Each word is weighted by its logarithmic rarity, so that a frequent
+word counts for little.
 
 Axes: `n` tokens, `P` words of the prompt, `D` model width.
 """
@@ -27,16 +28,16 @@ from .sources import open_document
 from .stores import Store, generated
 
 WIDTH, HEADS, GROUPS = 512, 8, 2
-TABLE = 8192  # vectors; a word is the sum of two, so that hardly any two words are alike
+TABLE = 8192  # vectors; a word is the sum of two of them, so that hardly any two words are alike
 FORMS = 32  # ids of one word: with and without a capital or a space before it
 FITTED = 8192  # rows that prototypes are fitted to
-AT_ONCE = 1 << 20  # tokens counted at a time
-MOST_READ = 5
+TOKENS_PER_COUNT = 1 << 20  # read at a time to count words
+MOST_READ = 5  # champions in the answer
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A document of words as one of embeddings."""
+    """A document of words in the form of embeddings."""
 
     store: Store
     table: np.ndarray  # (TABLE, D)
@@ -64,9 +65,9 @@ def number(word: str) -> int:
 
 
 class LayerModel:
-    """Reads text or embeddings for one prompt, or for salience where it is None.
+    """Reads text or embeddings for one prompt, or scores by salience if the prompt is None.
 
-    source: the document, to read it again for words that this process has not met, as when its ids were on disk.
+    source: the document. If its ids come from the cache on disk, it is read again to learn the words they stand for.
     """
 
     name, fingerprint, positions = "layer", "hashed words", "original"
@@ -76,7 +77,7 @@ class LayerModel:
         self._words: dict[int, str] = {}
 
     def encode(self, body: str) -> list[int]:
-        """Words, each with the space before it, as hashes of the word and of its form."""
+        """Ids of words, each with the space before it: a hash of the word and of its form."""
         ids = []
         for word in WORD.findall(body):
             ids.append(number(word) * FORMS + crc32(word.encode()) % FORMS)
@@ -87,7 +88,7 @@ class LayerModel:
         return generated(tokens, seed=self._seed, width=WIDTH)
 
     def text(self, rows: np.ndarray) -> str | None:
-        """What tokens read as; None for embeddings."""
+        """The text of tokens; None for embeddings."""
         if rows.ndim == 2:
             return None
         if self._source is not None and not self._words.keys() >= set(rows.tolist()):
@@ -96,23 +97,25 @@ class LayerModel:
         return "".join(self._words[int(i)] for i in rows)
 
     def on(self, store: Store) -> LayerTask:
-        """`ValueError` for a prompt that says nothing to this document."""
+        """The task for one document. `ValueError` for a prompt that shares no word with it or does not fit it."""
         rows = store
         if store.kind == "tokens":
             if Path(self._source or "").suffix == ".npy":
-                raise ValueError(f"FILE={self._source!r} holds ids of another vocabulary: {self.name} reads text or "
-                                 "embeddings (T, D); use a language model")  # fmt: skip
-            draw = torch.Generator().manual_seed(self._seed + 1_000_003)  # not the numbers that the weights are made of
-            rows = Embedded(store, (torch.randn(TABLE, WIDTH, generator=draw) * 0.5**0.5).numpy())
+                raise ValueError(
+                    f"FILE={self._source!r} holds ids of another vocabulary: {self.name} reads text or "
+                    "embeddings (T, D); use a language model"
+                )
+            generator = torch.Generator().manual_seed(self._seed + 1_000_003)  # another seed than that of the weights
+            rows = Embedded(store, (torch.randn(TABLE, WIDTH, generator=generator) * 0.5**0.5).numpy())
         attn = _attention(rows, store.width or WIDTH, self._seed).to(self._device)
         if self._prompt is None:
             return LayerTask(rows, LayerScorer(attn), attn, None)
-        prompt, weight, labels = self._asked(store, rows)
+        prompt, weight, labels = self._prompt_rows(store, rows)
         prompt, weight = prompt.to(self._device), weight.to(self._device)
         return LayerTask(rows, LayerScorer(attn, prompt * weight[:, None], labels), attn, prompt)
 
-    def _asked(self, store: Store, rows: Store | Embedded) -> tuple[Tensor, Tensor, list[str]]:
-        """The prompt's rows `(P, D)`, what each counts `(P,)`, and what it is called."""
+    def _prompt_rows(self, store: Store, rows: Store | Embedded) -> tuple[Tensor, Tensor, list[str]]:
+        """The prompt's rows `(P, D)`, their weights `(P,)`, and their names."""
         if store.kind == "embeddings":
             if Path(self._prompt).suffix != ".npy":
                 raise ValueError(f"prompt={self._prompt!r}: for embeddings must be .npy rows (P, D={store.width})")
@@ -130,15 +133,16 @@ class LayerModel:
         asked = np.array([number(word) for word in words])
         count = _count(store, asked)
         if not count.any():
-            raise ValueError(f"prompt={self._prompt[:80]!r}: must have at least one word that stands in the document")
+            raise ValueError(f"prompt={self._prompt[:80]!r}: must have at least one word that is in the document")
         rarity = np.log(len(store) / np.maximum(1, count))
-        weight = np.where(count, rarity, 0).astype(np.float32)  # a word that is not there matches by chance alone
+        # A word that is not in the document would match by chance alone, so it weighs nothing.
+        weight = np.where(count, rarity, 0).astype(np.float32)
         return torch.from_numpy(rows.embed(asked)), torch.from_numpy(weight), words
 
 
 @dataclass(frozen=True)
 class LayerTask:
-    """One document and one prompt, ready for both passes."""
+    """One document and one prompt, prepared for both passes."""
 
     rows: Store | Embedded
     scorer: LayerScorer
@@ -146,9 +150,10 @@ class LayerTask:
     prompt: Tensor | None  # (P, D)
 
     def answer(self, champions: Champions, positions: str) -> dict:
-        """Which champions the prompt's last row reads, best first: random weights have no more to say.
+        """The champions that the prompt's last row attends to most: random weights give no other answer.
 
-        A share is of what the row gives to champions, the rest going to the prompt itself. `ValueError` without prompt.
+        "share_to_champions" is the row's attention to champions, the rest goes to the prompt itself; "share" is a
+        champion's part of it. `ValueError` without a prompt.
         """
         if self.prompt is None:
             raise ValueError("prompt=None: pass 2 needs a prompt")
@@ -160,8 +165,9 @@ class LayerTask:
 
 
 def _attention(rows: Store | Embedded, width: int, seed: int) -> ProteusAttention:
-    """The layer, the same for a seed and a document, with prototypes fitted to the document's beginning."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread_each():  # no bit depends on the threads' number
+    """The layer, determined by seed and document, with prototypes fitted to the document's beginning."""
+    # One thread each, so that rounding does not depend on the number of threads.
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread_each():
         torch.manual_seed(seed)
         attn = ProteusAttention(AttentionConfig(width, HEADS, GROUPS, head_dim=64, route_heads=False)).eval()
         keys = attn.k_proj.weight.view(GROUPS, 64, width).repeat_interleave(HEADS // GROUPS, dim=0)
@@ -174,10 +180,10 @@ def _attention(rows: Store | Embedded, width: int, seed: int) -> ProteusAttentio
 
 
 def _count(store: Store, asked: np.ndarray) -> np.ndarray:
-    """How often each word number occurs, int64; one pass over the document."""
+    """How often each word number occurs, int64. Reads the document once."""
     order, count = np.argsort(asked), np.zeros(len(asked), np.int64)
-    for start in range(0, len(store), AT_ONCE):
-        words = store.read(start, min(start + AT_ONCE, len(store))) // FORMS
+    for start in range(0, len(store), TOKENS_PER_COUNT):
+        words = store.read(start, min(start + TOKENS_PER_COUNT, len(store))) // FORMS
         found = words[np.isin(words, asked)]
         count += np.bincount(order[np.searchsorted(asked, found, sorter=order)], minlength=len(asked))
     return count

@@ -1,8 +1,8 @@
-"""The built-in attention layer as a scorer: which embeddings of a chunk its keys would show to the prompt's queries.
+"""The built-in attention layer as a scorer of embeddings, by content match with a prompt or by salience.
 
-With a prompt a token scores the best q.k over prompt rows and heads, un-rotated and scaled as attention does; without
-one, its salience. Every piece of a chunk is one thread's work from end to end: a matrix product that several threads
-share rounds differently with their number, so sharing pieces instead leaves the same bits for any number of threads.
+With a prompt, a token's score is the best q.k over prompt rows and heads, un-rotated and scaled as in attention.
+Without one it is the token's salience. A chunk is cut into pieces, and one thread computes a piece from beginning to
+end. If several threads shared a matrix product, its rounding would depend on their number; this way it does not.
 
 Axes: `n` rows of a piece, `P` prompt rows, `D` model width, `H` query heads, `G` KV groups, `r = H / G`, `d` head dim,
 `C` gates per group.
@@ -23,17 +23,17 @@ from torch import Tensor
 
 from ..attention import ProteusAttention
 
-IN_CACHE = 1 << 18  # numbers of a CPU piece or of its dot products: 1 MB, a core's second-level cache
-ON_GPU = 1 << 22  # the same on a GPU: large enough to hide launches, small enough to be copied behind one another
-FEWEST = 64  # rows of a piece
-ALIGNED = 64  # bytes: where PyTorch lays its own tensors
+NUMBERS_PER_CPU_PIECE = 1 << 18  # of rows or of dot products: 1 MB, a core's second-level cache
+NUMBERS_PER_GPU_PIECE = 1 << 22  # large enough to hide kernel launches, small enough to copy one while another computes
+MIN_ROWS_PER_PIECE = 64
+ALIGNMENT = 64  # bytes, as PyTorch aligns its own tensors
 
 
 class LayerScorer:
-    """Scores embeddings `(n, D)` by content match with `prompt` `(P, D)`, or by salience where there is none.
+    """Scores embeddings `(n, D)` by content match with `prompt` `(P, D)`, or by salience if it is None.
 
-    Weights are copied when it is made and live on the layer's device. labels: what each prompt row is called in
-    `explain`. `TypeError` or `ValueError` names the argument.
+    The layer's weights are copied, on its device. labels: a name for each prompt row, used by `explain`. `TypeError` or
+    `ValueError` names the argument.
     """
 
     def __init__(self, attn: ProteusAttention, prompt: Tensor | None = None, labels: Sequence[str] | None = None):
@@ -59,8 +59,8 @@ class LayerScorer:
         if labels is not None and (prompt is None or len(labels) != len(prompt)):
             raise ValueError(f"labels has {len(labels)} entries: must be one per prompt row")
         self._labels = labels
-        room = IN_CACHE if self.device.type == "cpu" else ON_GPU
-        self._piece = max(FEWEST, room // max(cfg.d_model, widest))
+        numbers = NUMBERS_PER_CPU_PIECE if self.device.type == "cpu" else NUMBERS_PER_GPU_PIECE
+        self._rows_per_piece = max(MIN_ROWS_PER_PIECE, numbers // max(cfg.d_model, widest))
         self.fingerprint = _fingerprint(state, self._measure.__name__, self.device)
 
     def score(self, rows: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -72,33 +72,34 @@ class LayerScorer:
         def measure(start: int, part: Tensor) -> None:
             stop = start + len(part)
             part = part.to(self.device, torch.float32)
-            if part.data_ptr() % ALIGNED:  # the bits of a product of few rows depend on where they lie
+            if part.data_ptr() % ALIGNMENT:  # the rounding of a product of few rows depends on their alignment
                 part = part.clone()
             score[start:stop], reason[start:stop] = self._measure(part)
 
-        starts = range(0, len(x), self._piece)
+        starts = range(0, len(x), self._rows_per_piece)
         if self.device.type == "cpu":
             with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
-                list(pool.map(lambda start: measure(start, x[start : start + self._piece]), starts))
+                list(pool.map(lambda start: measure(start, x[start : start + self._rows_per_piece]), starts))
         elif self.device.type == "cuda" and not x.is_cuda:
-            for start, part in _fed(x, starts, self._piece, self.device):
+            for start, part in _fed(x, starts, self._rows_per_piece, self.device):
                 measure(start, part)
         else:
             for start in starts:
-                measure(start, x[start : start + self._piece])
+                measure(start, x[start : start + self._rows_per_piece])
         return score.cpu().numpy(), reason.cpu().numpy()
 
     def explain(self, reason: int) -> str:
-        """Which prompt row and head, or which gate, a reason code stands for."""
+        """The prompt row and head, or the gate, that a reason code names."""
         if self._measure == self._salience:
             group, gate = divmod(reason, self._cfg.gates_per_group)
             return f"salient: gate {gate} of KV group {group}"
         row, head = divmod(reason, self._cfg.n_heads)
-        return f"matches prompt row {row}{f' {self._labels[row]!r}' if self._labels else ''} in head {head}"
+        label = f" {self._labels[row]!r}" if self._labels else ""
+        return f"matches prompt row {row}{label} in head {head}"
 
     def _check(self, x: np.ndarray | Tensor, name: str) -> Tensor:
         if isinstance(x, np.ndarray):
-            with warnings.catch_warnings():  # a read-only array is only read
+            with warnings.catch_warnings():  # torch warns about read-only arrays, but this one is only read
                 warnings.simplefilter("ignore", UserWarning)
                 x = torch.from_numpy(x)
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -107,10 +108,10 @@ class LayerScorer:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: must be (n, D={self._cfg.d_model})")
         return x.detach()
 
-    # -- three ways to measure a piece: (n, D) float32 -> score (n,), reason (n,) ------------------------------
+    # -- three measures of a piece: (n, D) float32 -> score (n,), reason (n,) ----------------------------------
 
     def _prepare(self, q: Tensor) -> tuple[Tensor, ...]:
-        """Choose the cheaper product for queries `(P, H, d)`, and lay the operands out for it."""
+        """Choose the cheaper product for queries `(P, H, d)`, prepare its operands, and return them."""
         cfg = self._cfg
         G, r, d, D = cfg.n_kv_heads, cfg.heads_per_group, cfg.head_dim, cfg.d_model
         dots = q.shape[0] * cfg.n_heads
@@ -128,8 +129,8 @@ class LayerScorer:
         return self._key, self._key_bias, self._queries
 
     def _match_folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q.(W x + b) as (W'q).x + q.b: no keys are made, which pays for short prompts."""
-        return F.linear(x, self._folded, self._folded_bias).max(dim=1)  # codes p H + g r + i are heads already
+        """q.(W x + b) as (W'q).x + q.b: needs no keys, which is cheaper for short prompts."""
+        return F.linear(x, self._folded, self._folded_bias).max(dim=1)  # column p H + head is the reason code
 
     def _match_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         best, at = torch.bmm(self._keys(x), self._queries).max(dim=2)  # (G, n) each
@@ -139,12 +140,12 @@ class LayerScorer:
         return best, row_in_group // r * self._cfg.n_heads + group * r + row_in_group % r
 
     def _salience(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Gates.salience`; the reason is the gate that lures it most, of any group."""
+        """As `Gates.salience`; the reason is the gate with the largest salience, of any group."""
         k = self._keys(x)
         dots = torch.bmm(k, self._prototypes.mT)  # (G, n, C)
         if not self._alive.all():
             dots = dots.masked_fill(~self._alive[:, None], -torch.inf)
-        best, gate = dots.max(dim=2)  # (G, n): the norm, taken out here, moves no maximum
+        best, gate = dots.max(dim=2)  # (G, n), not divided by the key's norm yet, which changes no maximum
         lured = best / k.norm(dim=2).clamp(min=1e-12) * self._confidence.gather(1, gate)
         group = lured.argmax(dim=0)
         return lured.mean(dim=0), group * self._cfg.gates_per_group + gate.gather(0, group[None])[0]
@@ -156,7 +157,7 @@ class LayerScorer:
 
 @contextmanager
 def one_thread_each() -> Iterator[int]:
-    """Threads started inside compute with one thread each; yields how many torch had been given."""
+    """Inside, every Python thread computes with one torch thread. Yields torch's number of threads before."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -166,13 +167,13 @@ def one_thread_each() -> Iterator[int]:
 
 
 def _fed(x: Tensor, starts: range, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Pieces of a host tensor on a CUDA device, each copied while the one before it is computed with."""
+    """Pieces of a host tensor on a CUDA device; each is copied while the piece before it is being computed."""
     side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     slots = [torch.empty(min(size, len(x)), x.shape[1], dtype=x.dtype, pin_memory=True) for _ in range(2)]
     arrived = [torch.cuda.Event() for _ in slots]
     for i, start in enumerate(starts):
         slot, event, part = slots[i % 2], arrived[i % 2], x[start : start + size]
-        event.synchronize()  # the page-locked slot may be written again
+        event.synchronize()  # wait until the slot's last copy has ended, before the slot is overwritten
         with torch.cuda.stream(side):
             there = slot[: len(part)].copy_(part).to(device, non_blocking=True)
             event.record(side)
@@ -186,7 +187,7 @@ def _plain(x: Tensor | None) -> Tensor | None:
 
 
 def _fingerprint(state: tuple, way: str, device: torch.device) -> str:
-    """Of all that decides the bits of a score: operands, formula, and whose arithmetic."""
+    """A digest of all that decides the bits of a score: operands, formula, device and torch version."""
     capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
     digest = hashlib.sha256(f"{way} {capability} {torch.__version__}".encode())
     for tensor in state:

@@ -1,8 +1,7 @@
 """Pass 1 of the chunked shortlist: read a document chunk by chunk, score every token, keep champions.
 
-A scorer is anything with `fingerprint: str`, `score(rows) -> (score (n,) float32, reason (n,) int32)` and
-`explain(reason: int) -> str`. A token's score depends on its own chunk and the prompt, never on other chunks, so pass 1
-is a map with a top-k reduce.
+A token's score depends on its own chunk and the prompt, never on other chunks, so pass 1 is a map over chunks followed
+by a top-k reduction.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from .buffer import Champions, StreamPlan, choose, merge
 
 
 class Scorer(Protocol):
-    """Tells how well each token of a chunk answers the prompt, or how salient it is."""
+    """Measures how well each token of a chunk matches the prompt, or how salient it is."""
 
-    fingerprint: str  # changes with anything that changes a score: weights, prompt, layers
+    fingerprint: str  # changes with everything that changes a score: weights, prompt, layers
 
     def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """rows: `(n,)` token ids or `(n, D)` embeddings of one chunk -> score `(n,)` float32, reason `(n,)` int32."""
 
     def explain(self, reason: int) -> str:
-        """One phrase for a reason code."""
+        """A reason code in words."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """One token entering or leaving the buffer."""
+    """One token that entered or left the buffer."""
 
     kind: str  # "promoted" or "evicted"
     chunk: int  # the chunk that caused it
@@ -43,16 +42,16 @@ class Event:
 
 @dataclass(frozen=True)
 class ChunkStep:
-    """One chunk has been read."""
+    """The state after one chunk."""
 
     index: int  # of the chunk
     chunks: int  # of the whole document
     start: int  # first token of the chunk
     stop: int  # one past its last token
     tokens: int  # of the whole document
-    promoted: Champions  # who entered
-    evicted: Champions  # who had to leave
-    buffer: Champions  # who is in now
+    promoted: Champions  # tokens that entered the buffer
+    evicted: Champions  # tokens that left it
+    buffer: Champions  # its content now
     seconds: float  # reading, scoring and merging
 
     def events(self, scorer: Scorer) -> Iterator[Event]:
@@ -78,8 +77,9 @@ def stream(
 ) -> Iterator[ChunkStep]:
     """Read `store` and yield a step per chunk; the last step's `buffer` is the result.
 
-    store: `len(store)` rows and `store.read(start, stop)`. buffer, chunks: what is kept already and the chunks that
-    are left, where a run goes on or is shared. Raises `Stopped` when `stop` asks for it between chunks.
+    store: has `len(store)` rows and `store.read(start, stop)`. buffer, chunks: the champions so far and the chunks to
+    read, if a run is resumed or shared. Raises `Stopped` between chunks when `stop` asks for it, and `ValueError` for
+    scores that cannot be ranked.
     """
     total = -(-len(store) // plan.chunk_tokens)
     kept = Champions.none() if buffer is None else buffer

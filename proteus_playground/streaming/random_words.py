@@ -1,6 +1,6 @@
-"""Random vectors for whole words: what a table scorer uses where no model is pulled.
+"""Random vectors for whole words, for a table scorer without a language model.
 
-Equal words, whatever their case, have equal vectors, so a literal word finds itself; nothing else means anything.
+Equal words have equal vectors in any case, so a word matches itself. The vectors of other words are unrelated.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ WIDTH = 512
 
 
 class RandomWords:
-    """Numbers words as it meets them. `vocabulary[i]` is word i with the space before it, `table` its row."""
+    """Numbers words in order of first use. `vocabulary[i]` is word i with the space before it, `table[i]` its vector."""
 
     name, random = "random vectors", True
-    note = "Nothing is learned: a word finds itself, whatever its case, and no other."
+    note = "Nothing is learned: a word matches only itself, in any case."
 
     def __init__(self) -> None:
         self.vocabulary: list[str] = []
@@ -36,7 +36,7 @@ class RandomWords:
 
     @property
     def table(self) -> np.ndarray:
-        """`(V, 512)` float32, a row per word met so far."""
+        """`(V, 512)` float32, a row per word encoded so far."""
         fresh = [np.random.default_rng(crc32(word.strip().lower().encode())).standard_normal(WIDTH, np.float32)
                  for word in self.vocabulary[len(self._rows):]]  # fmt: skip
         if fresh:

@@ -1,7 +1,7 @@
-"""Pass 1 again, from scores that are known: what a panel plays forwards and backwards.
+"""Pass 1 replayed from known scores, forwards and backwards, for a panel.
 
-A token enters the buffer at most once, when its chunk is read, and leaves at most once. So two numbers per champion
-hold the state after every chunk, and no step keeps a buffer of its own.
+A token enters the buffer at most once, when its chunk is read, and leaves it at most once. So two numbers per champion
+describe the buffer after every chunk, and no buffer has to be stored per step.
 
 Axes: `T` tokens of the document, `N` tokens that were ever in the buffer, `S` chunks read.
 """
@@ -23,16 +23,16 @@ NEVER = np.iinfo(np.int32).max
 
 
 def page_of(position: int) -> int:
-    """The page, from 1, that a token stands on."""
+    """The page of a token; pages count from 1."""
     return int(position) // PAGE + 1
 
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids with, somewhere among them, a fact to be found."""
+    """Token ids with a needle among them: a fact that a prompt asks for."""
 
     ids: np.ndarray  # (T,) int32
-    needle: range  # positions of the fact; empty where there is none
+    needle: range  # positions of the fact; empty if there is none
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -42,10 +42,11 @@ class Document:
 
 
 def plant(body: np.ndarray, ends: np.ndarray, needle: np.ndarray, page: int, lead: int = 0) -> Document:
-    """`body` with `needle` written over nothing, between two sentences of page `page`, its own length unchanged.
+    """`body` with `needle` inserted between two sentences of page `page`, cut at the end to its old length.
 
-    body: `(T,)` ids, of which the last give way; ends: `(E,)` rising, places before which a sentence ends. lead: tokens
-    in front of the needle that only set it apart. `ValueError` for a page there is not or a needle that does not fit.
+    body: `(T,)` ids; ends: `(E,)` rising positions at which a sentence has just ended. lead: number of tokens at the
+    front of `needle` that only separate it from the text. Raises `ValueError` if there is no such page or the needle
+    does not fit.
     """
     room, last = len(body) - len(needle), page_of(max(0, len(body) - 1))
     if room < 0:
@@ -62,7 +63,7 @@ def plant(body: np.ndarray, ends: np.ndarray, needle: np.ndarray, page: int, lea
 
 @dataclass
 class Scores:
-    """Every token's score, as far as it is known. Filled by one thread while others look at what `until` covers."""
+    """The scores of the tokens before `until`. One thread fills them while others read the part before `until`."""
 
     score: np.ndarray  # (T,) float32
     reason: np.ndarray  # (T,) int32
@@ -76,28 +77,33 @@ class Scores:
 
 
 def empty_scores(tokens: int, explain: Callable[[int], str] = str) -> Scores:
-    """Of a document of which nothing is scored yet. explain: the scorer's, where there is one."""
+    """The scores of a document before any token is scored. explain: the scorer's, if there is one."""
     return Scores(np.full(tokens, -np.inf, np.float32), np.zeros(tokens, np.int32), explain)
 
 
 def fill(
-    scores: Scores, document: Document, scorer: Scorer, piece: int, *, progress: Progress | None = None,
+    scores: Scores,
+    document: Document,
+    scorer: Scorer,
+    piece: int,
+    *,
+    progress: Progress | None = None,
     stop: Stop | None = None,
-) -> None:  # fmt: skip
-    """Scores what is left, `piece` tokens at a time. Raises `Stopped`; what is scored by then stays."""
+) -> None:
+    """Score the remaining tokens, `piece` tokens at a time. Raises `Stopped`; the pieces scored before that stay."""
     total = len(document)
     while not scores.done:
         check_stop(stop)
         begun, end = perf_counter(), min(scores.until + piece, total)
         score, reason = scorer.score(document.read(scores.until, end))
-        check_stop(stop)  # a piece that was finished after the stop was asked for is not known: nobody would be told
+        check_stop(stop)  # a piece that ends after a stop is dropped, because no progress would be reported for it
         scores.score[scores.until : end], scores.reason[scores.until : end] = score, reason
         scores.until, scores.seconds = end, scores.seconds + perf_counter() - begun
         tell(progress, end / total, f"{end:,} of {total:,} tokens scored")
 
 
-class _Known:
-    """Scores as a store of positions and as the scorer that looks them up."""
+class _KnownScores:
+    """Known scores in the roles of a store, whose rows are positions, and of a scorer, which looks them up."""
 
     def __init__(self, scores: Scores):
         self._scores = scores
@@ -114,16 +120,16 @@ class _Known:
 
 @dataclass(frozen=True)
 class Replay:
-    """A whole pass 1. A step `s` in 0..S is the state after `s` chunks."""
+    """A complete pass 1. Step `s` in 0..S is the state after `s` chunks."""
 
     plan: StreamPlan
     tokens: int  # of the whole document
     chunks: int  # of the whole document
     steps: int  # chunks whose scores are known
-    ever: Champions  # (N,) whoever was in the buffer at some time, in order of position
-    entered: np.ndarray  # (N,) int32, the step that let the token in
-    left: np.ndarray  # (N,) int32, the step that put it out, NEVER if none
-    bar: np.ndarray  # (S + 1,) float32, lowest score in a full buffer, -inf while there is room
+    ever: Champions  # (N,) all tokens that were in the buffer at some time, in order of position
+    entered_at: np.ndarray  # (N,) int32, the step that promoted the token
+    evicted_at: np.ndarray  # (N,) int32, the step that evicted it, NEVER if none
+    bar: np.ndarray  # (S + 1,) float32, lowest score in a full buffer, -inf while it is not full
     held: np.ndarray  # (S + 1,) int32, tokens in the buffer
     recall: np.ndarray  # (S + 1,) float32, share of the needle's tokens in the buffer, nan without a needle
 
@@ -132,62 +138,70 @@ class Replay:
         return min(self.tokens, step * self.plan.chunk_tokens)
 
     def buffer(self, step: int) -> Champions:
-        return self.ever.take(np.flatnonzero((self.entered <= step) & (step < self.left)))
+        return self.ever.take(np.flatnonzero((self.entered_at <= step) & (step < self.evicted_at)))
 
     def promoted(self, step: int) -> Champions:
-        return self.ever.take(np.flatnonzero(self.entered == step)) if step else Champions.none()
+        return self.ever.take(np.flatnonzero(self.entered_at == step)) if step else Champions.none()
 
     def evicted(self, step: int) -> Champions:
-        return self.ever.take(np.flatnonzero(self.left == step)) if step else Champions.none()
+        return self.ever.take(np.flatnonzero(self.evicted_at == step)) if step else Champions.none()
 
 
 def replay(scores: Scores, plan: StreamPlan, needle: range = range(0), stop: Stop | None = None) -> Replay:
-    """Plays `plan` over the scores that are known. Raises `Stopped`."""
-    known, size = _Known(scores), len(scores.score)
-    whole = size if scores.done else scores.until // plan.chunk_tokens * plan.chunk_tokens
-    ready = range(-(-whole // plan.chunk_tokens))
-    entered, left = np.full(size, NEVER, np.int32), np.full(size, NEVER, np.int32)
+    """Run pass 1 with `plan` over the scores that are known. Raises `Stopped`."""
+    known, size = _KnownScores(scores), len(scores.score)
+    chunks = -(-size // plan.chunk_tokens)
+    ready = chunks if scores.done else scores.until // plan.chunk_tokens  # a chunk counts once it is fully scored
+    entered_at, evicted_at = np.full(size, NEVER, np.int32), np.full(size, NEVER, np.int32)
     rank, champion = np.empty(size, np.float32), np.empty(size, np.int64)
     bar, held, recall = [-np.inf], [0], [0.0 if len(needle) else np.nan]
-    for step in stream(known, known, plan, chunks=ready, stop=stop):
+    for step in stream(known, known, plan, chunks=range(ready), stop=stop):
         now, fresh = step.index + 1, step.promoted
-        entered[fresh.position], left[step.evicted.position] = now, now
+        entered_at[fresh.position], evicted_at[step.evicted.position] = now, now
         rank[fresh.position], champion[fresh.position] = fresh.score, fresh.champion
         kept = step.buffer
         bar.append(float(kept.score.min()) if len(kept) == plan.buffer_tokens else -np.inf)
         held.append(len(kept))
         found = np.searchsorted(kept.position, [needle.start, needle.stop])
         recall.append(float(found[1] - found[0]) / len(needle) if len(needle) else np.nan)
-    at = np.flatnonzero(entered < NEVER)
+    at = np.flatnonzero(entered_at < NEVER)
     ever = Champions(at, rank[at], champion[at], scores.reason[champion[at]])
     return Replay(
-        plan, size, -(-size // plan.chunk_tokens), len(ready), ever, entered[at], left[at],
-        np.array(bar, np.float32), np.array(held, np.int32), np.array(recall, np.float32),
-    )  # fmt: skip
+        plan=plan,
+        tokens=size,
+        chunks=chunks,
+        steps=ready,
+        ever=ever,
+        entered_at=entered_at[at],
+        evicted_at=evicted_at[at],
+        bar=np.array(bar, np.float32),
+        held=np.array(held, np.int32),
+        recall=np.array(recall, np.float32),
+    )
 
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive tokens of the buffer."""
+    """Consecutive tokens of the buffer: a stretch of text."""
 
     start: int
     stop: int
     score: float  # the best among them
     champion: int  # position of the token with that score
     reason: int
-    fresh: bool  # whether any of them came in with this step
+    fresh: bool  # whether any of its tokens is new
 
 
 def runs(kept: Champions, fresh_from: int) -> list[Run]:
-    """The buffer's contents as stretches of text, best first; tokens from position `fresh_from` on are new."""
+    """The buffer as stretches of text, best first; tokens from position `fresh_from` on count as new."""
     if not len(kept):
         return []
     cut = np.flatnonzero(np.diff(kept.position) > 1) + 1
-    first, last = np.r_[0, cut], np.r_[cut, len(kept)]
+    firsts, ends = np.r_[0, cut], np.r_[cut, len(kept)]
     out = []
-    for a, b in zip(first.tolist(), last.tolist(), strict=True):
+    for a, b in zip(firsts.tolist(), ends.tolist(), strict=True):
         best = a + int(kept.score[a:b].argmax())
-        start, last_one = int(kept.position[a]), int(kept.position[b - 1])
+        start, stop = int(kept.position[a]), int(kept.position[b - 1]) + 1
         owner, reason = int(kept.champion[best]), int(kept.reason[best])
-        out.append(Run(start, last_one + 1, float(kept.score[best]), owner, reason, last_one >= fresh_from))
+        out.append(Run(start, stop, float(kept.score[best]), owner, reason, fresh=stop > fresh_from))
     return sorted(out, key=lambda run: (-run.score, run.start))

@@ -1,7 +1,7 @@
-"""Pass 1 as it is run: checkpointed, resumed, and shared by the processes of a `torchrun`.
+"""Pass 1 with checkpoints: it can be resumed, and shared by the processes of a `torchrun`.
 
-Ranks take neighbouring chunks, each keeps a buffer of its own, and the best of all buffers is the result: the order of
-champions is total, so it is the buffer one process would have kept.
+Each rank reads a range of chunks and keeps a buffer of its own; the result is the best of all buffers. The order of
+champions is total, so this is the buffer that one process would have kept.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ def run(
     every_s: float = 1.0,
     stop: Stop | None = None,
 ) -> Iterator[ChunkStep]:
-    """Yield a step per chunk that is left to this process, then a closing step whose `buffer` is the result.
+    """Yield a step for each chunk that this process still has to read, then a closing step with the result.
 
-    The closing step has `index == chunks`, reads nothing, and on every rank holds the same buffer; it comes even where
-    a checkpoint had nothing left to read. store: as for `stream`, with a `fingerprint`. checkpoint: a file, to which
-    every rank above 0 adds `.rankN`; written at most every `every_s` seconds and when the run ends, is stopped or
-    fails. fresh: begin again whatever it holds.
+    The closing step has `index == chunks`, reads nothing, and its `buffer` is the result, the same on every rank. It is
+    yielded even if no chunk was left to read. store: as for `stream`, with a `fingerprint`. checkpoint: a file (ranks
+    above 0 add `.rankN` to its name), written at most every `every_s` seconds and when the run ends, is stopped or
+    fails. fresh: start from the beginning whatever the checkpoint holds.
 
     Raises `ValueError` for a checkpoint of another run, `Stopped`, `OSError`.
     """
     rank, ranks = place()
     total = -(-len(store) // plan.chunk_tokens)
     mine = range(total * rank // ranks, total * (rank + 1) // ranks)
-    file = None
+    file, found = None, None
     if checkpoint is not None:
         file = Checkpoint(own_path(checkpoint, rank), recipe(store, scorer, plan, rank, ranks))
-    kept, done = (None if file is None or fresh else file.load()) or (Champions.none(), mine.start)
-    saved, last = None if fresh else done, monotonic()
+        found = None if fresh else file.load()
+    kept, done = found or (Champions.none(), mine.start)
+    saved, saved_at = None if fresh else done, monotonic()
     try:
         for step in stream(store, scorer, plan, buffer=kept, chunks=range(done, mine.stop), stop=stop):
             kept, done = step.buffer, step.index + 1
-            if file is not None and monotonic() - last >= every_s:
+            if file is not None and monotonic() - saved_at >= every_s:
                 file.save(kept, done)
-                saved, last = done, monotonic()
+                saved, saved_at = done, monotonic()
             yield step
     finally:
         if file is not None and saved != done:
@@ -66,7 +67,7 @@ def _best_of_all(kept: Champions, most: int) -> Champions:
     _, ranks = place()
     if ranks == 1:
         return kept
-    flat = np.full((most, 4), -1, np.int64)  # as wide as any rank's buffer can be; no position is negative
+    flat = np.full((most, 4), -1, np.int64)  # as long as a full buffer; a position of -1 marks an empty place
     flat[: len(kept)] = np.stack((kept.position, kept.score.view(np.int32), kept.champion, kept.reason), axis=1)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     parts = [torch.empty(most, 4, dtype=torch.int64, device=device) for _ in range(ranks)]
@@ -81,7 +82,7 @@ def _best_of_all(kept: Champions, most: int) -> Champions:
 
 
 def _closing(kept: Champions, best: Champions, total: int, tokens: int) -> ChunkStep:
-    """What the other ranks' champions changed."""
-    come = best.take(np.flatnonzero(~np.isin(best.position, kept.position, assume_unique=True)))
-    gone = kept.take(np.flatnonzero(~np.isin(kept.position, best.position, assume_unique=True)))
-    return ChunkStep(total, total, tokens, tokens, tokens, come, gone, best, 0.0)
+    """The step that replaces this rank's buffer by the best of all ranks."""
+    promoted = best.take(np.flatnonzero(~np.isin(best.position, kept.position, assume_unique=True)))
+    evicted = kept.take(np.flatnonzero(~np.isin(kept.position, best.position, assume_unique=True)))
+    return ChunkStep(total, total, tokens, tokens, tokens, promoted, evicted, best, 0.0)

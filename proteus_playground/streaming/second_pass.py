@@ -1,7 +1,7 @@
-"""Pass 2: attention over what pass 1 kept, with the prompt behind it.
+"""Pass 2: attention over the champions that pass 1 kept, followed by the prompt.
 
-Champions keep the positions they had in the document, so that "a million tokens ago" still means that; or they are
-numbered afresh ("compacted"), which a model needs whose training never saw such distances.
+Champions keep their positions in the document ("original"), so that distances stay true; or they are numbered from 0
+on ("compacted"), for a model that was never trained on such large distances.
 
 Axes: `K` champions, `P` prompt rows, `D` model width.
 """
@@ -19,19 +19,19 @@ from ..attention import AttentionStats, ProteusAttention, plan_budget, row_reads
 from .buffer import Champions
 
 POSITIONS = ("original", "compacted")
-WINDOW = 1024  # rows: champions that stand in the same stretch of so many are read at once
+ROWS_PER_READ = 1024  # champions within the same stretch of so many rows are read at once
 
 
 class Answerer(Protocol):
-    """A language model as pass 2 sees it."""
+    """A language model that answers from given tokens."""
 
     def answer(self, tokens: np.ndarray, positions: np.ndarray, prompt: str) -> str:
-        """tokens: `(K,)` ids in document order; positions: `(K,)`, where they stand there; the prompt follows them."""
+        """tokens: `(K,)` ids in document order; positions: `(K,)`, theirs in the document; the prompt follows them."""
 
 
 def gather(store, position: np.ndarray) -> np.ndarray | Tensor:
     """The rows of `store` at `position`, `(K,)` ascending: `(K,)` ids or `(K, D)` embeddings."""
-    ends = np.flatnonzero(np.diff(position // WINDOW)) + 1
+    ends = np.flatnonzero(np.diff(position // ROWS_PER_READ)) + 1
     if not len(position):
         return store.read(0, 0)
     parts = []
@@ -42,22 +42,22 @@ def gather(store, position: np.ndarray) -> np.ndarray | Tensor:
 
 
 def placed(champions: Champions, tokens: int, prompt_rows: int, positions: str) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of champions `(K,)` and prompt `(P,)` in a document of `tokens`; `positions` as in `POSITIONS`."""
+    """Positions of champions `(K,)` and prompt `(P,)`, for a document of `tokens` tokens; positions: of `POSITIONS`."""
     if positions not in POSITIONS:
         raise ValueError(f"positions={positions!r}: must be one of {', '.join(POSITIONS)}")
-    first = tokens if positions == "original" else len(champions)
-    stand = champions.position if positions == "original" else np.arange(len(champions))
-    return stand, np.arange(first, first + prompt_rows)
+    if positions == "original":
+        return champions.position, np.arange(tokens, tokens + prompt_rows)
+    return np.arange(len(champions)), np.arange(len(champions), len(champions) + prompt_rows)
 
 
 def second_pass(store, champions: Champions, prompt: str, model: Answerer) -> str:
-    """What a language model says to `prompt` after reading the champions, and nothing else of the document."""
+    """A language model's answer to `prompt` from the champions alone, without the rest of the document."""
     return model.answer(gather(store, champions.position), champions.position, prompt)
 
 
 @dataclass(frozen=True)
 class LayerAnswer:
-    """The built-in layer over champions and prompt."""
+    """The output of the built-in layer for champions and prompt."""
 
     out: Tensor  # (P, D), the prompt's rows
     stats: AttentionStats  # of all K + P rows
@@ -66,9 +66,9 @@ class LayerAnswer:
     positions: Tensor  # (K + P,)
 
     def reads(self, row: int = -1) -> np.ndarray:
-        """How prompt row `row` shared its attention among the champions, `(K,)` float32.
+        """The attention weights of prompt row `row` on the champions, `(K,)` float32.
 
-        The mean over its awake heads, each with its weight; what is missing to 1 went to the prompt itself.
+        Weighted mean over the row's awake heads. The rest to a sum of 1 is attention to the prompt itself.
         """
         P, attn, cfg = len(self.out), self.attn, self.attn.cfg
         if not -P <= row < P:
@@ -93,7 +93,7 @@ class LayerAnswer:
 def attend_over(
     attn: ProteusAttention, store, champions: Champions, prompt: Tensor, *, positions: str = "original"
 ) -> LayerAnswer:
-    """The layer's output for `prompt` `(P, D)` when it reads the champions of `store` and nothing else of it."""
+    """The layer's output for `prompt` `(P, D)` after the champions of `store`. `ValueError` names `positions`."""
     kept = torch.as_tensor(gather(store, champions.position)).to(prompt.device, prompt.dtype)
     rows = torch.cat((kept, prompt))
     place = torch.from_numpy(np.concatenate(placed(champions, len(store), len(prompt), positions))).to(prompt.device)

@@ -1,4 +1,4 @@
-"""What a document can be made of: text files, rows of text, token and embedding arrays. `open_document` opens any.
+"""`open_document` opens any kind of document: text files, rows of text, arrays of token ids or of embeddings.
 
 Axes: `T` rows of a document, `D` width of an embedding.
 """
@@ -26,8 +26,8 @@ from .stores import ArrayRows, FileRows, Seen, Store, digest, fits, row_bytes, s
 from .token_cache import TokenCache
 from .tokenising import Encode, TextSource, Work
 
-READ = 1 << 20  # bytes of a text file at a time
-LOAD = 16 << 20  # bytes of rows at a time
+BYTES_PER_READ = 1 << 20  # of a text file
+BYTES_PER_LOAD = 16 << 20  # of rows that are loaded into memory
 BUILDERS = {".jsonl": "json", ".parquet": "parquet"}
 ALLOWED = (
     "a UTF-8 text file, .npy, .safetensors, .jsonl, .parquet, 'hub:owner/dataset', a named text, TextRows or Store"
@@ -38,7 +38,7 @@ ALLOWED = (
 class TextRows:
     """Rows with a column of text, joined by line breaks: a `datasets` stream, or any iterable of mappings.
 
-    `identity` must change when the rows do: a cache of the tokens is found again by it.
+    `identity` must change with the rows, because cached tokens are found by it.
     """
 
     name: str
@@ -51,27 +51,23 @@ class TextRows:
     def recipe(self) -> dict[str, object]:
         return {"source": self.name, "identity": self.identity, "column": self.column}
 
-    def text(self, start: int) -> Iterator[str]:
-        """Rows before byte `start` are read again, for a stream knows no way around, but given to nobody."""
-        for number, row in enumerate(self._sound()):
+    def text(self) -> Iterator[str]:
+        """`ValueError` names a row without text."""
+        for number, row in enumerate(self._checked_rows()):
             if not isinstance(row.get(self.column), str):
                 raise ValueError(
                     f"{self.name} has no text in column {self.column!r} of row {number}, only {sorted(row)}"
                 )
-            part = ("\n" if number else "") + row[self.column]
-            if start:
-                raw = part.encode()
-                part, start = raw[start:].decode(), max(0, start - len(raw))
-            yield part
+            yield ("\n" if number else "") + row[self.column]
 
-    def _sound(self) -> Iterator[Mapping[str, object]]:
+    def _checked_rows(self) -> Iterator[Mapping[str, object]]:
         try:
             yield from self.rows
-        except ValueError as err:  # broken JSON or Parquet, in words that do not say where
+        except ValueError as err:  # broken JSON or Parquet: the library does not name the file
             raise ValueError(f"{self.name} cannot be read as rows of text ({err})") from err
 
     def check(self) -> None:
-        """Nothing to look at."""
+        """Nothing to check: rows have no date or size."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +89,17 @@ class TextFile:
     def recipe(self) -> dict[str, object]:
         return file_recipe(self.path, self.seen)
 
-    def text(self, start: int) -> Iterator[str]:
+    def text(self) -> Iterator[str]:
         """ValueError names the byte that is not UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         with open(self.path, "rb") as file:
             self.seen.check(os.fstat(file.fileno()), self.path)
-            mark = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-            file.seek(start + mark)
+            has_mark = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+            file.seek(len(codecs.BOM_UTF8) if has_mark else 0)
             more = True
             while more:
                 at = file.tell() - len(decoder.getstate()[0])
-                block = file.read(READ)
+                block = file.read(BYTES_PER_READ)
                 self.seen.check(os.fstat(file.fileno()), self.path)
                 more = bool(block)
                 try:
@@ -132,14 +128,14 @@ def open_document(
     source: a UTF-8 text file of any size; `.npy` with `(T,)` whole numbers or `(T, D)` floats; `.safetensors` with one
     `(T, D)` tensor; `.jsonl`, `.parquet` or "hub:owner/dataset[/config]" with a column "text", read as a stream;
     `TextRows`; a name of `texts.text_names()`.
-    encode, fingerprint: text to ids, called from `workers` threads at once, and what changes when it does
-    (`tokenising.encoder` gives both); for text only.
-    ram_limit: bytes that may be kept in memory; half of what is free unless told. cache: the folder for ids that do
-    not fit, the user's unless told; ids found there are used even where they would fit.
+    encode, fingerprint: a function from text to ids, called from `workers` threads at once, and a string that changes
+    when the function does (`tokenising.encoder` gives both). Only text needs them.
+    ram_limit: bytes that may be kept in memory, by default half of the free memory. cache: the folder for ids that do
+    not fit into memory, by default the user's cache folder; ids found there are used even if they would fit.
 
-    The ids do not depend on `workers`, `ram_limit` or `cache`. ValueError or TypeError names what is not allowed,
-    broken UTF-8 with its byte; OSError a file that is missing, changes or cannot be read, or a disk that is full, where
-    the next run goes on; `Stopped` when `stop` asks, likewise.
+    The ids do not depend on `workers`, `ram_limit` or `cache`. Raises `ValueError` or `TypeError` for what is not
+    allowed (for broken UTF-8 it names the byte); `OSError` for a file that is missing, changes or cannot be read, and
+    for a full disk; `Stopped` when `stop` asks for it. After a full disk or a stop, the next call tokenises afresh.
     """
     if isinstance(source, Store):
         return source
@@ -149,7 +145,7 @@ def open_document(
     opened = source if isinstance(source, TextRows) else _opened(source)
     if isinstance(opened, FileRows):
         identity = digest(*file_recipe(opened.path, opened.seen).values())
-        return _place(str(opened.path), opened, identity, ram_limit, progress, stop)
+        return _loaded(str(opened.path), opened, identity, ram_limit, progress, stop)
     if encode is None or not fingerprint:
         raise ValueError(f"encode={encode!r}, fingerprint={fingerprint!r}: allowed for text is a function and its name")
     return _tokenised(opened, Work(opened, encode, workers, progress, stop), fingerprint, ram_limit, cache)
@@ -160,27 +156,28 @@ def _tokenised(
 ) -> Store:
     folder = Path(cache).expanduser() if cache is not None else cache_dir() / "documents"
     stem = re.sub(r"\W+", "-", Path(text.name).name)[:20] + "-" + digest(text.name, fingerprint)[:12]
-    kept = TokenCache(folder, stem, text.recipe | {"tokeniser": fingerprint, "piece": tokenising.PIECE})
-    found = kept.find()
+    recipe = text.recipe | {"tokeniser": fingerprint, "piece": tokenising.CHARACTERS_PER_PIECE}
+    cached = TokenCache(folder, stem, recipe)
+    found = cached.find()
     if found is None and text.nbytes is not None:
-        able, figures = fits(text.nbytes * tokenising.IDS.itemsize, ram_limit)
-        if able:
+        in_memory, figures = fits(text.nbytes * tokenising.IDS.itemsize, ram_limit)
+        if in_memory:
             ids, sha = tokenising.to_memory(work)
             identity = digest(fingerprint, len(ids), sha)
             return Store(text.name, ArrayRows(ids), "ram", f"in memory: at most {figures}", identity)
-    rows, sha = found or kept.make(work)
-    return _place(text.name, rows, digest(fingerprint, *rows.shape, sha), ram_limit, work.progress, work.stop)
+    rows, sha = found or cached.make(work)
+    return _loaded(text.name, rows, digest(fingerprint, *rows.shape, sha), ram_limit, work.progress, work.stop)
 
 
-def _place(
+def _loaded(
     name: str, rows: FileRows, identity: str, ram_limit: int | None, progress: Progress | None, stop: Stop | None
 ) -> Store:
-    """Rows of a file, loaded if they fit."""
-    able, figures = fits(row_bytes(rows) * rows.shape[0], ram_limit)
-    if not able:
+    """Rows of a file, loaded into memory if they fit."""
+    in_memory, figures = fits(row_bytes(rows) * rows.shape[0], ram_limit)
+    if not in_memory:
         return Store(name, rows, "disk", f"on disk, in {rows.path}: {figures}", identity)
     array = np.empty(rows.shape, rows.dtype)
-    step = max(1, LOAD // row_bytes(rows))
+    step = max(1, BYTES_PER_LOAD // row_bytes(rows))
     for start in range(0, len(array), step):
         check_stop(stop)
         array[start : start + step] = rows.read(start, min(start + step, len(array)))
@@ -209,7 +206,7 @@ def _opened(source: str | os.PathLike) -> TextSource | FileRows:
 
 
 def _path(name: str) -> Path:
-    """A file that can be opened; the system's OSError, in our words, if not."""
+    """The path of a file that can be opened; if it cannot, an `OSError` that says what is allowed."""
     path = Path(name).expanduser().absolute()
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"a folder is no document: allowed is {ALLOWED}", str(path))

@@ -1,6 +1,7 @@
-"""A document as rows that are read by slices: in memory, on disk or made on the spot, whichever its length allows.
+"""A document as rows that are read slice by slice: from memory, from disk, or generated when they are read.
 
-Files are read by offset and not mapped: a mapped file that shrinks kills the process, and its pages count as memory.
+Files are read by offset and not mapped into memory: if a mapped file shrinks, the system kills the process that reads
+it, and mapped pages count as the process's memory.
 
 Axes: `T` rows of a document, `D` width of an embedding.
 """
@@ -19,17 +20,17 @@ import numpy as np
 from ..common.checks import whole_number
 
 TOP_ID = 2**31 - 1  # token ids are int32
-SHARE = 0.5  # of the free memory that a document may take where no limit is given
-BLOCK = 1024  # rows that a generated document makes from one seed
+FREE_MEMORY_SHARE = 0.5  # that a document may take if no limit is given
+ROWS_PER_SEED = 1024  # of a generated document
 UNITS = {"": 1, "b": 1} | {f"{p}{b}": n**i for i, p in enumerate("kmgt", 1) for b, n in (("b", 1000), ("ib", 1024))}
 
 
 class ChangedFile(OSError):
-    """A file is no longer the one that was opened."""
+    """A file has changed since it was opened."""
 
 
 class Rows(Protocol):
-    """Where rows lie. `read` returns `(stop - start,)` int32 or `(stop - start, D)` floats of its own."""
+    """The rows of a document. `read` returns a new array: `(stop - start,)` int32 or `(stop - start, D)` floats."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -39,16 +40,16 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Store:
-    """An opened document of `T` rows; can be pickled, and read from several threads at once."""
+    """An opened document of `T` rows. It can be pickled, and read from several threads at once."""
 
     name: str
     rows: Rows
     mode: str
     """"ram", "disk" or "generated"."""
     why: str
-    """One sentence: why it lies there, with the bytes needed, free and allowed."""
+    """One sentence: where the rows are and why, with the bytes needed, free and allowed."""
     fingerprint: str
-    """Hex; the same for the same content, whatever the mode."""
+    """Hex digest, the same for the same content in every mode."""
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -64,14 +65,14 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Of all rows as `read` returns them."""
+        """Bytes of all rows as `read` returns them."""
         return row_bytes(self.rows) * len(self)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """A copy of rows `start` to `stop`: `(n,)` int32 token ids, or `(n, D)` float16 or float32.
 
-        ValueError where the slice is not within the document or an id is out of range; OSError where the file
-        underneath has gone, shrunk or changed.
+        Raises `ValueError` for a slice outside the document and for an id out of range, `OSError` if the file is gone
+        or has changed since it was opened.
         """
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"start={start!r}, stop={stop!r}: allowed is 0 <= start <= stop <= {len(self)}")
@@ -98,7 +99,7 @@ class ArrayRows:
 
 @dataclass(frozen=True)
 class Seen:
-    """What tells that a file is still the one that was opened."""
+    """Size and time of a file, to notice if it changes after it was opened."""
 
     size: int
     mtime_ns: int
@@ -112,7 +113,7 @@ class Seen:
         return cls(stat.st_size, stat.st_mtime_ns)
 
     def check(self, stat: os.stat_result, path: Path) -> None:
-        """`ChangedFile` says what became of `path`."""
+        """Raise `ChangedFile`, which says how `path` changed."""
         now = Seen.of(stat)
         if now == self:
             return
@@ -124,14 +125,14 @@ class Seen:
 
 @dataclass(frozen=True)
 class FileRows:
-    """Rows that lie one after another in a file from byte `offset` on."""
+    """Rows that follow each other in a file from byte `offset` on."""
 
     path: Path
     offset: int
     stored: np.dtype
     shape: tuple[int, ...]
     seen: Seen
-    bfloat16: bool = False  # numpy has none: `stored` is uint16 then
+    bfloat16: bool = False  # numpy has no such type, so `stored` is uint16
 
     @property
     def dtype(self) -> np.dtype:
@@ -157,7 +158,7 @@ class FileRows:
 
 @dataclass(frozen=True)
 class GeneratedRows:
-    """Rows made from (`seed`, number of their block) whenever they are asked for.
+    """Rows that are generated each time they are read, in blocks that depend on (`seed`, number of the block).
 
     Embeddings are uniform with mean 0 and variance 1; token ids are uniform in [0, `vocabulary`).
     """
@@ -172,52 +173,58 @@ class GeneratedRows:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        for block in range(start // BLOCK, -(-stop // BLOCK)):
-            low, high = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
-            self._fill(out[low - start : high - start], block, low - block * BLOCK)
+        for block in range(start // ROWS_PER_SEED, -(-stop // ROWS_PER_SEED)):
+            first = block * ROWS_PER_SEED
+            low, high = max(start, first), min(stop, first + ROWS_PER_SEED)
+            self._fill(out[low - start : high - start], block, low - first)
         return out
 
     def _fill(self, out: np.ndarray, block: int, skip: int) -> None:
-        """Raw bits, not numpy's distributions: those may change between versions."""
+        """Made of raw random bits, because numpy's distributions may change between versions."""
         bits = np.random.SFC64(np.random.SeedSequence((self.seed, block)))
         if out.ndim == 1:
-            raw = bits.random_raw(BLOCK // 2).view(np.uint32)[skip : skip + len(out)].astype(np.uint64)
+            raw = bits.random_raw(ROWS_PER_SEED // 2).view(np.uint32)[skip : skip + len(out)].astype(np.uint64)
             out[:] = (raw * np.uint64(self.vocabulary)) >> np.uint64(32)
             return
         width = out.shape[1]
-        raw = bits.random_raw(BLOCK * width // 4).view(np.int16).reshape(BLOCK, width)[skip : skip + len(out)]
+        raw = bits.random_raw(ROWS_PER_SEED * width // 4).view(np.int16).reshape(ROWS_PER_SEED, width)
+        raw = raw[skip : skip + len(out)]
         np.add(raw, np.float32(0.5), out=out)
         out *= np.float32((12 / (2**32 - 1)) ** 0.5)  # whole numbers over 2^16 values have variance (2^32 - 1)/12
 
 
 def generated(tokens: int, *, seed: int = 0, width: int | None = None, vocabulary: int = 32_768) -> Store:
-    """A document of `tokens` rows that takes no memory: embeddings `(T, width)`, or token ids without a `width`.
+    """A document of `tokens` random rows that takes no memory: embeddings `(T, width)`, or ids if `width` is None.
 
-    ValueError or TypeError names the argument that is not a whole number in its range.
+    `ValueError` or `TypeError` names the argument that is not a whole number in its range.
     """
     for name, value, low in (("tokens", tokens, 1), ("seed", seed, 0), ("vocabulary", vocabulary, 1)):
         whole_number(name, value, low, TOP_ID)
     if width is not None:
         whole_number("width", width, 1, TOP_ID)
     rows = GeneratedRows((tokens,) if width is None else (tokens, width), seed, vocabulary)
-    why = f"made row by row when read: {size_words(row_bytes(rows) * tokens)} would be needed to keep it"
+    why = f"generated when read: keeping all rows would need {size_words(row_bytes(rows) * tokens)}"
     name = f"{tokens:,} generated {'tokens' if width is None else f'embeddings of width {width}'}, seed {seed}"
-    return Store(name, rows, "generated", why, digest("generated", BLOCK, *rows.shape, seed, vocabulary))
+    return Store(name, rows, "generated", why, digest("generated", ROWS_PER_SEED, *rows.shape, seed, vocabulary))
 
 
 def free_memory() -> int:
-    """Bytes that the system can give without swapping."""
+    """Bytes that the system can provide without swapping."""
     import psutil
 
     return psutil.virtual_memory().available
 
 
 def fits(needed: int, ram_limit: int | None) -> tuple[bool, str]:
-    """Whether `needed` bytes may be kept in memory, and the three figures that decide, in words."""
+    """Whether `needed` bytes may be kept in memory, and the three numbers that decide it, in words."""
     free = free_memory()
-    limit = int(SHARE * free) if ram_limit is None else min(ram_limit, free)
-    said = f"{SHARE:.0%} of that" if ram_limit is None else "as asked" if limit == ram_limit else "all that is free"
-    figures = f"{size_words(needed)} needed, {size_words(free)} free, limit {size_words(limit)} ({said})"
+    if ram_limit is None:
+        limit, reason = int(FREE_MEMORY_SHARE * free), f"{FREE_MEMORY_SHARE:.0%} of that"
+    elif ram_limit <= free:
+        limit, reason = ram_limit, "as asked"
+    else:
+        limit, reason = free, "all that is free"
+    figures = f"{size_words(needed)} needed, {size_words(free)} free, limit {size_words(limit)} ({reason})"
     return needed <= limit, figures
 
 
@@ -235,7 +242,7 @@ def size_words(count: int) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """ "2GB" -> 2 000 000 000, "512 MiB" -> 536 870 912, "1000" -> 1000. ValueError for anything else."""
+    """ "2GB" -> 2 000 000 000, "512 MiB" -> 536 870 912, "1000" -> 1000. `ValueError` for any other text."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", str(text).lower())
     unit = match and (match[2] if match[2] in UNITS else f"{match[2]}b")
     if not match or unit not in UNITS:
@@ -246,5 +253,5 @@ def parse_bytes(text: str) -> int:
 
 
 def digest(*parts: object) -> str:
-    """Hex of all parts in order."""
+    """Hex sha256 of all parts in order."""
     return sha256("\0".join(map(str, parts)).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Scores by a table of one row per vocabulary entry: a document is scored as fast as its tokens can be looked up.
+"""Scores tokens by a table with one row per vocabulary entry, so that scoring a document is a lookup.
 
-A token's score is the best, over the words of the prompt, of (how rare that word is in this document) x (cosine of the
-two rows). Rarity is log(tokens / (1 + occurrences)), so "the" and "is" in a prompt hardly count. A token is judged
-alone: what stands around it changes nothing.
+A token's score is the largest, over the words of the prompt, of (rarity of that word in the document) x (cosine of the
+two rows). Rarity is log(tokens / (1 + occurrences)), so "the" and "is" in a prompt hardly count. The tokens around a
+token do not change its score.
 
 Axes: `T` tokens of the document, `V` vocabulary entries, `D` width of a row, `n` words of the prompt.
 """
@@ -17,9 +17,9 @@ import numpy as np
 
 
 class WordTable(Protocol):
-    """A tokenizer with a row for each of its tokens; encoding may add to both."""
+    """A tokenizer with a row for each of its tokens; `encode` may add tokens and rows."""
 
-    vocabulary: list[str]  # V, what each token reads as
+    vocabulary: list[str]  # V, the text of each token
     table: np.ndarray  # (V, D) float32
 
     def encode(self, body: str) -> np.ndarray:
@@ -27,10 +27,10 @@ class WordTable(Protocol):
 
 
 class TableScorer:
-    """A `Scorer` of token ids. `words` are the prompt's words that take part, in the order of their reason codes.
+    """A `Scorer` of token ids. Its `words` are the prompt's words that count, in the order of their reason codes.
 
-    document: token ids `(T,)`, which say how rare a word is. `ValueError` where the prompt has no word (a token with a
-    letter or a digit).
+    document: token ids `(T,)`, from which the rarity of words is counted. Raises `ValueError` if the prompt has no word
+    (a token with a letter or a digit).
     """
 
     def __init__(self, words: WordTable, document: np.ndarray, prompt: str):
@@ -62,11 +62,11 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _rarity(vocabulary: Sequence[str], count: np.ndarray, words: list[str]) -> np.ndarray:
-    """`(n,)` float32: log(tokens / (1 + occurrences)) of each word, whatever its case or the space before it."""
-    wanted = {word.lower(): 0 for word in words}
+    """`(n,)` float32: log(tokens / (1 + occurrences)) of each word, in any case, with or without a space before it."""
+    occurrences = {word.lower(): 0 for word in words}
     for i in np.flatnonzero(count):
         word = vocabulary[i].strip().lower()
-        if word in wanted:
-            wanted[word] += int(count[i])
-    seen = np.array([wanted[word.lower()] for word in words])
+        if word in occurrences:
+            occurrences[word] += int(count[i])
+    seen = np.array([occurrences[word.lower()] for word in words])
     return np.log(np.maximum(count.sum(), 1) / (1 + seen)).clip(0.05).astype(np.float32)

@@ -1,9 +1,9 @@
 """Text into token ids, in pieces and on several threads.
 
-Where the pieces end depends on the text alone, so the ids do too. A piece has `PIECE` characters and ends at the next
-single space or line break between two words; where `PIECE` characters more bring none, at the next start of a word
-among them; where there is none either, right there. Byte-level BPE cuts its words at those places itself, so that
-pieces give the ids that the whole text would.
+The ends of the pieces depend on the text alone, so the ids do too. A piece has `CHARACTERS_PER_PIECE` characters and
+goes on to the next single space or line break between two words. If as many characters again contain none, it ends at
+the first start of a word among them, or after them if there is none either. Byte-level BPE splits words at the same
+places, so tokenising piece by piece gives the ids of the whole text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from ..common.progress import Progress, Stop, check_stop, tell
 from .stores import TOP_ID, size_words
 
-PIECE = 65_536  # characters
+CHARACTERS_PER_PIECE = 65_536
 BETWEEN_WORDS = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 WORD = re.compile(r"(?<=\s)(?=\S)")
 IDS = np.dtype("<i4")
@@ -30,23 +30,24 @@ Encode = Callable[[str], "list[int]"]
 
 
 class TextSource(Protocol):
-    """Text that is read from any byte on. `recipe` is JSON and changes with the content."""
+    """A text to tokenise. `recipe` can be written as JSON and changes with the content."""
 
     name: str
     recipe: dict[str, object]
-    nbytes: int | None  # of its text in UTF-8, None where it is not known
+    nbytes: int | None  # of the text in UTF-8, None if it is not known
 
-    def text(self, start: int) -> Iterator[str]:
-        """The text from byte `start` (of its UTF-8 form) on, in parts of any length."""
+    def text(self) -> Iterator[str]:
+        """The text, in parts of any length."""
 
     def check(self) -> None:
-        """`ChangedFile` where the source is not what it was when it was opened."""
+        """`ChangedFile` if the source has changed since it was opened."""
 
 
 def encoder(tokenizer) -> tuple[Encode, str]:
-    """`encode` and `fingerprint` of a fast Hugging Face tokenizer, for `open_document`; without special tokens added.
+    """`encode` and `fingerprint` of a fast Hugging Face tokenizer, for `open_document`. It adds no special tokens.
 
-    It works on a copy, and through `encode_batch_fast`: `encode` holds Python's lock, so threads would gain nothing.
+    It uses a copy of the tokenizer, and `encode_batch_fast`, because `encode` holds Python's global lock, so that
+    several threads would be no faster than one.
     """
     fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
     own = type(fast).from_str(fast.to_str())
@@ -59,7 +60,7 @@ def encoder(tokenizer) -> tuple[Encode, str]:
 
 
 def pieces(parts: Iterable[str], size: int) -> Iterator[str]:
-    """The text of `parts` cut as the module says, however `parts` are cut."""
+    """The text of `parts` cut into pieces by the rule above, wherever `parts` were cut."""
     text, at = "", 0
     for part in parts:
         if at:
@@ -85,7 +86,7 @@ def _cut(text: str, at: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What one tokenising run needs to know."""
+    """One tokenising run: the text, the tokenizer, the number of threads, and the caller's progress and stop."""
 
     source: TextSource
     encode: Encode
@@ -93,34 +94,34 @@ class Work:
     progress: Progress | None = None
     stop: Stop | None = None
 
-    def run(self, done: int = 0, tokens: int = 0) -> Iterator[tuple[int, bytes]]:
-        """(bytes of text read so far, ids of the next piece) from byte `done` on. Raises `Stopped` between pieces."""
-        pool, ahead = ThreadPoolExecutor(self.workers), deque()
-        try:
-            for piece in pieces(self.source.text(done), PIECE):
-                ahead.append((len(piece.encode()), pool.submit(_ids, self.encode, piece)))
-                if len(ahead) > 2 * self.workers:
-                    done, tokens, ids = self._next(ahead, done, tokens)
-                    yield done, ids
-            while ahead:
-                done, tokens, ids = self._next(ahead, done, tokens)
-                yield done, ids
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def run(self) -> Iterator[bytes]:
+        """The ids of one piece after another. Raises `Stopped` between pieces, `ValueError` for an empty text."""
+        nbytes = tokens = 0  # done so far
+        for size, ids in self._encoded():
+            check_stop(self.stop)
+            nbytes, tokens = nbytes + size, tokens + len(ids) // IDS.itemsize
+            total = self.source.nbytes
+            of = f" of {size_words(total)}" if total else ""
+            share = min(1.0, nbytes / total) if total else 0.0
+            tell(self.progress, share, f"tokenised {size_words(nbytes)}{of}: {tokens:,} tokens")
+            yield ids
         self.source.check()
         if not tokens:
             raise ValueError(f"{self.source.name} is empty: allowed is text with at least one token")
 
-    def _next(self, ahead: deque, done: int, tokens: int) -> tuple[int, int, bytes]:
-        check_stop(self.stop)
-        size, future = ahead.popleft()
-        ids = future.result()
-        done, tokens = done + size, tokens + len(ids) // IDS.itemsize
-        total = self.source.nbytes
-        of = f" of {size_words(total)}" if total else ""
-        share = min(1.0, done / total) if total else 0.0
-        tell(self.progress, share, f"tokenised {size_words(done)}{of}: {tokens:,} tokens")
-        return done, tokens, ids
+    def _encoded(self) -> Iterator[tuple[int, bytes]]:
+        """(bytes of UTF-8, ids) of each piece, in order; two pieces per thread are encoded in advance."""
+        pool, waiting = ThreadPoolExecutor(self.workers), deque()
+        try:
+            for piece in pieces(self.source.text(), CHARACTERS_PER_PIECE):
+                waiting.append((len(piece.encode()), pool.submit(_ids, self.encode, piece)))
+                if len(waiting) > 2 * self.workers:
+                    size, future = waiting.popleft()
+                    yield size, future.result()
+            for size, future in waiting:
+                yield size, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _ids(encode: Encode, piece: str) -> bytes:
@@ -135,6 +136,6 @@ def _ids(encode: Encode, piece: str) -> bytes:
 def to_memory(work: Work) -> tuple[np.ndarray, str]:
     """All ids `(T,)` int32, and the sha256 of their bytes."""
     kept = bytearray()
-    for _, ids in work.run():
+    for ids in work.run():
         kept += ids
     return np.frombuffer(kept, IDS).astype(np.int32, copy=False), sha256(kept).hexdigest()

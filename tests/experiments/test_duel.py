@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from proteus_playground.cli import app as cli
 from proteus_playground.common.texts import pasted
 from proteus_playground.lm.training import train
-from proteus_playground.lm.training.text import Bytes, TextBatches, windows
+from proteus_playground.lm.training.data import Bytes, TextBatches, windows
 
 TINY = Settings(
     text="humble token", length=32, tokens=128, steps=10, minutes=None, width=16, layers=2, heads=4, heads_awake=1,

@@ -15,9 +15,8 @@ from typer.testing import CliRunner
 from proteus_playground.cli import app as cli
 from proteus_playground.lm import losses, shipped
 from proteus_playground.lm.training import Batch, Job, Recipe, Stage, Stopped, read_log, train
-from proteus_playground.lm.training.optimiser import build
-from proteus_playground.lm.training.precision import pick_dtype
-from proteus_playground.lm.training.schedule import Place
+from proteus_playground.lm.training.optimiser import build_optimiser, pick_dtype
+from proteus_playground.lm.training.recipe import Position
 
 HERE = Path(__file__).parent
 
@@ -190,10 +189,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def rates(recipe, loss=lambda step: 1 / (step + 1)) -> list[tuple[int, float]]:
-    place, seen = Place(), []
-    while place.stage_of(recipe):
-        seen.append((place.stage, place.rate(recipe)))
-        place.advance(recipe, loss(place.step), 1, 0.0)
+    position, seen = Position(), []
+    while position.stage_of(recipe):
+        seen.append((position.stage, position.rate(recipe)))
+        position.advance(recipe, loss(position.step), 1, 0.0)
     return seen
 
 
@@ -251,7 +250,11 @@ def test_what_does_not_fit_is_named(make, error, names):
 
 
 def test_parameter_groups():
-    groups = {group["factor"]: group for group in build(model(), recipe()).param_groups if group["weight_decay"] == 0}
+    groups = {
+        group["factor"]: group
+        for group in build_optimiser(model(), recipe()).param_groups
+        if group["weight_decay"] == 0
+    }
     assert sum(weight.numel() for weight in groups[5.0]["params"]) == 2 * (2 * 4 * 16)
     assert sum(weight.numel() for weight in groups[1.0]["params"]) == 32 * 16 + 5 * 16
 

@@ -330,8 +330,11 @@ def test_two_processes_end_with_the_buffer_of_one(tmp_path, threads):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*command, str(HERE / "stream_ranks.py"), str(tmp_path)],
-        cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     whole = final(Array.random(), prompted(), PLAN)
     for rank in range(2):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..losses import IGNORED
-from ..training.recipe import Batch
+from ..training import Batch
 from .task import Task, distinct, places, plant
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...common.checks import whole_number
 from ..losses import IGNORED
-from ..training.recipe import Batch
+from ..training import Batch
 
 
 @dataclass(frozen=True)

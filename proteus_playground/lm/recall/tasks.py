@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..training.recipe import Batch
+from ..training import Batch
 from .copying import Induction, SelectiveCopy
 from .recall import ManyValues, Recall
 from .task import Task, dice

@@ -11,7 +11,7 @@ from random import Random
 
 import torch
 
-from ..training.recipe import Batch
+from ..training import Batch
 from .grammar import Question, Shelf, shelf
 from .tokenizer import ShelfTokenizer
 

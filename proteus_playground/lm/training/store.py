@@ -1,7 +1,7 @@
-"""A run on disk: one file with all that a resumed run needs, and a log with a line per step.
+"""A training run on disk: one file with all that a resumed run needs, and a log with one line per step.
 
-The log is on disk before the state that counts its last step, and lines past the state are dropped when a run goes on:
-however it was stopped, each step stands there once.
+The log is written before the state that counts its last step. When a run resumes, lines that are newer than the state
+are removed. So the log holds each step exactly once, wherever the run was interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...common.files import append_lines, read_lines, whole
+from ...common.files import append_lines, read_lines, write_text
 from ...common.tensors import read_tensors, write_tensors
 
 STATE, LOG = "state.safetensors", "log.jsonl"
@@ -21,32 +21,33 @@ STATE, LOG = "state.safetensors", "log.jsonl"
 
 @dataclass(frozen=True)
 class Saved:
-    """What `state.safetensors` holds."""
+    """The content of `state.safetensors`."""
 
     tensors: dict[str, Tensor]
-    place: dict
+    position: dict
     scaler: dict
 
 
 class Store:
     """The folder of one run."""
 
-    def __init__(self, folder: Path, run: dict):
-        """run: what model, recipe and batches are, as JSON can hold it; a folder of another run is refused."""
+    def __init__(self, folder: str | Path, run: dict):
+        """run: describes model, recipe and batches, as JSON can hold it; a folder of another run is refused."""
         self.folder, self.run = Path(folder), json.loads(json.dumps(run))
         self._lines: list[dict] = []
 
     def load(self) -> Saved | None:
-        """The state to go on from, None in a new folder. ValueError where the folder holds something else."""
+        """The state to go on from, None in a new folder. `ValueError` if the folder holds something else."""
         if not (self.folder / STATE).is_file():
-            if (self.folder / LOG).is_file():  # of a run that ended before its first save
+            if (self.folder / LOG).is_file():  # the run ended before it was first saved
                 self._cut(0)
             return None
         tensors, about = read_tensors(self.folder / STATE, "training")
         if not (isinstance(about, dict) and {"run", "place", "scaler"} <= set(about)):
             raise ValueError(f"folder={str(self.folder)!r}: its {STATE} is not of a training run")
-        there = about["run"]
-        other = [name for name in _names(there) if _at(self.run, name) != _at(there, name)]  # settings may be newer
+        saved = about["run"]
+        # Only settings that were saved are compared: a newer version may have added some.
+        other = [name for name in _names(saved) if _at(self.run, name) != _at(saved, name)]
         if other:
             raise ValueError(
                 f"folder={str(self.folder)!r} holds a run with other settings ({', '.join(other)}): "
@@ -56,22 +57,22 @@ class Store:
         return Saved(tensors, about["place"], about["scaler"])
 
     def log(self, step) -> None:
-        """Note a `Step`; it is on disk once the state is."""
+        """Add a `Step` to the log; `save` writes it to disk."""
         self._lines.append({name: value for name, value in asdict(step).items() if value is not None})
 
-    def save(self, tensors: dict[str, Tensor], place: dict, scaler: dict) -> None:
+    def save(self, tensors: dict[str, Tensor], position: dict, scaler: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         append_lines(self.folder / LOG, self._lines)
         self._lines.clear()
-        write_tensors(self.folder / STATE, tensors, {"run": self.run, "place": place, "scaler": scaler})
+        write_tensors(self.folder / STATE, tensors, {"run": self.run, "place": position, "scaler": scaler})
 
     def _cut(self, step: int) -> None:
+        """Remove the log's lines after `step`."""
         try:
             kept = [line for line in read_lines(self.folder / LOG) if line["step"] <= step]
         except (ValueError, TypeError, KeyError) as err:
             raise ValueError(f"folder={str(self.folder)!r}: its {LOG} is not of a training run ({err!r})") from err
-        with whole(self.folder / LOG) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _names(values: dict, head: str = "") -> Iterable[str]:

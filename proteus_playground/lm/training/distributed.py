@@ -1,8 +1,8 @@
-"""What the processes of a `torchrun` tell each other: sums, mean gradients, and what their gates saw.
+"""What the processes of a `torchrun` exchange: sums, mean gradients, and what their gates have seen.
 
-Gradients are averaged after the backward pass, so every rank may use any part of the model. Counts and sums that the
-gates keep for their next move are added up, which gives the prototypes that one process would have had; the sample for
-a dead gate is the first rank's, and salience histograms are averaged.
+Gradients are averaged after the backward pass, so each rank may use any part of the model. The counts and sums that
+gates keep for their next update are added up, which gives the prototypes that one process would have had. The sample
+for a dead gate is taken from rank 0, and salience histograms are averaged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ...common.processes import place
 
-ADDED, FIRST, AVERAGED = ("pending_sum", "pending_count", "pending_load"), "pending_sample", "pending_quantiles"
+# Buffers of gates and routers, by how the ranks combine them.
+ADDED, FROM_RANK_0, AVERAGED = ("pending_sum", "pending_count", "pending_load"), "pending_sample", "pending_quantiles"
 
 
 def total(values: list[float], device: torch.device) -> list[float]:
@@ -27,14 +28,14 @@ def total(values: list[float], device: torch.device) -> list[float]:
 
 
 def same_start(model: nn.Module) -> None:
-    """Give every rank the first one's weights and buffers."""
+    """Give every rank the weights and buffers of rank 0."""
     if place()[1] > 1:
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
 
 
 def mean_gradients(model: nn.Module) -> None:
-    """Average the gradients over the ranks; one that a rank lacks counts as 0."""
+    """Average the gradients over the ranks; a gradient that a rank does not have counts as 0."""
     ranks = place()[1]
     if ranks == 1:
         return
@@ -45,7 +46,7 @@ def mean_gradients(model: nn.Module) -> None:
 
 
 def share_gates(model: nn.Module) -> None:
-    """After a forward pass in training mode: every rank will move its prototypes and balances alike."""
+    """Call after a forward pass in training mode, so that every rank updates prototypes and balances alike."""
     ranks = place()[1]
     if ranks == 1:
         return
@@ -53,7 +54,7 @@ def share_gates(model: nn.Module) -> None:
     _reduce([buffer for name, buffer in named if name in ADDED], 1)
     _reduce([buffer for name, buffer in named if name == AVERAGED], ranks)
     for name, buffer in named:
-        if name == FIRST:
+        if name == FROM_RANK_0:
             dist.broadcast(buffer, 0)
 
 
