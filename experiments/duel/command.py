@@ -17,7 +17,7 @@ from ...common.processes import together
 from ...common.progress import Stopped
 from ...lm.shelf.tokenizer import ShelfTokenizer
 from ...lm.training.text import Bytes, Codec
-from .duel import PRESETS, Settings, duel
+from .duel import PRESETS, DuelSettings, duel
 from .files import REPORT, ROWS, write_report
 
 Preset = Annotated[str, typer.Option(help=f"Of {', '.join(PRESETS)}; other options change parts of it.")]
@@ -60,7 +60,7 @@ def command(
             _run(replace(base, seed=seed, **wanted), folder, where, precision, codec, quiet=rank > 0)
 
 
-def _run(settings: Settings, out: Path, device, precision: str, codec: Codec, quiet: bool) -> None:
+def _run(settings: DuelSettings, out: Path, device, precision: str, codec: Codec, quiet: bool) -> None:
     turns = duel(settings, out, device=device, precision=precision, codec=codec)
     with tqdm(disable=quiet, unit="step", mininterval=1) as bar:
         try:

@@ -18,6 +18,7 @@ from ...attention import AttentionConfig
 from ...common import options
 from ...common.files import write_json
 from ...common.machine import environment
+from ...common.runs import differences
 from .floor import measure_rates
 from .measure import release, sync
 from .rivals import LABELS, OURS, Case, Rivals
@@ -97,10 +98,9 @@ def open_sweep(out: str, fresh: bool, new: dict) -> Sweep:
         held = len([key(row) for row in old["rows"]])
     except (ValueError, KeyError, TypeError) as problem:
         raise ValueError(f"--out {out}: exists and is no sweep's report; choose another file, or --fresh") from problem
-    apart = [f"{part} {there.get(part)!r}, now {here.get(part)!r}" for part in {**there, **here}
-             if there.get(part) != here.get(part)]  # fmt: skip
-    if apart:
-        raise ValueError(f"--out {out}: holds {held} rows measured otherwise ({'; '.join(apart)}); choose the same "
+    other = [f"{name} {old!r}, now {new!r}" for name, (new, old) in differences(here, there).items()]
+    if other:
+        raise ValueError(f"--out {out}: holds {held} rows measured otherwise ({'; '.join(other)}); choose the same "
                          "settings, another file, or --fresh to start over")  # fmt: skip
     return Sweep({**new, **old}, path)
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import ipywidgets as w
 import torch
 from proteus_playground.experiments.duel.curve import Point
-from proteus_playground.experiments.duel.duel import PRESETS, Settings, Turn
+from proteus_playground.experiments.duel.duel import PRESETS, DuelSettings, Turn
 from proteus_playground.experiments.duel.files import SETTINGS
 from traitlets import Float, HasTraits
 
@@ -42,7 +42,7 @@ class DuelPanel(w.VBox):
     def __init__(
         self,
         preset: str | None,
-        settings: Settings,
+        settings: DuelSettings,
         run: Callable[..., Iterator[Turn]],
         curve: Callable[..., Iterator[Point]],
         out: Path | None = None,
@@ -101,7 +101,7 @@ class DuelPanel(w.VBox):
             _labelled("minutes", self.minutes, "64px"), self.start, self.stop, self.resume,
         )  # fmt: skip
 
-    def _take(self, settings: Settings) -> None:
+    def _take(self, settings: DuelSettings) -> None:
         self.settings = settings
         self.minutes.value = settings.minutes or 60
 
