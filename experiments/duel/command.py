@@ -35,7 +35,7 @@ Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16
 Out = Annotated[Path, typer.Option(help="Folder; a duel that was stopped goes on from what is there.")]
 
 
-def command(
+def duel_command(
     preset: Preset = "small",
     text: TextName = "auto",
     seeds: Seeds = "0",

@@ -40,7 +40,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 (twice as fast where
 Out = Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on from what is there.")]
 
 
-def command(
+def verify_command(
     lengths: Lengths = "4k..64k/4",
     depths: Depths = "0,0.25,0.5,0.75,1",
     tasks: Tasks = EVERY_TASK,
