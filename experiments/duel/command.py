@@ -17,7 +17,7 @@ from ...common.processes import together
 from ...common.progress import Stopped
 from ...lm.shelf.tokenizer import ShelfTokenizer
 from ...lm.training.data import Bytes, Codec
-from .duel import PRESETS, Settings, duel
+from .duel import PRESETS, DuelSettings, duel
 from .files import REPORT, ROWS, write_report
 
 Preset = Annotated[str, typer.Option(help=f"Of {', '.join(PRESETS)}; other options change parts of it.")]
@@ -35,7 +35,7 @@ Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16
 Out = Annotated[Path, typer.Option(help="Folder; a duel that was stopped goes on from what is there.")]
 
 
-def command(
+def duel_command(
     preset: Preset = "small",
     text: TextName = "auto",
     seeds: Seeds = "0",
@@ -60,7 +60,7 @@ def command(
             _run(replace(base, seed=seed, **wanted), folder, where, precision, codec, quiet=rank > 0)
 
 
-def _run(settings: Settings, out: Path, device, precision: str, codec: Codec, quiet: bool) -> None:
+def _run(settings: DuelSettings, out: Path, device, precision: str, codec: Codec, quiet: bool) -> None:
     turns = duel(settings, out, device=device, precision=precision, codec=codec)
     with tqdm(disable=quiet, unit="step", mininterval=1) as bar:
         try:

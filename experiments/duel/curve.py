@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,8 +14,8 @@ from ...common.progress import Stop, check_stop
 from ...lm.model import ProteusLM
 from ...lm.training.look import look
 from ...lm.training.data import Bytes, Codec, windows
-from .files import SETTINGS
-from .settings import Settings, pick_text, split
+from .files import run_folder
+from .settings import DuelSettings, pick_text, split
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -50,8 +49,8 @@ def held_out_curve(
     """
     out, codec = Path(out), codec or Bytes()
     model = ProteusLM.load(out / "proteus.safetensors", device).eval()
-    asked = json.loads((out / SETTINGS).read_text(encoding="utf-8"))["asked"]
-    settings = Settings(**{field.name: asked[field.name] for field in fields(Settings)})
+    asked = run_folder(out).settings()["asked"]
+    settings = DuelSettings(**{field.name: asked[field.name] for field in fields(DuelSettings)})
     held_out = split(torch.tensor(codec.encode(pick_text(settings.text).body), dtype=torch.int32))[1]
     texts = windows(held_out, settings.length, settings.held_out).to(device)
     for alpha in ALPHAS:

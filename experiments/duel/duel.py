@@ -21,9 +21,9 @@ from ...lm.training.look import look
 from ...lm.training.data import Bytes, Codec, TextBatches, windows
 from .curve import held_out_loss
 from .files import Score, add_scores, claim, read_scores, write_report
-from .settings import ARMS, PRESETS, Settings, pick_text, split, start
+from .settings import ARMS, PRESETS, DuelSettings, pick_text, split, start
 
-__all__ = ["ARMS", "PRESETS", "Score", "Settings", "Turn", "duel", "read_scores", "write_report"]
+__all__ = ["ARMS", "PRESETS", "Score", "DuelSettings", "Turn", "duel", "read_scores", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Turn:
 
 
 def duel(
-    settings: Settings,
+    settings: DuelSettings,
     out: str | Path,
     *,
     device: str | torch.device = "cpu",
@@ -75,7 +75,10 @@ def _turns(arms: list[_Arm], out: Path, device: torch.device) -> Iterator[Turn]:
 class _Arm:
     """One model, its training, and what is known of it."""
 
-    def __init__(self, name: str, settings: Settings, tokens: Tensor, codec: Codec, out: Path, device, precision, stop):
+    def __init__(
+        self, name: str, settings: DuelSettings, tokens: Tensor, codec: Codec, out: Path, device: torch.device,
+        precision: str, stop: Stop | None,
+    ):  # fmt: skip
         train_on, held_out = split(tokens)
         self.name, self.settings, self.codec, self.device = name, settings, codec, device
         self.out = out

@@ -19,7 +19,7 @@ SHAKESPEARE = "hub:karpathy/tiny_shakespeare"
 
 
 @dataclass(frozen=True)
-class Settings:
+class DuelSettings:
     """What a duel is; the defaults are the preset "small". `TypeError` or `ValueError` names the field."""
 
     text: str = "auto"  # as for `pick_text`
@@ -72,10 +72,10 @@ class Settings:
 
 
 PRESETS = {
-    "small": Settings(),
-    "t4": Settings(length=1024, tokens=16_384, steps=1_000, minutes=4.5, width=256, layers=6, heads=8, groups=2,
+    "small": DuelSettings(),
+    "t4": DuelSettings(length=1024, tokens=16_384, steps=1_000, minutes=4.5, width=256, layers=6, heads=8, groups=2,
                    gates=16, heads_awake=2, lr=2e-3),
-    "full": Settings(length=4096, tokens=32_768, steps=800, minutes=None, width=384, layers=8, heads=12, groups=4,
+    "full": DuelSettings(length=4096, tokens=32_768, steps=800, minutes=None, width=384, layers=8, heads=12, groups=4,
                      gates=32, heads_awake=3, lr=1e-3, scored=4, held_out=48),
 }  # fmt: skip
 
@@ -90,7 +90,7 @@ def pick_text(name: str) -> Text:
         return load_text(TOPICS)
 
 
-def start(settings: Settings, arm: str, vocab_size: int) -> ProteusLM:
+def start(settings: DuelSettings, arm: str, vocab_size: int) -> ProteusLM:
     """An arm's untrained model; both arms' weights are equal where they have the same shape."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

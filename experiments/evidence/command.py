@@ -42,7 +42,7 @@ Page = Annotated[Path | None, typer.Option(help="Markdown page in which tables a
 Report = Annotated[bool, typer.Option("--report", help="Print the tables of --out, measure nothing.")]
 
 
-def command(
+def evidence_command(
     preset: Preset = "small",
     scale: ScaleFields = "{}",
     tasks: Tasks = None,

@@ -19,6 +19,7 @@ from ...common.checks import whole_number
 from ...common.files import write_json
 from ...common.machine import environment
 from ...common.progress import Stop, check_stop
+from ...common.runs import as_json, differences
 from ...lm.losses import IGNORED
 from ...lm.model import ProteusLM
 from ...lm.recall.scale import ALPHA, DENSE, RELATED, Scale, lessons
@@ -216,8 +217,12 @@ def load(out: Path, scale: Scale | None = None) -> list[Row]:
         there = held["scale"]
     except (ValueError, KeyError, TypeError) as err:
         raise ValueError(f"out={str(out)!r}: must be what proteus evidence wrote, or no file yet ({err!r})") from err
-    if scale is not None and there != json.loads(json.dumps(scale.to_dict())):
-        raise ValueError(f"out={str(out)!r} was measured at another scale: give another file, or the same options")
+    other = [] if scale is None else sorted(differences(as_json(scale.to_dict()), there))
+    if other:
+        raise ValueError(
+            f"out={str(out)!r} was measured at another scale ({', '.join(other)}): "
+            "give another file, or the same options"
+        )
     return rows
 
 

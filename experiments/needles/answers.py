@@ -14,7 +14,7 @@ import numpy as np
 
 from ...hf.chat import ROOM
 from ...streaming.second_pass import Answerer, gather
-from .cases import Case, PlantedStore
+from .cases import NeedleCase, PlantedStore
 from .retrieval import Kept
 
 DENSE = "dense"
@@ -34,7 +34,7 @@ class Reply:
     right: bool
 
 
-def answer(reader: Reader, store: PlantedStore, case: Case, kept: Kept | None, most: int) -> Reply | None:
+def answer(reader: Reader, store: PlantedStore, case: NeedleCase, kept: Kept | None, most: int) -> Reply | None:
     """Ask `reader` the case's question. kept: what may be read, `most` tokens of it; None for the whole document, which
     is dense reading, and gives None where it does not fit the model."""
     if kept is None and len(store) + ROOM > reader.context:

@@ -12,7 +12,7 @@ import numpy as np
 from .haystacks import Words, read
 
 if TYPE_CHECKING:
-    from .cases import Case, PlantedStore
+    from .cases import NeedleCase, PlantedStore
 
 STRIDE = 32  # tokens
 WINDOW = 2 * STRIDE
@@ -36,7 +36,7 @@ class WindowIndex:
         self._words = words
         self._stems = stems([read(tokens[at : at + WINDOW], words) for at in range(0, len(tokens), STRIDE)])
 
-    def rank(self, store: PlantedStore, case: Case, seed: int) -> np.ndarray:
+    def rank(self, store: PlantedStore, case: NeedleCase, seed: int) -> np.ndarray:
         """Positions of the document, best window first, each once; windows that share no word come last, shuffled."""
         import bm25s
 

@@ -30,7 +30,7 @@ class Needle:
 
 
 @dataclass(frozen=True)
-class Case:
+class NeedleCase:
     """One document and one prompt."""
 
     task: str
@@ -56,7 +56,7 @@ class PlantedStore:
     """A case's document, for `stream`: the haystack's first tokens with the facts in their places."""
 
     tokens: np.ndarray
-    case: Case
+    case: NeedleCase
 
     def __len__(self) -> int:
         return self.case.length

@@ -15,7 +15,7 @@ from .pairs import Pair, load_pairs
 from .report import PAGE, sentences, write_report
 from .subjects import Subject, load
 from .tasks import ASKED, TASKS
-from .verify import Settings, read_rows, read_settings, verify
+from .verify import VerifySettings, read_rows, run_folder, verify
 
 EVERY_TASK, BOTH_WAYS = ",".join(TASKS), ",".join(ASKED)
 LIBRARIES = ("numpy", "transformers", "bm25s", "snowballstemmer", "scipy")
@@ -40,7 +40,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 (twice as fast where
 Out = Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on from what is there.")]
 
 
-def command(
+def verify_command(
     lengths: Lengths = "4k..64k/4",
     depths: Depths = "0,0.25,0.5,0.75,1",
     tasks: Tasks = EVERY_TASK,
@@ -60,7 +60,7 @@ def command(
     out: Out = Path("proteus-verify"),
 ) -> None:
     """Plant facts in long documents of real English and see whether they are found."""
-    settings = Settings(
+    settings = VerifySettings(
         lengths=tuple(sorted(set(parse_lengths(lengths)))), depths=_shares(depths), seeds=seeds, haystack=haystack,
         tasks=tuple(choose_some("--tasks", tasks, TASKS)), asked=tuple(choose_some("--asked", asked, ASKED)),
         buffer_share=buffer_share, chunk_tokens=chunk, per_chunk=per_chunk, neighbours=neighbours, answers=answers,
@@ -73,13 +73,13 @@ def command(
     if stopped:
         typer.echo(f"Stopped. The same command goes on from {len(rows):,} finished cases.", err=True)
     if rows:
-        report = write_report(out, rows, read_settings(out) | environment(where) | _versions())
+        report = write_report(out, rows, run_folder(out).settings() | environment(where) | _versions())
         typer.echo("\n".join((*sentences(report), f"Report: {out / PAGE}")))
     if stopped:
         raise typer.Exit(130)
 
 
-def _run(settings: Settings, facts: list[Pair], subject: Subject, out: Path) -> bool:
+def _run(settings: VerifySettings, facts: list[Pair], subject: Subject, out: Path) -> bool:
     """True where Ctrl+C ended it."""
     try:
         with tqdm(unit="case", dynamic_ncols=True) as bar:

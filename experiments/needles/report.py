@@ -1,24 +1,25 @@
-"""The suite's findings as one HTML page that needs no network, and as JSON: heat maps, tables, what was run."""
+"""The suite's report as an HTML page and as JSON: heat maps, tables, what was run."""
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 
-from ...common.files import write_json, write_text
-from ..speed.page import BUTTONS, STYLE
+from ...common.files import write_json
+from .. import pages
 from .retrieval import METHODS, OURS, describe_methods
 from .summary import accuracy_table, fading_table, heat, recall_table
 
 PAGE, DATA = "report.html", "report.json"
 DEFINITIONS = (
-    "Every fact stands in the text, in place of as many of its tokens; the prompt asks for it; no score is raised.",
-    "Answer recall: needles of which every token of the answer is in the buffer. Whole: every token of the fact. "
-    "Tokens: mean share of a fact's tokens. Of a jigsaw's pieces, the whole piece is asked for.",
-    "Brackets hold 95% intervals: Wilson's where each case is right or wrong, else a bootstrap over cases.",
+    "Each fact replaces as many tokens of the text as it has. Only the prompt points to it: no score is raised.",
+    "Answer recall: share of needles whose answer is in the buffer with every token. Whole: with every token of the "
+    "fact. Tokens: mean share of a fact's tokens. For the pieces of a jigsaw, the whole piece counts as the answer.",
+    "Brackets are 95% intervals: Wilson's where each case is right or wrong, else a bootstrap over cases.",
     describe_methods(),
 )
-OTHER = "td:nth-child(2), th:nth-child(2) { text-align: right; } td:first-child, th:first-child { text-align: left; }"
+ALIGNMENT = (
+    "td:nth-child(2), th:nth-child(2) { text-align: right; } td:first-child, th:first-child { text-align: left; }"
+)
 
 
 def write_report(out: Path, rows: list[dict], about: dict) -> dict:
@@ -31,12 +32,14 @@ def write_report(out: Path, rows: list[dict], about: dict) -> dict:
     report = {"about": about, "cases": len(rows), "out_of_order": [row["key"] for row in rows if not row["in_order"]],
               "recall": recall_table(rows), "accuracy": accuracy_table(rows), "fading": fading_table(rows)}  # fmt: skip
     write_json(out / DATA, report)
-    write_text(out / PAGE, _page(report, rows))
+    about = (*sentences(report), *DEFINITIONS)
+    pages.write_page(out / PAGE, "Proteus: needles", "Needles, and whether they are found", about,
+                     _body(report, rows), ALIGNMENT)  # fmt: skip
     return report
 
 
 def sentences(report: dict) -> list[str]:
-    """What was run and what came out, in words."""
+    """What was run, in sentences."""
     about, wrong = report["about"], len(report["out_of_order"])
     order = "in every one" if not wrong else f"in all but {wrong:,}"
     return [
@@ -48,10 +51,10 @@ def sentences(report: dict) -> list[str]:
     ]
 
 
-def _page(report: dict, rows: list[dict]) -> str:
-    lines = "".join(f'<p class="about">{escape(line)}</p>' for line in (*sentences(report), *DEFINITIONS))
-    parts = [_maps(rows, asked) for asked in report["about"]["asked"] if any(r["task"] == "single" for r in rows)]
-    parts = [part.to_html(full_html=False, include_plotlyjs=not i, config=BUTTONS) for i, part in enumerate(parts)]
+def _body(report: dict, rows: list[dict]) -> list[str]:
+    """Heat maps, tables and the facts of the run, as HTML."""
+    ways = report["about"]["asked"] if any(row["task"] == "single" for row in rows) else []
+    parts = [pages.figure(_maps(rows, asked), not i) for i, asked in enumerate(ways)]
     shares = ("answer", "whole", "tokens")
     recall = [
         [*_where(e), *(_share(e[name]) for name in shares), _percent(e["decoys"]), _n(e["answer"])]
@@ -64,12 +67,7 @@ def _page(report: dict, rows: list[dict]) -> str:
     if report["fading"]:
         fading = [[*_where(e), f"{e['strength']:.0%}", _share(e["answer"]), _n(e["answer"])] for e in report["fading"]]
         parts.append("<h2>As the signal fades</h2>" + _table("Of the fact|Answer|Cases", fading))
-    facts = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in report["about"].items())
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>Proteus: needles</title><style>{STYLE}{OTHER}</style></head>
-<body><h1>Needles, and whether they are found</h1>{lines}{"".join(parts)}
-<h2>What was run</h2><table class="machine">{facts}</table></body></html>
-"""
+    return [*parts, pages.facts("What was run", report["about"])]
 
 
 def _maps(rows: list[dict], asked: str):
@@ -109,9 +107,5 @@ def _n(value: dict) -> str:
 
 
 def _table(columns: str, rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("Task", "Asked", "Tokens", "Kept by", *columns.split("|")))
-    body = ""
-    for row in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        body += f'<tr class="{"ours" if row[3] == OURS else ""}">{cells}</tr>'
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    head = ["Task", "Asked", "Tokens", "Kept by", *columns.split("|")]
+    return pages.table(head, (("ours" if row[3] == OURS else "", row) for row in rows))

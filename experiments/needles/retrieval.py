@@ -13,7 +13,7 @@ from ...common.progress import Stop
 from ...streaming.buffer import StreamPlan
 from ...streaming.pipeline import Scorer, stream
 from .bm25 import STRIDE, WINDOW, WindowIndex
-from .cases import Case, Needle, PlantedStore
+from .cases import Needle, NeedleCase, PlantedStore
 
 OURS, RIVALS = "proteus", ("bm25", "random", "recency")
 METHODS = (OURS, *RIVALS)
@@ -43,7 +43,7 @@ class Recall:
     each: tuple[float, ...]  # by needle: 1 where the answer is there whole, else 0
 
 
-def ours(store: PlantedStore, scorer: Scorer, plan: StreamPlan, stop: Stop | None = None) -> Kept:
+def kept_by_us(store: PlantedStore, scorer: Scorer, plan: StreamPlan, stop: Stop | None = None) -> Kept:
     """The buffer that pass 1 leaves. Raises `Stopped` between chunks."""
     for step in stream(store, scorer, plan, stop=stop):
         buffer = step.buffer
@@ -52,7 +52,7 @@ def ours(store: PlantedStore, scorer: Scorer, plan: StreamPlan, stop: Stop | Non
     return Kept(OURS, at[buffer.ranking()], rising)
 
 
-def rival(method: str, store: PlantedStore, case: Case, count: int, index: WindowIndex) -> Kept:
+def kept_by_rival(method: str, store: PlantedStore, case: NeedleCase, count: int, index: WindowIndex) -> Kept:
     """`count` tokens, chosen by another method. ValueError for a method that is none."""
     if method == "bm25":
         ranked = index.rank(store, case, case.seed)
@@ -68,7 +68,7 @@ def rival(method: str, store: PlantedStore, case: Case, count: int, index: Windo
     return Kept(method, ranked[:count], True)
 
 
-def recall(kept: Kept, case: Case) -> Recall:
+def recall(kept: Kept, case: NeedleCase) -> Recall:
     """Scores of one method on one case."""
     inside = np.zeros(case.length, bool)
     inside[kept.ranked] = True

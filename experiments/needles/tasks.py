@@ -12,7 +12,7 @@ from zlib import crc32
 
 import numpy as np
 
-from .cases import Case, Needle, Planter
+from .cases import Needle, NeedleCase, Planter
 from .haystacks import Haystack, Words
 from .pairs import Pair
 
@@ -54,34 +54,34 @@ class _Bench:
         needles: list[Needle],
         depth: float | None = None,
         decoys: list[Needle] | None = None,
-    ) -> Case:
+    ) -> NeedleCase:
         prompt = " ".join(pair.asked(self.asked) for pair in pairs)
         answers = pairs[0].answers if len(pairs) == 1 else ()
-        return Case(self.task, self.asked, self.length, depth, self.seed, prompt, answers, tuple(needles),
+        return NeedleCase(self.task, self.asked, self.length, depth, self.seed, prompt, answers, tuple(needles),
                     tuple(decoys or ()), tuple(planter.written))  # fmt: skip
 
 
-def single(bench: _Bench) -> Iterator[Case]:
+def single(bench: _Bench) -> Iterator[NeedleCase]:
     """One fact at each depth: the grid of the heat map."""
     for i, depth in enumerate(bench.world.depths):
         pair, planter = bench.pairs[i % len(bench.pairs)], bench.planter()
         yield bench.case(planter, [pair], [planter.fact(pair, pair.fact, depth)], depth)
 
 
-def many(bench: _Bench) -> Iterator[Case]:
+def many(bench: _Bench) -> Iterator[NeedleCase]:
     """Eight facts spread over the document, all asked for in one prompt."""
     pairs, planter = bench.some(MANY), bench.planter()
     needles = [planter.fact(pair, pair.fact, (i + 0.5) / len(pairs)) for i, pair in enumerate(pairs)]
     yield bench.case(planter, pairs, needles)
 
 
-def clustered(bench: _Bench) -> Iterator[Case]:
+def clustered(bench: _Bench) -> Iterator[NeedleCase]:
     """Four facts close together at a random place: what one chunk may promote has to hold them all."""
     pairs, planter, depth = bench.some(CLUSTER), bench.planter(), float(bench.rng.random())
     yield bench.case(planter, pairs, [planter.fact(pair, pair.fact, depth) for pair in pairs], depth)
 
 
-def fading(bench: _Bench) -> Iterator[Case]:
+def fading(bench: _Bench) -> Iterator[NeedleCase]:
     """One fact said five times, ever more rarely and ever more weakly.
 
     Gaps double from mention to mention, and each mention loses a fifth of the fact's tokens to the haystack's own;
@@ -96,7 +96,7 @@ def fading(bench: _Bench) -> Iterator[Case]:
     yield bench.case(planter, [pair], needles)
 
 
-def jigsaw(bench: _Bench) -> Iterator[Case]:
+def jigsaw(bench: _Bench) -> Iterator[NeedleCase]:
     """One fact cut in three at its words, the pieces far apart and in order: all of each has to be kept."""
     pair, planter, words = bench.pairs[0], bench.planter(), bench.world.words
     parts = [" ".join(part) for part in np.array_split(pair.fact.split(" "), PIECES)]
@@ -107,21 +107,21 @@ def jigsaw(bench: _Bench) -> Iterator[Case]:
     yield bench.case(planter, [pair], needles)
 
 
-def live(bench: _Bench) -> Iterator[Case]:
+def live(bench: _Bench) -> Iterator[NeedleCase]:
     """Live fire: every fact once, each alone at a random place."""
     for pair in bench.pairs:
         planter, depth = bench.planter(), float(bench.rng.random())
         yield bench.case(planter, [pair], [planter.fact(pair, pair.fact, depth)], depth)
 
 
-def ordering(bench: _Bench) -> Iterator[Case]:
+def ordering(bench: _Bench) -> Iterator[NeedleCase]:
     """Six facts at random places, asked for in another order than they stand: the buffer keeps the document's."""
     pairs, planter = bench.some(ORDERED), bench.planter()
     needles = [planter.fact(pair, pair.fact, float(bench.rng.random())) for pair in pairs]
     yield bench.case(planter, pairs, sorted(needles, key=lambda needle: needle.start))
 
 
-def distractors(bench: _Bench) -> Iterator[Case]:
+def distractors(bench: _Bench) -> Iterator[NeedleCase]:
     """One fact among look-alikes: each of its distractors four times over, at random places."""
     pair, planter = bench.pairs[0], bench.planter()
     needle = planter.fact(pair, pair.fact, float(bench.rng.random()))
@@ -129,13 +129,13 @@ def distractors(bench: _Bench) -> Iterator[Case]:
     yield bench.case(planter, [pair], [needle], None, decoys)
 
 
-TASKS: dict[str, Callable[[_Bench], Iterator[Case]]] = {
+TASKS: dict[str, Callable[[_Bench], Iterator[NeedleCase]]] = {
     task.__name__: task for task in (single, many, clustered, fading, jigsaw, live, ordering, distractors)
 }
 ASKED = ("paraphrase", "literal")
 
 
-def cases(world: World, tasks: list[str], lengths: list[int], seeds: int, asked: list[str]) -> Iterator[Case]:
+def cases(world: World, tasks: list[str], lengths: list[int], seeds: int, asked: list[str]) -> Iterator[NeedleCase]:
     """Every case of a run, shortest documents first. ValueError names a task or a way of asking that is none."""
     for name, given, allowed in (("tasks", tasks, TASKS), ("asked", asked, ASKED)):
         for word in given:

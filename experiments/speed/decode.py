@@ -1,7 +1,8 @@
-"""`proteus bench decode`: one more token, after a short text and after a long one. The bank beside a dense KV cache.
+"""`proteus bench decode`: one more token after a short and after a long text, by the bank and by a dense KV cache.
 
-Timed is attention alone, from un-rotated query, key and value to heads' outputs: rotation, storing and, for us, luring
-and probing. A sample of ours is a whole block of tokens, so that each holds one tick; contexts take turns.
+Attention alone is timed, from un-rotated query, key and value to heads' outputs: rotation, storing and, in the bank,
+luring and probing. A sample of the bank is a whole block of tokens, because keys leave the window once per block.
+Samples of all contexts take turns.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -21,21 +21,20 @@ from tqdm import tqdm
 
 from ...attention import ENDLESS, AttentionConfig, Gates, KVBank, plan_budget, rope_frequencies, rotate
 from ...common import options
-from ...common.files import write_json
 from ...common.machine import environment, markdown
 from ...common.options import DTYPES
-from .measure import captured, clock, summary, sync
+from .measure import captured, clock, measured_on, publish, summary, wait
 
-PIECE = 1 << 16  # tokens generated at a time
-DENSE_STEPS = 4  # tokens per sample of the dense cache, where every token costs the same
+TOKENS_PER_DRAW = 1 << 16  # keys and values are generated so many tokens at a time
+DENSE_STEPS = 4  # tokens per sample of the dense cache, in which every token costs the same
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Attention that is ready to take one more token."""
+    """Attention over a context of tokens, ready for one more."""
 
     who: str  # bank or dense
-    context: int  # tokens taken in
+    context: int  # tokens stored
     step: Callable[[], object]  # one token, always of the same cost
     steps: int  # tokens per sample
     nbytes: int
@@ -43,10 +42,10 @@ class Decoder:
 
 
 def tokens_of(context: int, cfg: AttentionConfig, device, dtype, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Keys and values `(1, n, G, d)` of `context` generated tokens, in pieces: noise, the same for everyone."""
+    """Keys and values `(1, n, G, d)` of `context` tokens, some at a time: noise, the same for both decoders."""
     gen = torch.Generator(device).manual_seed(seed)
-    for start in range(0, context, PIECE):
-        shape = (2, 1, min(PIECE, context - start), cfg.n_kv_heads, cfg.head_dim)
+    for start in range(0, context, TOKENS_PER_DRAW):
+        shape = (2, 1, min(TOKENS_PER_DRAW, context - start), cfg.n_kv_heads, cfg.head_dim)
         yield torch.randn(shape, generator=gen, device=device).to(dtype).unbind(0)
 
 
@@ -56,20 +55,20 @@ def _query(cfg: AttentionConfig, device, dtype, seed: int) -> Tensor:
 
 
 def bank_after(context: int, cfg: AttentionConfig, gates: Gates, device, dtype, seed: int) -> Decoder:
-    """A bank that `extend` filled."""
+    """A bank filled by `extend`."""
     freq = rope_frequencies(cfg.head_dim, cfg.rope_theta, device)
     bank = KVBank.empty(plan_budget(cfg, ENDLESS), gates, inv_freq=freq, dtype=dtype, device=device, int8=cfg.int8)
     start = time.perf_counter()
     for k, v in tokens_of(context, cfg, device, dtype, seed):
         bank.extend(k, v)
-    sync(device)
+    wait(device)
     q, one = _query(cfg, device, dtype, seed), (k[:, -1:].contiguous(), v[:, -1:].contiguous())
-    took = time.perf_counter() - start
-    return Decoder("bank", context, lambda: bank.step(q, *one), bank.budget.block, bank.nbytes, took)
+    seconds = time.perf_counter() - start
+    return Decoder("bank", context, lambda: bank.step(q, *one), bank.budget.block, bank.nbytes, seconds)
 
 
 def dense_after(context: int, cfg: AttentionConfig, device, dtype, seed: int) -> Decoder:
-    """A KV cache of `context` tokens with room for one more, read whole by `scaled_dot_product_attention`."""
+    """A KV cache of `context` tokens and one more, all of which `scaled_dot_product_attention` reads."""
     G, d, freq = cfg.n_kv_heads, cfg.head_dim, rope_frequencies(cfg.head_dim, cfg.rope_theta, device)
     keys, values = (torch.empty(1, G, context + 1, d, dtype=dtype, device=device) for _ in range(2))
     start, at = time.perf_counter(), 0
@@ -85,15 +84,15 @@ def dense_after(context: int, cfg: AttentionConfig, device, dtype, seed: int) ->
         turned = rotate(torch.cat((q, k), dim=2), last, freq).transpose(1, 2)  # (1, H + G, 1, d)
         keys[:, :, context:] = turned[:, -G:]
         values[:, :, context:] = v.transpose(1, 2)
-        tile = turned[:, :-G].reshape(1, G, -1, d)  # a group's heads as rows: its keys are read once
+        tile = turned[:, :-G].reshape(1, G, -1, d)  # a group's heads are rows, so its keys are read once
         return F.scaled_dot_product_attention(tile, keys, values)
 
-    sync(device)
+    wait(device)
     return Decoder("dense", context, step, DENSE_STEPS, keys.nbytes + values.nbytes, time.perf_counter() - start)
 
 
-def measure(decoders: list[Decoder], device: torch.device, repeats: int) -> list[dict]:
-    """Per-token times of all of them, a sample of each in turn; with CUDA graphs beside eager calls where they are."""
+def measure_decoders(decoders: list[Decoder], device: torch.device, repeats: int) -> list[dict]:
+    """A row of times per token for each decoder, sampled in turn; on CUDA also with CUDA graphs."""
     with ExitStack() as stack:
         runs = [(decoder, "eager", decoder.step) for decoder in decoders]
         for decoder in decoders:
@@ -102,18 +101,18 @@ def measure(decoders: list[Decoder], device: torch.device, repeats: int) -> list
                 runs.append((decoder, "graph", stack.enter_context(captured(decoder.step, device))))
         times: list[list[float]] = [[] for _ in runs]
         for turn in tqdm(range(repeats + 1), desc="turns", disable=None):
-            for (decoder, _, step), taken in zip(runs, times, strict=True):
+            for (decoder, _, step), samples in zip(runs, times, strict=True):
                 one = clock(lambda step=step, n=decoder.steps: [step() for _ in range(n)], device)[0] / decoder.steps
                 if turn:  # the first warms up
-                    taken.append(one)
+                    samples.append(one)
     rows: dict[tuple[str, int], dict] = {}
-    for (decoder, mode, _), taken in zip(runs, times, strict=True):
+    for (decoder, mode, _), samples in zip(runs, times, strict=True):
         about = {"who": decoder.who, "context": decoder.context, "bytes": decoder.nbytes, "fill_s": decoder.fill_s}
-        rows.setdefault((decoder.who, decoder.context), about)[mode] = summary(taken)
+        rows.setdefault((decoder.who, decoder.context), about)[mode] = summary(samples)
     return list(rows.values())
 
 
-def command(
+def decode_command(
     lengths: options.Lengths = "4k..1m/4",
     heads: options.Heads = 9,
     groups: Annotated[int, typer.Option(help="KV groups; divides heads.")] = 3,
@@ -141,16 +140,14 @@ def command(
             decoders.append(bank_after(context, cfg, gates, dev, kind, seed))
             if 2 * context * groups * head_dim * kind.itemsize <= dense_gb * 1e9:
                 decoders.append(dense_after(context, cfg, dev, kind, seed))
-        rows = measure(decoders, dev, repeats)
+        rows = measure_decoders(decoders, dev, repeats)
     about = {"dtype": dtype, "seed": seed, "config": cfg.to_dict(), "budget": plan_budget(cfg, ENDLESS).to_dict()}
     report = {"benchmark": "decode", **environment(dev), **about, "rows": rows}
-    typer.echo(table(report))
-    if out:
-        write_json(Path(out), report)
+    publish(report, decode_table(report), out)
 
 
-def table(report: dict) -> str:
-    """The report as Markdown, with the line that says where it was measured."""
+def decode_table(report: dict) -> str:
+    """The report as Markdown, with a line that says where it was measured."""
     cfg, by = report["config"], {(r["who"], r["context"]): r for r in report["rows"]}
     contexts = list(dict.fromkeys(r["context"] for r in report["rows"]))
     modes = [m for m in ("eager", "graph") if m in report["rows"][0]]
@@ -170,8 +167,7 @@ def table(report: dict) -> str:
     first, last = by["bank", min(contexts)], by["bank", max(contexts)]
     ratios = ", ".join(f"{m} {last[m]['median_ms'] / first[m]['median_ms']:.2f}x" for m in modes)
     return (
-        f"{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, seed "
-        f"{report['seed']}; {cfg['n_heads']} heads over {cfg['n_kv_heads']} KV groups of {cfg['head_dim']}, "
+        f"{measured_on(report)}; {cfg['n_heads']} heads over {cfg['n_kv_heads']} KV groups of {cfg['head_dim']}, "
         f"L = {cfg['shortlist']}; median (quartiles) of {first['eager']['runs']} samples\n\n{markdown(head, body)}\n\n"
         f"Bank, {max(contexts):,} beside {min(contexts):,} tokens: time {ratios}, memory "
         f"{last['bytes'] / first['bytes']:.2f}x"

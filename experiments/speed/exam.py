@@ -1,23 +1,23 @@
-"""`proteus bench exam`: how many held-out questions about a shelf a small model answers, dense and on a shortlist."""
+"""`proteus bench exam`: the share of held-out questions about shelves that a small model answers, by alpha."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from tqdm import tqdm
 
-from ...common.files import check_place, write_json
+from ...common.files import check_place
 from ...common.machine import environment, markdown
 from ...common.options import Device, Out, parse_alphas, parse_lengths, pick_device
 from ...lm.model import ProteusLM
 from ...lm.shelf.exam import Graded, exam
 from ...lm.shelf.tokenizer import ShelfTokenizer
 from ...lm.shipped import load_shipped
+from .measure import publish
 
 
-def command(
+def exam_command(
     model: Annotated[str, typer.Option(help="A file of ProteusLM.save; the shipped shelf-mini if left out.")] = "",
     lengths: Annotated[str, typer.Option(help="Tokens of shelf and questions: 1k,4k; 1k..4k doubles.")] = "1k..4k",
     share: Annotated[int, typer.Option(help="L is the length divided by this.", min=1)] = 16,
@@ -41,11 +41,14 @@ def command(
             grades = list(tqdm(paper, total=questions * len(asked), unit="answer", desc=f"{tokens:,} tokens"))
         rows += [_row(tokens, tokens // share, alpha, grades) for alpha in asked]
     report = {"benchmark": "exam", **environment(dev), "dtype": "float32", "seed": seed, "rows": rows}
-    typer.echo(f"{report['device']}, torch {report['torch']}, float32, seed {seed}; whole answers to the letter\n")
+    publish(report, exam_table(report), out)
+
+
+def exam_table(report: dict) -> str:
+    """The report as Markdown, with a line that says where it was measured."""
+    about = f"{report['device']}, torch {report['torch']}, float32, seed {report['seed']}; whole answers to the letter"
     titles = ["tokens", "alpha", "L", "questions", "right", "word looked up right", "facts in the first half"]
-    typer.echo(markdown(titles, [_cells(row) for row in rows]))
-    if out:
-        write_json(Path(out), report)
+    return f"{about}\n\n{markdown(titles, [_cells(row) for row in report['rows']])}"
 
 
 def _row(tokens: int, shortlist: int, alpha: float, grades: list[Graded]) -> dict:

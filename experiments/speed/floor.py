@@ -1,9 +1,9 @@
-"""The least time a case could take on this device: its arithmetic at the measured matmul rate, its bytes at the
-measured copy rate, whichever is longer.
+"""The floor: the least time that a case could take on this device.
 
-Arithmetic: the projections, and four operations per feature, row and key read. A training pass counts three times the
-projections and three and a half times the attention, whose backward works the scores out again. Bytes: every input,
-weight and incoming gradient read once, every output and gradient written once.
+It is the longer of two times: that of the case's arithmetic at the measured rate of a matmul, and that of its bytes at
+the measured rate of a copy. Arithmetic: the projections, and four operations per feature, row and key read. A training
+pass counts the projections three times and the attention three and a half times, because its backward pass computes
+the scores again. Bytes: every input, weight and incoming gradient is read once, every output and gradient written once.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from functools import partial
 import torch
 
 from .measure import clock
-from .rivals import Case
+from .rivals import BenchCase
 
 TRIES = 10
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> dict:
-    """Best of a few: FLOP/s of a square matmul on random data, bytes/s (read and written) of a large copy."""
+    """Best of ten: FLOP/s of a square matmul on random data, bytes/s (read and written) of a large copy."""
     side, size = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 26)
     gen = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, generator=gen, device=device).to(dtype) for _ in range(2))
@@ -33,8 +33,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> dict:
             "copy_bytes_per_s": 2 * size / copy * 1e3, "copy_bytes": size}  # fmt: skip
 
 
-def work(case: Case, keys: float, heads_awake: float, tokens_kept: float) -> tuple[float, float]:
-    """FLOPs and compulsory bytes of a case whose rows read `keys` each, in `heads_awake` heads of the kept tokens."""
+def work(case: BenchCase, keys: float, heads_awake: float, tokens_kept: float) -> tuple[float, float]:
+    """FLOPs and bytes that a case needs at least, if each row of the awake heads and kept tokens reads `keys` keys."""
     cfg, T, size = case.cfg, case.tokens, case.dtype.itemsize
     D, H, d = cfg.d_model, cfg.n_heads, cfg.head_dim
     G = H if case.who == "mha" else cfg.n_kv_heads
@@ -48,7 +48,7 @@ def work(case: Case, keys: float, heads_awake: float, tokens_kept: float) -> tup
     return attend + project, float(numbers * size)
 
 
-def floor(case: Case, facts: dict, rates: dict) -> dict:
+def floor(case: BenchCase, facts: dict, rates: dict) -> dict:
     """FLOPs, bytes and the milliseconds they take at `rates`; `ms` is the longer of the two."""
     flops, moved = work(case, facts["keys_per_query"], facts["heads_awake"], facts["tokens_kept"])
     compute, memory = (flops / rates["matmul_flops_per_s"] * 1e3, moved / rates["copy_bytes_per_s"] * 1e3)

@@ -1,54 +1,28 @@
-"""`proteus bench layer`: one attention call against fused dense attention, by length, both in one run.
+"""`proteus bench layer`: a small sweep, one attention call beside fused dense attention by length, as one table.
 
-Timed from un-rotated queries, keys and values to heads' outputs: rotation on both sides, luring and probing on ours.
-Dense is `scaled_dot_product_attention`, at the fastest of the backends that run on the device.
+Both are timed from un-rotated queries, keys and values to heads' outputs: rotation is included, and in our case luring
+and probing. Dense is `scaled_dot_product_attention`, in the fastest of the backends that run on the device.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from itertools import groupby
 from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
 from ...attention import AttentionConfig, plan_budget
 from ...common import options
-from ...common.files import write_json
 from ...common.machine import environment, markdown
-from .rivals import KERNELS, OURS, Case
-from .row import attempt
+from .measure import measured_on, publish
+from .rivals import KERNELS, OURS
+from .sweep import Sweep, plan_cases
 
 THETA = 100_000.0  # SmolLM2's
-BUDGET_S = 60.0  # of repeats, each
+BUDGET_S = 60.0  # for the repeats of one row
 
 
-def measure_length(ours: Case, rivals: list[str], repeats: int, memory: bool) -> dict:
-    """One row of the table: our case, and the fastest of `rivals` on the same inputs."""
-    mine = attempt(ours, repeats, BUDGET_S, memory=memory)
-    row = {
-        "tokens": ours.tokens,
-        "status": mine["status"],
-        "dense_reads": (ours.tokens + 1) / 2,
-        "budget": plan_budget(ours.cfg, ours.tokens).to_dict(),
-    }
-    names = {"backend": "backend", "reads": "keys_per_query", "ours": "eager", "ours_extra_mb": "extra_mb"}
-    row |= {name: mine[source] for name, source in names.items() if source in mine}
-    tried = [attempt(replace(ours, who=who), repeats, BUDGET_S) for who in rivals]
-    ran = [one for one in tried if one["status"] == "ok"]
-    if ran:
-        best = min(ran, key=lambda one: one["ms"])
-        kernel = ", ".join(filter(None, (best["who"], best["way"] if best["who"] == "fused" else "")))
-        row |= {"dense_kernel": kernel, "dense": best["eager"]}
-        if "ours" in row:
-            row["speedup"] = best["ms"] / mine["ms"]
-    elif tried:
-        row["dense_kernel"] = tried[-1]["status"]
-    return row
-
-
-def command(
+def layer_command(
     lengths: options.Lengths = "1k,4k,16k,64k",
     heads: options.Heads = 9,
     groups: Annotated[int, typer.Option(help="KV groups; divides heads.")] = 3,
@@ -74,39 +48,41 @@ def command(
         options.choose("--rival", rival, KERNELS)
         rivals = [rival]
     options.hold_to(cap, dev)
-    cfg = AttentionConfig(
-        d_model=heads * head_dim,
-        n_heads=heads,
-        n_kv_heads=groups,
-        head_dim=head_dim,
-        shortlist=shortlist,
-        dna_fraction=dna,
-        gates_per_group=gates,
-        flux_alpha=alpha,
-        rope_theta=THETA,
-        route_heads=False,
-    )
-    rows = []
-    for tokens in tqdm(options.parse_lengths(lengths), desc="lengths", disable=None):
-        rows.append(
-            measure_length(Case("attention", "forward", tokens, OURS, cfg, dev, kind, seed), rivals, repeats, memory)
-        )
-    report = {
-        "benchmark": "layer",
-        **environment(dev),
-        "dtype": dtype,
-        "seed": seed,
-        "cap_gb": cap,
-        "config": cfg.to_dict(),
-        "rows": rows,
-    }
-    typer.echo(table(report))
-    if out:
-        write_json(Path(out), report)
+    fields = {"d_model": heads * head_dim, "n_heads": heads, "head_dim": head_dim, "shortlist": shortlist,
+              "dna_fraction": dna, "gates_per_group": gates, "rope_theta": THETA, "route_heads": False}  # fmt: skip
+    axes = {"tokens": options.parse_lengths(lengths), "scope": ["attention"], "passes": ["forward"],
+            "groups": [groups], "who": [OURS, *rivals], "alpha": [alpha]}  # fmt: skip
+    cases = plan_cases(axes, fields, device=dev, dtype=kind, seed=seed)
+    sweep = Sweep({"rows": []}, None)
+    sweep.run(cases, limit_s=0, budget_s=BUDGET_S, weighed=[OURS] if memory else [], repeats=repeats)
+    cfg, same_length = cases[0].cfg, groupby(sweep.report["rows"], key=lambda row: row["tokens"])
+    about = {"dtype": dtype, "seed": seed, "cap_gb": cap, "config": cfg.to_dict()}
+    rows = [length_row(cfg, *rows) for _, rows in same_length]
+    report = {"benchmark": "layer", **environment(dev), **about, "rows": rows}
+    publish(report, layer_table(report), out)
 
 
-def table(report: dict) -> str:
-    """The report as Markdown, with the line that says where it was measured."""
+def length_row(cfg: AttentionConfig, ours: dict, *dense: dict) -> dict:
+    """One row of the table, from the sweep's rows of one length: ours, and the fastest of the dense ones."""
+    tokens = ours["tokens"]
+    row = {"tokens": tokens, "status": ours["status"], "dense_reads": (tokens + 1) / 2,
+           "budget": plan_budget(cfg, tokens).to_dict()}  # fmt: skip
+    names = {"backend": "backend", "reads": "keys_per_query", "ours": "eager", "ours_extra_mb": "extra_mb"}
+    row |= {name: ours[source] for name, source in names.items() if source in ours}
+    ran = [one for one in dense if one["status"] == "ok"]
+    if ran:
+        best = min(ran, key=lambda one: one["ms"])
+        kernel = f"fused, {best['way']}" if best["who"] == "fused" and best["way"] else best["who"]
+        row |= {"dense_kernel": kernel, "dense": best["eager"]}
+        if "ours" in row:
+            row["speedup"] = best["ms"] / ours["ms"]
+    elif dense:
+        row["dense_kernel"] = dense[-1]["status"]
+    return row
+
+
+def layer_table(report: dict) -> str:
+    """The report as Markdown, with a line that says where it was measured."""
     cfg = report["config"]
     rows = [
         [
@@ -121,7 +97,6 @@ def table(report: dict) -> str:
     ]
     head = ["tokens", "Proteus, ms", "dense SDPA, ms", "speed-up", "reads per query", "peak extra memory, MB"]
     return (
-        f"{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, seed "
-        f"{report['seed']}; {cfg['n_heads']} heads over {cfg['n_kv_heads']} KV groups of {cfg['head_dim']}, "
+        f"{measured_on(report)}; {cfg['n_heads']} heads over {cfg['n_kv_heads']} KV groups of {cfg['head_dim']}, "
         f"L = {cfg['shortlist']}, alpha = {cfg['flux_alpha']:g}\n\n{markdown(head, rows)}"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,21 +13,21 @@ from ...attention import AttentionConfig
 from ...common import options
 from ...common.files import write_json
 from ...common.machine import environment, markdown
-from .rivals import EXACT, LABELS, OURS, Case, Rivals
+from .rivals import EXACT, LABELS, OURS, BenchCase, Rivals
 from .row import OOM, attempt
-from .table import name
+from .table import case_name
 
 
 def search(run: Callable[[int], dict], start: int, last: int, halvings: int, budget_s: float) -> list[dict]:
-    """Rows tried: doubling from `start` to `last` while they run, then halving the gap to where memory ran out.
+    """The rows of all lengths tried: doubled from `start` to `last`, then halfway to where memory ran out.
 
-    A dense call takes four times as long at twice the length: one that might take more than `budget_s` is not tried.
+    A dense call takes four times as long at twice the length. A length at which it may exceed `budget_s` is not tried.
     """
     tried, tokens = [], start
     while tokens <= last:
         if tried and tried[-1]["who"] in EXACT and tried[-1]["first_ms"] * 4 > budget_s * 1e3:
-            late = f"not tried: more than --budget-s {budget_s:g}, by the last"
-            return [*tried, tried[-1] | {"tokens": tokens, "status": late}]
+            reason = f"not tried: more than --budget-s {budget_s:g}, by the last"
+            return [*tried, tried[-1] | {"tokens": tokens, "status": reason}]
         tried.append(run(tokens))
         if tried[-1]["status"] != "ok":
             break
@@ -41,7 +40,7 @@ def search(run: Callable[[int], dict], start: int, last: int, halvings: int, bud
     return tried
 
 
-def command(
+def longest_command(
     cap: options.Cap = 0,
     start: Annotated[str, typer.Option(help="First length tried.")] = "64k",
     last: Annotated[str, typer.Option(help="Longest length tried.")] = "8m",
@@ -74,25 +73,25 @@ def command(
     for cfg, who in tqdm(list(product(configs, names)), desc="searches", disable=None):
 
         def run(tokens: int, cfg=cfg, who=who) -> dict:
-            return attempt(Case("layer", "forward", tokens, who, cfg, dev, kind, seed), repeats=0, budget_s=0)
+            return attempt(BenchCase("layer", "forward", tokens, who, cfg, dev, kind, seed), repeats=0, budget_s=0)
 
         tried = search(run, first, end, halvings, budget_s)
         fits = [row["tokens"] for row in tried if row["status"] == "ok"]
         report["rows"].append({**tried[0], "longest": max(fits, default=None), "tried": tried})
         if out:
-            write_json(Path(out), report)
-    typer.echo(table(report))
+            write_json(out, report)
+    typer.echo(longest_table(report))
 
 
-def table(report: dict) -> str:
-    """The report as Markdown."""
+def longest_table(report: dict) -> str:
+    """The report as Markdown, with a line that says where it was measured."""
     rows = []
     for row in report["rows"]:
         best = next((one for one in row["tried"] if one["tokens"] == row["longest"]), {})
         missed = sorted((one["tokens"], one["status"]) for one in row["tried"] if one["status"] != "ok")
         rows.append([
             row["groups"],
-            name(row),
+            case_name(row),
             f"{row['longest']:,}" if best else "–",
             f"{best['peak_mb']:,.0f}" if "peak_mb" in best else "–",
             f"{best['first_ms'] / 1e3:.2f}" if best else "–",

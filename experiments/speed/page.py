@@ -1,4 +1,4 @@
-"""`proteus bench page`: a sweep as one HTML page that needs no network: time and memory by length, tables, machine."""
+"""`proteus bench page`: a sweep as an HTML page: time and memory by length, tables, machine."""
 
 from __future__ import annotations
 
@@ -11,47 +11,32 @@ from typing import Annotated
 
 import typer
 
-from ...common.files import write_text
+from .. import pages
 from .rivals import LABELS, OURS
-from .table import HEAD, about, cells, markdown_report, name, panels
+from .table import HEAD, about, case_name, cells, sections, sweep_tables
 
 OUR_COLOURS = ("#d1495b", "#e58f65", "#8f2d56", "#f4b942")
 COLOURS = dict(zip(LABELS, ("#1d7874", "#2e86ab", "#7b9e3e", "#5c6b73", "#9a8c98", "#6a4c93", "#b08968", "#343a40"),
                    strict=True))  # fmt: skip
-BUTTONS = {"displaylogo": False, "showSendToCloud": False}
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #22282d; background: #fff; margin: 2rem auto; max-width: 1160px;
-       padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2.4rem 0 .2rem; }
-p.about { color: #5c6b73; margin: 0 0 .2rem; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: .4rem 0; }
-th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #e6e9eb; white-space: nowrap; }
-th { color: #5c6b73; font-weight: 600; } td:nth-child(2), th:nth-child(2) { text-align: left; }
-td.why { text-align: left; color: #8a949b; white-space: normal; } tr.ours td { background: #fdf1f2; }
-tr.first td { border-top: 2px solid #c5ccd1; } summary { cursor: pointer; color: #5c6b73; }
-table.machine td { text-align: left; }
-"""
 
 
 def write_page(report: dict, path: Path) -> None:
-    """Write the page whole or not at all. Raises `ImportError` without plotly."""
-    parts, script = [], True
-    for title, rows in panels(report):
+    """Write a sweep's page whole or not at all. Raises `ImportError` without plotly."""
+    parts, first = [], True
+    for title, rows in sections(report):
         parts.append(f"<h2>{escape(title)}</h2>")
         if any("ms" in row for row in rows):
-            parts.append(_figure(rows).to_html(full_html=False, include_plotlyjs=script, config=BUTTONS))
-            script = False
+            parts.append(pages.figure(_figure(rows), first))
+            first = False
         parts.append(f"<details><summary>Table, {len(rows)} rows</summary>{_table(rows)}</details>")
-    lines = "".join(f'<p class="about">{escape(line)}</p>' for line in about(report).splitlines())
-    write_text(path, f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width"><title>Proteus sweep</title><style>{STYLE}</style></head><body>
-<h1>Proteus beside its rivals, by length</h1>{lines}{"".join(parts)}
-<h2>Where this was measured</h2>{_machine(report)}</body></html>
-""")  # fmt: skip
+    facts = {key: value for key, value in report.items() if isinstance(value, (str, int, float)) and key != "benchmark"}
+    facts |= report["settings"] | {key: f"{value:,.4g}" for key, value in report["rates"].items()}
+    parts.append(pages.facts("Where this was measured", facts))
+    pages.write_page(path, "Proteus sweep", "Proteus beside its rivals, by length", about(report).splitlines(), parts)
 
 
 def _series(rows: list[dict]) -> list[tuple[str, str, list[dict]]]:
-    """Name, colour and measured rows of everyone who has any, ours first."""
+    """Name, colour and rows of every attention that was measured, ours first."""
 
     def who(row):
         return (row["who"] != OURS, row["who"], str(row["alpha"]))
@@ -60,7 +45,7 @@ def _series(rows: list[dict]) -> list[tuple[str, str, list[dict]]]:
     ours = [rows for rows in measured if rows[0]["who"] == OURS]
     colours = [OUR_COLOURS[i % len(OUR_COLOURS)] for i in range(len(ours))]
     colours += [COLOURS[rows[0]["who"]] for rows in measured[len(ours) :]]
-    return [(name(rows[0]), colour, rows) for rows, colour in zip(measured, colours, strict=True)]
+    return [(case_name(rows[0]), colour, rows) for rows, colour in zip(measured, colours, strict=True)]
 
 
 def _figure(rows: list[dict]):
@@ -74,12 +59,12 @@ def _figure(rows: list[dict]):
         ours = measured[0]["who"] == OURS
         look = {"mode": "lines+markers", "legendgroup": label, "name": label, "marker": {"size": 8 if ours else 6},
                 "line": {"color": colour, "width": 3.5 if ours else 1.8}}  # fmt: skip
-        taken = [row[row["timing"]] for row in measured]
+        times = [row[row["timing"]] for row in measured]
         figure.add_scatter(
             x=[row["tokens"] for row in measured], y=[row["ms"] for row in measured], row=1, col=1, **look,
             error_y={"type": "data", "symmetric": False, "thickness": 1, "width": 3,
-                     "array": [t["q3_ms"] - t["median_ms"] for t in taken],
-                     "arrayminus": [t["median_ms"] - t["q1_ms"] for t in taken]},
+                     "array": [t["q3_ms"] - t["median_ms"] for t in times],
+                     "arrayminus": [t["median_ms"] - t["q1_ms"] for t in times]},
             customdata=[[*cells(row), f"{row['first_ms'] / 1e3:.2f} s"] for row in measured],
             hovertemplate="%{x:,} tokens: %{customdata[2]}<br>%{customdata[6]} keys per query, "
                           "%{customdata[7]} times the floor<br>first call, compilation included, %{customdata[8]}",
@@ -108,35 +93,24 @@ def _tokens(count: int) -> str:
 
 
 def _table(rows: list[dict]) -> str:
+    """The rows as HTML, with a line above each new length and a reason in place of the figures of a skipped case."""
     lines, before = [], None
     for row in rows:
-        kind = " ".join(("ours" if row["who"] == OURS else "", "first" if row["tokens"] != before else ""))
-        tokens, who, *rest = map(escape, cells(row))
-        more = "".join(f"<td>{cell}</td>" for cell in rest)
-        if row["status"] != "ok":
-            more = f'<td class="why" colspan="{len(rest)}">{rest[0]}</td>'
-        lines.append(f'<tr class="{kind.strip()}"><td>{tokens}</td><td>{who}</td>{more}</tr>')
+        kind = ("ours " if row["who"] == OURS else "") + ("first" if row["tokens"] != before else "")
+        lines.append((kind.strip(), cells(row) if row["status"] == "ok" else cells(row)[:3]))
         before = row["tokens"]
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in HEAD)
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+    return pages.table(HEAD, lines)
 
 
-def _machine(report: dict) -> str:
-    facts = {key: value for key, value in report.items() if isinstance(value, (str, int, float)) and key != "benchmark"}
-    facts |= report["settings"] | {key: f"{value:,.4g}" for key, value in report["rates"].items()}
-    lines = "".join(f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in facts.items())
-    return f'<table class="machine">{lines}</table>'
-
-
-def command(
+def page_command(
     report: Annotated[Path, typer.Argument(help="What `proteus bench sweep --out` wrote.", exists=True)],
     page: Annotated[Path, typer.Argument(help="HTML page to write.")],
 ) -> None:
     """Print a sweep's tables and write its page, wherever it was measured."""
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
-        text = markdown_report(found)
-    except (ValueError, KeyError, TypeError) as problem:
-        raise ValueError(f"REPORT {report}: must be what proteus bench sweep wrote") from problem
+        text = sweep_tables(found)
+    except (ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"REPORT {report}: must be what proteus bench sweep wrote") from err
     typer.echo(text)
     write_page(found, page)

@@ -1,11 +1,10 @@
-"""`proteus bench profile`: where the time of one call goes, by kernel (on a CPU: by operation)."""
+"""`proteus bench profile`: the time of one call by kernel (on a CPU: by operation)."""
 
 from __future__ import annotations
 
 import pkgutil
 import re
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -13,14 +12,14 @@ import typer
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from ...attention import AttentionConfig, backends
+from ...attention import AttentionConfig
+from ...attention.backends import fused
 from ...common import options
-from ...common.files import write_json
 from ...common.machine import environment, markdown
-from .measure import repeat_ms, summary, sync
-from .rivals import LABELS, OURS, Case, NotOffered, enter
+from .measure import publish, repeat_ms, summary, wait
+from .rivals import LABELS, OURS, BenchCase, NotOffered, enter
 from .row import quickest, reason
-from .table import PASSES, SCOPES, name
+from .table import PASSES, SCOPES, case_name
 
 BUDGET_S = 30.0  # of timed calls
 MATRIX = r"gemm(?!v)|nvjet|cutlass|xmma|wgmma|fmha|flash|sdpa|flex_attention|(?:^|::)(?:add|b|baddb)?mm$"
@@ -30,15 +29,14 @@ RULE = (f"a kernel runs matrix units if its name matches /{MATRIX}/ and not /{NO
 
 
 def our_matrix_kernels() -> set[str]:
-    """Triton functions of our backends that reach a `dot`; empty where Triton is not installed."""
+    """Triton functions of our backends that call `dot`, directly or not; empty where Triton is not installed."""
     sources: dict[str, str] = {}
-    for found in pkgutil.iter_modules(backends.__path__):
-        if found.name.startswith("triton"):
-            try:
-                module = import_module(f"{backends.__name__}.{found.name}")
-            except ImportError:
-                continue
-            sources |= {n: f.src for n, f in vars(module).items() if isinstance(getattr(f, "src", None), str)}
+    for found in pkgutil.iter_modules(fused.__path__, f"{fused.__name__}."):
+        try:
+            module = import_module(found.name)
+        except ImportError:
+            continue
+        sources |= {n: f.src for n, f in vars(module).items() if isinstance(getattr(f, "src", None), str)}
     reached, size = {"dot"}, 0
     while size != len(reached):
         size = len(reached)
@@ -48,43 +46,43 @@ def our_matrix_kernels() -> set[str]:
 
 
 def runs_matrix_units(kernel: str, ours: set[str]) -> bool:
-    """By name alone: `RULE`."""
+    """Whether a kernel runs matrix units by the rule in `RULE`, which looks at names only."""
     lower = kernel.lower()
     return kernel in ours or bool(re.search(MATRIX, lower) and not re.search(NOT_MATRIX, lower))
 
 
 def short(kernel: str) -> str:
-    """A C++ kernel's name without return type, namespaces and template arguments, with the functor that tells it."""
+    """A C++ kernel's name without return type, namespaces and template arguments, with its functor in brackets."""
     plain = re.sub(r"^void ", "", kernel)
     functor = re.search(r"(\w*Functor\w*|\w+_kernel_(?:cuda|impl))", plain)
     base = re.split(r"[<(]", plain)[0].split("::")[-1].strip() if not kernel.startswith("aten::") else kernel
-    told = f"{base} [{functor[1]}]" if functor and functor[1] != base else base
-    return told if len(told) <= 60 else f"{told[:57]}..."
+    name = f"{base} [{functor[1]}]" if functor and functor[1] != base else base
+    return name if len(name) <= 60 else f"{name[:57]}..."
 
 
 def by_kernel(run, device: torch.device, calls: int) -> list[dict]:
     """Kernels of one call, longest first: name, launches and milliseconds, each the mean of `calls` calls."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    sync(device)
+    wait(device)
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(calls):
             run()
-        sync(device)
+        wait(device)
     ours, rows = our_matrix_kernels(), []
     for event in profiler.key_averages():
         note = getattr(event, "is_user_annotation", False) or event.key.startswith("ProfilerStep")
         if note or (event.device_type == DeviceType.CUDA) != on_gpu:
             continue
-        took = event.self_device_time_total if on_gpu else event.self_cpu_time_total  # microseconds
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         rows.append({"kernel": event.key, "short": short(event.key), "calls": event.count / calls,
-                     "ms": took / calls / 1e3, "matrix": runs_matrix_units(event.key, ours)})  # fmt: skip
+                     "ms": microseconds / calls / 1e3, "matrix": runs_matrix_units(event.key, ours)})  # fmt: skip
     if not any(row["ms"] for row in rows):
-        raise OSError(f"the profiler saw no kernels on {device}: it may not be allowed to count here")
+        raise OSError(f"the profiler recorded no kernels on {device}: it may lack the permission")
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def command(
+def profile_command(
     tokens: Annotated[str, typer.Option(help="Tokens; 64k means 65,536.")] = "64k",
     who: Annotated[str, typer.Option(help=f"{OURS}, or one of {', '.join(LABELS)}.")] = OURS,
     scope: Annotated[str, typer.Option(help="layer or attention.")] = "layer",
@@ -113,7 +111,7 @@ def command(
     options.choose("--scope", scope, [*SCOPES])
     options.choose("--passes", passes, [*PASSES])
     length = options.parse_lengths(tokens, "--tokens")[0]
-    case = Case(scope, passes, length, who, AttentionConfig(**fields), dev, kind, seed)
+    case = BenchCase(scope, passes, length, who, AttentionConfig(**fields), dev, kind, seed)
     try:
         entry = enter(case)
         with torch.set_grad_enabled(passes == "training"), entry.context():
@@ -121,30 +119,28 @@ def command(
             times = summary(repeat_ms(run, dev, calls, BUDGET_S))
             rows = by_kernel(run, dev, calls)
     except (NotOffered, RuntimeError) as problem:
-        raise OSError(f"{name(case.key())}: {reason(problem)}") from problem
+        raise OSError(f"{case_name(case.key())}: {reason(problem)}") from problem
     busy = sum(row["ms"] for row in rows)
     matrix = sum(row["ms"] for row in rows if row["matrix"])
     report = {"benchmark": "profile", **environment(dev), **case.key(), "way": way, "backend": entry.facts()["backend"],
               "dtype": dtype, "seed": seed, "config": fields, "call": times, "kernels_ms": busy,
               "matrix_share": matrix / busy, "rule": RULE, "rows": rows}  # fmt: skip
-    typer.echo(table(report, top))
-    if out:
-        write_json(Path(out), report)
+    publish(report, profile_table(report, top), out)
 
 
-def table(report: dict, top: int) -> str:
+def profile_table(report: dict, top: int) -> str:
     """The report as Markdown: the `top` longest kernels, the rest in one line."""
     busy, rows = report["kernels_ms"], report["rows"]
     lines = [[row["short"], f"{row['calls']:g}", f"{row['ms']:.3f}", f"{row['ms'] / busy:.1%}",
               "yes" if row["matrix"] else ""] for row in rows[:top]]  # fmt: skip
     rest = rows[top:]
     if rest:
-        took = sum(row["ms"] for row in rest)
-        lines.append([f"{len(rest)} others", f"{sum(row['calls'] for row in rest):g}", f"{took:.3f}",
-                      f"{took / busy:.1%}", ""])  # fmt: skip
+        rest_ms = sum(row["ms"] for row in rest)
+        lines.append([f"{len(rest)} others", f"{sum(row['calls'] for row in rest):g}", f"{rest_ms:.3f}",
+                      f"{rest_ms / busy:.1%}", ""])  # fmt: skip
     what = "kernels" if report["device_type"] == "cuda" else "operations"
     head = (
-        f"{report['device']}, torch {report['torch']}, {report['dtype']}; {name(report)} ({report['backend']}), "
+        f"{report['device']}, torch {report['torch']}, {report['dtype']}; {case_name(report)} ({report['backend']}), "
         f"{report['scope']}, {report['passes']}, {report['tokens']:,} tokens, {report['config']['n_heads']} heads over "
         f"{report['groups']} KV groups: {report['call']['median_ms']:.3f} ms a call, {busy:.3f} ms of it in {what}, "
         f"{report['matrix_share']:.1%} of those on matrix units"

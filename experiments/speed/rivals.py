@@ -1,7 +1,7 @@
-"""Who is compared: our layer, and the others at the same shapes, inputs and weights' sizes.
+"""What the sweep compares: our attention and its rivals, with inputs and weights of the same shapes.
 
-A rival is an attention function over rotated `q (B, T, H, d)`, `k, v (B, T, G, d)`; as a whole layer it gets one
-fused projection in front and one behind. Two are layers of their own: `nn.MultiheadAttention`, native sparse attention.
+Most rivals are attention functions over rotated `q (B, T, H, d)`, `k, v (B, T, G, d)`; as a whole layer they get one
+fused projection in front and one behind. `nn.MultiheadAttention` and native sparse attention are layers themselves.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ LABELS = {
     "flex-dense": "FlexAttention, causal",
     "nsa": "native sparse attention (fla)",
 }
-EXACT = ("flash", "cudnn", "efficient", "fused", "mha", "flex-dense")  # dense attention, every key read
-PIECE = 1 << 16  # tokens of input drawn at a time: long inputs must not need twice their memory
+EXACT = ("flash", "cudnn", "efficient", "fused", "mha", "flex-dense")  # dense attention, which reads every key
+TOKENS_PER_DRAW = 1 << 16  # drawn at a time, so that long inputs do not need twice their memory
 CALIBRATION = 4096  # tokens that prototypes are fitted on
 TILE = 128  # FlexAttention's block
 NSA_BLOCK = 64  # keys per block that native sparse attention selects
 
 
 class NotOffered(Exception):
-    """A combination that a rival does not have, with the reason."""
+    """Raised for a combination that a rival does not support, with the reason."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One thing to measure: who, on what, at which length."""
+class BenchCase:
+    """One thing to measure: which attention, at which shapes, length and precision."""
 
     scope: str  # 'layer': hidden states (1, T, D) in and out; 'attention': un-rotated q, k, v to heads' outputs
     passes: str  # 'forward', or 'training': forward and backward
@@ -62,23 +62,23 @@ class Case:
     seed: int = 0
 
     def key(self) -> dict:
-        """What tells this case from the others of a run."""
+        """The values that distinguish this case from the others of a run."""
         alpha = ("auto" if self.cfg.flux_alpha is None else self.cfg.flux_alpha) if self.who == OURS else None
         return {"scope": self.scope, "passes": self.passes, "groups": self.cfg.n_kv_heads, "tokens": self.tokens,
                 "who": self.who, "alpha": alpha}  # fmt: skip
 
 
 @dataclass
-class Entry:
-    """A case with inputs and weights in place. The first of `leaves` has the shape of the output."""
+class ReadyCase:
+    """A case with its inputs and weights made. The first of `leaves` has the shape of the output."""
 
-    ways: dict[str, Callable[[], Tensor]]  # forward calls, each a way to run the same thing; the fastest counts
-    leaves: list[Tensor]  # what a training pass needs gradients of
-    facts: Callable[[], dict]  # what a call reads; runs the case once more, untimed
+    ways: dict[str, Callable[[], Tensor]]  # forward calls that compute the same; the fastest counts
+    leaves: list[Tensor]  # tensors that a training pass computes gradients of
+    facts: Callable[[], dict]  # statistics of a call; runs the case once more, untimed
     context: Callable[[], AbstractContextManager] = field(default=nullcontext)
 
 
-def enter(case: Case) -> Entry:
+def enter(case: BenchCase) -> ReadyCase:
     """Build a case. Raises `NotOffered`, `ImportError`, `RuntimeError` when it cannot be built here."""
     if case.who == OURS:
         return _our_layer(case) if case.scope == "layer" else _our_attention(case)
@@ -88,28 +88,28 @@ def enter(case: Case) -> Entry:
             raise NotOffered("it is a layer with projections of its own")
         layer = (_mha if case.who == "mha" else _nsa)(case)
         x, leaves = _hidden(case, layer)
-        return Entry({"": lambda: layer(x)}, leaves, facts)
+        return ReadyCase({"": lambda: layer(x)}, leaves, facts)
     ways, context = _flex(case) if case.who.startswith("flex") else _sdpa(case)
     freq = rope_frequencies(case.cfg.head_dim, case.cfg.rope_theta, case.device)
     if case.scope == "layer":
         layer = _place(PlainLayer(case.cfg, freq), case)
         x, leaves = _hidden(case, layer)
-        return Entry({name: partial(layer, x, attend) for name, attend in ways.items()}, leaves, facts, context)
+        return ReadyCase({name: partial(layer, x, attend) for name, attend in ways.items()}, leaves, facts, context)
     q, k, v, _ = make_inputs(case.cfg, case.tokens, case.device, case.dtype, case.seed)
     leaves = [x.requires_grad_(case.passes == "training") for x in (q, k, v)]
     at = torch.arange(case.tokens, device=case.device)
     calls = {name: lambda a=attend: a(rotate(q, at, freq), rotate(k, at, freq), v) for name, attend in ways.items()}
-    return Entry(calls, leaves, facts, context)
+    return ReadyCase(calls, leaves, facts, context)
 
 
 # -- inputs and weights ---------------------------------------------------------------------------------------
 
 
 def draw(tokens: int, n: int, width: int, topics: Tensor, gen: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Vectors `(1, tokens, n, width)` around shared `topics` (64, width), so that gates have something to find."""
+    """Vectors `(1, tokens, n, width)` around shared `topics` (64, width), so that keys form clusters."""
     out = torch.empty(1, tokens, n, width, dtype=dtype, device=topics.device)
-    for i in range(0, tokens, PIECE):
-        piece = out[:, i : i + PIECE]
+    for i in range(0, tokens, TOKENS_PER_DRAW):
+        piece = out[:, i : i + TOKENS_PER_DRAW]
         topic = torch.randint(64, piece.shape[:3], generator=gen, device=topics.device)
         piece.copy_(topics[topic] + torch.randn(piece.shape, generator=gen, device=topics.device))
     return out
@@ -125,7 +125,7 @@ def make_inputs(cfg: AttentionConfig, tokens: int, device, dtype, seed: int) -> 
     return q, k, v, gates.fit(k[:, :CALIBRATION], seed=seed)
 
 
-def _hidden(case: Case, layer: nn.Module) -> tuple[Tensor, list[Tensor]]:
+def _hidden(case: BenchCase, layer: nn.Module) -> tuple[Tensor, list[Tensor]]:
     """Hidden states `(1, T, D)`, and the leaves of a training pass."""
     gen = torch.Generator(case.device).manual_seed(case.seed)
     topics = torch.randn(64, case.cfg.d_model, generator=gen, device=case.device)
@@ -133,7 +133,7 @@ def _hidden(case: Case, layer: nn.Module) -> tuple[Tensor, list[Tensor]]:
     return x.requires_grad_(case.passes == "training"), [x, *layer.parameters()]
 
 
-def _place(layer: nn.Module, case: Case) -> nn.Module:
+def _place(layer: nn.Module, case: BenchCase) -> nn.Module:
     return layer.to(case.device, case.dtype).train(case.passes == "training")
 
 
@@ -157,7 +157,7 @@ class PlainLayer(nn.Module):
 # -- ours -----------------------------------------------------------------------------------------------------
 
 
-def _our_layer(case: Case) -> Entry:
+def _our_layer(case: BenchCase) -> ReadyCase:
     torch.random.default_generator.manual_seed(case.seed)
     layer = _place(ProteusAttention(case.cfg), case)
     x, leaves = _hidden(case, layer)
@@ -170,10 +170,10 @@ def _our_layer(case: Case) -> Entry:
         names = ("keys_per_query", "tokens_kept", "heads_awake", "flux_alpha", "backend", "backend_reason")
         return {name: getattr(stats, name) for name in names}
 
-    return Entry({"": lambda: layer(x)}, leaves, facts)
+    return ReadyCase({"": lambda: layer(x)}, leaves, facts)
 
 
-def _our_attention(case: Case) -> Entry:
+def _our_attention(case: BenchCase) -> ReadyCase:
     cfg = case.cfg
     q, k, v, gates = make_inputs(cfg, case.tokens, case.device, case.dtype, case.seed)
     freq, budget = rope_frequencies(cfg.head_dim, cfg.rope_theta, case.device), plan_budget(cfg, case.tokens)
@@ -187,14 +187,14 @@ def _our_attention(case: Case) -> Entry:
                 "backend_reason": result.backend_reason}  # fmt: skip
 
     leaves = [x.requires_grad_(case.passes == "training") for x in (q, k, v)]
-    return Entry({"": lambda: call(explain=False).out}, leaves, facts)
+    return ReadyCase({"": lambda: call(explain=False).out}, leaves, facts)
 
 
 # -- rivals ---------------------------------------------------------------------------------------------------
 
 
-def _rival_facts(case: Case) -> dict:
-    keys = (case.tokens + 1) / 2 if case.who in EXACT else None  # native sparse attention does not tell
+def _rival_facts(case: BenchCase) -> dict:
+    keys = (case.tokens + 1) / 2 if case.who in EXACT else None  # native sparse attention does not report it
     if case.who == "flex":
         window, anchors = _near(case.cfg)
         row = torch.arange(1, case.tokens + 1, dtype=torch.float64)
@@ -203,7 +203,7 @@ def _rival_facts(case: Case) -> dict:
             "backend": case.who, "backend_reason": LABELS[case.who]}  # fmt: skip
 
 
-def _sdpa(case: Case):
+def _sdpa(case: BenchCase):
     """Fused dense attention held to one kernel, with KV groups as they are and with keys and values repeated."""
     r = case.cfg.heads_per_group
 
@@ -229,11 +229,11 @@ def _near(cfg: AttentionConfig) -> tuple[int, int]:
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.cache_size_limit = 256  # past it, FlexAttention would run unfused and be called slow
+    torch._dynamo.config.cache_size_limit = 256  # beyond the limit FlexAttention would run unfused and look slow
     return torch.compile(flex_attention)
 
 
-def _flex(case: Case):
+def _flex(case: BenchCase):
     run, mask = _compiled_flex(), _flex_mask(case)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -243,8 +243,8 @@ def _flex(case: Case):
     return {"": attend}, nullcontext
 
 
-def _flex_mask(case: Case):
-    """The block mask, worked out block by block: spelled out pair by pair a long one would not fit."""
+def _flex_mask(case: BenchCase):
+    """The block mask, computed per block: one entry per pair of tokens would not fit in memory for long texts."""
     from torch.nn.attention.flex_attention import BlockMask
 
     window, anchors = (1 << 30, 0) if case.who == "flex-dense" else _near(case.cfg)
@@ -265,8 +265,8 @@ def _flex_mask(case: Case):
                                     seq_lengths=(case.tokens, case.tokens))  # fmt: skip
 
 
-def _mha(case: Case) -> nn.Module:
-    """`nn.MultiheadAttention` as it comes: a key head per query head, no rotation, its weights written out."""
+def _mha(case: BenchCase) -> nn.Module:
+    """`nn.MultiheadAttention` with returned weights: a key head per query head, no rotation, a T x T array."""
     cfg, T = case.cfg, case.tokens
     if cfg.n_heads * cfg.head_dim != cfg.d_model:
         raise NotOffered(f"nn.MultiheadAttention has d_model / heads = {cfg.d_model / cfg.n_heads:g} features per head")
@@ -277,8 +277,8 @@ def _mha(case: Case) -> nn.Module:
     return layer
 
 
-def _nsa(case: Case) -> nn.Module:
-    """Native sparse attention (Yuan et al. 2025) as `flash-linear-attention` has it, reading about L keys per query."""
+def _nsa(case: BenchCase) -> nn.Module:
+    """Native sparse attention (Yuan et al. 2025) from `flash-linear-attention`, reading about L keys per query."""
     try:
         from fla.layers.nsa import NativeSparseAttention
     except ImportError as missing:

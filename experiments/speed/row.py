@@ -1,21 +1,18 @@
-"""One row of a benchmark: a case run, timed, weighed and set beside its floor, or the reason why it was not."""
+"""One row of a benchmark: a case's times, memory and floor, or the reason why it could not run."""
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ...attention import AttentionConfig
-from ...common.options import DTYPES
 from .floor import floor
-from .measure import captured, clock, in_own_process, peak_in_process, release, repeat_ms, summary
-from .rivals import Case, Entry, NotOffered, enter
+from .measure import added_peak_mb, captured, clock, in_own_process, release, repeat_ms, summary
+from .rivals import BenchCase, NotOffered, ReadyCase, enter
 
 TIMINGS = ("eager", "graph", "both")
 OOM = "out of memory"
@@ -23,44 +20,49 @@ OOM_SIGNS = (OOM, "can't allocate", "cublas_status_alloc_failed")
 
 
 def attempt(
-    case: Case, repeats: int, budget_s: float, timing: str = "eager", rates: dict | None = None, memory: bool = False
+    case: BenchCase,
+    repeats: int,
+    budget_s: float,
+    timing: str = "eager",
+    rates: dict | None = None,
+    memory: bool = False,
 ) -> dict:
-    """A row: the case's key, a `status` ('ok', or why not) and, where it ran, what was measured.
+    """A row: the case's key, a `status` ("ok", or the reason why it did not run) and the measurements.
 
-    Never raises an `Exception`: one that cannot run does not end a table. repeats: timed calls, after a first one that
-    is kept apart; 0 runs a case once and no more. rates: from `measure_rates`, for floors. memory: on a CPU, weigh the
-    case in a process of its own (on CUDA it always is weighed, in this one).
+    Never raises an `Exception`, so one case that cannot run does not end a table. repeats: timed calls after the first
+    call, which is reported separately; 0 runs a case exactly once. rates: from `measure_rates`, for floors. memory: on
+    a CPU, measure memory in a process of its own (on CUDA it is always measured, in this process).
     """
     row = {**case.key(), "status": "ok"}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SDPA says at length why a kernel does not take a case; the row says it
+            warnings.simplefilter("ignore")  # of SDPA, about kernels that do not take a case; `status` says so
             row |= _measured(case, repeats, budget_s, timing, rates)
             if memory and case.device.type == "cpu":
-                row["extra_mb"] = _own_process_mb(case, row["way"])
+                row["extra_mb"] = in_own_process(added_mb, case, row["way"])
     except Exception as problem:
         row["status"] = reason(problem)
-    with suppress(RuntimeError):  # a device that a kernel broke refuses even this, and the row must not be lost
+    with suppress(RuntimeError):  # a device that a kernel broke refuses this too; keep the row
         release(case.device)
     return row
 
 
 def reason(problem: Exception) -> str:
     """Why a case did not run, in one line."""
-    said = " ".join(str(problem).split()) or type(problem).__name__
-    lower = said.lower()
+    message = " ".join(str(problem).split()) or type(problem).__name__
+    lower = message.lower()
     if isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or any(sign in lower for sign in OOM_SIGNS):
         return OOM
     if isinstance(problem, NotOffered):
-        return f"not offered: {said}"
+        return f"not offered: {message}"
     if isinstance(problem, ImportError):
-        return f"not installed: {said[:200]}"
+        return f"not installed: {message[:200]}"
     if "no available kernel" in lower or "no viable backend" in lower:
         return "no kernel for this case on this device"
-    return f"failed: {type(problem).__name__}: {said[:200]}"
+    return f"failed: {type(problem).__name__}: {message[:200]}"
 
 
-def _measured(case: Case, repeats: int, budget_s: float, timing: str, rates: dict | None) -> dict:
+def _measured(case: BenchCase, repeats: int, budget_s: float, timing: str, rates: dict | None) -> dict:
     entry = enter(case)
     device = case.device
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -77,18 +79,18 @@ def _measured(case: Case, repeats: int, budget_s: float, timing: str, rates: dic
             left = budget_s - once / 1e3
             more = repeat_ms(run, device, repeats - 1, left) if repeats > 1 and left > 0 else []
             row["eager"] = summary([once, *more])
-    taken = {name: row[name]["median_ms"] for name in ("eager", "graph") if "median_ms" in row.get(name, {})}
-    row["timing"] = min(taken, key=taken.get)
-    row["ms"] = taken[row["timing"]]
+    medians = {name: row[name]["median_ms"] for name in ("eager", "graph") if "median_ms" in row.get(name, {})}
+    row["timing"] = min(medians, key=medians.get)
+    row["ms"] = medians[row["timing"]]
     row["tokens_per_s"] = case.tokens / row["ms"] * 1e3
     return row | _facts(case, entry, row["ms"], rates)
 
 
-def _facts(case: Case, entry: Entry, ms: float, rates: dict | None) -> dict:
-    """What the case read, and its floor where that is known."""
+def _facts(case: BenchCase, entry: ReadyCase, ms: float, rates: dict | None) -> dict:
+    """Keys read, heads awake and tokens kept, and the case's floor where it is known."""
     try:
         facts = entry.facts()
-    except Exception as problem:  # the statistics of a call that itself fits may not fit
+    except Exception as problem:  # a call may fit in memory where its statistics do not
         return {"facts": reason(problem)}
     if rates and facts["keys_per_query"] is not None:
         facts["floor"] = floor(case, facts, rates)
@@ -96,18 +98,20 @@ def _facts(case: Case, entry: Entry, ms: float, rates: dict | None) -> dict:
     return facts
 
 
-def runnable(case: Case, entry: Entry, forward: Callable[[], Tensor]) -> Callable[[], object]:
-    """The call to time: `forward`, and in a training pass its backward to inputs and weights."""
+def runnable(case: BenchCase, entry: ReadyCase, forward: Callable[[], Tensor]) -> Callable[[], object]:
+    """The call to time: `forward`; in a training pass also its backward pass to inputs and weights."""
     if case.passes == "forward":
         return forward
     upstream = entry.leaves[0].detach().clone()
     return lambda: torch.autograd.grad(forward(), entry.leaves, upstream, allow_unused=True)
 
 
-def quickest(case: Case, entry: Entry, repeats: int):
-    """The faster of an entry's ways: name, call, ms of the first call (warm-up and compilation), of the second, and
-    its peak in bytes. A way that cannot run is passed over; the last one's error is raised if none can. Without
-    `repeats` the first way that runs, run once."""
+def quickest(case: BenchCase, entry: ReadyCase, repeats: int) -> tuple[str, Callable, float, float, int | None]:
+    """The fastest of the ways to run a case: (name, call, first ms, second ms, peak bytes of the second call).
+
+    The first call includes warm-up and compilation. A way that cannot run is passed over; if none can, the last one's
+    error is raised. With `repeats` 0, the first way that runs is called only once.
+    """
     tried, problem = [], None
     for name, forward in entry.ways.items():
         try:
@@ -117,7 +121,7 @@ def quickest(case: Case, entry: Entry, repeats: int):
                 return name, run, first[0], *first
             tried.append((name, run, first[0], *clock(run, case.device)))
         except Exception as error:
-            problem = error.with_traceback(None)  # its frames would hold the memory that ran out
+            problem = error.with_traceback(None)  # its stack frames would hold on to memory
             release(case.device)
     if not tried:
         raise problem
@@ -126,7 +130,7 @@ def quickest(case: Case, entry: Entry, repeats: int):
 
 def _graph(run, device: torch.device, repeats: int, budget_s: float, once: float) -> dict:
     if once > budget_s * 1e3 / 4:
-        return {"failed": f"not tried: in a call of {once / 1e3:.1f} s launches do not count"}
+        return {"failed": f"not tried: in a call of {once / 1e3:.1f} s the time of launches does not matter"}
     try:
         with captured(run, device) as replay:
             clock(replay, device)
@@ -135,26 +139,15 @@ def _graph(run, device: torch.device, repeats: int, budget_s: float, once: float
         return {"failed": reason(problem)}
 
 
-def _own_process_mb(case: Case, way: str) -> float:
-    """Peak resident memory, MB, that one call of the case adds to a CPU process which already holds its inputs."""
-    fields = {name: getattr(case, name) for name in ("scope", "passes", "tokens", "who", "seed")}
-    asked = {**fields, "cfg": case.cfg.to_dict(), "dtype": str(case.dtype).removeprefix("torch."), "way": way}
-    return float(in_own_process("proteus_playground.experiments.speed.row", [json.dumps(asked)]))
+def added_mb(case: BenchCase, way: str) -> float:
+    """Peak resident memory, MB, that one call of the case adds to a CPU process that already holds its inputs."""
 
+    def added(tokens: int) -> float:
+        same = replace(case, tokens=tokens)
+        entry = enter(same)
+        run = runnable(same, entry, entry.ways[way])
+        with torch.set_grad_enabled(same.passes == "training"), entry.context():
+            return added_peak_mb(run)
 
-def _probe(cfg: dict, dtype: str, way: str, tokens: int, **fields) -> float:
-    kind = {"cfg": AttentionConfig(**cfg), "dtype": DTYPES[dtype], "device": torch.device("cpu"), **fields}
-
-    def added(length: int) -> float:
-        case = Case(tokens=length, **kind)
-        entry = enter(case)
-        run = runnable(case, entry, entry.ways[way])
-        with torch.set_grad_enabled(case.passes == "training"), entry.context():
-            return peak_in_process(run)
-
-    added(min(tokens, 1024))  # what a process needs to run anything is not the case's
-    return added(tokens)
-
-
-if __name__ == "__main__":
-    print(_probe(**json.loads(sys.argv[1])))
+    added(min(case.tokens, 1024))  # warm-up: memory that a process needs to run anything is not the case's
+    return added(case.tokens)

@@ -1,4 +1,4 @@
-"""What Top-A does to sampled text: how often it repeats itself, how far heads agree, how likely dense finds it.
+"""The effect of Top-A on sampled text: repetition, agreement of the heads, likelihood under dense attention.
 
 Axes: `T` tokens of a prompt, `n` tokens written, `V` vocabulary.
 """
@@ -22,19 +22,19 @@ GRAM = 4
 
 
 @dataclass(frozen=True)
-class Written:
-    """One continuation and what is measured on it. The three arms of a prompt and a seed draw by the same numbers."""
+class Continuation:
+    """One continuation and its measurements. The three arms of a prompt and seed use the same random numbers."""
 
     arm: str
     prompt: int  # its index
     seed: int
     tokens: tuple[int, ...]
-    repetition: float  # share of its 4-grams that it had written before
+    repetition: float  # share of its 4-grams that occur in it before
     agreement: float  # mean over its tokens, as `ProteusLM.agreement`
     nll: float  # nats per token under the dense model
 
 
-def rows(
+def continuations(
     model: ProteusLM,
     prompts: Sequence[Tensor],
     dense: ProteusLM | None = None,
@@ -45,11 +45,11 @@ def rows(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 0.95,
-) -> Iterator[Written]:
+) -> Iterator[Continuation]:
     """Continue every prompt, `(T,)` int64 on the model's device, by every arm and seed.
 
-    dense: the model that judges; default the same weights at alpha 0. The model's own alpha holds while it writes.
-    Both models must be in evaluation mode. Raises `ValueError` naming the argument.
+    dense: the model that computes likelihoods; by default the same weights at alpha 0. The model writes at its own
+    alpha. Both models must be in evaluation mode. Raises `ValueError` naming the argument.
     """
     whole_number("new_tokens", new_tokens, GRAM)
     if dense is None:
@@ -63,11 +63,13 @@ def rows(
         for seed in seeds:
             for arm, top_a in arms.items():
                 ids = _continued(model, prompt, new_tokens, seed=seed, top_a=top_a, **settings)
-                yield Written(arm, index, seed, *measure(model, dense, ids, len(prompt)))
+                yield Continuation(arm, index, seed, *measure_text(model, dense, ids, len(prompt)))
 
 
 @torch.no_grad()
-def measure(model: ProteusLM, dense: ProteusLM, ids: Tensor, start: int) -> tuple[tuple[int, ...], float, float, float]:
+def measure_text(
+    model: ProteusLM, dense: ProteusLM, ids: Tensor, start: int
+) -> tuple[tuple[int, ...], float, float, float]:
     """Tokens of the text `(T + n,)` from `start` on, their repetition, mean agreement and mean NLL."""
     new, before = ids[start:], slice(start - 1, len(ids) - 1)
     trace = model(ids[None], return_trace=True)[1][-1]
@@ -77,12 +79,12 @@ def measure(model: ProteusLM, dense: ProteusLM, ids: Tensor, start: int) -> tupl
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """Share of a text's 4-grams that stood in it before; 0 for a text of fewer than 4 tokens."""
+    """Share of a text's 4-grams that occur in it before; 0 for a text of fewer than 4 tokens."""
     grams = [tuple(tokens[i : i + GRAM]) for i in range(len(tokens) - GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _continued(model: ProteusLM, prompt: Tensor, new_tokens: int, **settings) -> Tensor:
-    state = model.new_state(1, tokens=len(prompt) + new_tokens)  # budgets of the whole text, as in `measure`
+    state = model.new_state(1, tokens=len(prompt) + new_tokens)  # budgets of the whole text, as in `measure_text`
     new = torch.cat(list(model.generate(prompt[None], new_tokens, state=state, **settings)))
     return torch.cat((prompt, new))

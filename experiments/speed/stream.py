@@ -1,11 +1,11 @@
 """`proteus bench stream`: both passes of the chunked shortlist over embeddings, each case in a process of its own.
 
-The sizes are those of the original's million-token demonstration, whose pass 1 took 134 s on Colab's CPU.
+The default sizes are those of the original's demonstration with a million tokens, whose pass 1 took 134 s on Colab's
+CPU.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from ...attention import AttentionConfig, ProteusAttention
 from ...common import options
-from ...common.files import write_json
 from ...common.machine import environment, markdown
 from ...streaming.buffer import StreamPlan
 from ...streaming.layer_scorer import LayerScorer
@@ -29,16 +28,16 @@ from ...streaming.run import run
 from ...streaming.second_pass import attend_over
 from ...streaming.sources import open_document
 from ...streaming.stores import generated
-from .measure import in_own_process, peak_mb, summary, sync
+from .measure import in_own_process, measured_on, peak_mb, publish, summary, wait
 
-ORIGINAL = 7_813  # tokens/s
+ORIGINAL_SPEED = 7_813  # tokens/s of the original's pass 1
 STORAGE = ("ram", "disk", "generated", "device")
 BY = ("prompt", "salience")
 FITTED = 8192  # rows that prototypes are fitted to
 
 
 @dataclass(frozen=True)
-class Case:
+class StreamCase:
     """One row of the table."""
 
     tokens: int
@@ -53,15 +52,10 @@ class Case:
     repeats: int
     file: str = ""  # holds the embeddings where `storage` is ram or disk
 
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        fields = json.loads(text)
-        return cls(**fields | {"plan": StreamPlan(**fields["plan"])})
-
 
 @dataclass(frozen=True)
 class OnDevice:
-    """Embeddings made on the GPU when they are read, block by block: a document that never crosses the bus."""
+    """Embeddings that are made on the device, block by block, when they are read, and so are never copied to it."""
 
     tokens: int
     width: int
@@ -84,8 +78,8 @@ class OnDevice:
         return torch.randn(self.block, self.width, generator=draw, device=self.device)
 
 
-class Watched:
-    """A store that knows how long it has been read."""
+class TimedStore:
+    """A store that measures how long reading takes."""
 
     def __init__(self, store):
         self.store, self.fingerprint, self.seconds = store, store.fingerprint, 0.0
@@ -100,8 +94,8 @@ class Watched:
         return rows
 
 
-def measure(case: Case) -> dict:
-    """Pass 1 `repeats` times, then pass 2 as often, in this process."""
+def measure_stream(case: StreamCase) -> dict:
+    """One row of the table: pass 1 and then pass 2, each `repeats` times, in this process."""
     device = options.pick_device(case.device)
     store, why = open_case(case, device)
     torch.manual_seed(case.seed)
@@ -109,41 +103,34 @@ def measure(case: Case) -> dict:
     attn.calibrate(torch.as_tensor(store.read(0, min(FITTED, len(store)))).to(device)[None])
     prompt = torch.randn(case.prompt_rows, case.width).to(device)
     scorer = LayerScorer(attn, prompt if case.by == "prompt" else None)
-    scorer.score(store.read(0, min(case.plan.chunk_tokens, len(store))))  # warm
+    scorer.score(store.read(0, min(case.plan.chunk_tokens, len(store))))  # warm-up
     first, reading, second = [], [], []
     for _ in range(case.repeats):
-        watched = Watched(store)
+        timed = TimedStore(store)
         begun = perf_counter()
-        for step in run(watched, scorer, case.plan):
-            kept = step.buffer  # and no step before it: each holds a buffer
+        for step in run(timed, scorer, case.plan):
+            kept = step.buffer  # only the last step is kept in memory: every step holds a buffer
         first.append((perf_counter() - begun) * 1e3)
-        reading.append(watched.seconds * 1e3 / first[-1])
+        reading.append(timed.seconds * 1e3 / first[-1])
     held = peak_mb()
     for _ in range(case.repeats):
         begun = perf_counter()
         attend_over(attn, store, kept, prompt)
-        sync(device)
+        wait(device)
         second.append((perf_counter() - begun) * 1e3)
     row = {
-        "tokens": case.tokens,
-        "storage": case.storage,
-        "why": why,
-        "by": case.by,
-        "kept": len(kept),
-        "pass_1": summary(first),
-        "tokens_per_s": case.tokens / summary(first)["median_ms"] * 1e3,
-        "reading_share": float(np.median(reading)),
-        "pass_1_peak_mb": held,
-        "pass_2": summary(second),
+        "tokens": case.tokens, "storage": case.storage, "why": why, "by": case.by, "kept": len(kept),
+        "pass_1": summary(first), "tokens_per_s": case.tokens / summary(first)["median_ms"] * 1e3,
+        "reading_share": float(np.median(reading)), "pass_1_peak_mb": held, "pass_2": summary(second),
         "peak_mb": peak_mb(),
-    }
+    }  # fmt: skip
     if device.type == "cuda":
         row["peak_device_mb"] = torch.cuda.max_memory_allocated(device) / 1e6
     return row | environment(device)
 
 
-def open_case(case: Case, device: torch.device):
-    """The store, and why its rows lie where they do."""
+def open_case(case: StreamCase, device: torch.device):
+    """The store, and a sentence that says where its rows are kept and why."""
     if case.storage == "device":
         rows = OnDevice(case.tokens, case.width, case.plan.chunk_tokens, case.seed, device)
         return rows, f"made on {device.type} when read"
@@ -157,7 +144,7 @@ def open_case(case: Case, device: torch.device):
 
 
 def write_embeddings(path: Path, tokens: int, width: int, seed: int, step: int = 1 << 16) -> None:
-    """A .npy of `generated` embeddings, written in pieces."""
+    """Write a .npy file of `generated` embeddings, `step` rows at a time."""
     store = generated(tokens, seed=seed, width=width)
     with open(path, "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (tokens, width)}
@@ -166,7 +153,7 @@ def write_embeddings(path: Path, tokens: int, width: int, seed: int, step: int =
             store.read(start, min(start + step, tokens)).tofile(file)
 
 
-def command(
+def bench_stream_command(
     lengths: options.Lengths = "1m",
     storage: Annotated[str, typer.Option(help=f"Of {', '.join(STORAGE)}.")] = "ram,disk",
     by: Annotated[str, typer.Option(help=f"What scores: of {', '.join(BY)}.")] = "prompt,salience",
@@ -195,54 +182,32 @@ def command(
             file = Path(place) / "embeddings.npy"
             if {"ram", "disk"} & set(places):
                 write_embeddings(file, tokens, width, seed)
-            case = Case(tokens, "", "", plan, width, heads, prompt_rows, device, seed, repeats, str(file))
+            case = StreamCase(tokens, "", "", plan, width, heads, prompt_rows, device, seed, repeats, str(file))
             for where, way in product(places, ways):
-                text = json.dumps(asdict(replace(case, storage=where, by=way)))
-                rows.append(json.loads(in_own_process("proteus_playground.experiments.speed.stream", [text])))
+                rows.append(in_own_process(measure_stream, replace(case, storage=where, by=way)))
     shared = {name: rows[-1].pop(name) for name in environment(torch.device(device))} if rows else {}
-    report = {
-        "benchmark": "stream",
-        **shared,
-        "dtype": "float32",
-        "seed": seed,
-        "plan": asdict(plan),
-        "width": width,
-        "heads": heads,
-        "prompt_rows": prompt_rows,
-        "rows": [{name: value for name, value in row.items() if name not in shared} for row in rows],
-    }
-    typer.echo(table(report))
-    if out:
-        write_json(Path(out), report)
+    about = {"dtype": "float32", "seed": seed, "plan": asdict(plan), "width": width, "heads": heads,
+             "prompt_rows": prompt_rows}  # fmt: skip
+    rows = [{name: value for name, value in row.items() if name not in shared} for row in rows]
+    report = {"benchmark": "stream", **shared, **about, "rows": rows}
+    publish(report, stream_table(report), out)
 
 
-def table(report: dict) -> str:
-    """The report as Markdown, with the line that says where it was measured."""
+def stream_table(report: dict) -> str:
+    """The report as Markdown, with a line that says where it was measured."""
     plan = report["plan"]
     rows = [
         [
-            f"{r['tokens']:,}",
-            r["storage"],
-            r["by"],
-            f"{r['tokens_per_s']:,.0f} ({r['pass_1']['runs']} runs)",
-            f"{r['tokens_per_s'] / ORIGINAL:.0f}x",
-            f"{r['reading_share']:.0%}",
-            f"{r['kept']:,}",
-            f"{r['pass_1_peak_mb']:,.0f}",
-            f"{r['pass_2']['median_ms'] / 1e3:.2f}",
-            f"{r['peak_mb']:,.0f}",
+            f"{r['tokens']:,}", r["storage"], r["by"], f"{r['tokens_per_s']:,.0f} ({r['pass_1']['runs']} runs)",
+            f"{r['tokens_per_s'] / ORIGINAL_SPEED:.0f}x", f"{r['reading_share']:.0%}", f"{r['kept']:,}",
+            f"{r['pass_1_peak_mb']:,.0f}", f"{r['pass_2']['median_ms'] / 1e3:.2f}", f"{r['peak_mb']:,.0f}",
         ]
         for r in report["rows"]
-    ]
-    head = ["tokens", "document", "score", "pass 1, tokens/s", "vs original", "reading", "kept"]
-    head += ["peak MB, pass 1", "pass 2, s", "peak MB"]
+    ]  # fmt: skip
+    head = ["tokens", "document", "score", "pass 1, tokens/s", "vs original", "reading", "kept", "peak MB, pass 1",
+            "pass 2, s", "peak MB"]  # fmt: skip
     return (
-        f"{report['device']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, seed "
-        f"{report['seed']}; embeddings of width {report['width']}, {report['heads']} heads, prompt of "
+        f"{measured_on(report)}; embeddings of width {report['width']}, {report['heads']} heads, prompt of "
         f"{report['prompt_rows']} rows; chunk {plan['chunk_tokens']:,}, buffer {plan['buffer_tokens']:,}, budget "
         f"{plan['per_chunk_budget']:,}, nucleus {plan['nucleus']:g}\n\n{markdown(head, rows)}"
     )
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(Case.parse(sys.argv[1]))))

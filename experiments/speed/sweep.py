@@ -1,12 +1,13 @@
-"""`proteus bench sweep`: us and our rivals by length, in one run that can be stopped and resumed.
+"""`proteus bench sweep`: our attention and its rivals by length, in one run that can be stopped and resumed.
 
-Every row is saved as soon as it is measured; what cannot run is a row that says why.
+Every row is saved as soon as it is measured. A case that cannot run becomes a row with the reason.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +19,13 @@ from ...attention import AttentionConfig
 from ...common import options
 from ...common.files import write_json
 from ...common.machine import environment
+from ...common.progress import resumable
+from ...common.runs import differences
 from .floor import measure_rates
-from .measure import release, sync
-from .rivals import LABELS, OURS, Case, Rivals
+from .measure import release, wait
+from .rivals import LABELS, OURS, BenchCase, Rivals
 from .row import OOM, TIMINGS, attempt
-from .table import PASSES, SCOPES, markdown_report, name
+from .table import PASSES, SCOPES, case_name, sweep_tables
 
 KEY = ("scope", "passes", "groups", "tokens", "who", "alpha")
 
@@ -32,7 +35,7 @@ def key(row: dict) -> tuple:
 
 
 class Sweep:
-    """A report as it grows, and the file that it lives in (None: nowhere)."""
+    """A report that grows row by row, and the file that it is saved in (None: not saved)."""
 
     def __init__(self, report: dict, path: Path | None):
         self.report, self.path = report, path
@@ -41,16 +44,18 @@ class Sweep:
         if self.path:
             write_json(self.path, self.report)
 
-    def missing(self, cases: list[Case]) -> list[Case]:
-        """Cases that have no row yet."""
+    def missing(self, cases: list[BenchCase]) -> list[BenchCase]:
+        """Cases without a row."""
         done = {key(row) for row in self.report["rows"]}
         return [case for case in cases if key(case.key()) not in done]
 
-    def run(self, cases: list[Case], limit_s: float, budget_s: float, **how) -> None:
-        """Measure the cases that have no row yet, `how` being what `attempt` takes.
+    def run(
+        self, cases: list[BenchCase], limit_s: float, budget_s: float, *, weighed: Collection[str] = (), **options
+    ) -> None:
+        """Measure the cases without a row. `options` go to `attempt`, as does `memory` for the cases of `weighed`.
 
-        Ends between two rows once `limit_s` seconds are spent (0: never); what is then missing, or after Ctrl-C, is
-        listed in `left_out`. Raises `OSError` when a row broke the device for every later one.
+        Ends after the row in which `limit_s` seconds are over (0: never). Cases that are then missing, or missing after
+        Ctrl-C, are listed in `left_out`. Raises `OSError` when a row broke the device for all later rows.
         """
         end, rows = time.monotonic() + (limit_s or float("inf")), self.report["rows"]
         try:
@@ -58,22 +63,25 @@ class Sweep:
             for case in bar:
                 if time.monotonic() > end:
                     break
-                bar.set_postfix_str(f"{case.tokens:,} {case.scope} {case.passes} {name(case.key())}")
+                bar.set_postfix_str(f"{case.tokens:,} {case.scope} {case.passes} {case_name(case.key())}")
                 skip = skipped(case, rows, budget_s)
-                rows.append(case.key() | {"status": skip} if skip else attempt(case, budget_s=budget_s, **how))
+                if skip:
+                    rows.append(case.key() | {"status": skip})
+                else:
+                    rows.append(attempt(case, budget_s=budget_s, memory=case.who in weighed, **options))
                 self.save()
-                sync(case.device)
-        except RuntimeError as lost:
-            raise OSError(f"{case.device} answers no more after the last row; run the command again ({lost})") from lost
+                wait(case.device)
+        except RuntimeError as err:
+            raise OSError(f"{case.device} failed in the last row; run the command again ({err})") from err
         finally:
             self.report["left_out"] = [case.key() for case in self.missing(cases)]
             self.save()
 
 
-def skipped(case: Case, rows: list[dict], budget_s: float) -> str | None:
-    """Why a case is not tried, after what became of it at a shorter length.
+def skipped(case: BenchCase, rows: list[dict], budget_s: float) -> str | None:
+    """Why a case is not tried: at a shorter length it did not run or took more than `budget_s` seconds for a call.
 
-    What did not run, or took more than `budget_s` for a call, is not tried again; ours is, unless memory ran out.
+    Our own cases are tried again after every failure except one for lack of memory.
     """
     for row in rows:
         shorter = row["tokens"] < case.tokens and key(row | {"tokens": case.tokens}) == key(case.key())
@@ -87,7 +95,7 @@ def skipped(case: Case, rows: list[dict], budget_s: float) -> str | None:
 
 
 def open_sweep(out: str, fresh: bool, new: dict) -> Sweep:
-    """A sweep over the file's rows, or over none. Raises `ValueError` when the file's rows are not comparable."""
+    """The sweep of a file, or a new one. Raises `ValueError` for rows that were measured under other conditions."""
     path = Path(out) if out else None
     if fresh or not path or not path.exists():
         return Sweep(new, path)
@@ -95,27 +103,26 @@ def open_sweep(out: str, fresh: bool, new: dict) -> Sweep:
         old = json.loads(path.read_text(encoding="utf-8"))
         here, there = ({**r["settings"], "device": r["device"], "torch": r["torch"]} for r in (new, old))
         held = len([key(row) for row in old["rows"]])
-    except (ValueError, KeyError, TypeError) as problem:
-        raise ValueError(f"--out {out}: exists and is no sweep's report; choose another file, or --fresh") from problem
-    apart = [f"{part} {there.get(part)!r}, now {here.get(part)!r}" for part in {**there, **here}
-             if there.get(part) != here.get(part)]  # fmt: skip
-    if apart:
-        raise ValueError(f"--out {out}: holds {held} rows measured otherwise ({'; '.join(apart)}); choose the same "
+    except (ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"--out {out}: exists and is no sweep's report; choose another file, or --fresh") from err
+    other = [f"{name} {old!r}, now {new!r}" for name, (new, old) in differences(here, there).items()]
+    if other:
+        raise ValueError(f"--out {out}: holds {held} rows measured otherwise ({'; '.join(other)}); choose the same "
                          "settings, another file, or --fresh to start over")  # fmt: skip
     return Sweep({**new, **old}, path)
 
 
-def plan(axes: dict[str, list], fields: dict, **fixed) -> list[Case]:
+def plan_cases(axes: dict[str, list], fields: dict, **fixed) -> list[BenchCase]:
     """Every case of a sweep, shortest first, ours first. Raises `ValueError` when a config does not hold."""
     cases = {}
     for tokens, scope, passes, groups, who, alpha in product(*axes.values()):
         cfg = AttentionConfig(**{**fields, "n_kv_heads": groups, "flux_alpha": alpha})
-        case = Case(scope, passes, tokens, who, cfg, **fixed)
-        cases.setdefault(key(case.key()), case)  # a rival has no alpha: it comes once
+        case = BenchCase(scope, passes, tokens, who, cfg, **fixed)
+        cases.setdefault(key(case.key()), case)  # a rival has no alpha, so it is measured once
     return list(cases.values())
 
 
-def command(
+def sweep_command(
     lengths: options.Lengths = "4k..1m",
     d_model: options.Width = 512,
     heads: options.Heads = 8,
@@ -141,7 +148,7 @@ def command(
     page: Annotated[str, typer.Option(help="HTML page to write.")] = "",
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Add to the rows in --out, or start over.")] = True,
 ) -> None:
-    """Us and rivals by length: time, memory, reads, floor. Ctrl-C stops it; the same command goes on from there."""
+    """Our attention and rivals by length: time, memory, reads, floor. After Ctrl-C the same command goes on."""
     dev, kind = options.pick_device(device), options.choose("--dtype", dtype, options.DTYPES)
     options.choose("--timing", timing, TIMINGS)
     axes = {
@@ -154,7 +161,7 @@ def command(
     }
     fields = {"d_model": d_model, "n_heads": heads, "head_dim": head_dim, "shortlist": shortlist, "backend": backend,
               "route_heads": False, **options.parse_config(config)}  # fmt: skip
-    cases = plan(axes, fields, device=dev, dtype=kind, seed=seed)
+    cases = plan_cases(axes, fields, device=dev, dtype=kind, seed=seed)
     settings = {**fields, "dtype": dtype, "seed": seed, "repeats": repeats, "budget_s": budget_s, "timing": timing,
                 "cap_gb": cap}  # fmt: skip
     report = {"benchmark": "sweep", **environment(dev), "settings": settings, "rates": {}, "rows": [], "left_out": []}
@@ -162,25 +169,19 @@ def command(
     options.hold_to(cap, dev)
     sweep.report["rates"] = sweep.report["rates"] or measure_rates(dev, kind)
     release(dev)
-    how = {"repeats": repeats, "timing": timing, "rates": sweep.report["rates"], "memory": memory}
-    stopped = False
-    try:
-        sweep.run(cases, limit_s, budget_s, **how)
-    except KeyboardInterrupt:
-        stopped = True
-    _tell(sweep, page)
-    if stopped:
-        raise typer.Exit(130)
+    how = {"repeats": repeats, "timing": timing, "rates": sweep.report["rates"]}
+    with resumable("", report=lambda: _show(sweep, page)):
+        sweep.run(cases, limit_s, budget_s, weighed=[OURS, *LABELS] if memory else [], **how)
 
 
-def _tell(sweep: Sweep, page: str) -> None:
-    """Print the tables, draw the page, and say how to go on where rows are missing."""
-    typer.echo(markdown_report(sweep.report))
+def _show(sweep: Sweep, page: str) -> None:
+    """Print the tables, write the page, and say how to go on where rows are missing."""
+    typer.echo(sweep_tables(sweep.report))
     if page:
         from .page import write_page
 
         write_page(sweep.report, Path(page))
-    left = len(sweep.report["left_out"])
-    if left:
+    missing = len(sweep.report["left_out"])
+    if missing:
         how = "the same command goes on from there" if sweep.path else "without --out nothing was kept"
-        typer.echo(f"Stopped with {left} rows to go: {how}.", err=True)
+        typer.echo(f"Stopped with {missing} rows to go: {how}.", err=True)

@@ -12,23 +12,25 @@ PASSES = {"forward": "forward", "training": "forward + backward"}
 HEAD = ["tokens", "who", "ms (q1–q3)", "vs best dense", "peak MB", "tokens/s", "keys/query", "x floor"]
 
 
-def name(row: dict) -> str:
-    """Who a row is about, as people read it."""
+def case_name(row: dict) -> str:
+    """The name of a row's attention in tables and figures."""
     if row["who"] != OURS:
         return LABELS[row["who"]]
     return "Proteus, α by length" if row["alpha"] == "auto" else f"Proteus, α = {row['alpha']:g}"
 
 
-def panels(report: dict) -> list[tuple[str, list[dict]]]:
-    """Heading and rows of each table, by length, rows with their `speedup` over the best dense one. A reason that has
-    nothing to do with the length stands once."""
+def sections(report: dict) -> list[tuple[str, list[dict]]]:
+    """Heading and rows of each table, by length. Each row gets its `speedup` over the fastest dense row.
 
-    def panel(row):
+    A case that is skipped for a reason that does not depend on the length is shown at its first length only.
+    """
+
+    def section(row):
         return [*SCOPES].index(row["scope"]), [*PASSES].index(row["passes"]), row["groups"]
 
     found = []
     rows = [row for row in report["rows"] if not row["status"].startswith(("skipped: not ", "skipped: no "))]
-    for (scope, passes, groups), same in groupby(sorted(rows, key=panel), key=panel):
+    for (scope, passes, groups), same in groupby(sorted(rows, key=section), key=section):
         kind = f"{[*SCOPES.values()][scope]}; {[*PASSES.values()][passes]}"
         title = f"{kind}; {report['settings']['n_heads']} heads over {groups} KV groups"
         found.append((title, [row | {"speedup": best / row["ms"] if best and "ms" in row else None}
@@ -44,17 +46,17 @@ def _with_best(rows: list[dict]):
 
 
 def cells(row: dict) -> list[str]:
-    """A row of the table; a dash where nothing was measured."""
+    """One row of the table, with a dash where nothing was measured."""
     if row["status"] != "ok":
-        return [f"{row['tokens']:,}", name(row), row["status"], *["–"] * 5]
-    taken = row[row["timing"]]
-    quartiles = f"{_short(row['ms'])} ({_short(taken['q1_ms'])}–{_short(taken['q3_ms'])}) {row['timing']}"
+        return [f"{row['tokens']:,}", case_name(row), row["status"], *["–"] * 5]
+    times = row[row["timing"]]
+    quartiles = f"{_short(row['ms'])} ({_short(times['q1_ms'])}–{_short(times['q3_ms'])}) {row['timing']}"
     if "failed" in row.get("graph", {}):
         quartiles += "; no graph"
     memory = row.get("peak_mb")
     return [
         f"{row['tokens']:,}",
-        name(row) + (f", {row['way']}" if row["way"] else ""),
+        case_name(row) + (f", {row['way']}" if row["way"] else ""),
         quartiles,
         f"{row['speedup']:.2f}x" if row["speedup"] else "–",
         f"{memory:,.0f}" if memory else (f"+{row['extra_mb']:,.0f}" if "extra_mb" in row else "–"),
@@ -69,7 +71,7 @@ def _short(ms: float) -> str:
 
 
 def about(report: dict) -> str:
-    """Where and how it was measured, in one line each."""
+    """Where and how the sweep was measured, one line each."""
     s, rates = report["settings"], report["rates"]
     lines = [
         f"{report['device']}, {report['threads']} threads, torch {report['torch']}, Python {report['python']}, "
@@ -77,16 +79,17 @@ def about(report: dict) -> str:
         f"{s['n_heads']} heads of {s['head_dim']}, L = {s['shortlist']}, backend {s['backend']}",
         f"up to {s['repeats']} calls or {s['budget_s']:g} s a row, timing {s['timing']}"
         + (f", {s['cap_gb']:g} GB at most" if s["cap_gb"] else "")
-        + "; peak MB holds inputs and weights, with a + it is what the call adds to them",
+        + "; peak MB includes inputs and weights; with a + it is what the call adds to them",
         f"measured rates: {rates['matmul_flops_per_s'] / 1e12:,.4g} TFLOP/s matmul, "
         f"{rates['copy_bytes_per_s'] / 1e9:,.4g} GB/s copy" if rates else "no rates",
     ]  # fmt: skip
     if report["left_out"]:
         rest = report["left_out"]
-        lines.append(f"{len(rest)} rows left out, from {name(rest[0])} at {rest[0]['tokens']:,} tokens on")
+        lines.append(f"{len(rest)} rows left out, from {case_name(rest[0])} at {rest[0]['tokens']:,} tokens on")
     return "\n".join(lines)
 
 
-def markdown_report(report: dict) -> str:
-    tables = [f"**{title}**\n\n{markdown(HEAD, [cells(row) for row in rows])}" for title, rows in panels(report)]
+def sweep_tables(report: dict) -> str:
+    """The whole report as Markdown."""
+    tables = [f"**{title}**\n\n{markdown(HEAD, [cells(row) for row in rows])}" for title, rows in sections(report)]
     return "\n\n".join([about(report), *tables])

@@ -1,9 +1,8 @@
-"""`proteus bench top-a`: what Top-A does to the text that a small model writes: repetition, agreement, likelihood."""
+"""`proteus bench top-a`: repetition, agreement and likelihood of a small model's text with and without Top-A."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated
 
@@ -11,25 +10,26 @@ import torch
 import typer
 from tqdm import tqdm
 
-from ...common.files import check_place, write_json
+from ...common.files import check_place
 from ...common.machine import environment, markdown
 from ...common.options import Alpha, Device, Out, Seed, pick_device
 from ...lm.model import ProteusLM
 from ...lm.shelf import ShelfTokenizer, shelf
 from ...lm.shelf.exam import HELD_OUT
 from ...lm.shipped import load_shipped
-from .sampling_effect import ARMS, Written, rows
+from .measure import publish
+from .sampling_effect import ARMS, Continuation, continuations
 
 MEASURED = {"repetition": "repeated 4-grams", "agreement": "agreement", "nll": "nats per token under dense"}
 
 
-def command(
+def top_a_command(
     model: Annotated[str, typer.Option(help="A file of ProteusLM.save; the shipped shelf-mini if left out.")] = "",
     prompts: Annotated[int, typer.Option(help="Shelves to write on.", min=1)] = 8,
     seeds: Annotated[int, typer.Option(help="Continuations of each, by every arm.", min=1)] = 3,
     tokens: Annotated[int, typer.Option(help="Tokens written.", min=4)] = 128,
     alpha: Alpha = 1.0,
-    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Temperature of sampling.")] = 1.0,
     device: Device = "cpu",
     seed: Seed = 0,
     out: Out = "",
@@ -42,23 +42,27 @@ def command(
     lm.set_flux_alpha(alpha)
     begun = [shelf(HELD_OUT + seed * 1000 + i, 60).text for i in range(prompts)]
     ids = [torch.tensor(tokenizer.encode(text), device=dev) for text in begun]
-    written = rows(lm, ids, new_tokens=tokens, seeds=range(seeds), temperature=temperature)
-    found: dict[str, list[Written]] = defaultdict(list)
+    written = continuations(lm, ids, new_tokens=tokens, seeds=range(seeds), temperature=temperature)
+    found: dict[str, list[Continuation]] = defaultdict(list)
     for one in tqdm(written, total=prompts * seeds * len(ARMS), unit="text"):
         found[one.arm].append(one)
-    table = [{"arm": arm} | {name: _mean(some, name) for name in MEASURED} for arm, some in found.items()]
-    report = {"benchmark": "top-a", **environment(dev), "dtype": "float32", "seed": seed, "alpha": alpha, "rows": table}
+    rows = [{"arm": arm} | {name: _mean(some, name) for name in MEASURED} for arm, some in found.items()]
+    report = {"benchmark": "top-a", **environment(dev), "dtype": "float32", "seed": seed, "alpha": alpha, "rows": rows}
     report |= {"temperature": temperature, "tokens": tokens, "texts": prompts * seeds}
-    typer.echo(
-        f"{report['device']}, torch {report['torch']}, float32, seed {seed}; {prompts * seeds} texts, {tokens} tokens, "
-        f"per arm; alpha {alpha:g}, temperature {temperature:g}, Top-P 0.95; mean ± standard error\n"
+    publish(report, top_a_table(report), out)
+
+
+def top_a_table(report: dict) -> str:
+    """The report as Markdown, with a line that says where it was measured."""
+    about = (
+        f"{report['device']}, torch {report['torch']}, float32, seed {report['seed']}; {report['texts']} texts, "
+        f"{report['tokens']} tokens, per arm; alpha {report['alpha']:g}, temperature {report['temperature']:g}, "
+        "Top-P 0.95; mean ± standard error"
     )
-    typer.echo(markdown(["Top-A", *MEASURED.values()], [_cells(row) for row in table]))
-    if out:
-        write_json(Path(out), report)
+    return f"{about}\n\n{markdown(['Top-A', *MEASURED.values()], [_cells(row) for row in report['rows']])}"
 
 
-def _mean(some: list[Written], name: str) -> dict:
+def _mean(some: list[Continuation], name: str) -> dict:
     values = [getattr(one, name) for one in some]
     return {"mean": fmean(values), "error": stdev(values) / len(values) ** 0.5 if len(values) > 1 else None}
 

@@ -108,8 +108,9 @@ def models_heads(
         typer.echo(f"{heads}: {step.mean:.2%}, {step.within:.0%}")
 
 
-def _forward(name: str, module: str, summary: str, group: typer.Typer = bench_app) -> None:
-    """Add a command whose options and help stand in `module.command` and are read when it is called."""
+def _forward(name: str, function: str, summary: str, group: typer.Typer = bench_app) -> None:
+    """Add a command. Its options and help are those of `function`, "module:name", imported when it is called."""
+    module, name_there = function.split(":")
     called = f"proteus bench {name}" if group is bench_app else f"proteus {name}"
 
     @group.command(
@@ -120,31 +121,29 @@ def _forward(name: str, module: str, summary: str, group: typer.Typer = bench_ap
     )
     def forward(context: typer.Context) -> None:
         inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        inner.command()(import_module(module).command)
+        inner.command()(getattr(import_module(f"proteus_playground.{module}"), name_there))
         inner(args=context.args, prog_name=called)
 
 
-_forward("stream", "proteus_playground.cli.stream", "Read a document of any length and ask it.", app)
-_forward("sweep", "proteus_playground.experiments.speed.sweep", "Us and rivals by length: time, memory, reads, floor.")
-_forward("page", "proteus_playground.experiments.speed.page", "A sweep's JSON as tables and as a page.")
-_forward("longest", "proteus_playground.experiments.speed.longest", "The longest text that fits a memory cap.")
-_forward("profile", "proteus_playground.experiments.speed.profile", "Where one call's time goes, by kernel.")
-_forward("layer", "proteus_playground.experiments.speed.layer", "One layer against dense attention, by length.")
-_forward("heads", "proteus_playground.experiments.speed.heads", "Many heads, few awake.")
-_forward("decode", "proteus_playground.experiments.speed.decode", "One more token after a short text and a long one.")
-_forward("stream", "proteus_playground.experiments.speed.stream", "A million tokens, chunk by chunk: speed and memory.")
+_forward("stream", "cli.stream:command", "Read a document of any length and ask it.", app)
+_forward("sweep", "experiments.speed.sweep:sweep_command", "Us and rivals by length: time, memory, reads, floor.")
+_forward("page", "experiments.speed.page:page_command", "A sweep's JSON as tables and as a page.")
+_forward("longest", "experiments.speed.longest:longest_command", "The longest text that fits a memory cap.")
+_forward("profile", "experiments.speed.profile:profile_command", "Where one call's time goes, by kernel.")
+_forward("layer", "experiments.speed.layer:layer_command", "One layer against dense attention, by length.")
+_forward("heads", "experiments.speed.heads:heads_command", "Many heads, few awake.")
+_forward("decode", "experiments.speed.decode:decode_command", "One more token after a short text and a long one.")
+_forward("stream", "experiments.speed.stream:bench_stream_command", "A million tokens in chunks: speed and memory.")
+_forward("exam", "experiments.speed.exam:exam_command", "Held-out questions about shelves, dense and on a shortlist.")
+_forward("top-a", "experiments.speed.top_a:top_a_command", "What Top-A does to the text that a model writes.")
+_forward("slider", "experiments.speed.slider:slider_command", "From slider to painted picture, in a real browser.")
 _forward(
-    "exam", "proteus_playground.experiments.speed.exam", "Held-out questions about shelves, dense and on a shortlist."
+    "verify", "experiments.needles.command:verify_command", "Plant facts in long documents and look for them.", app
 )
-_forward("top-a", "proteus_playground.experiments.speed.top_a", "What Top-A does to the text that a model writes.")
-_forward("slider", "proteus_playground.experiments.speed.slider", "From slider to painted picture, in a real browser.")
+_forward("duel", "experiments.duel.command:duel_command", "Train dense and Proteus on the same text.", app)
+_forward("train", "cli.train:command", "Train one of the models we ship.", app)
 _forward(
-    "verify", "proteus_playground.experiments.needles.command", "Plant facts in long documents and look for them.", app
-)
-_forward("duel", "proteus_playground.experiments.duel.command", "Train dense and Proteus on the same text.", app)
-_forward("train", "proteus_playground.cli.train", "Train one of the models we ship.", app)
-_forward(
-    "evidence", "proteus_playground.experiments.evidence.command", "Measure what the gates find, against rivals.", app
+    "evidence", "experiments.evidence.command:evidence_command", "Measure what the gates find, against rivals.", app
 )
 
 

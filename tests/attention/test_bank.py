@@ -1,6 +1,5 @@
 """The bank against the parallel pass: the same rows, in memory that does not grow."""
 
-import json
 import os
 from dataclasses import replace
 
@@ -20,7 +19,6 @@ from proteus_playground.attention import (
     rotate,
 )
 from proteus_playground.attention.int8 import error_bound
-from proteus_playground.cli import app as cli
 
 ALPHA = st.sampled_from([0.0, 0.3, 0.7, 1.0, None])
 DELTA = st.sampled_from([0.0, 0.5, 0.8, 1.0])
@@ -475,19 +473,3 @@ def test_states_that_are_none_are_named(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="bank.safetensors"):
             KVBank.load(path, bank.gates)
-
-
-def test_bench_decode_reports_time_and_memory_by_context(tmp_path, capsys):
-    path = tmp_path / "decode.json"
-    small = ["--lengths", "64,256", "--heads", "4", "--groups", "2", "--head-dim", "8", "--shortlist", "24"]
-    with pytest.raises(SystemExit) as done:
-        cli.main(
-            ["bench", "decode", *small, "--config", '{"gates_per_group": 4}', "--repeats", "2", "--out", str(path)]
-        )
-    assert not done.value.code
-    report, shown = json.loads(path.read_text()), capsys.readouterr().out
-    rows = {(row["who"], row["context"]): row for row in report["rows"]}
-    assert rows["bank", 64]["bytes"] == rows["bank", 256]["bytes"]
-    assert rows["dense", 256]["bytes"] == 2 * 257 * 2 * 8 * 4
-    assert all(row["eager"]["median_ms"] > 0 and row["eager"]["runs"] == 2 for row in rows.values())
-    assert "memory 1.00x" in shown and report["seed"] == 0 and report["dtype"] == "float32"

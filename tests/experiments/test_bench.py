@@ -1,4 +1,4 @@
-"""The benchmarks, on tiny sizes: what is measured, what becomes of those that cannot run, and stop and resume."""
+"""The sweep and what all benchmarks share, on tiny sizes: measurements, cases that cannot run, stop and resume."""
 
 from __future__ import annotations
 
@@ -8,44 +8,12 @@ import sys
 import pytest
 import torch
 import typer
-from helpers import config
-from proteus_playground.experiments.speed import floor, longest, measure, profile, rivals, row, sweep, table
-from proteus_playground.experiments.speed.rivals import OURS, Case
+from benches import TINY, case, saved
+from proteus_playground.experiments.speed import floor, measure, rivals, row, sweep, table
+from proteus_playground.experiments.speed.rivals import OURS
 from torch.nn.attention.flex_attention import create_block_mask
 
-from proteus_playground.cli import app as cli
 from proteus_playground.common import files, options
-from proteus_playground.lm.model import ModelConfig, ProteusLM
-from proteus_playground.lm.shelf import ShelfTokenizer
-
-SMALL = ["--d-model", "32", "--heads", "4", "--head-dim", "8", "--shortlist", "32"]
-TINY = [*SMALL, "--groups", "2", "--repeats", "2", "--no-memory"]
-
-
-def case(who=OURS, tokens=64, scope="layer", passes="forward", dtype=torch.float32, **changes) -> Case:
-    return Case(scope, passes, tokens, who, config(**{"route_heads": False, **changes}), torch.device("cpu"), dtype)
-
-
-@pytest.fixture
-def run(capfd, monkeypatch, tmp_path):
-    """Run `proteus bench`: (exit code, stdout, stderr). The rates of this machine are not what is tested."""
-    monkeypatch.chdir(tmp_path)
-    rates = {"matmul_flops_per_s": 1e9, "copy_bytes_per_s": 1e9}
-    monkeypatch.setattr(sweep, "measure_rates", lambda *args: rates)
-
-    def call(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(["bench", *args])
-        out = capfd.readouterr()
-        return end.value.code or 0, out.out, out.err
-
-    return call
-
-
-def saved(path="out.json") -> dict:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
 
 # -- what is asked ---------------------------------------------------------------------------------------------
 
@@ -142,7 +110,7 @@ def test_a_call_that_waits_for_the_device_is_refused_before_a_capture_begins(mon
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     for name in ("stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda what: nullcontext())
-    monkeypatch.setattr(measure, "sync", lambda device: log.append("sync"))
+    monkeypatch.setattr(measure, "wait", lambda device: log.append("sync"))
 
     def call():
         log.append("run")
@@ -227,7 +195,7 @@ def test_flex_reads_window_and_anchors(who, tokens):
 
 
 def test_long_inputs_are_drawn_in_pieces_and_by_seed(monkeypatch):
-    monkeypatch.setattr(rivals, "PIECE", 50)
+    monkeypatch.setattr(rivals, "TOKENS_PER_DRAW", 50)
     draws = [rivals.make_inputs(case().cfg, 120, torch.device("cpu"), torch.float32, seed)[0] for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
     assert draws[0].shape == (1, 120, 4, 8) and draws[0].std() > 0.5
@@ -368,7 +336,7 @@ def test_a_device_that_a_kernel_broke_ends_the_run_but_not_its_rows(run, monkeyp
     def broken(device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(sweep, "sync", broken)
+    monkeypatch.setattr(sweep, "wait", broken)
     code, _, err = run("sweep", "--lengths", "32", "--rivals", "", *TINY, "--out", "out.json")
     assert code == 1 and "run the command again" in err and len(saved()["rows"]) == 1
 
@@ -377,7 +345,7 @@ def test_best_dense_is_the_fastest_exact_row():
     settings = {"n_heads": 4}
     rows = [case(who).key() | {"status": "ok", "ms": ms} for who, ms in ((OURS, 2.0), ("flash", 6.0), ("mha", 9.0))]
     rows.append(case("flex").key() | {"status": "ok", "ms": 1.0})
-    ((title, found),) = table.panels({"settings": settings, "rows": rows})
+    ((title, found),) = table.sections({"settings": settings, "rows": rows})
     assert title == "Whole layer, hidden states in and out; forward; 4 heads over 2 KV groups"
     assert [one["speedup"] for one in found] == [3.0, 1.0, pytest.approx(2 / 3), 6.0]
 
@@ -388,107 +356,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         files.write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1} and list(tmp_path.iterdir()) == [path]
-
-
-# -- the others ------------------------------------------------------------------------------------------------
-
-
-def test_the_longest_length_is_searched_for():
-    def until(most, ms=1.0):
-        return lambda tokens: {"who": "flash", "tokens": tokens, "first_ms": ms * tokens**2,
-                               "status": "ok" if tokens <= most else row.OOM}  # fmt: skip
-
-    def tried(*args):
-        return [(one["tokens"], one["status"] == "ok") for one in longest.search(*args)]
-
-    assert tried(until(13), 2, 64, 1, 1e9) == [(2, True), (4, True), (8, True), (16, False), (12, True)]
-    assert tried(until(13), 2, 64, 2, 1e9)[-2:] == [(12, True), (14, False)]
-    assert tried(until(1), 2, 64, 2, 1e9) == [(2, False)]
-    assert tried(until(99), 2, 8, 1, 1e9) == [(2, True), (4, True), (8, True)]
-    rows = longest.search(until(99), 2, 64, 1, 0.1)
-    assert [one["tokens"] for one in rows] == [2, 4, 8, 16] and rows[-1]["status"].startswith("not tried: more than")
-
-
-def test_longest_end_to_end(run):
-    asked = "longest --start 32 --last 64 --rivals mha,cudnn --groups 2 --out out.json"
-    code, out, err = run(*asked.split(), *SMALL)
-    assert code == 0, err
-    assert [one["longest"] for one in saved()["rows"]] == [64, 64, None]
-    assert "no kernel for this case" in out and "the longest asked for" in out
-
-
-@pytest.mark.parametrize("passes", ["forward", "training"])
-def test_profile_end_to_end(run, passes):
-    asked = f"profile --tokens 128 --calls 2 --passes {passes} --top 3 --out out.json"
-    code, out, err = run(*asked.split(), *SMALL)
-    assert code == 0, err
-    report = saved()
-    matrix = sum(one["ms"] for one in report["rows"] if one["matrix"])
-    assert 0 < report["matrix_share"] < 1 and report["matrix_share"] == pytest.approx(matrix / report["kernels_ms"])
-    assert any(one["kernel"] == "aten::mm" and one["matrix"] for one in report["rows"])
-    assert report["rule"] and "others |" in out and "on matrix units" in out
-
-
-def test_profile_of_what_cannot_run_says_why(run):
-    code, _, err = run("profile", "--who", "cudnn", "--tokens", "64")
-    assert code == 1 and "SDPA, cuDNN: no kernel for this case" in err
-
-
-@pytest.mark.parametrize(
-    ("kernel", "units"),
-    [
-        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNN", True),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64", True),
-        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4> >(Flash_fwd_params)", True),
-        ("fmha_cutlassF_f16_aligned_64x64_rf_sm75(PyTorchMemEffAttention::AttentionKernel)", True),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64", True),
-        ("near_kernel", True),
-        ("ampere_sgemm_128x64_tn", False),
-        ("void gemv2T_kernel_val<int, int, float>(float)", False),
-        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float> >(int)", False),
-        ("Memcpy DtoD (Device -> Device)", False),
-    ],
-)
-def test_which_kernels_run_matrix_units(kernel, units):
-    assert profile.runs_matrix_units(kernel, {"near_kernel"}) is units
-    assert len(profile.short(kernel)) <= 60
-
-
-def test_bench_layer_prints_the_table_of_the_readme(run):
-    code, out, err = run("layer", "--lengths", "64,256", "--repeats", "1", "--no-memory", "--out", "out.json")
-    assert code == 0, err
-    assert "| tokens | Proteus, ms | dense SDPA, ms | speed-up | reads per query | peak extra memory, MB |" in out
-    assert "| 256 |" in out and "(fused, " in out and "of 128 |" in out
-    first = saved()["rows"][0]
-    assert {"tokens", "backend", "reads", "dense_reads", "budget", "ours", "dense", "speedup"} <= set(first)
-
-
-# -- the small models ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def reader(tmp_path):
-    """A file of an untrained model that reads shelves."""
-    vocabulary = ShelfTokenizer().vocab_size
-    torch.manual_seed(0)
-    return str(ProteusLM(ModelConfig(vocabulary, 1, config(d_model=16, n_heads=2, shortlist=8))).save(tmp_path / "m"))
-
-
-def test_bench_exam_counts_the_same_questions_at_every_alpha(run, reader):
-    code, out, _ = run(
-        "exam", "--model", reader, "--lengths", "512", "--questions", "5", "--alphas", "0,1", "--out", "out.json"
-    )
-    assert code == 0 and "| 512 | 1 | 32 | 5 | 0.0% |" in out
-    rows = saved()["rows"]
-    assert [(row["alpha"], row["questions"], row["right"]) for row in rows] == [(0.0, 5, 0.0), (1.0, 5, 0.0)]
-    assert rows[0]["far"] == rows[1]["far"] <= 5
-
-
-def test_bench_top_a_compares_arms_on_the_same_draws(run, reader):
-    code, out, _ = run(
-        "top-a", "--model", reader, "--prompts", "1", "--seeds", "2", "--tokens", "8", "--out", "out.json"
-    )
-    assert code == 0 and [line.split(" | ")[0] for line in out.splitlines()[4:]] == ["| none", "| filter", "| reweigh"]
-    rows = {row["arm"]: row for row in saved()["rows"]}
-    assert rows["filter"]["agreement"]["mean"] > rows["none"]["agreement"]["mean"]
-    assert 0 <= rows["none"]["repetition"]["mean"] <= 1 and rows["none"]["nll"]["mean"] > 0

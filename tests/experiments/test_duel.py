@@ -9,7 +9,7 @@ import pytest
 import torch
 from proteus_playground.experiments.duel import settings as duel_settings
 from proteus_playground.experiments.duel.command import lines, side_by_side
-from proteus_playground.experiments.duel.duel import PRESETS, Settings, duel, read_scores
+from proteus_playground.experiments.duel.duel import PRESETS, DuelSettings, duel, read_scores
 from proteus_playground.experiments.duel.settings import start
 from typer.testing import CliRunner
 
@@ -18,7 +18,7 @@ from proteus_playground.common.texts import pasted
 from proteus_playground.lm.training import train
 from proteus_playground.lm.training.data import Bytes, TextBatches, windows
 
-TINY = Settings(
+TINY = DuelSettings(
     text="humble token", length=32, tokens=128, steps=10, minutes=None, width=16, layers=2, heads=4, heads_awake=1,
     scored=2, held_out=3, sample=6,
 )  # fmt: skip

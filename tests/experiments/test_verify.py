@@ -72,12 +72,12 @@ def world() -> World:
     return World(haystacks.build("pydoc", 8192, words), words, tuple(PAIRS), (0.0, 0.5, 1.0), CHUNK)
 
 
-def settings(**changes) -> verify.Settings:
+def settings(**changes) -> verify.VerifySettings:
     base = {"lengths": (4096,), "depths": (0.0, 0.5, 1.0), "seeds": 1, "haystack": "pydoc", "chunk_tokens": CHUNK}
-    return verify.Settings(**base | {"buffer_share": 0.1} | changes)
+    return verify.VerifySettings(**base | {"buffer_share": 0.1} | changes)
 
 
-def rows_of(chosen: verify.Settings, who: Subject, out, **more) -> dict[str, dict]:
+def rows_of(chosen: verify.VerifySettings, who: Subject, out, **more) -> dict[str, dict]:
     found = {done.row["key"]: done.row for done in verify.verify(chosen, PAIRS, who, out, **more)}
     return {key: {name: value for name, value in row.items() if name != "seconds"} for key, row in found.items()}
 
@@ -232,16 +232,18 @@ def test_rivals_keep_as_many_tokens_and_bm25_finds_what_it_can_read(world):
     for case in list(cases(world, ["live"], [4000], 1, list(ASKED)))[::6]:
         store = PlantedStore(world.haystack.tokens, case)
         for name in retrieval.RIVALS:
-            kept = retrieval.rival(name, store, case, 400, index)
+            kept = retrieval.kept_by_rival(name, store, case, 400, index)
             assert len(set(kept.ranked.tolist())) == 400 and kept.ranked.min() >= 0 and kept.ranked.max() < 4000
             if name == "recency":
                 assert (kept.best(10) == np.arange(3990, 4000)).all()
         own = whole_document(store)
         assert (index.rank(store, case, 3) == bm25.WindowIndex(own, world.words).rank(store, case, 3)).all()
-        found[case.asked].append(retrieval.recall(retrieval.rival("bm25", store, case, 400, index), case).answer)
+        found[case.asked].append(
+            retrieval.recall(retrieval.kept_by_rival("bm25", store, case, 400, index), case).answer
+        )
     assert np.mean(found["literal"]) > 0.95 and np.mean(found["paraphrase"]) < 0.5
     with pytest.raises(ValueError, match="method='best'"):
-        retrieval.rival("best", store, case, 4, index)
+        retrieval.kept_by_rival("best", store, case, 4, index)
 
 
 def whole_document(store: PlantedStore) -> np.ndarray:
@@ -351,7 +353,7 @@ def test_the_report_holds_what_was_measured(tmp_path):
     pytest.importorskip("plotly")
     chosen = settings(lengths=(2048, 4096), answers=1)
     rows = list(rows_of(chosen, subject(reads=True), tmp_path).values())
-    about = verify.read_settings(tmp_path) | {"torch": "2", "python": "3"}
+    about = verify.run_folder(tmp_path).settings() | {"torch": "2", "python": "3"}
     report = write_report(tmp_path, rows, about)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

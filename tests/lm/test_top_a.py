@@ -1,15 +1,11 @@
 """Top-A: only tokens that the awake heads speak for are drawn, and a cached text draws as full passes would."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proteus_playground.experiments.speed import sampling_effect
-from proteus_playground.experiments.speed.sampling_effect import repetition, rows
 from torch.testing import assert_close
 
 from proteus_playground.lm.model import ModelConfig, ProteusLM
@@ -142,29 +138,6 @@ def test_a_dropped_token_leaves_the_choice_alone():
     assert asleep.any() and not lm.agreement(trace)[asleep].any()
 
 
-def test_rows_measure_every_arm_on_the_same_texts():
-    lm, prompts = model(heads_awake_max=1), [text(1, 9)[0], text(1, 14, 2)[0]]
-    arms = {"none": None, "filter": TopA(0.9), "reweigh": TopA(mode="reweigh", strength=30.0)}
-    found = list(rows(lm, prompts, arms=arms, new_tokens=16, seeds=(0, 4), top_p=1.0))
-    assert [(r.prompt, r.seed, r.arm) for r in found] == [(p, s, a) for p in (0, 1) for s in (0, 4) for a in arms]
-    assert lm.cfg.attention.flux_alpha == 1.0 and lm.blocks[0].attn.cfg.flux_alpha == 1.0
-    mean = {a: sum(r.agreement for r in found if r.arm == a) / 4 for a in arms}
-    assert mean["none"] < mean["filter"] and mean["none"] + 0.1 < mean["reweigh"]
-    one = found[3]
-    assert one.tokens == tuple(int(t) for t in lm.generate(prompts[0][None], 16, seed=4))
-    dense = copy.deepcopy(lm)
-    dense.set_flux_alpha(0.0)
-    ids = torch.cat((prompts[0], torch.tensor(one.tokens)))
-    nll = -dense(ids[None])[0].log_softmax(-1)[torch.arange(8, 24), ids[9:]].mean()
-    assert one.nll == pytest.approx(float(nll.detach()), abs=1e-5)
-    assert one.repetition == repetition(one.tokens) and list(sampling_effect.ARMS) == list(arms)
-
-
-def test_repetition():
-    assert repetition([1, 2, 3]) == repetition(range(50)) == 0
-    assert repetition([7] * 13) == pytest.approx(0.9)
-
-
 REFUSED = {
     "share": (lambda: TopA(1.5), ValueError),
     "share: kind": (lambda: TopA("half"), TypeError),
@@ -172,8 +145,6 @@ REFUSED = {
     "strength": (lambda: TopA(strength=-1.0), ValueError),
     "top_a": (lambda: Sampling(top_a=0.5), TypeError),
     "agreement": (lambda: Sampling(top_a=TopA())(torch.zeros(1, V), 0), ValueError),
-    "new_tokens": (lambda: next(rows(model(), [text()[0]], new_tokens=2)), ValueError),
-    "dense.training": (lambda: next(rows(model(), [text()[0]], model().train())), ValueError),
 }
 
 

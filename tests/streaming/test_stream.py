@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import layer
-from proteus_playground.experiments.speed import stream as bench
 
 from proteus_playground import AttentionConfig, ProteusAttention
 from proteus_playground.cli import app as cli
@@ -570,45 +569,3 @@ def test_a_scorer_that_miscounts_is_refused(given):
     scorer.score = lambda rows: (np.zeros(given, np.float32), np.zeros(given, np.int32))
     with pytest.raises(ValueError, match=f"gave {given} scores for 100 tokens"):
         final(Array.random(), scorer, PLAN)
-
-
-# -- the benchmark ----------------------------------------------------------------------------------------------
-
-BENCH = {"width": 32, "heads": 2, "prompt_rows": 3, "device": "cpu", "seed": 0, "repeats": 2}
-
-
-def test_the_benchmark_measures_the_same_pass_wherever_the_rows_lie(tmp_path):
-    file = tmp_path / "rows.npy"
-    bench.write_embeddings(file, 1030, 32, seed=0, step=100)
-    for by in bench.BY:
-        cases = [bench.Case(1030, where, by, PLAN, file=str(file), **BENCH) for where in ("ram", "disk", "generated")]
-        rows = [bench.measure(case) for case in cases]
-        assert [row["storage"] for row in rows] == ["ram", "disk", "generated"]
-        assert {row["kept"] for row in rows} == {60}
-        assert all(row["pass_1"]["runs"] == 2 and 0 < row["reading_share"] < 1 for row in rows)
-        assert all(row["tokens_per_s"] == 1030 / row["pass_1"]["median_ms"] * 1e3 for row in rows)
-        stores = [bench.open_case(case, torch.device("cpu"))[0] for case in cases]
-        assert len({stores[i].read(0, 1030).tobytes() for i in range(3)}) == 1
-
-
-def test_rows_made_on_the_device_do_not_depend_on_how_they_are_read():
-    rows = bench.OnDevice(1030, 8, block=100, seed=3, device=torch.device("cpu"))
-    whole = rows.read(0, 1030)
-    assert whole.shape == (1030, 8)
-    for start, stop in ((0, 1), (99, 101), (250, 700), (1000, 1030), (5, 5)):
-        assert torch.equal(rows.read(start, stop), whole[start:stop])
-
-
-@pytest.mark.slow
-def test_bench_stream_writes_its_table_and_json(proteus, tmp_path):
-    sizes = ["--chunk-tokens", "512", "--buffer-tokens", "128", "--per-chunk-budget", "64", "--width", "32"]
-    code, out, err = proteus(
-        "bench", "stream", "--lengths", "2k", *sizes, "--heads", "2", "--repeats", "1", "--storage", "disk",
-        "--by", "prompt", "--out", tmp_path / "out.json",
-    )  # fmt: skip
-    assert code == 0, err
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert report["plan"]["chunk_tokens"] == 512 and report["torch"] == torch.__version__
-    (row,) = report["rows"]
-    assert (row["tokens"], row["kept"]) == (2048, 128) and row["peak_mb"] >= row["pass_1_peak_mb"] > 50
-    assert "| 2,048 | disk | prompt |" in out

@@ -14,7 +14,7 @@ import torch
 from traitlets import Float, HasTraits
 
 from proteus_playground.experiments.duel.curve import Point
-from proteus_playground.experiments.duel.duel import PRESETS, Settings, Turn
+from proteus_playground.experiments.duel.duel import PRESETS, DuelSettings, Turn
 from proteus_playground.experiments.duel.files import SETTINGS
 
 from ..parts.controls import Knob, _labelled, tip
@@ -43,7 +43,7 @@ class DuelPanel(w.VBox):
     def __init__(
         self,
         preset: str | None,
-        settings: Settings,
+        settings: DuelSettings,
         run: Callable[..., Iterator[Turn]],
         curve: Callable[..., Iterator[Point]],
         out: Path | None = None,
@@ -102,7 +102,7 @@ class DuelPanel(w.VBox):
             _labelled("minutes", self.minutes, "64px"), self.start, self.stop, self.resume,
         )  # fmt: skip
 
-    def _take(self, settings: Settings) -> None:
+    def _take(self, settings: DuelSettings) -> None:
         self.settings = settings
         self.minutes.value = settings.minutes or 60
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from proteus_playground.experiments.duel.curve import Point
-from proteus_playground.experiments.duel.duel import ARMS, Score, Settings, Turn
+from proteus_playground.experiments.duel.duel import ARMS, DuelSettings, Score, Turn
 
 CALM = 0.9  # of a smoothed value that stays with the next step
 MOST = 400  # points of a line; no plot of ours is wider
@@ -46,7 +46,7 @@ class Series:
 class Record:
     """Every `Turn` so far, and at the end the `Point`s of the slider."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: DuelSettings):
         self.settings = settings
         self.arms = {arm: Series() for arm in ARMS}
         self.scores: list[Score] = []
