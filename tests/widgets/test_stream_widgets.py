@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from proteus_playground.attention.bank.view import BankContents, GateContents
+from proteus_playground.common.texts import pasted
 from proteus_playground.experiments.needles.haystacks import Haystack, read
+from proteus_playground.playground.bank_reading import RandomReader
+from proteus_playground.streaming.buffer import StreamPlan
+from proteus_playground.streaming.pipeline import stream
+from proteus_playground.streaming.random_words import RandomWords
+from proteus_playground.streaming.replay import Document, Scores, empty_scores, fill, page_of, plant, replay, runs
+from proteus_playground.streaming.table_scorer import TableScorer
 from proteus_playground.widgets.bank import panel as bank_panel
 from proteus_playground.widgets.bank import words as bank_words
 from proteus_playground.widgets.stream import figure as stream_figure
@@ -19,15 +28,6 @@ from proteus_playground.widgets.stream import panel as stream_panel
 from proteus_playground.widgets.stream import words as stream_words
 from proteus_playground.widgets.stream.frames import Source
 from proteus_playground.widgets.stream.state import FIELDS, StreamState, check
-
-from proteus_playground.attention.bank.view import BankContents, GateContents
-from proteus_playground.common.texts import pasted
-from proteus_playground.playground.bank_reading import RandomReading
-from proteus_playground.streaming.buffer import StreamPlan
-from proteus_playground.streaming.pipeline import stream
-from proteus_playground.streaming.random_words import RandomWords
-from proteus_playground.streaming.replay import Document, Scores, empty_scores, fill, page_of, plant, replay, runs
-from proteus_playground.streaming.table_scorer import TableScorer
 
 SENTENCE = " the cat of the house sat on a warm wall and looked at the garden all day."
 FACT, PROMPT = "The soup has horseradish.", "What has the soup?"
@@ -538,7 +538,7 @@ def reading_text():
 
 
 def test_the_bank_panel_reads_steps_back_and_looks_elsewhere(reading_text):
-    made = bank_panel(reading=RandomReading(reading_text, tokens=200, start=60), layer=0, group=1)
+    made = bank_panel(reading=RandomReader(reading_text, tokens=200, start=60), layer=0, group=1)
     made.worker.wait()
     assert "This layer is random" in made.banner.value and made.past[0].tokens_seen == 60
     for count in (61, 62, 63):
@@ -559,7 +559,7 @@ def test_the_bank_panel_reads_steps_back_and_looks_elsewhere(reading_text):
 
 
 def test_playing_ends_with_the_text_and_can_be_paused(reading_text):
-    made = bank_panel(reading=RandomReading(reading_text, tokens=150, start=60), layer=0)
+    made = bank_panel(reading=RandomReader(reading_text, tokens=150, start=60), layer=0)
     made.worker.wait()
     made.speed.value = "fast"
     made.play.value = True
@@ -580,7 +580,7 @@ def test_playing_ends_with_the_text_and_can_be_paused(reading_text):
 
 
 def test_a_random_reading_holds_every_token_somewhere(reading_text):
-    reading = RandomReading(reading_text, tokens=180, start=170)
+    reading = RandomReader(reading_text, tokens=180, start=170)
     now = reading.contents(1, 0)
     held = [*now.anchors, *now.window, *(i for g in now.gates for i in g.ring)]
     assert len(held) == len(set(held)) and len(held) + sum(g.summarised for g in now.gates) == 170

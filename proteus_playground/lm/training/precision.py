@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from ...common.machine import fast_dtype
+
 CHOICES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -15,10 +17,7 @@ def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
         raise ValueError(f"precision={precision!r}: must be one of {', '.join(CHOICES)}")
     if precision != "auto":
         return CHOICES[precision]
-    if device.type != "cuda":
-        return torch.float32
-    real = torch.version.hip or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if real else torch.float16
+    return fast_dtype(device)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
