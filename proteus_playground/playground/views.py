@@ -38,7 +38,7 @@ class LayerView:
     dense_flops: float
     bytes: float  # predicted bytes of keys, values and queries moved
     dense_bytes: float
-    budget: dict  # what flux alpha and T determine: shortlist, window, block, anchors, probes, ring, notes, keep_ratio, heads
+    budget: dict  # set by alpha and T: shortlist, window, block, anchors, probes, ring, notes, keep_ratio, heads
     backend: str
     backend_reason: str
     device: str

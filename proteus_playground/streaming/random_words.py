@@ -5,11 +5,9 @@ Equal words, whatever their case, have equal vectors, so a literal word finds it
 
 from __future__ import annotations
 
-from binascii import crc32
-
 import numpy as np
 
-from ..common.texts import WORD
+from ..common.texts import WORD, word_hash
 
 WIDTH = 512
 
@@ -37,7 +35,7 @@ class RandomWords:
     @property
     def table(self) -> np.ndarray:
         """`(V, 512)` float32, a row per word met so far."""
-        fresh = [np.random.default_rng(crc32(word.strip().lower().encode())).standard_normal(WIDTH, np.float32)
+        fresh = [np.random.default_rng(word_hash(word)).standard_normal(WIDTH, np.float32)
                  for word in self.vocabulary[len(self._rows):]]  # fmt: skip
         if fresh:
             self._rows = np.concatenate([self._rows, fresh])
