@@ -141,7 +141,7 @@ def _from_hub(name: str) -> Text:
 
 
 def _ask_hub(name: str, repo: str) -> str:
-    """The data set's revision. ConnectionError if the hub does not answer, ValueError if it has no such set; no retries."""
+    """A data set's revision. ConnectionError if the hub does not answer, ValueError if it lacks the set. No retries."""
     away = f"name={name!r} needs the Hugging Face hub, which cannot be reached"
     hint = f"allowed without it is {', '.join(map(repr, text_names()))} or a file"
     if variable := hub.switched_off():

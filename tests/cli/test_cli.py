@@ -130,10 +130,10 @@ def test_bench_reads_its_options_from_the_module(run, monkeypatch):
 
     fake = types.ModuleType("proteus_playground.experiments.speed.layer")
 
-    def command(tokens: int = 64):
+    def layer_command(tokens: int = 64):
         print(f"measured {tokens}")
 
-    fake.command = command
+    fake.layer_command = layer_command
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     assert run("bench", "layer", "--tokens", "128")[:2] == (0, "measured 128\n")
     assert "--tokens" in run("bench", "layer", "--help")[1]

@@ -22,7 +22,7 @@ PAST = 400  # steps that can be gone back
 
 
 class BankPanel(w.VBox):
-    """What `bank_panel` returns. `reading`: a `BankReader`; `past`: its contents after each step; `at`: the one shown."""
+    """What `bank_panel` returns. `reading`: a `BankReader`; `past`: contents after each step; `at`: the one shown."""
 
     def __init__(self, make_reading: Callable, layer: int = 12, group: int = 1):
         self.reading: BankReader | None = None
