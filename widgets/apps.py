@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from proteus_playground.common.checks import whole_number
 from proteus_playground.experiments.evidence.committed import Study, committed
+
+from proteus_playground.common.checks import whole_number
 from proteus_playground.lm import shipped
-from proteus_playground.playground.bank_reading import Reading
+from proteus_playground.playground.bank_reading import BankReader
 from proteus_playground.playground.live import Live, open_live
 
 from .bank.panel import BankPanel
@@ -126,6 +127,7 @@ def playground(
 def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:
     """A text as tokens of `model`, or as whole words with random vectors where it is not pulled."""
     from proteus_playground.experiments.needles.haystacks import build
+
     from proteus_playground.streaming.random_words import RandomWords
 
     why = "" if model == "random" else _why_not(model)
@@ -178,12 +180,12 @@ def bank_panel(
     start: int = 256,
     layer: int = 12,
     group: int = 1,
-    reading: Reading | None = None,
+    reading: BankReader | None = None,
 ) -> BankPanel:
     """The KV bank panel, to `display(...)`.
 
     text: a name or path for `load_text`; model: "smollm2" or "random"; tokens: of the text that are read before the
-    model writes on, `start` of them at once; layer, group: whose bank is shown first; reading: a ready `Reading`
+    model writes on, `start` of them at once; layer, group: whose bank is shown first; reading: a ready `BankReader`
     instead. A random layer stands in for a model that is not pulled.
     """
     from proteus_playground.common.texts import load_text
@@ -191,7 +193,7 @@ def bank_panel(
 
     check_stream("model", model)
 
-    def make() -> tuple[Reading, str]:
+    def make() -> tuple[BankReader, str]:
         if reading is not None:
             return reading, ""
         why = "" if model == "random" else _why_not(model)
@@ -231,7 +233,6 @@ def duel_panel(
     from dataclasses import replace
 
     import torch
-
     from proteus_playground.experiments.duel.curve import held_out_curve
     from proteus_playground.experiments.duel.duel import PRESETS, duel
 

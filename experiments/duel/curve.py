@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...common.progress import Stop, check_stop
 from ...lm.model import ProteusLM
-from ...lm.training.look import look
 from ...lm.training.data import Bytes, Codec, windows
+from ...lm.training.look import look
 from .files import run_folder
 from .settings import DuelSettings, pick_text, split
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ...common.processes import place
 from ...common.progress import Stop
 from ...lm.training import Step, read_log, train
-from ...lm.training.look import look
 from ...lm.training.data import Bytes, Codec, TextBatches, windows
+from ...lm.training.look import look
 from .curve import held_out_loss
 from .files import Score, add_scores, claim, read_scores, write_report
 from .settings import ARMS, PRESETS, DuelSettings, pick_text, split, start

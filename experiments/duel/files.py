@@ -18,8 +18,8 @@ from ...common.processes import place
 from ...common.runs import RunFolder, as_json, refuse_other
 from ...common.texts import Text
 from ...lm.training import Step, read_log, train
-from ...lm.training.distributed import total
 from ...lm.training.data import Codec, TextBatches
+from ...lm.training.distributed import total
 from .settings import ARMS, DuelSettings, split, start
 
 SETTINGS, SCORES, ROWS, REPORT = "settings.json", "scores.jsonl", "duel.csv", "duel.json"

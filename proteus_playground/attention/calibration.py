@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from threading import RLock
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ from torch import Tensor
 from ..common import __version__
 from ..common.progress import Progress, Stop, check_stop, tell
 from ..common.tensors import read_tensors, write_tensors
+from ..common.texts import Text
 from . import Gates
+from .captured import CapturedLayer
+from .settings import LayerShape
 
 FORMAT = "1"
 SEED = 0
@@ -52,14 +56,40 @@ class Store:
                 write_tensors(self.folder / f"{name}.safetensors", tensors, recipe)
 
 
-class Calibration:
-    """Gates of every layer of one model, fitted when first asked for.
+class KeySource(Protocol):
+    """What `Calibration` needs of a model: its name and shape, and the keys that its layers make of a text."""
 
-    source: a `RandomSource`, `hf.source.ModelSource` or `shelf_source.ShelfSource`; text: a `texts.Text`; tokens: how
-    much of it is read.
+    name: str
+    fingerprint: str  # changes when the weights do
+    shape: LayerShape  # of each layer's attention
+    n_layers: int
+    device: torch.device  # where a layer runs
+    own_gates: Mapping[tuple[int, int], Gates]  # (layer, gates per group) -> the gates that were trained with the model
+
+    def encode(self, body: str) -> list:
+        """Tokens of a text, in the form that `ids` takes."""
+
+    def ids(self, tokens: list) -> Tensor:
+        """Token numbers `(T,)` int64."""
+
+    def capture(
+        self, ids: Tensor, *, keys_only: bool = False, before_layer: Callable[[int], None] | None = None
+    ) -> dict[int, CapturedLayer]:
+        """Run the dense model once on `ids` `(T,)` and record, on the CPU in float16, what each layer sees.
+
+        keys_only: record only k. before_layer: called with each layer's index before it runs; its exception ends the
+        pass.
+        """
+
+
+class Calibration:
+    """Gates of every layer of one model, fitted when they are first needed.
+
+    source: the model; text: what prototypes are fitted on; tokens: how many of its tokens are read; folder: where keys
+    and prototypes are kept, None for memory only.
     """
 
-    def __init__(self, source, text, tokens: int, folder: Path | None):
+    def __init__(self, source: KeySource, text: Text, tokens: int, folder: Path | None):
         self.source, self.text = source, text
         self._store = Store(folder)
         self._tokens = tokens

@@ -30,7 +30,7 @@ Workers = Annotated[int, typer.Option(help="Processes that write texts ahead; wo
 Every = Annotated[int, typer.Option(help="Look at gates and heads every so many steps.", min=1)]
 
 
-def command(
+def train_command(
     name: Name,
     out: Out,
     steps: Steps = None,

@@ -1,4 +1,4 @@
-"""Device, versions and threads for reports; Markdown tables."""
+"""Device, versions and threads for reports; the precision a device computes in; Markdown tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def environment(device: torch.device) -> dict:
-    """Device, versions and threads: the part of a result that says where it came from."""
+    """Device, versions, threads and date, as a report records them beside its figures."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "device": name,
@@ -33,7 +33,15 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The precision of matrix products: on CUDA bfloat16 if the hardware has it, else float16; elsewhere float32."""
+    if device.type != "cuda":
+        return torch.float32
+    in_hardware = torch.version.hip or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if in_hardware else torch.float16
+
+
 def markdown(header: list[str], rows: list[list]) -> str:
-    """A Markdown table."""
+    """A Markdown table with one line per row."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(str(c) for c in row) + " |" for row in rows])

@@ -1,13 +1,13 @@
-"""Text to look at: a story and a commonplace book of our own, Python's manual, a file, a hub data set.
+"""Named texts: a story and a commonplace book of the project's own, Python's manual, a file, a hub data set.
 
-A `Text` is always whole: nothing is cut here. Whoever shows it decides how many tokens fit, because only a
-tokenizer can count them.
+A `Text` is always complete. It is cut where it is read, because only a tokenizer can count tokens.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from binascii import crc32
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -21,11 +21,12 @@ SHIPPED = {
     BOOK: ("commonplace_book.txt", "short pieces of many kinds, written for this project"),
 }
 MAX_BYTES = 32_000_000  # of a file or data set: far more than a model can read, far less than memory
+WORD = re.compile(r"\s*\w+|\s*[^\w\s]")  # a word or a sign, with the space before it
 
 
 @dataclass(frozen=True)
 class Text:
-    """A named text: `body` is what is read, `source` says in a few words where it came from."""
+    """A named text: `body` is the text itself, `source` a few words about where it came from."""
 
     name: str
     body: str
@@ -33,7 +34,7 @@ class Text:
 
 
 def text_names() -> list[str]:
-    """The names that need neither a file nor a network."""
+    """Names for `load_text` that need neither a file nor a network."""
     return [*SHIPPED, TOPICS]
 
 
@@ -69,14 +70,19 @@ def pasted(body: str, name: str = "pasted text", source: str = "pasted by you") 
 
 
 def calibration_text(exclude: str) -> Text:
-    """Text that is not the one called `exclude`, to fit prototypes on: the commonplace book or the manual.
+    """A text other than the one called `exclude`, to fit prototypes on: the commonplace book, else the manual.
 
-    The book comes first because it is varied: to gates that know only a manual, most of a story looks
-    strange, and a keep ratio drops it.
+    The book is preferred because it is varied. Prototypes fitted on the manual alone resemble few tokens of a story,
+    so that a keep ratio would drop most of them.
     """
     if not isinstance(exclude, str | os.PathLike):
         raise TypeError(f"exclude={exclude!r}: allowed is the name of a text")
     return load_text(TOPICS if os.fspath(exclude) == BOOK else BOOK)
+
+
+def word_hash(word: str) -> int:
+    """A hash in [0, 2^32), the same on every machine, for any case, and with or without the space before the word."""
+    return crc32(word.strip().lower().encode())
 
 
 def _from_file(name: str) -> Text:
@@ -105,7 +111,7 @@ def _from_file(name: str) -> Text:
 
 
 def hub_rows(name: str) -> tuple[str, Iterable[dict]]:
-    """The revision and the rows of "hub:owner/dataset[/config]", its split "train", streamed; errors as `load_text`."""
+    """Revision and streamed rows of the split "train" of "hub:owner/dataset[/config]"; errors as for `load_text`."""
     owner, _, rest = name.removeprefix(HUB).partition("/")
     dataset, _, config = rest.partition("/")
     if not owner or not dataset or "/" in config:
@@ -115,7 +121,7 @@ def hub_rows(name: str) -> tuple[str, Iterable[dict]]:
     from datasets import load_dataset
 
     try:
-        # Streamed: a book collection of many gigabytes gives its first megabytes at once.
+        # Streamed, so that the first megabytes of a large collection arrive at once.
         return revision, load_dataset(repo, config or None, split="train", streaming=True, revision=revision)
     except ValueError as err:
         raise ValueError(f"name={name!r} cannot be opened: {err}") from err
@@ -135,7 +141,7 @@ def _from_hub(name: str) -> Text:
 
 
 def _ask_hub(name: str, repo: str) -> str:
-    """The data set's revision. ConnectionError where the hub is away, ValueError where it lacks it: no retries."""
+    """A data set's revision. ConnectionError if the hub does not answer, ValueError if it lacks the set. No retries."""
     away = f"name={name!r} needs the Hugging Face hub, which cannot be reached"
     hint = f"allowed without it is {', '.join(map(repr, text_names()))} or a file"
     if variable := hub.switched_off():
@@ -149,6 +155,3 @@ def _ask_hub(name: str, repo: str) -> str:
         raise ValueError(f"name={name!r}: the hub has no public data set {repo!r}") from err
     except Exception as err:  # the hub's clients raise their own families, which change between versions
         raise ConnectionError(f"{away} ({type(err).__name__}): {hint}") from err
-
-
-WORD = re.compile(r"\s*\w+|\s*[^\w\s]")

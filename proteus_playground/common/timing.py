@@ -1,4 +1,4 @@
-"""How long a run takes, as the median of the last few."""
+"""Measured run times: the median of the last few runs, and waiting for a device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from time import perf_counter
 
 import torch
 
-RUNS = 5
-KEYS = 128  # settings remembered
+RUNS = 5  # run times kept per kind of work and settings
+KEYS = 128  # pairs of kind and settings that are kept
 
 
 class Stopwatch:
-    """Median wall time per kind of work and its settings, on one device, warm-up excluded."""
+    """Median wall time of each kind of work at each setting on one device, warm-up excluded."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -22,10 +22,10 @@ class Stopwatch:
         self._runs: OrderedDict[tuple[str, Hashable], deque[float]] = OrderedDict()
 
     def run(self, kind: str, settings: Hashable, work: Callable[[], object]) -> tuple[object, float]:
-        """The result of `work` and the median of its last `RUNS` times at these settings, milliseconds.
+        """Call `work`; return its result and the median of its last `RUNS` times at these settings, in milliseconds.
 
-        A GPU picks and may compile kernels for each shape, so there the first run at new settings is not
-        counted; a CPU is warm after the first run of a kind.
+        On a GPU the first run at new settings is not counted, because kernels are chosen and may be compiled for
+        each shape. On a CPU only the first run of a kind is not counted.
         """
         key = (kind, settings)
         if kind not in self._warm or (self._device.type != "cpu" and key not in self._runs):
@@ -39,11 +39,11 @@ class Stopwatch:
         return result, self.median(kind, settings)
 
     def count(self, kind: str, settings: Hashable) -> int:
-        """How many runs the median stands on."""
+        """How many runs the median is taken from."""
         return len(self._runs.get((kind, settings), ()))
 
     def median(self, kind: str, settings: Hashable) -> float:
-        """Milliseconds. Raises `KeyError` for what has not run."""
+        """The median in milliseconds. Raises `KeyError` if this kind has not run at these settings."""
         return median(self._runs[kind, settings])
 
     def _timed(self, work: Callable[[], object]) -> tuple[object, float]:
@@ -55,6 +55,8 @@ class Stopwatch:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was asked."""
-    if device.type != "cpu":
+    """Return when the device has finished all the work it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
         getattr(torch, device.type).synchronize()

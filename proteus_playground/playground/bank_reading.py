@@ -1,6 +1,6 @@
-"""A text read token by token through KV banks, so that one can watch what they remember.
+"""A text read token by token through KV banks, so that one can watch what the banks keep.
 
-`Reading` is what a panel needs; here is the one that needs no model. `hf.bank_reading` has the other.
+`BankReader` is what a panel needs; a random layer and a language model implement it.
 """
 
 from __future__ import annotations
@@ -17,65 +17,67 @@ from ..attention.bank.view import BankContents
 from ..attention.calibration import Calibration
 from ..attention.settings import Settings, config_for
 from ..common.texts import Text, calibration_text
+from ..lm.sampling import Sampling
 from .random_source import RandomSource
 
 CALIBRATION_TOKENS = 2048
-# Window and rings small enough to be watched while they fill.
+PROMPT_TOKENS_PER_STEP = 256  # tokens of the beginning that go through a language model in one pass
+# Window and rings are small, so that they fill while one watches.
 SETTINGS = Settings(shortlist=80, dna_fraction=0.7, gates=28)
 
 
-class Reading(Protocol):
-    """One token at a time; every method may be called from any thread."""
+class BankReader(Protocol):
+    """Reads one token per step; every method may be called from any thread."""
 
-    name: str
-    note: str  # one sentence: who reads what
-    random: bool
-    layers: tuple[int, ...]  # those with a bank
-    groups: int  # KV groups of each
-    tokens: list[str]  # what has been read, and written, so far
-    given: int  # tokens of the text; later ones were written by the model
-    seconds: float  # that the last step took, measured
-    nbytes: int  # of all banks
+    name: str  # of the model
+    note: str  # one sentence: which model reads which text
+    random: bool  # whether the weights are random
+    layers: tuple[int, ...]  # layers that have a bank
+    groups: int  # KV groups per layer
+    tokens: list[str]  # the tokens read and written so far
+    given: int  # number of tokens in the text; later ones were written by the model
+    seconds: float  # measured time of the last step
+    nbytes: int  # bytes of all banks together
 
     def step(self) -> bool:
-        """Take in one more token. False where there is none."""
+        """Read or write one more token. False when none is left."""
 
     def contents(self, layer: int, group: int) -> BankContents:
-        """What a bank holds now."""
+        """What the bank of one layer and KV group holds now."""
 
 
-def open_reading(text: Text, model: str = "smollm2", *, tokens: int = 1024, start: int = 256) -> Reading:
-    """`text` as a pulled `model` reads it, or a random layer for "random"; `start` of its `tokens` are read at once.
+def open_reading(text: Text, model: str = "smollm2", *, tokens: int = 1024, start: int = 256) -> BankReader:
+    """Read `text` with the pulled model `model`, or with a random layer if it is "random".
 
-    `ValueError` for a model that is not pulled.
+    tokens: how much of the text is read; start: how many of these are read before this returns.
+    Raises `ValueError` for a model that is not pulled.
     """
     if model == "random":
-        return RandomReading(text, tokens=tokens, start=start)
+        return RandomReader(text, tokens=tokens, start=start)
     from ..hf.models import load
-    from .model_reading import ModelReading
 
-    return ModelReading(*load(model), model, text, tokens=tokens, start=start)
+    return ModelReader(*load(model), model, text, tokens=tokens, start=start)
 
 
-class RandomReading:
-    """A text's words through the banks of a random layer: nothing was learned, equal words meet at equal gates."""
+class RandomReader:
+    """A `BankReader` of whole words with a random layer: nothing was learned, but equal words enter equal gates."""
 
-    name, random, given = "random layer", True, 0
+    name, random = "random layer", True
 
     def __init__(self, text: Text, *, tokens: int = 1024, start: int = 0, settings: Settings = SETTINGS, seed: int = 0):
-        """Reads the first `tokens` words of `text`, of which `start` are in the banks already."""
+        """Take the first `tokens` words of `text` and read `start` of them."""
         source = RandomSource(seed)
         self._words = source.encode(text.body)[:tokens]
         self.note = (
             f"Random weights, nothing learned: a stand-in layer reads {len(self._words):,} words of {text.name}."
         )
         self._captured = source.capture(source.ids(self._words))
-        learned = Calibration(source, calibration_text(text.name), CALIBRATION_TOKENS, None)
+        calibration = Calibration(source, calibration_text(text.name), CALIBRATION_TOKENS, None)
         budget = plan_budget(config_for(settings, source.shape), ENDLESS)
         self.layers, self.groups = source.full_layers, source.shape.n_groups
         self._banks = {}
         for layer, seen in self._captured.items():
-            gates = learned.gates(layer, settings.gates)
+            gates = calibration.gates(layer, settings.gates)
             self._banks[layer] = KVBank.empty(budget, gates, inv_freq=seen.inv_freq, scale=seen.scale)
         self.tokens: list[str] = []
         self.given, self.seconds = len(self._words), 0.0
@@ -89,10 +91,10 @@ class RandomReading:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        at = len(self.tokens)
-        if at == self.given:
-            return False
         with self._lock:
+            at = len(self.tokens)
+            if at == self.given:
+                return False
             begun = perf_counter()
             for layer, bank in self._banks.items():
                 seen = self._captured[layer]
@@ -104,3 +106,69 @@ class RandomReading:
     def contents(self, layer: int, group: int) -> BankContents:
         with self._lock:
             return self._banks[layer].contents(0, group)
+
+
+class ModelReader:
+    """A `BankReader` of a transformers model that `hf.patch` supports: it reads the text and then writes on.
+
+    Every layer with full attention has a bank. Needs the `hf` extra.
+    """
+
+    random = False
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        name: str,
+        text: Text,
+        *,
+        tokens: int = 1024,
+        start: int = 256,
+        settings: Settings = SETTINGS,
+        sampling: Sampling | None = None,
+    ):
+        """Take the first `tokens` tokens of `text` and read `start` of them. sampling: how the model writes on."""
+        from ..hf.cache import ProteusCache
+        from ..hf.source import ModelSource
+
+        source = ModelSource(model, tokenizer, name)
+        self.name, self.groups, self.layers = name, source.shape.n_groups, source.full_layers
+        self._model, self._tokenizer, self._choose = model, tokenizer, sampling or Sampling(0.7, None, 0.95, 0)
+        self._cache = ProteusCache.for_model(model, tokenizer, settings, name=name)
+        self._ids = source.encode(text.body)[:tokens]
+        self.note = f"{name} reads {len(self._ids):,} tokens of {text.name} one by one, and then writes on by itself."
+        self.tokens: list[str] = []
+        self.given, self.seconds = len(self._ids), 0.0
+        self._lock, self._logits = RLock(), None
+        first = self._ids[: max(1, min(start, self.given))]
+        for at in range(0, len(first), PROMPT_TOKENS_PER_STEP):
+            self._read(first[at : at + PROMPT_TOKENS_PER_STEP])
+
+    @property
+    def nbytes(self) -> int:
+        return self._cache.nbytes
+
+    def step(self) -> bool:
+        with self._lock:
+            begun, at = perf_counter(), len(self.tokens)
+            token = self._ids[at] if at < self.given else int(self._choose(self._logits, at))
+            self._read([token])
+            self.seconds = perf_counter() - begun
+        return True
+
+    def contents(self, layer: int, group: int) -> BankContents:
+        with self._lock:
+            return self._cache.banks[layer].contents(0, group)
+
+    def close(self) -> None:
+        """Put the model back as it was."""
+        self._cache.close()
+
+    @torch.inference_mode()
+    def _read(self, ids: list[int]) -> None:
+        from ..hf.patch import handed
+
+        row = torch.tensor([ids], device=self._model.device)
+        self._logits = self._model(row, **handed(self._model, self._cache), logits_to_keep=1).logits[:, -1]
+        self.tokens += self._tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""From one run of a layer to the plain arrays that the widgets draw.
+"""Runs one recorded layer and turns the result into the plain arrays that the widgets draw.
 
 Axes: `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `D` model width.
 """
@@ -19,14 +19,15 @@ from ..attention.captured import CapturedLayer
 from ..attention.rope import rotate
 from ..attention.settings import Settings
 from ..common.timing import RUNS, Stopwatch
+from .source import Source
 from .views import GateMap, LayerView
 
-AGREES = 0.05  # how far our dense output may be from the model's: rounding gives 0.001, in bfloat16 0.005
+MAX_GAP = 0.05  # relative error allowed between our dense output and the model's: rounding gives 0.001, bfloat16 0.005
 
 
 @dataclass(frozen=True)
 class LoadedLayer:
-    """A captured layer on its device in working precision, and dense attention on exactly these tensors."""
+    """A captured layer on its device, in the precision it runs in, with its dense attention output."""
 
     index: int
     q: Tensor  # (1, T, H, d), before RoPE
@@ -46,8 +47,8 @@ class LoadedLayer:
         return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
 
 
-def load_layer(index: int, captured: CapturedLayer, source, watch: Stopwatch) -> LoadedLayer:
-    """Bring a captured layer to work. `RuntimeError` when it does not reproduce the model's own output."""
+def load_layer(index: int, captured: CapturedLayer, source: Source, watch: Stopwatch) -> LoadedLayer:
+    """Copy a captured layer to its device. `RuntimeError` if it does not reproduce the model's own output."""
     device, dtype = source.device, source.dtype
     q, k, v = (x.to(device, dtype)[None] for x in (captured.q, captured.k, captured.v))
     inv_freq = None if captured.inv_freq is None else captured.inv_freq.to(device)
@@ -56,7 +57,7 @@ def load_layer(index: int, captured: CapturedLayer, source, watch: Stopwatch) ->
     dense = source.project(index, out[0].flatten(1)).float()
     native = captured.dense.to(device).float()
     gap = float((dense - native).norm() / native.norm().clamp(min=1e-9))
-    if not gap < AGREES:
+    if not gap < MAX_GAP:
         raise RuntimeError(
             f"layer {index}: dense attention on the recorded tensors is {gap:.1%} off the model's own "
             "output, so this layer does something that the probe cannot repeat"
@@ -78,13 +79,15 @@ def load_layer(index: int, captured: CapturedLayer, source, watch: Stopwatch) ->
     )
 
 
-def layer_view(layer: LoadedLayer, runner: ProteusLayer, settings: Settings, source, watch: Stopwatch) -> LayerView:
-    """Run `layer` at `settings` and gather everything that is shown. Only the run itself is timed.
+def layer_view(
+    layer: LoadedLayer, runner: ProteusLayer, settings: Settings, source: Source, watch: Stopwatch
+) -> LayerView:
+    """Run `layer` at `settings` and collect everything that is shown. Only the run itself is timed.
 
-    The time covers what the layer would pay: the keep decision, routing, rotation and attention; dense_ms
-    covers rotation and fused attention. Neither covers the projections, which are the same. Dense attention
-    takes as long in every layer; its median gathers over the first few views, so that one busy moment of the
-    machine does not stay on display.
+    latency_ms covers the keep decision, routing, rotation and attention; dense_ms covers rotation and fused
+    attention. Neither covers the projections, which are the same for both. Dense attention takes equally long in
+    every layer, so its runs are pooled: dense_ms is the median over the first few views, which one busy moment of the
+    machine cannot distort.
     """
     device, shape = source.device, source.shape
     run, latency_ms = watch.run(
@@ -132,7 +135,7 @@ def layer_view(layer: LoadedLayer, runner: ProteusLayer, settings: Settings, sou
 
 
 def _head_map(layer: LoadedLayer, run: LayerRun, keep: Tensor, awake: Tensor) -> tuple[Tensor, str]:
-    """`(T, H)` in [0, 1]: routing weights over the largest possible, or attention off the anchors."""
+    """`(T, H)` in [0, 1]: routing weights divided by the largest possible weight, or attention outside the anchors."""
     if run.weight is not None:
         r, alpha = run.weight.shape[2] // layer.k.shape[2], run.budget.flux_alpha
         return run.weight[0] * keep[:, None] / (1 - alpha + alpha * r), "routing weight"

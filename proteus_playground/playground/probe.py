@@ -1,7 +1,7 @@
-"""Look into one attention layer of a real model while its controls move.
+"""Run one attention layer of a real model again at any setting of the controls.
 
 The model runs once over the text; every layer's un-rotated queries, keys and values and its dense output are
-kept as float16. After that a view re-runs one layer, not the model.
+kept as float16. After that, a view re-runs one layer and not the whole model.
 
 Axes: `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `D` model width.
 """
@@ -24,38 +24,41 @@ from ..attention.captured import check_cache
 from ..attention.settings import Settings, config_for
 from ..common.checks import whole_number
 from ..common.files import cache_dir
+from ..common.machine import fast_dtype
 from ..common.progress import Progress, Stop, Stopped, check_stop, tell
+from ..common.texts import Text
 from ..common.timing import Stopwatch
 from .layer_view import LoadedLayer, group_map, layer_view, load_layer
 from .random_source import RandomSource
+from .source import Source
 from .text_window import cut_text, describe
 from .views import GateMap, LayerView, ModelView, RowView
 
 __all__ = ["LayerProbe", "Stopped"]
 
-LOADED = 3  # layers kept in working precision at least
-LOADED_BYTES = 1 << 25  # and as many as fit in here, which are all of a small model
+LOADED = 3  # layers kept on the device at least
+LOADED_BYTES = 1 << 25  # more layers stay there while they fit in this: all of a small model
 CALIBRATION_TOKENS = 2048
 
 
 class LayerProbe:
-    """One text through one model, ready to be looked at layer by layer. Make it with a class method.
+    """One model and one text, recorded so that each layer can be examined. Make it with a class method.
 
-    `name`, `note` (one sentence: model, text, calibration, or that it is random), `random`, `tokens` (T
-    strings), `n_layers`, `layers` (those that can be viewed), `n_heads`, `n_groups`, `head_dim`, `device`.
-    Every method may be called from any thread; one view and one run of the model go on at a time.
+    Attributes: `name`; `note`, one sentence about model, text and prototypes; `random`, whether the weights are random;
+    `tokens`, T strings; `n_layers`; `layers`, those that can be viewed; `n_heads`, `n_groups`, `head_dim`, `device`.
+    Every method may be called from any thread. Views exclude one another, and so do runs of the model.
 
     A text longer than max_tokens is cut to its first 4 tokens, which models use as attention sinks, and its
-    last max_tokens - 4, so that a question at the end stays; `note` says so.
+    last max_tokens - 4, so that a question at the end is kept; `note` reports the cut.
     """
 
     def __init__(
         self,
-        source,
-        text,
+        source: Source,
+        text: Text,
         *,
         max_tokens: int,
-        calibration=None,
+        calibration: Text | None = None,
         calibration_tokens: int = CALIBRATION_TOKENS,
         cache: Path | None = None,
         progress: Progress | None = None,
@@ -80,12 +83,12 @@ class LayerProbe:
         check_cache(len(words), self.n_layers, self.n_heads, self.n_groups, self.head_dim, source.width)
         self.tokens = source.strings(words)
         self._ids = source.ids(words)
-        learned = calibration or calibration_text(text.name)
-        self.note = describe(source, text, len(words), cut, learned)
-        enough = min(calibration_tokens, source.context or calibration_tokens)
-        self._calibration = Calibration(source, learned, enough, cache)
-        listen = watch("reading the text", self.n_layers, progress, stop)
-        self._captured = source.capture(self._ids, before_layer=listen)
+        fitted_on = calibration or calibration_text(text.name)
+        self.note = describe(source, text, len(words), cut, fitted_on)
+        calibration_tokens = min(calibration_tokens, source.context or calibration_tokens)
+        self._calibration = Calibration(source, fitted_on, calibration_tokens, cache)
+        before_layer = watch("reading the text", self.n_layers, progress, stop)
+        self._captured = source.capture(self._ids, before_layer=before_layer)
         self._loaded: OrderedDict[int, LoadedLayer] = OrderedDict()
         self._maps: OrderedDict[tuple, GateMap] = OrderedDict()
         self._watch = Stopwatch(source.device)
@@ -104,9 +107,9 @@ class LayerProbe:
         progress: Progress | None = None,
         stop: Stop | None = None,
     ) -> LayerProbe:
-        """A probe of a model that `proteus models pull` brought. device: None takes a GPU where there is one.
+        """A probe of a model fetched by `proteus models pull`. device: None means a GPU if there is one, else the CPU.
 
-        float32 on the CPU; on a GPU bfloat16 where the card really has it, float16 elsewhere.
+        float32 on the CPU; on a GPU bfloat16 if the hardware supports it, else float16.
         Raises `ValueError` for a model that is not pulled or a text or length that does not fit.
         """
         from ..hf.models import load
@@ -115,7 +118,7 @@ class LayerProbe:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         tell(progress, 0.0, f"loading {model}")
         check_stop(stop)
-        net, tokenizer = load(model, device, _dtype_for(device))
+        net, tokenizer = load(model, device, fast_dtype(torch.device(device)))
         return cls(
             ModelSource(net, tokenizer, model),
             text,
@@ -134,7 +137,7 @@ class LayerProbe:
         *,
         name: str,
         max_tokens: int = 1024,
-        calibration=None,
+        calibration: Text | None = None,
         calibration_tokens: int = CALIBRATION_TOKENS,
         cache: Path | None = None,
         progress: Progress | None = None,
@@ -142,8 +145,8 @@ class LayerProbe:
     ) -> LayerProbe:
         """A probe of any model that `hf.patch` supports, on the device it is on.
 
-        calibration: a `Text` to fit prototypes on, None chooses one that is not `text`; cache: a folder for
-        the prototypes, None keeps them in memory only.
+        calibration: the text that prototypes are fitted on, None for one that is not `text`; cache: a folder for the
+        prototypes, None for memory only.
         """
         from ..hf.source import ModelSource
 
@@ -160,12 +163,12 @@ class LayerProbe:
 
     @classmethod
     def random_layer(cls, text, *, max_tokens: int = 512, seed: int = 0) -> LayerProbe:
-        """Two layers of random weights over whole words: opens at once, needs no model, learned nothing."""
+        """A probe of two layers with random weights over whole words: needs no model, and nothing was learned."""
         return cls(RandomSource(seed), text, max_tokens=max_tokens)
 
     @torch.no_grad()
     def view(self, layer: int, settings: Settings, *, stop: Stop | None = None) -> LayerView:
-        """Re-run one layer at `settings`. `ValueError` names what is out of range; `Stopped` on request."""
+        """Re-run one layer at `settings`. Raises `ValueError` for a value out of range, `Stopped` on request."""
         with self._lock:
             loaded, runner = self._ready(layer, settings, stop)
             check_stop(stop)
@@ -173,7 +176,7 @@ class LayerProbe:
 
     @torch.no_grad()
     def row(self, layer: int, settings: Settings, token: int, head: int) -> RowView:
-        """What one query row sees at `settings`; token in [0, T), head in [0, H)."""
+        """The keys that one query row reads at `settings`; token in [0, T), head in [0, H)."""
         whole_number("token", token, 0, len(self.tokens) - 1)
         whole_number("head", head, 0, self.n_heads - 1)
         with self._lock:
@@ -182,13 +185,13 @@ class LayerProbe:
             if (keep is not None and not keep[0, token]) or (awake is not None and not awake[0, token, head]):
                 empty = np.zeros(len(self.tokens))
                 return RowView(token, head, empty.astype(np.uint8), empty.astype(np.float32), (), 0, True)
-            near = dict(token=token, head=head, inv_freq=loaded.inv_freq, keep=keep, scale=loaded.scale)
-            seen = row_reads(loaded.q, loaded.k, loaded.v, runner.gates, budget, **near)
+            row = dict(token=token, head=head, inv_freq=loaded.inv_freq, keep=keep, scale=loaded.scale)
+            seen = row_reads(loaded.q, loaded.k, loaded.v, runner.gates, budget, **row)
             return RowView(token, head, seen.kind, seen.weight, seen.gates_opened, seen.notes_read, False)
 
     @torch.no_grad()
     def gate_map(self, layer: int, group: int, gates: int) -> GateMap:
-        """Keys of a KV group on two axes that no control moves, and its prototypes on the same axes."""
+        """Keys and prototypes of a KV group in 2-D. The axes depend on the keys alone, so no control moves them."""
         whole_number("group", group, 0, self.n_groups - 1)
         self._check_layer(layer)
         config_for(Settings(gates=gates, probes=1), self._source.shape)
@@ -209,11 +212,11 @@ class LayerProbe:
         progress: Progress | None = None,
         stop: Stop | None = None,
     ) -> ModelView:
-        """The whole model with `layers` (None: all that can be) at `settings`, beside itself dense.
+        """The loss of the whole model with `layers` (None: all in `self.layers`) at `settings`, and of the dense model.
 
         Both are scored on the second half of the tokens, T // 2 .. T - 1, each predicted from all before it,
-        so that every scored row has a past worth choosing from. The dense result is computed once per probe.
-        Raises `ValueError` for random layers and for layers out of range, `Stopped` on request.
+        so that every scored row has a long past to choose from. The dense loss is computed once per probe.
+        Raises `ValueError` for random weights and for layers out of range, `Stopped` on request.
         """
         if self.random:
             raise ValueError("model='random layer': random weights predict nothing; pull a model to run it whole")
@@ -235,7 +238,7 @@ class LayerProbe:
         return ModelView(settings, chosen, nll, dense_nll, len(self._ids) - first, seconds, dense_seconds)
 
     def _scored(self, first, runners, what, start, end, progress, stop) -> tuple[float, float]:
-        """NLL and seconds of one pass; progress runs from `start` to `end`."""
+        """NLL and seconds of one pass of the model; its progress is mapped to `start` .. `end`."""
         scaled = None if progress is None else lambda share, said: progress(start + (end - start) * share, said)
         before = watch(f"the whole model, {what}", self.n_layers, scaled, stop)
         begun = perf_counter()
@@ -264,11 +267,6 @@ class LayerProbe:
     def _check_layer(self, layer: int) -> None:
         whole_number("layer", layer, 0, self.n_layers - 1)
         if layer not in self.layers:
-            raise ValueError(f"layer={layer}: reads a sliding window and stays native; allowed is one of {self.layers}")
-
-
-def _dtype_for(device: str) -> torch.dtype:
-    if torch.device(device).type != "cuda":
-        return torch.float32
-    real = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if real else torch.float16
+            raise ValueError(
+                f"layer={layer}: attends to a sliding window and is not replaced; allowed is one of {self.layers}"
+            )

@@ -1,14 +1,12 @@
-"""Attention layers with random weights over whole words: something to look at before a model is here.
+"""Attention layers with random weights over whole words, shown while no model is pulled.
 
-Queries and keys share half of their projection, so that equal words attract each other; nothing has been
-learned.
+Queries and keys share half of their projection, so that equal words attract each other. Nothing was learned.
 
 Axes: `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `D` model width.
 """
 
 from __future__ import annotations
 
-from binascii import crc32
 from collections.abc import Callable
 
 import torch
@@ -19,18 +17,18 @@ from ..attention.adapter import dense_attention
 from ..attention.captured import CapturedLayer, half
 from ..attention.rope import rope_frequencies
 from ..attention.settings import LayerShape
-from ..common.texts import WORD
+from ..common.texts import WORD, word_hash
 
-VOCABULARY = 8192  # slots that words are hashed into
+VOCABULARY = 8192  # embeddings; a word is hashed to one of them
 
 
 class RandomSource:
-    """Two layers of 8 heads over 2 KV groups of 32, the same for a seed on every machine."""
+    """A `Source` of two layers with 8 heads and 2 KV groups of 32 features; a seed gives the same on every machine."""
 
     name, random, shape = "random layer", True, LayerShape(n_heads=8, n_groups=2, head_dim=32)
     n_layers, width, context = 2, 256, None
     full_layers = (0, 1)
-    own_gates, routers = {}, {}  # it was not trained at all
+    own_gates, routers = {}, {}  # nothing was trained
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, seed: int = 0):
@@ -40,17 +38,17 @@ class RandomSource:
         self._embedding = torch.randn(VOCABULARY, D, generator=gen)
         self._layers = []
         for _ in range(self.n_layers):
-            key, value, own = (torch.randn(n, d, D, generator=gen) * D**-0.5 for n in (G, G, H))
-            query = 1.5 * (key.repeat_interleave(H // G, dim=0) + own)
+            key, value, difference = (torch.randn(n, d, D, generator=gen) * D**-0.5 for n in (G, G, H))
+            query = 1.5 * (key.repeat_interleave(H // G, dim=0) + difference)
             self._layers.append((query, key, value, torch.randn(D, H * d, generator=gen) * (H * d) ** -0.5))
 
     def encode(self, body: str) -> list[str]:
-        """The words of `body`, each with the space before it."""
+        """The words and signs of `body`, each with the space before it."""
         return WORD.findall(body)
 
     def ids(self, words: list[str]) -> Tensor:
-        """Word numbers `(T,)`; equal words, whatever their case, get equal numbers."""
-        return torch.tensor([crc32(word.strip().lower().encode()) % VOCABULARY for word in words])
+        """Word numbers `(T,)`; equal words get equal numbers, whatever their case."""
+        return torch.tensor([word_hash(word) % VOCABULARY for word in words])
 
     def strings(self, words: list[str]) -> list[str]:
         return words
@@ -62,7 +60,7 @@ class RandomSource:
     def capture(
         self, ids: Tensor, *, keys_only: bool = False, before_layer: Callable[[int], None] | None = None
     ) -> dict[int, CapturedLayer]:
-        """What each layer sees of `ids` `(T,)`; each feeds the next through a residual."""
+        """What each layer sees of `ids` `(T,)`; its output is added to its input and goes to the next layer."""
         x, found = self._embedding[ids], {}
         inv_freq, scale = rope_frequencies(self.shape.head_dim, 10_000.0), self.shape.head_dim**-0.5
         at = torch.arange(len(ids))[None]
@@ -73,9 +71,8 @@ class RandomSource:
             q, k, v = (torch.einsum("td,nhd->tnh", unit, weight) for weight in weights[:3])
             out = self.project(layer, dense_attention(q[None], k[None], v[None], inv_freq, at, scale)[0].flatten(1))
             x = x + out
-            found[layer] = CapturedLayer(
-                *(None, half(k), None, None) if keys_only else map(half, (q, k, v, out)), inv_freq, scale
-            )
+            recorded = (None, half(k), None, None) if keys_only else map(half, (q, k, v, out))
+            found[layer] = CapturedLayer(*recorded, inv_freq, scale)
         return found
 
     def nll(self, *_, **__):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..attention import AttentionConfig, ProteusAttention
-from ..common.texts import WORD
+from ..common.texts import WORD, word_hash
 from .arrays import npy_rows
 from .buffer import Champions
 from .layer_scorer import LayerScorer, one_thread_each
@@ -61,7 +61,7 @@ class Embedded:
 
 def number(word: str) -> int:
     """A hash in [0, TABLE^2), the same for any case and with or without the space before it."""
-    return crc32(word.strip().lower().encode()) % TABLE**2
+    return word_hash(word) % TABLE**2
 
 
 class LayerModel:

@@ -5,11 +5,9 @@ Equal words have equal vectors in any case, so a word matches itself. The vector
 
 from __future__ import annotations
 
-from binascii import crc32
-
 import numpy as np
 
-from ..common.texts import WORD
+from ..common.texts import WORD, word_hash
 
 WIDTH = 512
 
@@ -36,8 +34,8 @@ class RandomWords:
 
     @property
     def table(self) -> np.ndarray:
-        """`(V, 512)` float32, a row per word encoded so far."""
-        fresh = [np.random.default_rng(crc32(word.strip().lower().encode())).standard_normal(WIDTH, np.float32)
+        """`(V, 512)` float32, a row per word met so far."""
+        fresh = [np.random.default_rng(word_hash(word)).standard_normal(WIDTH, np.float32)
                  for word in self.vocabulary[len(self._rows):]]  # fmt: skip
         if fresh:
             self._rows = np.concatenate([self._rows, fresh])

@@ -21,7 +21,7 @@ from proteus_playground.widgets.stream.state import FIELDS, StreamState, check
 
 from proteus_playground.attention.bank.view import BankContents, GateContents
 from proteus_playground.common.texts import pasted
-from proteus_playground.playground.bank_reading import RandomReading
+from proteus_playground.playground.bank_reading import RandomReader
 from proteus_playground.streaming.buffer import StreamPlan
 from proteus_playground.streaming.pipeline import stream
 from proteus_playground.streaming.random_words import RandomWords
@@ -537,7 +537,7 @@ def reading_text():
 
 
 def test_the_bank_panel_reads_steps_back_and_looks_elsewhere(reading_text):
-    made = bank_panel(reading=RandomReading(reading_text, tokens=200, start=60), layer=0, group=1)
+    made = bank_panel(reading=RandomReader(reading_text, tokens=200, start=60), layer=0, group=1)
     made.worker.wait()
     assert "This layer is random" in made.banner.value and made.past[0].tokens_seen == 60
     for count in (61, 62, 63):
@@ -558,7 +558,7 @@ def test_the_bank_panel_reads_steps_back_and_looks_elsewhere(reading_text):
 
 
 def test_playing_ends_with_the_text_and_can_be_paused(reading_text):
-    made = bank_panel(reading=RandomReading(reading_text, tokens=150, start=60), layer=0)
+    made = bank_panel(reading=RandomReader(reading_text, tokens=150, start=60), layer=0)
     made.worker.wait()
     made.speed.value = "fast"
     made.play.value = True
@@ -579,7 +579,7 @@ def test_playing_ends_with_the_text_and_can_be_paused(reading_text):
 
 
 def test_a_random_reading_holds_every_token_somewhere(reading_text):
-    reading = RandomReading(reading_text, tokens=180, start=170)
+    reading = RandomReader(reading_text, tokens=180, start=170)
     now = reading.contents(1, 0)
     held = [*now.anchors, *now.window, *(i for g in now.gates for i in g.ring)]
     assert len(held) == len(set(held)) and len(held) + sum(g.summarised for g in now.gates) == 170

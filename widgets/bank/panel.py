@@ -8,7 +8,7 @@ from collections.abc import Callable
 import ipywidgets as w
 
 from proteus_playground.attention.bank.view import BankContents
-from proteus_playground.playground.bank_reading import Reading
+from proteus_playground.playground.bank_reading import BankReader
 
 from ..parts.controls import _labelled
 from ..parts.worker import Worker
@@ -22,10 +22,10 @@ PAST = 400  # steps that can be gone back
 
 
 class BankPanel(w.VBox):
-    """What `bank_panel` returns. `reading` is a `Reading`, `past` what was held after each step, `at` the one shown."""
+    """What `bank_panel` returns. `reading`: a `BankReader`; `past`: contents after each step; `at`: the one shown."""
 
     def __init__(self, make_reading: Callable, layer: int = 12, group: int = 1):
-        self.reading: Reading | None = None
+        self.reading: BankReader | None = None
         self.past: list[BankContents] = []
         self.at, self.number, self.problem, self._playing = -1, 0, "", False
         self._make, self._first = make_reading, (layer, group)
@@ -63,7 +63,7 @@ class BankPanel(w.VBox):
             self._first = self.layer.value, self.group.value
         self.worker.submit("load", lambda stop, progress: self._make(), self._loaded, self._failed)
 
-    def _loaded(self, _: int, made: tuple[Reading, str]) -> None:
+    def _loaded(self, _: int, made: tuple[BankReader, str]) -> None:
         reading, why = made
         old, self.reading = self.reading, None
         if old is not None and hasattr(old, "close"):

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from ...common.machine import fast_dtype
 from .recipe import Recipe
 
 GATE_MODULES = {"router", "gates"}  # parts of a parameter's name
@@ -47,12 +48,7 @@ def pick_dtype(device: torch.device, precision: str = "auto") -> torch.dtype:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
-    if precision != "auto":
-        return PRECISIONS[precision]
-    if device.type != "cuda":
-        return torch.float32
-    has_bfloat16 = torch.version.hip or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
+    return fast_dtype(device) if precision == "auto" else PRECISIONS[precision]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
