@@ -35,7 +35,7 @@ class HeadRows:
 
 
 def pick_rows(decisions: TokenDecisions, n_groups: int) -> HeadRows:
-    """The rows that awake heads need: a slot for every head that may be awake, so that shapes do not follow the data."""
+    """The rows that awake heads need: a slot per head that may be awake, so that shapes do not follow the data."""
     if decisions.awake is None:
         return HeadRows(None, None, None)
     awake, weight = (x.unflatten(2, (n_groups, -1)) for x in (decisions.awake, decisions.weight))
@@ -105,7 +105,7 @@ def _head_of_slot(slot: Tensor, cfg: AttentionConfig) -> Tensor:
 
 
 def pick_awake(awake: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Up to `slots` awake heads per token and group, `(B, T, G, K)` each: index in the group, and whether it is awake."""
+    """Up to `slots` awake heads per token and group, `(B, T, G, K)` each: index in the group; whether it is awake."""
     index = (~awake).to(torch.int8).argsort(dim=-1, stable=True)[..., :slots]
     return index, awake.gather(-1, index)
 
