@@ -75,12 +75,14 @@ class ProteusAttention(nn.Module):
         if learning:
             self._fold()
         budget = plan_budget(self.cfg, x.shape[1]) if budget is None else budget
-        shortcut = key_padding_mask is None and not (self.training or return_stats or return_trace)
-        if shortcut and (fast := self._fast_path(x, budget, positions)) is not None:
+        plain = key_padding_mask is None and not (self.training or return_stats or return_trace)
+        if plain and (fast := self._fast_path(x, budget, positions)) is not None:
             return fast
         k, v = self._keys_values(x)
-        q, rows, decisions = self._decide(x, k, budget, key_padding_mask, traced=return_trace)  # keep, route, queries
-        result = proteus_attention(  # shortlist and attend
+        # Which tokens are kept and which heads are awake; only awake heads project queries.
+        q, rows, decisions = self._decide(x, k, budget, key_padding_mask, traced=return_trace)
+        # Each query row gets its shortlist of keys and attends to these alone.
+        result = proteus_attention(
             q,
             k,
             v,
@@ -118,9 +120,9 @@ class ProteusAttention(nn.Module):
         """Whether the Triton backend can run the whole layer piece by piece: no token dropped, no gradient needed."""
         cfg = self.cfg
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        plain = not (traced or torch.is_autocast_enabled(x.device.type))
+        eager = not (traced or torch.is_autocast_enabled(x.device.type))
         whole = not budget.dense and budget.keep_ratio == 1 and budget.heads_awake_max == cfg.heads_per_group
-        return plain and whole and choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype)[0] == "triton"
+        return eager and whole and choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype)[0] == "triton"
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Un-rotated keys and values, `(B, T, G, d)` each."""
@@ -136,7 +138,10 @@ class ProteusAttention(nn.Module):
         before: Tensor | None = None,
         traced: bool = False,
     ) -> tuple[Tensor, HeadRows, TokenDecisions]:
-        """Un-rotated queries of awake heads `(B, T, G K, d)`, the rows they stand for, and what was decided."""
+        """Un-rotated queries of awake heads `(B, T, G K, d)`, which heads these are, and what was decided.
+
+        before: `(B,)`, tokens already kept of the sequences that x continues.
+        """
         routed = self.router is not None
         queries, mean = project_queries(x, self.q_proj, self.cfg, budget.heads_awake_max if routed else None)
         decisions = decide(
@@ -315,7 +320,7 @@ class ProteusAttention(nn.Module):
         return self
 
     def head_contributions(self, trace: AttentionTrace) -> Tensor:
-        """What each slot's head adds to the residual, `(B, T, G K, D)`; zero for sleepers.
+        """What each slot's head adds to the residual, `(B, T, G K, D)`; zero for sleeping heads.
 
         Their sum and o_proj's bias are the layer's output, where a token was not dropped.
         """
