@@ -1,4 +1,7 @@
-"""The attention stack. Imports run one way: leaves, then backends, then the functional core, then the modules."""
+"""The attention layer.
+
+Read in this order: config, budget, gates, routing, decide, shortlist, backends/reference, heads, layer.
+"""
 
 from .backends import choose_backend
 from .bank.bank import ENDLESS, KVBank
@@ -10,11 +13,9 @@ from .functional import AttentionResult, proteus_attention
 from .gates import Gates
 from .layer import ProteusAttention
 from .multihead import CausalProteusMultiheadAttention
+from .records import AttentionStats, AttentionTrace
 from .rope import rope_frequencies, rotate
-from .routing import prior_route
 from .rows import RowReads, row_reads
-from .stats import AttentionStats
-from .trace import AttentionTrace
 
 __all__ = [
     "ENDLESS",
@@ -34,7 +35,6 @@ __all__ = [
     "SparseHeadController",
     "choose_backend",
     "plan_budget",
-    "prior_route",
     "proteus_attention",
     "rope_frequencies",
     "rotate",

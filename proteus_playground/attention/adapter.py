@@ -1,11 +1,10 @@
-"""One attention layer of a model that knows nothing of Proteus, run at one position of the controls.
+"""Our attention for one layer of a model that was trained without it.
 
-What a trained `ProteusAttention` decides from its own weights is decided here from the gates alone: the keep
-mask from their salience, the heads from the prototypes' prior. `ProteusLayer` is one such layer, ready for a
-patch.
+The model gives queries, keys and values. What a `ProteusAttention` decides with weights of its own is decided from the
+gates alone where there is no router: the tokens to keep from their salience, the heads to wake from the prototypes'
+prior. `ProteusLayer` holds the gates and budgets of one such layer.
 
-Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `r` heads per group, `C` gates per group, `d`
-head dim.
+Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `C` gates per group, `d` head dim.
 """
 
 from __future__ import annotations
@@ -14,13 +13,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import AttentionConfig, AttentionResult, Budget, Gates, plan_budget, proteus_attention
 from .backends.dispatch import dense
+from .budget import Budget, plan_budget
+from .config import AttentionConfig
+from .decide import TokenDecisions, decide, weigh
+from .functional import AttentionResult, proteus_attention
+from .gates import Gates
 from .rope import rotate
-from .routing import Router, prior_route
+from .routing import Router
 from .settings import LayerShape
 
-TILE = 64  # query rows that share one fetched key and value: the aim of every backend here
+ROWS_PER_TILE = 64  # query rows that share one fetched key and value; every backend aims at this many
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,14 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class ProteusLayer:
-    """Gates and budgets of one layer; called with a patch's `AttentionCall` it answers `(B, T, H, d)`."""
+    """Gates and budgets of one layer. Called with a patch's `AttentionCall` it returns the heads' outputs."""
 
     gates: Gates
     config: AttentionConfig
     router: Router | None = None  # trained together with these gates
 
     def __call__(self, call) -> Tensor:
+        """`(B, T, H, d)`, before o_proj."""
         return self.run(
             call.q, call.k, call.v, inv_freq=call.inv_freq, positions=call.positions, scale=call.scale, real=call.keep
         ).out
@@ -57,22 +61,25 @@ class ProteusLayer:
         budget: Budget | None = None,
         before: Tensor | None = None,
         logits: Tensor | None = None,
-    ):
-        """Budget, keep `(B, T)`, awake `(B, T, H)` and weight `(B, T, H)`; None stands for "all".
+    ) -> TokenDecisions:
+        """Which tokens take part and which heads they wake; q `(B, T, H, d)` and k `(B, T, G, d)` un-rotated.
 
-        real: `(B, T)` bool, False at padding. budget: None plans one for T tokens. before: `(B,)`, tokens kept of a
-        text that these go on. logits: `(B, T, G, C)`, what the router says of these tokens; without a router the
-        prototypes' prior chooses heads. A token's decision depends on that token only.
+        real: `(B, T)` bool, False at padding. budget: None plans one for T tokens. before: `(B,)`, tokens already kept
+        of the text that these continue. logits: `(B, T, G, C)` of the router for these tokens; without a router the
+        prototypes' prior chooses heads.
         """
-        budget = budget or plan_budget(self.config, k.shape[1])
-        keep = self.gates.keep_tokens(k, budget.keep_ratio, self.config.n_anchors, real, before)
-        awake = weight = None
-        if self.config.route_heads:
-            trained = {}
-            if self.router is not None:
-                trained = {"logits": logits, "balance": self.router.balance, "prior_max": self.config.prior_max}
-            awake, weight = prior_route(q, self.gates, budget, self.config.prior_temperature, **trained)
-        return budget, keep, awake, weight
+        mean_query = q.unflatten(2, (self.gates.n_groups, -1)).mean(3) if self.config.route_heads else None
+        return decide(
+            self.config,
+            self.gates,
+            budget or plan_budget(self.config, k.shape[1]),
+            k,
+            mean_query,
+            logits=None if self.router is None else logits,
+            balance=None if self.router is None else self.router.balance,
+            real=real,
+            before=before,
+        )
 
     def run(
         self,
@@ -87,24 +94,27 @@ class ProteusLayer:
         budget: Budget | None = None,
         logits: Tensor | None = None,
     ) -> LayerRun:
-        """q `(B, T, H, d)`, k and v `(B, T, G, d)`, un-rotated. real, budget, logits: as in `decide`."""
-        budget, keep, awake, weight = self.decide(q, k, real, budget=budget, logits=logits)
+        """Decide, attend and weigh. q `(B, T, H, d)`, k and v `(B, T, G, d)`, all un-rotated.
+
+        inv_freq, positions, scale: as in `proteus_attention`; real, budget, logits: as in `decide`.
+        """
+        decisions = self.decide(q, k, real, budget=budget, logits=logits)
         result = proteus_attention(
             q,
             k,
             v,
             self.gates,
-            budget,
+            decisions.budget,
             inv_freq=inv_freq,
             positions=positions,
-            keep=keep,
-            awake=awake,
+            keep=decisions.keep,
+            awake=decisions.awake,
             backend=self.config.backend,
             scale=scale,
             int8=self.config.int8,
         )
-        out = result.out if weight is None else result.out * weight[..., None].to(result.out.dtype)
-        return LayerRun(out, result, budget, keep, awake, weight)
+        out = weigh(result.out, decisions.weight)
+        return LayerRun(out, result, decisions.budget, decisions.keep, decisions.awake, decisions.weight)
 
 
 def dense_attention(
@@ -117,15 +127,15 @@ def dense_attention(
 def predicted_cost(
     reads: int, rows: int, keys: int, gates: int, shape: LayerShape, itemsize: int
 ) -> tuple[float, float]:
-    """FLOPs and bytes of a run.
+    """Estimate the FLOPs and bytes of a run.
 
-    reads: keys and notes read by all rows together; rows: (token, head) pairs that computed; keys: tokens
-    that took part; gates: prototypes compared with each key and each row, 0 when nothing is looked up.
+    reads: keys and notes read by all rows together; rows: (token, head) pairs computed; keys: tokens that took part;
+    gates: prototypes compared with each key and each row, 0 for a dense run; itemsize: bytes per number.
     FLOPs: two matmuls of 2 d operations per read, 2 d per comparison with a prototype.
-    Bytes: each row's query in and output out, each key and value at least once, and one fetch of a key and
-    value for every `TILE` reads of it, since that many neighbouring rows share a tile.
+    Bytes: each row's query and output once, each key and value at least once, and one fetch of a key and value
+    for every `ROWS_PER_TILE` reads of it, since that many neighbouring rows share a tile.
     """
     d, G = shape.head_dim, shape.n_groups
     flops = 4.0 * d * reads + 2.0 * d * gates * (rows + keys * G)
-    fetched = max(reads / TILE, keys * G)
+    fetched = max(reads / ROWS_PER_TILE, keys * G)
     return flops, float(itemsize) * d * (2 * rows + 2 * fetched)

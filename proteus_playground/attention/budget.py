@@ -1,8 +1,9 @@
-"""What a flux alpha and a length come to: one formula per budget, all integers decided here.
+"""Budgets of a call, from flux alpha and the length: one formula per budget. All integers are decided here.
 
 Every budget runs geometrically from "all" at alpha 0 to its configured value at alpha 1:
 `L(a) = T^(1-a) L^a`, `k(a) = r^(1-a) k^a`, `P(a) = p^a`; the keep ratio runs linearly, `1 - a (1 - rho)`. L is rounded
-down, k to the nearest: rounded down, the last head would speak at alpha 0 alone, and never learn to.
+down. k is rounded to nearest: rounding down would leave the last head awake only at alpha exactly 0, so it would hardly
+be trained.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..common.checks import whole_number
 if TYPE_CHECKING:
     from .config import AttentionConfig
 
-MAX_BLOCK = 64  # rows that share one clock tick; larger tiles gain nothing and widen what a row must re-read
+MAX_BLOCK = 64  # rows that share one clock tick; larger blocks are no faster, and make each row read more local keys
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,19 @@ class Budget:
     heads_awake_max: int  # k(alpha), per token and KV group
     head_top_p: float  # P(alpha)
     dense: bool  # the shortlist holds every key there is
-    window: int  # keys older than the row's block that are still read one by one
+    window: int  # w, keys before the row's block that every row still reads one by one
     block: int  # b, rows per clock tick, a power of two
     anchors: int  # first keys always read
     probes: int  # gates a row opens
     ring: int  # m, newest keys read per opened gate
-    notes: bool  # whether gates' summaries are read
+    notes: bool  # whether notes are read (the mean key and value of a gate's keys that are not read one by one)
 
     def to_dict(self) -> dict:
         return asdict(self)
 
 
 def alpha_for_length(tokens: int, dense_below: int, shortlist_from: int) -> float:
-    """Flux alpha that a length asks for: 0, then linear in log T, then 1."""
+    """Flux alpha where the length decides: 0 up to `dense_below`, 1 from `shortlist_from`, linear in log T between."""
     if tokens <= dense_below:
         return 0.0
     if tokens >= shortlist_from:
@@ -61,7 +62,8 @@ def geometric(full: float, reduced: float, alpha: float) -> int:
 def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = None) -> Budget:
     """Budgets for a call over `tokens` tokens.
 
-    flux_alpha: overrides `cfg.flux_alpha`; when both are None the length decides.
+    flux_alpha: in [0, 1], overrides `cfg.flux_alpha`; when both are None the length decides. Raises `TypeError` or
+    `ValueError` naming the argument.
     """
     whole_number("tokens", tokens, 1)
     alpha = cfg.flux_alpha if flux_alpha is None else flux_alpha
@@ -84,7 +86,7 @@ def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = No
 
 
 def check_alpha(alpha) -> float:
-    """`alpha` as a float in [0, 1], or an error that names it."""
+    """`alpha` as a float. Raises `TypeError` or `ValueError` unless it is a number in [0, 1]."""
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"flux_alpha={alpha!r}: expected a number in [0, 1], or None to follow the length")
     if not 0 <= alpha <= 1:
@@ -93,20 +95,21 @@ def check_alpha(alpha) -> float:
 
 
 def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: bool) -> dict:
-    """Divide `cap` reads per row between window, anchors, rings and notes.
+    """Divide `cap` reads per row between window, anchors, rings and notes: fields of `Budget`.
 
-    A row reads at most window + block local keys, `anchors` anchors, probes x ring gate keys and one note per
-    gate. Where notes would take more than half of the gates' share they go first, then probes.
+    A row reads at most window + block local keys, `anchors` anchors, probes x ring keys of opened gates and one note
+    per gate. Where notes would take more than half of the gates' share there are none; where there are fewer reads
+    than probes, fewer gates are opened.
     """
-    far = min(floor(dna_fraction * cap + 1e-9), cap - 1)  # a row always reads itself
-    near = cap - far
-    anchors = min(n_anchors, (near - 1) // 2)
-    local = near - anchors
+    gate_reads = min(floor(dna_fraction * cap + 1e-9), cap - 1)  # rounded down: a row always reads itself
+    other_reads = cap - gate_reads
+    anchors = min(n_anchors, (other_reads - 1) // 2)
+    local = other_reads - anchors
     block = 1
-    while block * 4 <= near and block * 2 <= local and block < MAX_BLOCK:
+    while block * 4 <= other_reads and block * 2 <= local and block < MAX_BLOCK:
         block *= 2
-    probes = min(probes, gates)
-    notes = notes and far >= 2 * gates  # smaller rings lose more than notes bring: docs/log.md
-    probes = min(probes, far)
-    ring = (far - gates * notes) // probes if probes else 0
+    notes = notes and gate_reads >= 2 * gates  # with smaller rings, more is lost than notes bring: docs/log.md
+    probes = min(probes, gates, gate_reads)
+    ring_reads = gate_reads - gates if notes else gate_reads
+    ring = ring_reads // probes if probes else 0
     return {"window": local - block, "block": block, "anchors": anchors, "probes": probes, "ring": ring, "notes": notes}

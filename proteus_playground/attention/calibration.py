@@ -1,7 +1,7 @@
-"""Prototypes for a model that was trained without any: k-means on its own keys, of another text.
+"""Prototypes for a model that was trained without any: k-means on the model's keys for a calibration text.
 
-The keys cost one pass over the calibration text, the prototypes of one layer a few tens of milliseconds. Both
-are kept on disk beside the recipe they were made by; a file of another recipe is made again.
+The keys cost one pass over the calibration text, the prototypes of one layer a few tens of milliseconds. Both are
+kept on disk with the recipe that made them. A file with another recipe is made again.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from .settings import LayerShape
 
 FORMAT = "1"
 SEED = 0
-CHARS_PER_TOKEN = 20  # more than any text has on average, so that only the start of a long one is tokenised
-IN_MEMORY = 128  # sets of gates; one is about 40 KB
+CHARS_PER_TOKEN = 20  # more than the average of any text, so the start that is tokenised holds enough tokens
+IN_MEMORY = 128  # sets of gates kept in memory; one is about 40 KB
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of safetensors files, each with the recipe that made it. None keeps nothing on disk."""
+    """A folder of safetensors files, each with the recipe that made it. folder=None: nothing is kept on disk."""
 
     folder: Path | None
 
     def read(self, name: str, recipe: dict) -> dict[str, Tensor] | None:
-        """The tensors of `name`, or None where there is no readable file of exactly this recipe."""
+        """The tensors of `name`, or None where there is no readable file with exactly this recipe."""
         if self.folder is None:
             return None
         try:
-            tensors, theirs = read_tensors(self.folder / f"{name}.safetensors", "Calibration")
+            tensors, found = read_tensors(self.folder / f"{name}.safetensors", "Calibration")
         except (OSError, ValueError):
             return None
-        return tensors if theirs == recipe else None
+        return tensors if found == recipe else None
 
     def write(self, name: str, tensors: dict[str, Tensor], recipe: dict) -> None:
-        """Appears whole or not at all. A folder that cannot be written costs only time: no error."""
+        """Write the file, whole or not at all. A folder that cannot be written is no error: fitting again is enough."""
         if self.folder is not None:
             with suppress(OSError):
                 write_tensors(self.folder / f"{name}.safetensors", tensors, recipe)
@@ -110,10 +110,10 @@ class Calibration:
         self._label = f"{label}-{source.fingerprint[:8]}"
 
     def gates(self, layer: int, n_gates: int, *, progress: Progress | None = None, stop: Stop | None = None) -> Gates:
-        """Prototypes for `layer`, on the source's device.
+        """Gates of `layer`, with `n_gates` prototypes per KV group, on the source's device.
 
-        Those it was trained with, where it was trained with as many. Raises `ValueError` for more gates than the
-        calibration text has tokens, `Stopped` on request.
+        If the layer was trained with that many gates, its own are returned. Raises `ValueError` for more gates than the
+        calibration text has tokens, `Stopped` when `stop` requests it.
         """
         if (layer, n_gates) in self.source.own_gates:
             return self.source.own_gates[layer, n_gates]
@@ -130,7 +130,7 @@ class Calibration:
 
     def _load_or_fit(self, layer: int, n_gates: int, progress: Progress | None, stop: Stop | None) -> Gates:
         shape, seed = self.source.shape, SEED + 1000 * layer
-        with torch.random.fork_rng(devices=[]):  # new gates start at random; the caller's seed is not ours
+        with torch.random.fork_rng(devices=[]):  # new gates start at random; keep the caller's generator as it is
             gates = Gates(shape.n_groups, n_gates, shape.head_dim, shape.n_heads // shape.n_groups)
         recipe = self._recipe | {"layer": layer, "gates": n_gates}
         name = f"{self._label}-layer{layer}-gates{n_gates}"
@@ -145,7 +145,7 @@ class Calibration:
         return gates.eval().to(self.source.device)
 
     def _keys_of(self, layer: int, progress: Progress | None, stop: Stop | None) -> Tensor:
-        """Un-rotated keys `(N, G, d)` of the calibration text, float16; one pass for all layers."""
+        """Un-rotated keys `(N, G, d)` of the calibration text, float16. One pass captures those of all layers."""
         if self._keys is None:
             name = f"{self._label}-keys"
             saved = self._store.read(name, self._recipe)
@@ -165,7 +165,7 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple]:
 
 
 def watch(what: str, layers: int, progress: Progress | None, stop: Stop | None) -> Callable[[int], None]:
-    """A `before_layer` hook that reports and listens."""
+    """A `before_layer` hook that reports progress and raises `Stopped` when `stop` requests it."""
 
     def before(layer: int) -> None:
         check_stop(stop)

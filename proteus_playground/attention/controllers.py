@@ -1,8 +1,9 @@
-"""Keep a layer or a model on a target by nudging one knob between calls, until it settles.
+"""Keep a layer or a model on a target by changing one knob between calls, until it settles.
 
-Every knob is a row of whole-numbered settings, dearer as they grow. A damped step goes towards the target, longer while
-the target stays on one side, and never past a setting that is known to be on the other side of it: so the search
-narrows. Where no setting hits the target the dearest one below it stays. A dearer setting must cost more, or as much.
+Every knob has whole-numbered settings; a larger one costs more, or as much. After each measurement the controller takes
+a damped step towards the target. Steps grow while the target stays on one side, and never go past a setting that is
+known to be on the other side, so the search narrows. Where no setting hits the target, the largest one below it is
+kept.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from .budget import check_alpha
 from .layer import ProteusAttention
 
 KNOBS = {"alpha": "flux_alpha", "shortlist": "shortlist", "heads": "heads_awake_max"}  # fields of AttentionConfig
-STEPS = 256  # settings of alpha
-WINDOW = {"density": 1, "latency_ms": 5, "memory_bytes": 1}  # calls whose median counts
+ALPHA_STEPS = 256  # settings of alpha
+CALLS_PER_UPDATE = {"density": 1, "latency_ms": 5, "memory_bytes": 1}  # their median is the measurement
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,23 @@ class Decision:
     knob: str  # 'alpha', 'shortlist' or 'heads'
     before: float  # its value in the call
     after: float  # its value from now on
-    settled: bool  # it stays until the measurement changes
+    settled: bool  # the knob stays there until the measurement changes
     reason: str  # one plain sentence
 
 
 class SparseHeadController:
-    """Nudges flux alpha, the shortlist L or the most heads awake of every layer in `module` towards one target.
+    """Changes flux alpha, the shortlist L or heads_awake_max of every layer in `module` to approach one target.
 
-    `controller(x)` calls the module and returns its output and a `Decision`; or measure yourself and `update(value)`.
-    Targets, exactly one: density, the share in (0, 1] of dense causal attention's reads that are done
-    (`AttentionStats.density`), hit from either side; latency_ms, per call; memory_bytes, the most that a call
-    allocates on an NVIDIA or AMD GPU (anywhere else measure yourself, say a state's nbytes). The last two are budgets,
-    aimed at from below. knob: 'alpha', 'shortlist' (needs alpha > 0), 'heads' (the same, and a router). low, high: the
-    knob's bounds in its own units, by default alpha in [0, 1], L from an eighth to eight times what it is, heads from
-    heads_awake_min to H/G. tolerance: share of the goal that counts as hit. damping: share of the estimated way that is
-    gone at once, in (0, 1]. Raises `TypeError` or `ValueError` naming the argument.
+    `controller(x)` calls the module and returns its output and a `Decision`. To use measurements of your own, call
+    `update(value)` instead. Give exactly one target: density, the share in (0, 1] of dense causal attention's reads
+    that are done (`AttentionStats.density`); latency_ms, milliseconds per call; memory_bytes, the most that a call
+    allocates on an NVIDIA or AMD GPU (elsewhere use `update`, for example with a state's nbytes). Density may be
+    missed on either side by `tolerance`, a share of the goal in (0, 1]; latency and memory may only be lower.
+
+    knob: 'alpha', 'shortlist' (needs alpha > 0) or 'heads' (needs alpha > 0 and a router). low, high: the knob's bounds
+    in its own units, by default alpha in [0, 1], L from an eighth to eight times its present value, heads from
+    heads_awake_min to H/G. damping: share of the estimated distance to the target that one step covers, in (0, 1].
+    Raises `TypeError` or `ValueError` naming the argument.
     """
 
     def __init__(
@@ -69,9 +72,8 @@ class SparseHeadController:
         clock: Callable[[], float] = perf_counter,
     ):
         goals = {"density": density, "latency_ms": latency_ms, "memory_bytes": memory_bytes}
-        most = {"density": 1}
         given = {
-            name: real_number(name, goal, 0, most.get(name, inf), above=True)
+            name: real_number(name, goal, 0, 1 if name == "density" else inf, above=True)
             for name, goal in goals.items()
             if goal is not None
         }
@@ -86,21 +88,22 @@ class SparseHeadController:
         self.layers = [layer for layer in module.modules() if isinstance(layer, ProteusAttention)]
         if not self.layers:
             raise ValueError(f"module={type(module).__name__}: must hold a ProteusAttention")
-        self._bottom, self._top = 1 - tolerance, 1 + tolerance if self.target == "density" else 1.0
+        self._least_share = 1 - tolerance  # shares of the goal between these two count as hit
+        self._most_share = 1 + tolerance if self.target == "density" else 1.0
         self._low, self._high = self._bounds(low, high)
         self._set(min(max(self._setting(), self._low), self._high))
-        self._seen: deque[float] = deque(maxlen=WINDOW[self.target])
-        self._below = self._above = None  # settings known to be under and over the target
-        self._held: float | None = None  # the share of the goal at which it settled
-        self._stride, self._was_over = 1, None  # the least step: doubles while the target stays on one side
+        self._measured: deque[float] = deque(maxlen=CALLS_PER_UPDATE[self.target])
+        self._under = self._over = None  # settings known to be under and over the target
+        self._settled_share: float | None = None  # of the goal, measured when the knob settled
+        self._least_step, self._was_over = 1, None  # the step doubles while the target stays on one side
 
     @property
     def value(self) -> float:
-        """The knob's value in force."""
+        """The knob's present value."""
         return self._value(self._now)
 
     def __call__(self, *args, **kwargs):
-        """What the module returns for these arguments (with stats where density is the target), and the `Decision`."""
+        """The module's output for these arguments (with stats where density is the target), and the `Decision`."""
         device = self.layers[0].k_proj.weight.device
         if self.target == "density":
             out = self.module(*args, **{**kwargs, "return_stats": True})
@@ -108,7 +111,7 @@ class SparseHeadController:
             return out, self.update(sum(layer.density for layer in stats) / len(stats))
         if self.target == "memory_bytes":
             if device.type != "cuda":
-                raise ValueError(f"memory_bytes on {device}: a call's memory is read on a GPU alone; use update(bytes)")
+                raise ValueError(f"memory_bytes on {device}: only a GPU can measure a call's memory; use update(bytes)")
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
             out = self.module(*args, **kwargs)
@@ -120,61 +123,76 @@ class SparseHeadController:
         return out, self.update((self.clock() - start) * 1e3)
 
     def update(self, measured: float) -> Decision:
-        """Take in one call's measurement, at the setting in force, and set the knob for the next."""
-        self._seen.append(real_number("measured", float(measured), 0))
-        value = median(self._seen)
-        if len(self._seen) < self._seen.maxlen:
-            return self._decide(value, self._now, False, f"{len(self._seen)} of {self._seen.maxlen} calls measured")
+        """Use one call's measurement, made at the present setting, to choose the setting for the next call."""
+        self._measured.append(real_number("measured", float(measured), 0))
+        value = median(self._measured)
+        calls, needed = len(self._measured), CALLS_PER_UPDATE[self.target]
+        if calls < needed:
+            return self._decide(value, self._now, False, f"{calls} of {needed} calls measured")
         share = max(value / self.goal, 1e-9)
         if self._stays(share):
             return self._decide(value, self._now, True, "nothing changed")
-        if self._bottom <= share <= self._top:
-            self._held = share
+        if self._least_share <= share <= self._most_share:
+            self._settled_share = share
             return self._decide(value, self._now, True, "on target")
-        over = share > self._top
-        following = self._next(share, over)
-        if following == self._now:
-            self._held = share
+        over = share > self._most_share
+        next_setting = self._next(share, over)
+        if next_setting == self._now:
+            self._settled_share = share
             at_bound = self._now == (self._low if over else self._high)
-            return self._decide(value, following, True, "at its bound" if at_bound else "the next setting is too much")
-        self._seen.clear()
-        return self._decide(value, following, False, f"{'over' if over else 'under'} target")
+            reason = "at its bound" if at_bound else "the next setting is too much"
+            return self._decide(value, next_setting, True, reason)
+        self._measured.clear()
+        return self._decide(value, next_setting, False, f"{'over' if over else 'under'} target")
 
     def _stays(self, share: float) -> bool:
-        """Whether what settled has not changed since; if it has, what was known of other settings is forgotten."""
-        held, self._held = self._held, None
-        if held is None:
+        """Whether the knob had settled and the measurement has not changed since.
+
+        If it has changed, what was measured at other settings no longer holds and is discarded.
+        """
+        before, self._settled_share = self._settled_share, None
+        if before is None:
             return False
-        alike = (held > self._top) == (share > self._top) and abs(share / held - 1) <= 1 - self._bottom
-        if alike or self._bottom <= share <= self._top:
-            self._held = held
+        same_side = (before > self._most_share) == (share > self._most_share)
+        alike = same_side and abs(share / before - 1) <= 1 - self._least_share
+        if alike or self._least_share <= share <= self._most_share:
+            self._settled_share = before
             return True
-        self._below = self._above = self._was_over = None
+        self._under = self._over = self._was_over = None
         return False
 
     def _next(self, share: float, over: bool) -> int:
-        now, scale = self._now, STEPS / 4 if self.knob == "alpha" else self._now
-        way = self.damping * log((self._bottom + self._top) / 2 / share) * scale
-        most = max(1, (self._high - self._low) // 4)
-        self._stride = min(2 * self._stride, most) if over == self._was_over else 1
+        """The next setting, where the present one measured `share` of the goal."""
+        now, scale = self._now, ALPHA_STEPS / 4 if self.knob == "alpha" else self._now
+        distance = self.damping * log((self._least_share + self._most_share) / 2 / share) * scale
+        longest = max(1, (self._high - self._low) // 4)
+        self._least_step = min(2 * self._least_step, longest) if over == self._was_over else 1
         self._was_over = over
-        step = min(max(abs(round(way)), self._stride), most)
+        step = min(max(abs(round(distance)), self._least_step), longest)
         if over:
-            self._above = now
-            if self._below is not None and self._below >= now:
-                self._below = None
-            wall, bound = self._below, self._low
-            return max(now - step, bound if wall is None else -(-(now + wall) // 2) if wall < now - 1 else wall)
-        self._below = now
-        if self._above is not None and self._above <= now:
-            self._above = None
-        wall, bound = self._above, self._high
-        return min(now + step, bound if wall is None else (now + wall) // 2)
+            self._over = now
+            if self._under is not None and self._under >= now:  # it contradicts this measurement
+                self._under = None
+            return max(now - step, self._low if self._under is None else self._between(self._under, now))
+        self._under = now
+        if self._over is not None and self._over <= now:
+            self._over = None
+        return min(now + step, self._high if self._over is None else self._between(self._over, now))
 
-    def _decide(self, measured: float, following: int, settled: bool, reason: str) -> Decision:
+    @staticmethod
+    def _between(known: int, now: int) -> int:
+        """Half way from `now` to a setting known to be on the other side of the target.
+
+        Of two neighbours it is the smaller one: it is under the target.
+        """
+        if known < now:
+            return -(-(now + known) // 2) if known < now - 1 else known
+        return (now + known) // 2
+
+    def _decide(self, measured: float, setting: int, settled: bool, reason: str) -> Decision:
         before = self.value
-        if following != self._now:
-            self._set(following)
+        if setting != self._now:
+            self._set(setting)
         return Decision(self.target, self.goal, measured, self.knob, before, self.value, settled, reason)
 
     def _bounds(self, low: float | None, high: float | None) -> tuple[int, int]:
@@ -182,26 +200,32 @@ class SparseHeadController:
         cfg = self.layers[0].cfg
         if self.knob == "alpha":
             low, high = check_alpha(0.0 if low is None else low), check_alpha(1.0 if high is None else high)
-            cheap, dear = round((1 - high) * STEPS), round((1 - low) * STEPS)
+            first, last = round((1 - high) * ALPHA_STEPS), round((1 - low) * ALPHA_STEPS)  # a larger alpha costs less
         else:
-            heads = self.knob == "heads"
-            least, most = (cfg.heads_awake_min, cfg.heads_per_group) if heads else (1, None)
-            cheap = (least if heads else max(1, cfg.shortlist // 8)) if low is None else low
-            dear = (most or cfg.shortlist * 8) if high is None else high
-            whole_number("low", cheap, least, most)
-            whole_number("high", dear, least, most)
-        if cheap > dear:
+            if self.knob == "heads":
+                least, most = cfg.heads_awake_min, cfg.heads_per_group
+                default_first, default_last = least, most
+            else:
+                least, most = 1, None
+                default_first, default_last = max(1, cfg.shortlist // 8), cfg.shortlist * 8
+            first = default_first if low is None else low
+            last = default_last if high is None else high
+            whole_number("low", first, least, most)
+            whole_number("high", last, least, most)
+        if first > last:
             raise ValueError(f"low={low!r}: must be at most high={high!r}")
-        return cheap, dear
+        return first, last
 
     def _setting(self) -> int:
+        """The setting nearest to the first layer's value of the knob."""
         value = getattr(self.layers[0].cfg, KNOBS[self.knob])
         if self.knob == "alpha":
-            return 0 if value is None else round((1 - value) * STEPS)
+            return 0 if value is None else round((1 - value) * ALPHA_STEPS)
         return value
 
     def _value(self, setting: int) -> float:
-        return 1 - setting / STEPS if self.knob == "alpha" else setting
+        """The knob's value at a setting, in its own units."""
+        return 1 - setting / ALPHA_STEPS if self.knob == "alpha" else setting
 
     def _set(self, setting: int) -> None:
         self._now = setting

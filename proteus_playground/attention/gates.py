@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..common.checks import whole_number
 
 OBSERVE_LIMIT = 1 << 13  # keys one training pass adds to the moving averages
-FIT_LIMIT = 1 << 16  # keys k-means looks at; more change a centroid by less than its own noise
-QUANTILES = 257  # resolution of the salience histogram the keep decision reads
+FIT_LIMIT = 1 << 16  # keys that k-means uses; more change a centroid by less than its own noise
+QUANTILES = 257  # points of the salience histogram that the keep decision uses
 
 
 class Gates(nn.Module):
@@ -52,8 +52,8 @@ class Gates(nn.Module):
         self.register_buffer("head_of_gate", (torch.arange(gates_per_group) % heads_per_group).repeat(n_groups, 1))
         self.register_buffer("log_share", torch.zeros(shape))
         self.register_buffer("salience_quantiles", torch.full((QUANTILES,), torch.nan))
-        # What training passes have seen since the last fold: it waits here so that no update can reach the
-        # forward pass that caused it, and is saved so that a resumed run folds the same thing.
+        # What training passes have observed since the last fold. It is kept apart so that no update can reach the
+        # forward pass that caused it, and saved so that a resumed run folds the same.
         self.register_buffer("pending_sum", torch.zeros(*shape, head_dim))
         self.register_buffer("pending_count", torch.zeros(shape))
         self.register_buffer("pending_sample", torch.full((n_groups, head_dim), torch.nan))
@@ -104,9 +104,9 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def lure(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate each key falls into, and its cosine: `(..., G, d)` -> two `(..., G)` (int64, float32).
+        """The gate that each key falls into, and the cosine: `(..., G, d)` -> two `(..., G)` (int64, float32).
 
-        Ties go to the lower slot, so that a clone of a gate changes nothing until one of the two moves.
+        Ties go to the lower slot, so that cloning a gate changes nothing until one of the two prototypes moves.
         """
         self.check_keys(k)
         best, gate = self.cosines(k).max(dim=-1)
@@ -114,7 +114,10 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def salience(self, k: Tensor) -> Tensor:
-        """How strongly a token is lured: max cosine x that gate's confidence, mean over groups. `(...)` float32."""
+        """How strongly a token is lured: max cosine x that gate's confidence, mean over groups.
+
+        Keys `(..., G, d)` -> `(...)` float32.
+        """
         gate, best = self.lure(k)
         return (best * self._per_gate(self.confidence, gate)).mean(-1)
 
@@ -123,10 +126,10 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def keep_mask(self, k: Tensor, keep_ratio: float) -> Tensor:
-        """Which tokens take part: salience at or above the (1 - keep_ratio) quantile seen before. `(B, T)` bool.
+        """Which tokens are salient: at or above the (1 - keep_ratio) quantile of the stored histogram. `(B, T)` bool.
 
-        The decision uses nothing but the token itself, so it is causal and the same in streaming. Raises
-        `ValueError` when keep_ratio < 1 and no quantiles were ever measured.
+        The decision uses the token alone, so it is causal and the same in streaming. Raises `ValueError` when
+        keep_ratio < 1 and no quantiles were ever measured.
         """
         if not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio={keep_ratio!r}: must be in (0, 1]")
@@ -142,11 +145,11 @@ class Gates(nn.Module):
     def keep_tokens(
         self, k: Tensor, keep_ratio: float, n_anchors: int, real: Tensor | None = None, before: Tensor | None = None
     ) -> Tensor | None:
-        """Tokens that take part, `(B, T)` bool, None for all: `keep_mask`, never padding, always the first few.
+        """Tokens that take part, `(B, T)` bool, None for all: the salient ones and the first few, but no padding.
 
         real: `(B, T)` bool, False at padding. before: `(B,)`, how many tokens of each sequence were kept before these.
-        Attention sinks look like nothing else, so salience alone would drop what every row leans on: the first
-        max(1, n_anchors) real tokens of a sequence stay.
+        The first max(1, n_anchors) real tokens of a sequence stay: many rows attend to them (attention sinks), but
+        they resemble no prototype, so salience alone would drop them.
         """
         if keep_ratio == 1:
             return real
@@ -156,7 +159,7 @@ class Gates(nn.Module):
         return real & (salient | (nth <= max(1, n_anchors)))
 
     def _quantile(self, q: float) -> Tensor:
-        """Linear interpolation in the stored histogram."""
+        """The salience at quantile q in [0, 1], interpolated in the stored histogram."""
         at = q * (QUANTILES - 1)
         low = int(at)
         high = min(low + 1, QUANTILES - 1)
@@ -166,7 +169,7 @@ class Gates(nn.Module):
     def fit(self, k: Tensor, seed: int = 0, iterations: int = 12) -> Gates:
         """Spherical k-means on un-rotated keys `(..., G, d)`; also sets confidence, usage and quantiles.
 
-        k-means++ start, dead gates revived from the keys that fit worst. Deterministic for a seed and device type.
+        Starts by k-means++; empty clusters restart at the keys that fit worst. Deterministic per seed and device type.
         """
         self.check_keys(k)
         keys = F.normalize(k.detach().float().reshape(-1, self.n_groups, self.head_dim), dim=-1)
@@ -188,6 +191,7 @@ class Gates(nn.Module):
         return self
 
     def _measure(self, keys: Tensor) -> None:
+        """Set confidence, usage and the histogram from unit keys `(N, G, d)`."""
         gate, best = self.lure(keys)
         count, total = self._per_gate_sums(gate, best[..., None])
         self.confidence.copy_((total[..., 0] / count.clamp(min=1)).clamp(0, 1))
@@ -196,6 +200,7 @@ class Gates(nn.Module):
 
     @staticmethod
     def _histogram(salience: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Quantiles of salience, `(QUANTILES,)`; keep: which entries count, the others sort to the end."""
         at, last = torch.linspace(0, 1, QUANTILES, device=salience.device), salience.numel() - 1
         if keep is not None:
             salience, last = salience.masked_fill(~keep, torch.inf), (keep.sum() - 1).clamp(min=0)
@@ -203,16 +208,16 @@ class Gates(nn.Module):
 
     def _per_gate_sums(self, gate: Tensor, values: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Count and sum of `values` (N, G, f) per gate, where `keep` (N,): `(G, C)`, `(G, C, f)`."""
-        hot = (gate[..., None] == torch.arange(self.gates_per_group, device=gate.device)).to(values.dtype)
+        one_hot = (gate[..., None] == torch.arange(self.gates_per_group, device=gate.device)).to(values.dtype)
         if keep is not None:
-            hot = hot * keep[:, None, None]
-        return hot.sum(0), torch.einsum("ngc,ngf->gcf", hot, values.reshape(-1, *values.shape[-2:]))
+            one_hot = one_hot * keep[:, None, None]
+        return one_hot.sum(0), torch.einsum("ngc,ngf->gcf", one_hot, values.reshape(-1, *values.shape[-2:]))
 
     @torch.no_grad()
     def observe(self, k: Tensor, keep: Tensor) -> None:
-        """Note what a training pass saw: keys `(B, T, G, d)` where `keep` (B, T). Changes no prototype.
+        """Record the keys `(B, T, G, d)` of a training pass, where `keep` (B, T), for the next `fold`.
 
-        Of a long text, evenly spaced tokens, about OBSERVE_LIMIT of them, stand for all.
+        Changes no prototype. From a long text about OBSERVE_LIMIT evenly spaced tokens are taken.
         """
         step = -(-k.shape[0] * k.shape[1] // OBSERVE_LIMIT)
         keep = keep[:, ::step].flatten()
@@ -221,40 +226,42 @@ class Gates(nn.Module):
         count, total = self._per_gate_sums(gate, keys, keep)
         self.pending_count += count
         self.pending_sum += total
-        some = keep.any()
-        worst = best.mean(-1).masked_fill(~keep, torch.inf).argmin()  # the worst fit: where a dead gate may go
-        self.pending_sample = torch.where(some, keys.index_select(0, worst[None])[0], self.pending_sample)
-        fresh = self._histogram(self.salience(keys), keep)
-        known = self.salience_quantiles
-        fresh = torch.where(known.isnan(), fresh, torch.lerp(fresh, known, self.ema_decay))
-        self.pending_quantiles = torch.where(some, fresh, self.pending_quantiles)
+        any_kept = keep.any()  # stays on the device: reading it here would make a GPU wait
+        worst = (
+            best.mean(-1).masked_fill(~keep, torch.inf).argmin()
+        )  # the key that fits worst: a dead gate may move here
+        self.pending_sample = torch.where(any_kept, keys.index_select(0, worst[None])[0], self.pending_sample)
+        measured = self._histogram(self.salience(keys), keep)
+        stored = self.salience_quantiles
+        updated = torch.where(stored.isnan(), measured, torch.lerp(measured, stored, self.ema_decay))
+        self.pending_quantiles = torch.where(any_kept, updated, self.pending_quantiles)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Move prototypes, usage and confidence towards what has been observed since the last fold.
+        """Move prototypes, usage and confidence towards the keys observed since the last fold (moving averages).
 
         Buffers are replaced, never written in place: a backward pass may still need the old ones. Nothing here waits
         for the device.
         """
         count, total = self.pending_count, self.pending_sum
-        some, seen = count.any(), (count > 0)[..., None]
+        any_seen, seen = count.any(), (count > 0)[..., None]
         mean = total / count.clamp(min=1)[..., None]
         moved = F.normalize(torch.lerp(F.normalize(mean, dim=-1), self.prototypes, self.ema_decay), dim=-1)
         self.prototypes = torch.where(seen, moved, self.prototypes)
         tight = (mean * self.prototypes).sum(-1).clamp(0, 1)
         self.confidence = torch.where(seen[..., 0], torch.lerp(tight, self.confidence, self.ema_decay), self.confidence)
         share = count / count.sum(1, keepdim=True).clamp(min=1)
-        self.usage = torch.where(some, torch.lerp(share, self.usage, self.ema_decay), self.usage)
-        self._revive(some)
-        self.salience_quantiles = torch.where(some, self.pending_quantiles, self.salience_quantiles)
+        self.usage = torch.where(any_seen, torch.lerp(share, self.usage, self.ema_decay), self.usage)
+        self._revive(any_seen)
+        self.salience_quantiles = torch.where(any_seen, self.pending_quantiles, self.salience_quantiles)
         self.pending_sum = torch.zeros_like(total)
         self.pending_count = torch.zeros_like(count)
 
-    def _revive(self, some: Tensor) -> None:
-        """Send the least used gate of each group to the key that fitted worst, once it has died out."""
+    def _revive(self, any_seen: Tensor) -> None:
+        """Move the least used gate of each group to the key that fits worst, if its usage is below 2% of the mean."""
         usage = self.usage.masked_fill(~self.alive, torch.inf)
         least, slot = usage.min(dim=1, keepdim=True)  # (G, 1)
-        dead = some & (least < 0.02 / self.gates_per_group) & self.pending_sample.isfinite().all(1, keepdim=True)
+        dead = any_seen & (least < 0.02 / self.gates_per_group) & self.pending_sample.isfinite().all(1, keepdim=True)
         here = dead & (torch.arange(self.gates_per_group, device=slot.device) == slot)  # (G, C)
         sample = F.normalize(self.pending_sample, dim=-1)[:, None]
         self.prototypes = torch.where(here[..., None], sample, self.prototypes)
@@ -264,7 +271,7 @@ class Gates(nn.Module):
 def spherical_kmeans(x: Tensor, clusters: int, seed: int, iterations: int) -> tuple[Tensor, Tensor]:
     """k-means by cosine on unit rows `x` (N, d): unit means `(clusters, d)` and each row's cluster `(N,)`.
 
-    With fewer distinct rows than clusters the spare means are random unit vectors.
+    Where there are fewer distinct rows than clusters, the means left over are random unit vectors.
     """
     gen = torch.Generator(device="cpu").manual_seed(seed)
     means = _plus_plus(x, clusters, gen)
@@ -273,10 +280,10 @@ def spherical_kmeans(x: Tensor, clusters: int, seed: int, iterations: int) -> tu
         total = torch.zeros_like(means).index_add_(0, owner, x)
         empty = torch.bincount(owner, minlength=clusters) == 0
         means = F.normalize(torch.where(empty[:, None], means, total), dim=1)
-        worst = best.argsort()[: int(empty.sum())]  # dead means restart where the fit is poorest
-        spare = empty.nonzero()[: len(worst), 0]
-        far = best[worst] < 1 - 1e-6
-        means[spare[far]] = x[worst[far]]
+        worst = best.argsort()[: int(empty.sum())]  # empty clusters restart at the rows that fit worst
+        restarts = empty.nonzero()[: len(worst), 0]
+        distinct = best[worst] < 1 - 1e-6  # a row that equals its mean needs no mean of its own
+        means[restarts[distinct]] = x[worst[distinct]]
     return means, (x @ means.T).argmax(dim=1)
 
 

@@ -19,16 +19,16 @@ from .rope import rope_frequencies
 
 
 class CausalProteusMultiheadAttention(nn.Module):
-    """`nn.MultiheadAttention`'s signature over `ProteusAttention`.
+    """`ProteusAttention` with the signature of `nn.MultiheadAttention`.
 
-    Self-attention is causal and sparse; an `attn_mask` that is not the causal one is refused.
-    Cross-attention (key is not query) falls through to dense `scaled_dot_product_attention` with the masks given,
-    over the same projections. Differences, each deliberate: keys and values have the query's width (`kdim`, `vdim`
-    refused); `add_bias_kv` and `add_zero_attn` refused; `dropout` acts on the layer's output, since no fused kernel
-    exposes the weights; self-attention carries RoPE (`rope_theta=None` removes it), cross-attention does not.
+    Self-attention is causal and sparse; it raises for an `attn_mask` that is not the causal one. Cross-attention
+    (where key is not query) is dense `scaled_dot_product_attention` with the given masks and the same projections.
+    Deliberate differences: keys and values have the query's width (`kdim` and `vdim` raise); `add_bias_kv` and
+    `add_zero_attn` raise; `dropout` acts on the layer's output, since no fused kernel exposes the weights;
+    self-attention uses RoPE (`rope_theta=None` removes it), cross-attention does not.
     """
 
-    in_proj_bias = None  # tells nn.TransformerEncoderLayer that its fused path does not fit
+    in_proj_bias = None  # so that nn.TransformerEncoderLayer does not take its fused path, which would skip this layer
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class CausalProteusMultiheadAttention(nn.Module):
         dtype=None,
         **proteus,
     ):
-        """`proteus` takes any other field of `AttentionConfig`; heads are not routed unless route_heads=True."""
+        """proteus: any other fields of `AttentionConfig`. Heads are not routed unless route_heads=True."""
         super().__init__()
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
@@ -78,18 +78,19 @@ class CausalProteusMultiheadAttention(nn.Module):
         """As `nn.MultiheadAttention.forward`: `(B, T, D)` if batch_first, else `(T, B, D)`, or `(T, D)` unbatched.
 
         key_padding_mask `(B, S)` bool, True for padding. attn_mask `(T, S)`: causal for self-attention (bool, True
-        for hidden, or float, -inf for hidden). need_weights=True materialises `(B, T, S)` weights (`(B, H, T, S)`
-        without averaging), a note's shared evenly by its members: for looking, not for long sequences.
+        for hidden, or float, -inf for hidden). need_weights=True also returns `(B, T, S)` weights (`(B, H, T, S)`
+        without averaging), in which a note's weight is shared evenly by its keys. They take O(T S) memory: for display,
+        not for long sequences.
         """
         if not isinstance(query, Tensor) or query.dim() not in (2, 3):
             raise ValueError(f"query has shape {tuple(getattr(query, 'shape', ()))}: must have 2 or 3 axes")
-        itself = key is query and value is query
+        is_self_attention = key is query and value is query
         unbatched = query.dim() == 2
         q, k, v = (x[None] if unbatched else x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))
         if unbatched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
         key_padding_mask = _as_padding(key_padding_mask, k)
-        if itself:
+        if is_self_attention:
             _check_causal(attn_mask, q.shape[1])
             out = self.attn(q, key_padding_mask=key_padding_mask)
             shown = self._weights(q, key_padding_mask) if need_weights else None
@@ -104,6 +105,7 @@ class CausalProteusMultiheadAttention(nn.Module):
 
     @torch.no_grad()
     def _weights(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        """Attention weights of self-attention, `(B, H, T, T)`."""
         attn, cfg = self.attn, self.attn.cfg
         q, k, v = (proj(x).unflatten(-1, (-1, cfg.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         budget = plan_budget(cfg, x.shape[1])
@@ -115,9 +117,10 @@ class CausalProteusMultiheadAttention(nn.Module):
         B, H, S, T = *p.shape[:3], x.shape[1]
         real = torch.arange(S, device=p.device) < ready.length[:, None]
         p = p * (real[:, None, :, None] & real[:, None, None, :])
-        at = ready.index[:, None, None].expand(B, H, S, S)
-        wide = p.new_zeros(B, H, S, T).scatter_(3, at, p)
-        return p.new_zeros(B, H, T, T).scatter_(2, ready.index[:, None, :, None].expand_as(wide), wide)
+        column = ready.index[:, None, None].expand(B, H, S, S)  # kept tokens back to their places among all T
+        columns_placed = p.new_zeros(B, H, S, T).scatter_(3, column, p)
+        row = ready.index[:, None, :, None].expand_as(columns_placed)
+        return p.new_zeros(B, H, T, T).scatter_(2, row, columns_placed)
 
     def _cross(self, q, k, v, padding, attn_mask, is_causal, need_weights):
         attn, cfg = self.attn, self.attn.cfg
@@ -150,7 +153,7 @@ def _as_padding(mask: Tensor | None, k: Tensor) -> Tensor | None:
 
 
 def _hidden(mask: Tensor, name: str) -> Tensor:
-    """Where a float mask hides: below -1e4, as -inf or finfo.min. Anything else must be 0, since it would be lost."""
+    """Where a float mask hides a key: at -inf or finfo.min (below -1e4). Raises for other values, except 0."""
     hidden = mask < -1e4
     if mask[~hidden].any():
         raise ValueError(f"{name} holds values such as {mask[~hidden].abs().max():g}: must be 0 or -inf (no biases)")
@@ -158,6 +161,7 @@ def _hidden(mask: Tensor, name: str) -> Tensor:
 
 
 def _check_causal(mask: Tensor | None, T: int) -> None:
+    """Raise unless the mask is None or the causal one."""
     if mask is None:
         return
     hidden = mask if mask.dtype == torch.bool else _hidden(mask, "attn_mask")

@@ -1,22 +1,26 @@
-"""Which heads wake for a token, and how loud each is.
+"""Which heads wake for a token, and the weight of each head's output.
 
-A gate's probability mixes a learned router with the prior its prototype gives; a head's is the sum over its
-gates; in each KV group heads wake in order of probability until their mass reaches Top-P (nucleus routing).
+A gate's probability mixes a learned router with a prior that the gate's prototype gives. A head's probability is the
+sum over its gates. In each KV group heads wake in order of probability until their mass reaches Top-P (nucleus
+routing).
 
-Axes: `B` batch, `T` tokens, `G` KV groups, `C` gates per group, `r` heads per group, `K` slots for awake heads, `D`
-model width.
+Axes: `B` batch, `T` tokens, `G` KV groups, `C` gates per group, `r` heads per group, `D` model width, `d` head dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from .config import AttentionConfig
+    from .gates import Gates
+
 
 class Router(nn.Module):
-    """Logits per gate, and a balance bias per head that takes part in the choice only, never in the weight.
+    """Logits per gate, and a balance bias per head that takes part in the choice of heads only, never in their weights.
 
     The bias follows the loss-free balancing of Wang et al. 2024, https://arxiv.org/abs/2408.15664.
     """
@@ -39,27 +43,47 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Nudge under-used heads up and over-used heads down by the balance rate; buffers are replaced."""
+        """Raise the bias of under-used heads and lower that of over-used ones by the balance rate.
+
+        Buffers are replaced, never written in place: a backward pass may still need the old ones.
+        """
         load = self.pending_load
         self.balance = self.balance + self.balance_rate * (load.mean(1, keepdim=True) - load).sign()
         self.pending_load = torch.zeros_like(load)
 
 
-@dataclass(frozen=True)
-class Routes:
-    """Rows to compute: a slot per head when all may wake, else K slots per group."""
-
-    awake: Tensor  # (B, T, G, r) bool
-    weight: Tensor  # (B, T, G, r) float32
-    slot: Tensor | None  # (B, T, G, K) head in the group of each slot; None when slots are heads
-    real: Tensor  # (B, T, G, K) bool
-    logits: Tensor | None  # (B, T, G, C); these two only for a trace
-    gate_prob: Tensor | None  # (B, T, G, C)
-
-
 def is_learning(module: nn.Module) -> bool:
-    """Whether a pass may leave what it saw with `module`: in training, and no recomputation in a backward pass."""
+    """Whether `module` should record what this pass sees: in training, but not when checkpointing recomputes a pass."""
     return module.training and torch._C._current_graph_task_id() == -1
+
+
+def route(
+    query: Tensor,
+    gates: Gates,
+    cfg: AttentionConfig,
+    heads_per_group: int,
+    *,
+    logits: Tensor | None,
+    balance: Tensor | None,
+    flux_alpha: float,
+    top_p: float,
+    least: int,
+    most: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Wake heads for every token and weigh them.
+
+    query: `(B, T, G, d)`, compared with the prototypes for the prior. cfg: its prior_temperature and prior_max.
+    logits: `(B, T, G, C)` from the router; None uses the prior alone. The rest is as in `wake_heads`.
+    Returns awake `(B, T, G, r)` bool, weight `(B, T, G, r)` float32, and the gates' probabilities `(B, T, G, C)`.
+    """
+    cosine = gates.cosines(query)
+    gate_prob = gate_probability(
+        logits, cosine, gates.confidence, gates.log_share, cfg.prior_temperature, cfg.prior_max
+    )
+    head_of_gate = gates.head_of_gate % heads_per_group  # gates fitted for a wider layer serve a narrower one too
+    head_prob = head_probability(gate_prob, head_of_gate, heads_per_group)
+    awake, weight = wake_heads(head_prob, balance, flux_alpha, top_p, least, most)
+    return awake, weight, gate_prob
 
 
 def gate_probability(
@@ -68,8 +92,8 @@ def gate_probability(
     """`(1 - b) softmax(logits) + b prior`, `(B, T, G, C)` float32, rows sum to 1.
 
     The prior is softmax(cosine / temperature) x confidence, renormalised; b = prior_max x the best cosine
-    (clipped to [0, 1]). log_share `(G, C)` splits the mass of cloned gates. Dead gates carry cosine -inf and get
-    nothing. logits=None: the prior alone.
+    (clipped to [0, 1]). log_share `(G, C)` splits the mass of cloned gates. Dead gates have cosine -inf and get
+    probability 0. logits=None: the prior alone.
     """
     dead = cosine == -torch.inf
     prior = (cosine / temperature + log_share).softmax(-1) * confidence
@@ -91,9 +115,9 @@ def wake_heads(
 ) -> tuple[Tensor, Tensor]:
     """Choose heads by Top-P inside each group and weigh them.
 
-    prob: `(B, T, G, r)`; balance: `(G, r)`, added for the choice only. Returns awake `(B, T, G, r)` bool and
-    weight `(B, T, G, r)` float32: `(1 - alpha) + alpha k p`, p renormalised over the k awake heads, 0 asleep. For k = 1
-    that is 1 and has no gradient.
+    prob: `(B, T, G, r)`; balance: `(G, r)`, added for the choice only; least, most: heads to wake per token and group.
+    Returns awake `(B, T, G, r)` bool and weight `(B, T, G, r)` float32: `(1 - alpha) + alpha k p`, where p is
+    renormalised over the k awake heads; 0 for sleeping heads. For k = 1 the weight is 1 and has no gradient.
     """
     if top_p >= 1 and most >= prob.shape[-1]:
         awake = torch.ones_like(prob, dtype=torch.bool)
@@ -110,29 +134,3 @@ def wake_heads(
     share = share / share.sum(-1, keepdim=True).clamp(min=1e-9)
     weight = (1 - flux_alpha) + flux_alpha * awake.sum(-1, keepdim=True) * share
     return awake, weight * awake
-
-
-def prior_route(
-    q: Tensor,
-    gates,
-    budget,
-    temperature: float,
-    *,
-    logits: Tensor | None = None,
-    balance: Tensor | None = None,
-    prior_max: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Route queries that are in hand: by the prototypes' prior alone, or by a trained router's logits and the prior.
-
-    q: un-rotated queries `(B, T, H, d)`; gates: `Gates`; budget: `Budget` (alpha, Top-P, least and most heads);
-    logits: `(B, T, G, C)` and balance: `(G, r)`, both of the router; prior_max: as in `gate_probability`.
-    Returns awake `(B, T, H)` bool and weight `(B, T, H)` float32.
-    """
-    rows = q.unflatten(2, (gates.n_groups, -1))  # (B, T, G, r, d)
-    cosine = gates.cosines(rows.mean(3))
-    gate = gate_probability(logits, cosine, gates.confidence, gates.log_share, temperature, prior_max)
-    prob = head_probability(gate, gates.head_of_gate % rows.shape[3], rows.shape[3])
-    awake, weight = wake_heads(
-        prob, balance, budget.flux_alpha, budget.head_top_p, budget.heads_awake_min, budget.heads_awake_max
-    )
-    return awake.flatten(2), weight.flatten(2)

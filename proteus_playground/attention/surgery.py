@@ -1,10 +1,11 @@
-"""Gate surgery on a live layer: what stands behind a gate can change while everything else keeps running.
+"""Gate surgery on a live layer: clone, prune, merge or move gates, and add heads, without starting over.
 
 A gate is a slot of one KV group: a prototype, a router row and the head it belongs to. Where a slot or a head is
-added, parameters and buffers are replaced, so an optimiser must be rebuilt; the rest is written in place, so operate
-between a backward pass and the next forward.
+added, parameters and buffers are replaced, so an optimiser must be rebuilt. Everything else is written in place, so
+call these functions between a backward pass and the next forward pass.
 
-Names: group in [0, G), gate in [0, C) a live slot, head in [0, H / G) inside the group.
+Arguments: group in [0, G); gate in [0, C), a live slot; head in [0, H / G), index in the group. All functions raise
+`TypeError` or `ValueError` naming the argument.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def clone(attn: ProteusAttention, group: int, gate: int) -> int:
     """Copy a gate into a free slot (or a new one in every group) and return the slot.
 
     The two share the gate's routing probability half and half, and keys keep falling into one of them, so routing,
-    reads and output stay as they were; only where the clone adds a slot does the budget set one more read aside for
-    its note, which can shorten rings or leave no room for notes.
+    reads and output stay as they were. The one exception: where the clone adds a slot, the budget reserves one more
+    read for its note, which can shorten rings or leave no room for notes.
     """
     _check(attn, group, gate)
     gates = attn.gates
@@ -45,7 +46,10 @@ def clone(attn: ProteusAttention, group: int, gate: int) -> int:
 
 
 def prune(attn: ProteusAttention, group: int, gate: int) -> None:
-    """Remove a gate: its keys fall to the next nearest, its probability to the others. The last one cannot go."""
+    """Remove a gate. Its keys fall into the next nearest gates and the other gates share its probability.
+
+    The last live gate of a group cannot be removed, nor the last gate of a routed head.
+    """
     _check(attn, group, gate)
     gates = attn.gates
     if int(gates.alive[group].sum()) == 1:
@@ -57,8 +61,10 @@ def prune(attn: ProteusAttention, group: int, gate: int) -> None:
 
 
 def merge(attn: ProteusAttention, group: int, gate: int, other: int) -> None:
-    """Fold `other` into `gate`: prototypes and router rows averaged by usage, shares added
-    (exact for clones). `other`'s slot becomes free."""
+    """Fold `other` into `gate`: prototypes and router rows are averaged by usage, shares of probability added.
+
+    For clones this is exact. The slot of `other` becomes free.
+    """
     _check(attn, group, gate)
     _check(attn, group, other, "other")
     if gate == other:
@@ -81,7 +87,7 @@ def merge(attn: ProteusAttention, group: int, gate: int, other: int) -> None:
 
 
 def move(attn: ProteusAttention, group: int, gate: int, head: int) -> None:
-    """Give a gate to another head of its group. The shortlist does not change; what routing wakes may."""
+    """Give a gate to another head of its group. The shortlist does not change, but other heads may wake."""
     _check(attn, group, gate)
     whole_number("head", head, 0, attn.cfg.heads_per_group - 1)
     _check_head_keeps_a_gate(attn, group, gate, "gate", moving_to=head)
@@ -96,20 +102,12 @@ def add_head(attn: ProteusAttention) -> int:
     """
     cfg, gates = attn.cfg, attn.gates
     G, r, d, D = cfg.n_kv_heads, cfg.heads_per_group, cfg.head_dim, cfg.d_model
-    fresh = torch.randn(G, 1, d, D, device=attn.q_proj.weight.device) * cfg.init_scale * D**-0.5
-    q = torch.cat((attn.q_proj.weight.detach().view(G, r, d, D), fresh.to(attn.q_proj.weight.dtype)), dim=1)
+    new_rows = torch.randn(G, 1, d, D, device=attn.q_proj.weight.device) * cfg.init_scale * D**-0.5
+    q = torch.cat((attn.q_proj.weight.detach().view(G, r, d, D), new_rows.to(attn.q_proj.weight.dtype)), dim=1)
     o = F.pad(attn.o_proj.weight.detach().view(D, G, r, d), (0, 0, 0, 1))
-    attn.q_proj, attn.o_proj = (
-        _linear(old, w, bias)
-        for old, w, bias in (
-            (
-                attn.q_proj,
-                q.reshape(-1, D),
-                None if not cfg.bias else F.pad(attn.q_proj.bias.detach().view(G, r, d), (0, 0, 0, 1)).flatten(),
-            ),
-            (attn.o_proj, o.reshape(D, -1), attn.o_proj.bias),
-        )
-    )
+    q_bias = F.pad(attn.q_proj.bias.detach().view(G, r, d), (0, 0, 0, 1)).flatten() if cfg.bias else None
+    attn.q_proj = _linear(attn.q_proj, q.reshape(-1, D), q_bias)
+    attn.o_proj = _linear(attn.o_proj, o.reshape(D, -1), attn.o_proj.bias)
     most = r + 1 if cfg.heads_awake_max == r else cfg.heads_awake_max
     if attn.router is None:
         attn.cfg = replace(cfg, n_heads=G * (r + 1), heads_awake_max=most)
@@ -128,7 +126,7 @@ def add_head(attn: ProteusAttention) -> int:
 
 
 def _check_head_keeps_a_gate(attn: ProteusAttention, group: int, gate: int, name: str, moving_to: int = -1) -> None:
-    """Refuse to leave a routed head without a gate: it could wake, and would then say nothing."""
+    """Raise if a routed head would be left without a gate: it could still be woken, at probability 0."""
     heads = attn.gates.head_of_gate[group]
     head = int(heads[gate])
     if attn.router is not None and head != moving_to and int(((heads == head) & attn.gates.alive[group]).sum()) == 1:
@@ -136,6 +134,7 @@ def _check_head_keeps_a_gate(attn: ProteusAttention, group: int, gate: int, name
 
 
 def _linear(old: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer with these tensors, in the mode of `old`."""
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         new.weight.copy_(weight)

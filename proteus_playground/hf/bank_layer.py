@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..attention import AttentionConfig, Budget, Gates
 from ..attention.adapter import ProteusLayer
 from ..attention.bank.bank import ENDLESS, KVBank
+from ..attention.decide import weigh
 from .patch import AttentionCall
 
 
@@ -40,10 +41,10 @@ class BankLayer(CacheLayerMixin):
             run = layer.run(call.q, call.k, call.v, real=call.keep, budget=budget, **near)
             bank.extend(call.k, call.v, keep=run.keep, positions=call.positions)
             return run.out
-        _, keep, awake, weight = layer.decide(call.q, call.k, call.keep, budget=budget, before=bank.count)
-        advance = bank.step if call.k.shape[1] == 1 else bank.steps
-        out = advance(call.q, call.k, call.v, keep=keep, awake=awake, positions=call.positions)
-        return out if weight is None else out * weight[..., None].to(out.dtype)
+        decisions = layer.decide(call.q, call.k, call.keep, budget=budget, before=bank.count)
+        read = bank.step if call.k.shape[1] == 1 else bank.steps
+        out = read(call.q, call.k, call.v, keep=decisions.keep, awake=decisions.awake, positions=call.positions)
+        return weigh(out, decisions.weight)
 
     def _make(self, batch: int, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> None:
         int8 = self.layer.config.int8

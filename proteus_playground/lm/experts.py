@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionConfig, Gates
 from ..attention.heads import pick_awake, project_in, project_out
-from ..attention.routing import Router, gate_probability, head_probability, is_learning, wake_heads
+from ..attention.routing import Router, is_learning, route
 
 
 class Experts(nn.Module):
@@ -50,11 +50,17 @@ class Experts(nn.Module):
         return y
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Who wakes, bool, and how loud each is, float32, 0 asleep: `(B, T, 1, N)` each."""
-        gates, cfg = self.gates, self.cfg
-        cosine = gates.cosines(x[:, :, None])
-        prob = gate_probability(
-            self.router(x), cosine, gates.confidence, gates.log_share, cfg.prior_temperature, cfg.prior_max
+        """Which experts wake, bool, and their weights, float32, 0 for sleeping ones: `(B, T, 1, N)` each."""
+        awake, weight, _ = route(
+            x[:, :, None],
+            self.gates,
+            self.cfg,
+            self.n_experts,
+            logits=self.router(x),
+            balance=self.router.balance,
+            flux_alpha=1.0,
+            top_p=self.top_p,
+            least=1,
+            most=self.awake,
         )
-        prob = head_probability(prob, gates.head_of_gate, self.n_experts)
-        return wake_heads(prob, self.router.balance, 1.0, self.top_p, 1, self.awake)
+        return awake, weight

@@ -181,7 +181,8 @@ class LayerProbe:
         whole_number("head", head, 0, self.n_heads - 1)
         with self._lock:
             loaded, runner = self._ready(layer, settings)
-            budget, keep, awake, _ = runner.decide(loaded.q, loaded.k, logits=loaded.logits)
+            decisions = runner.decide(loaded.q, loaded.k, logits=loaded.logits)
+            budget, keep, awake = decisions.budget, decisions.keep, decisions.awake
             if (keep is not None and not keep[0, token]) or (awake is not None and not awake[0, token, head]):
                 empty = np.zeros(len(self.tokens))
                 return RowView(token, head, empty.astype(np.uint8), empty.astype(np.float32), (), 0, True)

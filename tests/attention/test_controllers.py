@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from proteus_playground.attention import Decision, ProteusAttention, SparseHeadController
-from proteus_playground.attention.controllers import STEPS, WINDOW
+from proteus_playground.attention.controllers import ALPHA_STEPS, CALLS_PER_UPDATE
 from proteus_playground.lm.model import ModelConfig, ProteusLM
 
 TARGETS = {"density": 0.2, "latency_ms": 40.0, "memory_bytes": 40_000_000}
@@ -19,13 +19,13 @@ WIDE = {"n_heads": 32, "n_kv_heads": 2, "gates_per_group": 16}
 
 def setting(cfg, knob: str) -> int:
     """How dear the layer is set, as a whole number."""
-    return {"alpha": round((1 - (cfg.flux_alpha or 0)) * STEPS), "shortlist": cfg.shortlist,
+    return {"alpha": round((1 - (cfg.flux_alpha or 0)) * ALPHA_STEPS), "shortlist": cfg.shortlist,
             "heads": cfg.heads_awake_max}[knob]  # fmt: skip
 
 
 def settle(controller, measure, most=25) -> Decision:
     """The decision it settles on, within `most` changes; it must then stay."""
-    made, window = [], WINDOW[controller.target]
+    made, window = [], CALLS_PER_UPDATE[controller.target]
     while len(made) <= window or not all(d.settled for d in made[-window - 1 :]):  # a median lags behind
         made.append(controller.update(measure()))
         assert len(made) < (most + 2) * window, made[-8:]
@@ -47,7 +47,7 @@ def settle(controller, measure, most=25) -> Decision:
 @settings(max_examples=60, deadline=None)
 def test_settles_on_any_rising_cost_and_again_when_the_world_changes(target, knob, power, at, base, start, change):
     attn = ProteusAttention(config(**WIDE))
-    low, high = {"alpha": (0, STEPS), "shortlist": (2, 200), "heads": (1, 16)}[knob]
+    low, high = {"alpha": (0, ALPHA_STEPS), "shortlist": (2, 200), "heads": (1, 16)}[knob]
     bounds = {"alpha": {}, "shortlist": {"low": 2, "high": 200}, "heads": {}}[knob]
     attn.cfg = config(**WIDE, flux_alpha=start if knob == "alpha" else 1.0, shortlist=2 + int(start * 198))
     goal, world = TARGETS[target], 1.0
