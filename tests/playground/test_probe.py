@@ -356,9 +356,9 @@ def test_random_layer_needs_no_transformers():
     code = """
 import sys
 sys.modules["transformers"] = None
-from proteus_playground.probe import LayerProbe
-from proteus_playground.texts import load_text
-from proteus_playground.views import Settings
+from proteus_playground.attention.settings import Settings
+from proteus_playground.common.texts import load_text
+from proteus_playground.playground.probe import LayerProbe
 probe = LayerProbe.random_layer(load_text("humble token"), max_tokens=64)
 assert probe.view(0, Settings()).reads.shape == (64, 8)
 assert not {"plotly", "ipywidgets"} & set(sys.modules)
