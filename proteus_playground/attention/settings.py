@@ -1,28 +1,103 @@
-"""The playground's settings of one layer, and the `AttentionConfig` that they describe."""
+"""The knobs of `AttentionConfig` that the playground offers, how their controls look, and the config they come to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from ..common.checks import whole_number
 from .config import AttentionConfig
+
+CONFIG = {each.name: each for each in fields(AttentionConfig)}
+
+
+def offered(of: str, key: str, label: str, tip: str, **shown):
+    """A field of `Settings`: the field `of` of `AttentionConfig` as a control.
+
+    Default, range and unit are the config's. `shown` replaces one of them, or sets another field of `Control`.
+    """
+    default = shown.pop("default", CONFIG[of].default)
+    return field(default=default, metadata={"of": of, "key": key, "label": label, "tip": tip, **shown})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One position of every control that changes what a layer computes."""
+    """One position of every control that changes what a layer computes.
 
-    flux_alpha: float = 1.0  # 0 dense .. 1 constant shortlist
-    keep_ratio: float = 1.0  # (0, 1], upper bound on the share of tokens that take part
-    shortlist: int = 128  # L, reads per query at flux_alpha = 1
-    dna_fraction: float = 0.5  # [0, 1], share of L spent on gates' rings and notes
-    probes: int = 2  # gates opened per query, >= 1
-    gates: int = 32  # prototypes per KV group, >= 1
-    notes: bool = True  # read each gate's summary, where there is room
-    anchors: int = 4  # first tokens that are always read, >= 0
-    route_heads: bool = False  # let the router put heads to sleep
-    head_top_p: float = 0.9  # (0, 1], only with route_heads
+    Three defaults differ from the config's, because the playground looks at models that were trained without a slider:
+    flux alpha is pinned, so that the slider and not the length decides; their heads have no trained router, so all stay
+    awake; and where a visitor switches routing on, Top-P lets some heads sleep, so that there is something to see.
+    """
+
+    flux_alpha: float = offered(
+        "flux_alpha", "alpha", "flux α", default=1.0, main=True,
+        tip="How sparse the layer is: at 0 every query reads every earlier token, at 1 only its shortlist.",
+    )  # fmt: skip
+    keep_ratio: float = offered(
+        "keep_ratio", "keep", "keep ratio ρ", low=0.05, main=True,
+        tip="The largest share of the tokens that take part; this layer skips the least salient ones.",
+    )  # fmt: skip
+    shortlist: int = offered(
+        "shortlist", "L", "shortlist L", low=16, high=1024, octave_step=0.25, main=True,
+        tip="How many keys and notes one query may read when flux α is 1.",
+    )  # fmt: skip
+    dna_fraction: float = offered(
+        "dna_fraction", "dna", "DNA fraction δ", main=True,
+        tip="The share of the shortlist that is spent on gates, near or far; the rest goes to the window and anchors.",
+    )  # fmt: skip
+    probes: int = offered("probes", "probes", "probes", high=8, tip="How many gates each query opens.")
+    gates: int = offered(
+        "gates_per_group", "gates", "gates", low=4, high=128,
+        tip="How many gates each KV group has; another number takes a moment, because prototypes are fitted first.",
+    )  # fmt: skip
+    notes: bool = offered(
+        "notes", "notes", "read notes",
+        tip="Whether queries read each gate's note, the mean of its keys that are not read one by one.",
+    )  # fmt: skip
+    anchors: int = offered(
+        "n_anchors", "anchors", "anchors", high=16, tip="How many of the first tokens every query reads."
+    )
+    route_heads: bool = offered(
+        "route_heads", "route", "route heads", default=False,
+        tip="Whether heads may sleep; a model that was not trained for it gets worse.",
+    )  # fmt: skip
+    head_top_p: float = offered(
+        "head_top_p", "top_p", "Top-P", low=0.05, default=0.9,
+        tip="Where heads are routed, they wake until their probabilities add up to this.",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Control:
+    """A number or a switch that a panel shows, with its name in links (`key`) and one plain sentence (`tip`)."""
+
+    name: str
+    key: str
+    label: str
+    low: float
+    high: float
+    default: float | bool
+    tip: str
+    unit: str = ""
+    of: str = ""  # the field of `AttentionConfig` that it sets, if any
+    main: bool = False  # always in sight, and followed while it is dragged
+    octave_step: float = 0.0  # the slider moves in powers of two, by this fraction of one; 0: in equal steps
+
+    @property
+    def switch(self) -> bool:
+        return isinstance(self.default, bool)
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.default, int)
+
+
+def _control(declared) -> Control:
+    allowed = CONFIG[declared.metadata["of"]].metadata.get("range")
+    ends = {"low": allowed.low, "high": allowed.high, "unit": allowed.unit} if allowed else {"low": 0, "high": 1}
+    return Control(**{"name": declared.name, "default": declared.default, **ends, **declared.metadata})
+
+
+CONTROLS = tuple(_control(each) for each in fields(Settings))
 
 
 @dataclass(frozen=True)
@@ -38,30 +113,26 @@ class LayerShape:
 def config_for(settings: Settings, shape: LayerShape) -> AttentionConfig:
     """The layer that `settings` describe. `ValueError` or `TypeError` names the setting."""
     if not isinstance(settings, Settings):
-        raise TypeError(f"settings={settings!r}: expected a proteus_playground.playground.views.Settings")
-    for name, low in (("gates", 1), ("anchors", 0)):  # AttentionConfig knows these two by longer names
-        whole_number(name, getattr(settings, name), low)
+        raise TypeError(f"settings={settings!r}: expected a {Settings.__module__}.Settings")
+    values = {control.name: getattr(settings, control.name) for control in CONTROLS}
+    for control in CONTROLS:  # under its own name, which may be shorter than the config's
+        if "range" in CONFIG[control.of].metadata:
+            CONFIG[control.of].metadata["range"].check(control.name, values[control.name])
     r = shape.n_heads // shape.n_groups
     if settings.probes > settings.gates:
         raise ValueError(f"probes={settings.probes!r}: must be at most gates={settings.gates}")
     if settings.route_heads and settings.gates < r:
         raise ValueError(f"gates={settings.gates!r}: must be at least {r}, one per head of a group, to route heads")
-    if settings.flux_alpha is None:
-        raise TypeError("flux_alpha=None: expected a number in [0, 1]")
     return AttentionConfig(
         d_model=shape.n_heads * shape.head_dim,
         n_heads=shape.n_heads,
         n_kv_heads=shape.n_groups,
         head_dim=shape.head_dim,
-        shortlist=settings.shortlist,
-        dna_fraction=settings.dna_fraction,
-        keep_ratio=settings.keep_ratio,
-        flux_alpha=settings.flux_alpha,
-        route_heads=settings.route_heads,
-        head_top_p=settings.head_top_p,
-        gates_per_group=settings.gates,
-        probes=settings.probes,
-        n_anchors=settings.anchors,
-        notes=settings.notes,
+        **{control.of: values[control.name] for control in CONTROLS},
         **shape.rest,
     )
+
+
+def settings_of(config: AttentionConfig) -> dict:
+    """What the controls show for a layer of `config`, by name: the way back from `config_for`."""
+    return {control.name: getattr(config, control.of) for control in CONTROLS}
