@@ -26,9 +26,10 @@ EXTRAS = {"play": "lab,hf", "test": "test"}
 
 def main(args: list[str] | None = None) -> int:
     """Run one of the two jobs; returns the exit code of its last command."""
-    parser = argparse.ArgumentParser(prog="python3 -m proteus_playground.cli.setup", description=__doc__.split("\n")[0])
+    name = "python3 -m proteus_playground.cli.setup"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__.split("\n")[0])
     parser.add_argument("job", choices=EXTRAS, help="play: open the notebooks. test: run the tests.")
-    parser.add_argument("--torch", choices=("cpu", "default"), help="Build of PyTorch. Left out: by what is found here.")
+    parser.add_argument("--torch", choices=("cpu", "default"), help="build of PyTorch; by default as found here")
     chosen, rest = parser.parse_known_args(args)  # the rest goes to `proteus play` or to pytest
     if not (CLONE / "setup.cfg").is_file():
         parser.error(f"{CLONE} is no clone of the repository: run this in a clone")
@@ -60,6 +61,8 @@ def install(python: Path, extras: str, build: str) -> None:
     if build == "cpu" and not installed:
         print("Installing the CPU build of PyTorch (about 200 MB)", flush=True)
         index = ["--index-url", CPU_INDEX] if answers(CPU_INDEX) else []
+        if not index:
+            print(f"{CPU_INDEX} does not answer: PyPI's build is installed, which may be larger", flush=True)
         if subprocess.call([*pip, "torch", *index], cwd=CLONE):
             raise SystemExit("PyTorch could not be installed: see pip's message above")
     print(f"Installing the playground with [{extras}]", flush=True)
@@ -68,7 +71,10 @@ def install(python: Path, extras: str, build: str) -> None:
 
 
 def pick_torch(ask: Callable[[str], str] | None = None) -> str:
-    """"cpu" or "default", for this machine. ask: `input`, or None where nobody can answer (then "cpu" without a GPU)."""
+    """The build of PyTorch for this machine, "cpu" or "default".
+
+    ask: like `input`. None: ask at a terminal; elsewhere take "cpu" where there is no GPU.
+    """
     if sys.platform != "linux" or shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
         return "default"  # macOS and Windows have no CUDA in the default build
     if ask is None and sys.stdin.isatty():

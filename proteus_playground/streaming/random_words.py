@@ -13,7 +13,7 @@ WIDTH = 512
 
 
 class RandomWords:
-    """Numbers words in order of first use. `vocabulary[i]` is word i with the space before it, `table[i]` its vector."""
+    """Numbers words in order of first use. `vocabulary[i]` is word i with the space before it, `table[i]` its row."""
 
     name, random = "random vectors", True
     note = "Nothing is learned: a word matches only itself, in any case."
