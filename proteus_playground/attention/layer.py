@@ -21,7 +21,7 @@ from .budget import Budget, check_alpha, plan_budget
 from .config import AttentionConfig
 from .decide import TokenDecisions, decide, kept_tokens, weigh
 from .fast_paths import attend_densely, attend_in_pieces
-from .functional import proteus_attention
+from .functional import check_budget, proteus_attention
 from .gates import Gates
 from .heads import HeadRows, awake_queries, merge_heads, pick_rows, project_queries
 from .records import AttentionTrace, LayerOutput, stats_of, trace_of
@@ -370,3 +370,5 @@ class ProteusAttention(nn.Module):
             raise ValueError(f"key_padding_mask has shape {tuple(padding.shape)}: must be {tuple(x.shape[:2])}")
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget={type(budget).__name__}: expected Budget, from plan_budget")
+        if budget is not None:
+            check_budget(budget, x.shape[1], self.cfg.gates_per_group)

@@ -17,10 +17,26 @@ from proteus_playground.attention import (
     row_reads,
     surgery,
 )
+from proteus_playground.attention.adapter import ProteusLayer
 from proteus_playground.attention.budget import alpha_for_length, split_shortlist
 from proteus_playground.lm.model import ProteusBlock
 
 X = torch.randn(2, 90, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("changes", [{}, {"heads_awake_max": 1}, {"head_top_p": 0.5}, {"route_heads": False}])
+def test_the_layer_and_the_adapter_decide_alike(changes):
+    """What the playground runs on a layer's queries, keys and values is what the layer computes."""
+    attn = layer(flux_alpha=0.7, keep_ratio=0.6, **changes)
+    with torch.no_grad():
+        y, stats = attn(X, return_stats=True)
+        q, k, v = (proj(X).unflatten(-1, (-1, attn.cfg.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        logits = None if attn.router is None else attn.router(X)
+        runner = ProteusLayer(attn.gates, attn.cfg, attn.router)
+        run = runner.run(q, k, v, inv_freq=attn.inv_freq, scale=attn.cfg.head_dim**-0.5, logits=logits)
+    assert torch.equal(run.keep, stats.kept)
+    assert run.awake is None or torch.equal(run.awake & run.keep[..., None], stats.awake)
+    assert off_by(attn.o_proj(run.out.flatten(2)), y) <= 1e-5
 
 
 def test_rotation_is_undone_by_negative_positions():
@@ -245,6 +261,8 @@ LAYER_CASES = {
     "x: wrong width": (lambda: layer()(torch.ones(1, 4, 31)), "D=32"),
     "x: empty": (lambda: layer()(torch.ones(1, 0, 32)), "x has shape"),
     "positions": (lambda: layer()(X, positions=torch.arange(3)), "positions"),
+    "budget: type": (lambda: layer()(X, budget=3), "budget=int"),
+    "budget: layer": (lambda: layer()(X, budget=plan_budget(config(), 10)), "planned for 10 tokens"),
     "key_padding_mask: float": (lambda: layer()(X, key_padding_mask=torch.ones(2, 90)), "key_padding_mask"),
     "key_padding_mask: shape": (
         lambda: layer()(X, key_padding_mask=torch.ones(2, 9, dtype=torch.bool)),
