@@ -17,7 +17,7 @@ from proteus_playground.widgets.bank import words as bank_words
 from proteus_playground.widgets.stream import figure as stream_figure
 from proteus_playground.widgets.stream import words as stream_words
 from proteus_playground.widgets.stream.frames import Source
-from proteus_playground.widgets.stream.state import FIELDS, StreamState, check
+from proteus_playground.widgets.stream.state import NUMBERS, StreamState, check
 
 from proteus_playground.attention.bank.view import BankContents, GateContents
 from proteus_playground.common.texts import pasted
@@ -296,7 +296,7 @@ def test_a_bad_setting_is_refused_by_name_and_changes_nothing(bad):
 
 
 def test_every_field_has_a_sentence_and_a_default_that_is_allowed():
-    for field in FIELDS:
+    for field in NUMBERS:
         assert field.tip.endswith(".") and check(field.name, field.default) == field.default
 
 

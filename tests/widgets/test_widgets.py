@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+from html import escape
 
 import numpy as np
 import pytest
@@ -13,12 +14,14 @@ from fake_probe import FakeProbe
 from proteus_playground.widgets import PRESETS, PlayState, Workbench, playground
 from proteus_playground.widgets.apps import make_probe
 from proteus_playground.widgets.parts import raster, sentences
-from proteus_playground.widgets.parts.controls import Knob
-from proteus_playground.widgets.parts.state import BY_NAME, FIELDS, check, parse, preset_settings
+from proteus_playground.widgets.parts.controls import Knob, LayerControls, Switch, main_knobs
+from proteus_playground.widgets.parts.state import BY_NAME, KEYS, check, parse, preset_settings
 from proteus_playground.widgets.parts.worker import Worker
 from proteus_playground.widgets.workbench import figure, readout
 
-from proteus_playground.attention.settings import Settings
+from proteus_playground.attention import AttentionConfig
+from proteus_playground.attention.settings import CONTROLS, LayerShape, Settings, config_for, settings_of
+from proteus_playground.playground.glossary import by_code
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE
 
 
@@ -101,11 +104,42 @@ def test_settings_are_what_the_probe_may_be_asked():
         preset_settings("best")
 
 
-def test_every_field_has_a_sentence_for_its_tooltip():
-    for field in FIELDS:
-        assert field.tip.endswith(".") and field.tip.count(".") == 1
-        assert check(field.name, field.default) == field.default
+def test_every_control_has_a_sentence_for_its_tooltip():
+    for control in BY_NAME.values():
+        assert control.tip.endswith(".") and control.tip.count(".") == 1
+        assert check(control.name, control.default) == control.default
     assert parse("") == {}
+
+
+@pytest.mark.parametrize("name", Settings.__dataclass_fields__)
+def test_every_knob_that_the_playground_offers_has_a_trait_a_link_key_and_a_control(name):
+    declared = Settings.__dataclass_fields__[name]
+    of, key = declared.metadata["of"], declared.metadata["key"]
+    state = PlayState("smollm2")
+    assert getattr(state, name) == declared.default and KEYS[key] == name
+    other = not declared.default if isinstance(declared.default, bool) else BY_NAME[name].low
+    state.update({name: other})
+    assert state.to_string() == f"{key}={other:g}&model=smollm2"
+    restored = PlayState()
+    restored.restore(state.to_string())
+    shape = LayerShape(n_heads=2, n_groups=1, head_dim=4)
+    assert (
+        getattr(config_for(restored.settings(), shape), of)
+        == other
+        == settings_of(AttentionConfig(**{of: other}))[name]
+    )
+    layer_controls = LayerControls(state)
+    shown = [*main_knobs(state).children, *layer_controls.knobs.values(), *layer_controls.children[1].children]
+    described = {child.description if isinstance(child, Switch) else child._control.label for child in shown}
+    assert BY_NAME[name].label in described
+
+
+def test_a_control_stays_within_what_the_layer_allows():
+    for control in CONTROLS:
+        allowed = AttentionConfig.__dataclass_fields__[control.of].metadata.get("range")
+        if allowed:
+            for value in (control.low, control.high, control.default):
+                allowed.check(control.name, value)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -120,7 +154,7 @@ def test_a_preset_is_recognised_and_drawn(bench, name):
 
 
 def knob_of(name: str, state: PlayState) -> Knob:
-    return Knob(state, BY_NAME[name], live=True, log=name == "shortlist")
+    return Knob(state, BY_NAME[name], live=True)
 
 
 @pytest.mark.parametrize("name,value", [("flux_alpha", 0.25), ("keep_ratio", 0.5), ("shortlist", 300), ("probes", 5)])
@@ -137,6 +171,7 @@ def test_slider_entry_and_state_follow_each_other(name, value):
     assert getattr(state, name) == BY_NAME[name].default
     tip = getattr(knob.slider, "tooltip", None) or knob.slider.description_tooltip
     assert tip == BY_NAME[name].tip
+    assert escape(by_code()[BY_NAME[name].of].sentence) in knob.children[0].children[0].value
 
 
 def test_a_log_slider_between_two_numbers_is_not_pushed_back():

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+from html import escape
 from math import log2
 
 import ipywidgets as w
 from traitlets import HasTraits
 
-from .state import (
-    BY_NAME,
-    MAX_LENGTH,
-    PRESET_TIPS,
-    PRESETS,
-    SETTINGS,
-    SHELF,
-    Field,
-    PlayState,
-    opening,
-    preset_settings,
-)
+from proteus_playground.attention.settings import CONTROLS, Control
 
-MAIN = ("flux_alpha", "keep_ratio", "shortlist", "dna_fraction")
-MINOR = ("layer", "head", "probes", "gates", "anchors", "head_top_p")
-STEPS = dict.fromkeys(("flux_alpha", "keep_ratio", "dna_fraction", "head_top_p", "ema_decay"), 0.01)
+from .state import BY_NAME, MAX_LENGTH, PRESET_TIPS, PRESETS, SETTINGS, SHELF, PlayState, opening, preset_settings
+from .terms import control_html
+
+STEP = 0.01  # of a slider that is not of whole numbers
+WHERE = ("layer", "head")  # what is looked at; no setting of the layer
 
 
 def tip(widget: w.Widget, sentence: str) -> w.Widget:
@@ -33,7 +25,7 @@ def tip(widget: w.Widget, sentence: str) -> w.Widget:
 
 
 def bind(state: HasTraits, name: str, widget: HasTraits, to_state=lambda v: v, to_widget=lambda v: v) -> None:
-    """Widget and trait follow each other; a value the state refuses goes back to what the state holds."""
+    """Widget and trait follow each other; where the state refuses a value, the widget goes back to the state's."""
 
     def from_widget(change) -> None:
         try:
@@ -42,7 +34,7 @@ def bind(state: HasTraits, name: str, widget: HasTraits, to_state=lambda v: v, t
             widget.value = to_widget(getattr(state, name))
 
     def from_state(_) -> None:
-        # A slider between two whole numbers is already where it should be: writing would fight the drag.
+        # A slider between two whole numbers already rounds to the state's: writing to it would fight the drag.
         if to_state(widget.value) != getattr(state, name):
             widget.value = to_widget(getattr(state, name))
 
@@ -51,62 +43,76 @@ def bind(state: HasTraits, name: str, widget: HasTraits, to_state=lambda v: v, t
 
 
 class Knob(w.VBox):
-    """Label, numeric entry, reset and slider of one number. `live`: follows the drag; else the release.
+    """Label, numeric entry, reset and slider of one number.
 
-    log: whether the slider moves in powers of two, `fine` of one at a time.
+    live: whether the state changes while the slider is dragged, and not only when it is let go. high: largest value,
+    where it is smaller than the control's.
     """
 
-    def __init__(
-        self, state: HasTraits, field: Field, *, live: bool, log: bool = False, high: float | None = None,
-        fine: float = 0.25,
-    ):  # fmt: skip
-        self._state, self._field = state, field
-        top = field.high if high is None else high
-        value = min(getattr(state, field.name), top)
-        wide = w.Layout(width="auto", margin="0 4px 0 4px")
-        given = {"readout": False, "continuous_update": live, "layout": wide}
-        if log:
-            ends = {"min": log2(field.low), "max": log2(top)}
-            self.slider = w.FloatLogSlider(value=value, base=2, step=fine, **ends, **given)
-        elif field.whole:
-            self.slider = w.IntSlider(value=value, min=int(field.low), max=int(top), **given)
-        else:
-            self.slider = w.FloatSlider(value=value, min=field.low, max=top, step=STEPS[field.name], **given)
-        self.slider.style.handle_color = "#0072B2"
-        entry = w.BoundedIntText if field.whole else w.BoundedFloatText
-        step = {} if field.whole else {"step": STEPS[field.name]}
-        self.number = entry(value=value, min=field.low, max=top, layout=w.Layout(width="72px"), **step)
-        self.undo = w.Button(description="↺", layout=w.Layout(width="30px"))
-        tip(self.slider, field.tip)
-        tip(self.number, f"{field.label}, as a number. {field.tip}")
-        self.undo.tooltip = "Back to where it was at first"
+    def __init__(self, state: HasTraits, control: Control, *, live: bool, high: float | None = None):
+        self._state, self._control = state, control
+        self.slider = self._make_slider(control.high if high is None else high, live)
+        self.number = self._make_number(control.high if high is None else high)
+        self.undo = w.Button(description="↺", tooltip="Back to the first value", layout=w.Layout(width="30px"))
         self.undo.add_class("pp-undo")
-        label = w.HTML(f'<span class="pp-knob-name" title="{field.tip}">{field.label}</span>')
-        label.layout.flex = "1 1 auto"
-        bind(state, field.name, self.slider, self._whole, float if log else lambda v: v)
-        bind(state, field.name, self.number, self._whole)
-        self.undo.on_click(lambda _: setattr(state, field.name, self._default()))
+        label = w.HTML(control_html(control), layout=w.Layout(flex="1 1 auto"))
+        bind(state, control.name, self.slider, self._rounded, float if control.octave_step else lambda v: v)
+        bind(state, control.name, self.number, self._rounded)
+        self.undo.on_click(lambda _: setattr(state, control.name, self._first()))
         head = w.HBox([label, self.number, self.undo], layout=w.Layout(align_items="center"))
         super().__init__([head, self.slider])
         self.add_class("pp-knob")
-        self.add_class(f"pp-knob-{field.name.replace('_', '-')}")
+        self.add_class(f"pp-knob-{control.name.replace('_', '-')}")
 
-    def _whole(self, value: float):
-        return round(value) if self._field.whole else round(value, 4)
+    def _make_slider(self, high: float, live: bool) -> w.Widget:
+        control, layout = self._control, w.Layout(width="auto", margin="0 4px 0 4px")
+        given = {"value": self._value(high), "readout": False, "continuous_update": live, "layout": layout}
+        if control.octave_step:
+            ends = {"min": log2(control.low), "max": log2(high)}
+            slider = w.FloatLogSlider(base=2, step=control.octave_step, **ends, **given)
+        elif control.whole:
+            slider = w.IntSlider(min=control.low, max=int(high), **given)
+        else:
+            slider = w.FloatSlider(min=control.low, max=high, step=STEP, **given)
+        slider.style.handle_color = "#0072B2"
+        return tip(slider, control.tip)
 
-    def _default(self):
-        state, name = self._state, self._field.name
-        first = opening(state.model)[name] if isinstance(state, PlayState) else self._field.default
+    def _make_number(self, high: float) -> w.Widget:
+        control = self._control
+        given = {"value": self._value(high), "min": control.low, "max": high, "layout": w.Layout(width="72px")}
+        entry = w.BoundedIntText(**given) if control.whole else w.BoundedFloatText(step=STEP, **given)
+        unit = f", in {control.unit}" if control.unit not in ("", control.label) else ""
+        return tip(entry, f"{control.label} as a number{unit}. {control.tip}")
+
+    def _value(self, high: float):
+        return min(getattr(self._state, self._control.name), high)
+
+    def _rounded(self, value: float):
+        return round(value) if self._control.whole else round(value, 4)
+
+    def _first(self):
+        """The value that the state opens with, within the slider."""
+        state, name = self._state, self._control.name
+        first = opening(state.model)[name] if isinstance(state, PlayState) else self._control.default
         return min(first, self.number.max)
 
     def limit(self, high: int) -> None:
-        """Another model: the largest layer or head there is."""
+        """Another model: the largest layer or head that it has."""
         for widget in (self.slider, self.number):
             widget.max = high
 
 
+class Switch(w.Checkbox):
+    """The checkbox of a control that is on or off."""
+
+    def __init__(self, state: HasTraits, control: Control):
+        super().__init__(value=getattr(state, control.name), description=control.label, indent=False)
+        tip(self, control.tip)
+        bind(state, control.name, self)
+
+
 class Presets(w.HBox):
-    """A button per preset; the one that the settings are at is marked."""
+    """A button per preset; the one whose settings are the present ones is marked."""
 
     def __init__(self, state: PlayState):
         self._buttons = {}
@@ -125,45 +131,44 @@ class Presets(w.HBox):
 
 
 def main_knobs(state: PlayState) -> w.GridBox:
-    knobs = [Knob(state, BY_NAME[name], live=True, log=name == "shortlist") for name in MAIN]
-    box = w.GridBox(knobs, layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(210px, 1fr))"))
+    """The knobs that are always in sight; the pictures follow them while they are dragged."""
+    return _grid([Knob(state, control, live=True) for control in CONTROLS if control.main], 210)
+
+
+class LayerControls(w.VBox):
+    """Behind "More controls": which layer and head, the other settings of the layer, and how L is divided."""
+
+    def __init__(self, state: PlayState):
+        rest = [control.name for control in CONTROLS if not (control.main or control.switch)]
+        highest = {"layer": 29, "head": 8}  # until a model says what it has
+        self.knobs = {name: Knob(state, BY_NAME[name], live=False, high=highest.get(name)) for name in (*WHERE, *rest)}
+        switches = w.HBox([Switch(state, control) for control in CONTROLS if control.switch])
+        self.split = w.HTML()
+        super().__init__([_grid(self.knobs.values(), 150), switches, self.split])
+        self.add_class("pp-layer-controls")
+
+
+def _grid(knobs, least: int) -> w.GridBox:
+    """Knobs side by side, each at least `least` pixels wide."""
+    columns = f"repeat(auto-fit, minmax({least}px, 1fr))"
+    box = w.GridBox(list(knobs), layout=w.Layout(grid_template_columns=columns))
     box.add_class("pp-knobs")
     return box
 
 
-class LayerControls(w.VBox):
-    """Behind "more": which layer and head, how gates are probed, and how L comes to be divided."""
-
-    def __init__(self, state: PlayState):
-        self.knobs = {name: Knob(state, BY_NAME[name], live=False, high={"layer": 29, "head": 8}.get(name))
-                      for name in MINOR}  # fmt: skip
-        notes = w.Checkbox(value=state.notes, description="read notes", indent=False)
-        route = w.Checkbox(value=state.route_heads, description="route heads", indent=False)
-        tip(notes, "Whether every gate shows one note that averages what was not read, where there is room for all.")
-        tip(route, "Whether heads may sleep; the output of a model that was not trained for it suffers.")
-        bind(state, "notes", notes)
-        bind(state, "route_heads", route)
-        self.split = w.HTML()
-        grid = w.GridBox(list(self.knobs.values()),
-                         layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(150px, 1fr))"))  # fmt: skip
-        grid.add_class("pp-knobs")
-        super().__init__([grid, w.HBox([notes, route]), self.split])
-        self.add_class("pp-layer-controls")
-
-
 class ModelChoice(w.HBox):
-    """Which model is looked at; another one opens at once, with its own text, layer and question."""
+    """Which model is shown; another one opens at once, with its own text, layer and question."""
 
     NAMES = (("shelf-mini", "shelf-mini"), ("SmolLM2", "smollm2"), ("random layer", "random"))
     TIPS = (
-        "A small model that comes with the package and was trained with the slider: answers at once.",
-        "A model of 135 million parameters, trained without the slider; 98 MB, fetched once.",
-        "Random weights over whole words: needs nothing, learned nothing.",
+        "A small model that comes with the package and was trained with the slider; it answers at once.",
+        "A model of 135 million parameters that was trained without the slider; 98 MB, downloaded once.",
+        "A layer of random weights over whole words; it needs no download and has learned nothing.",
     )
 
     def __init__(self, state: PlayState):
         self.buttons = w.ToggleButtons(options=self.NAMES, value=state.model, tooltips=self.TIPS)
-        super().__init__([_labelled("model", self.buttons)])
+        super().__init__([labelled("model", self.buttons)])
         self.add_class("pp-model")
         self.buttons.observe(lambda change: self._choose(state, change["new"]), "value")
         state.observe(lambda change: setattr(self.buttons, "value", change["new"]), "model")
@@ -176,7 +181,7 @@ class ModelChoice(w.HBox):
 
 
 class SourceControls(w.VBox):
-    """Behind "more": which text is read, and how much of it. Takes effect on its button."""
+    """Behind "More controls": which text is read, and how much of it. Nothing changes before "Read it" is pressed."""
 
     CHOICES = (SHELF, "humble token", "python topics", "paste", "file")
 
@@ -190,17 +195,18 @@ class SourceControls(w.VBox):
         self.length = w.BoundedIntText(value=state.length, min=64, max=4096, step=64, layout=w.Layout(width="90px"))
         tip(self.length, BY_NAME["length"].tip)
         tip(self.number, BY_NAME["shelf"].tip)
-        self._numbered = _labelled("number", self.number)
+        self._numbered = labelled("number", self.number)
         self.read = w.Button(description="Read it", button_style="info", tooltip="Run the model on this text")
-        self.pull = w.Button(description="Pull SmolLM2 (98 MB)", tooltip="Fetch the model into this user's cache, once",
-                             layout=w.Layout(width="auto"))  # fmt: skip
+        wide = w.Layout(width="auto")
+        once = "Download the model, once, into your cache folder"
+        self.pull = w.Button(description="Pull SmolLM2 (98 MB)", tooltip=once, layout=wide)
         self.read.on_click(lambda _: self._apply())
         self.pull.on_click(lambda _: on_pull())
         self.kind.observe(lambda _: self._show(), "value")
         state.observe(lambda _: self._follow(), ["text", "pasted", "length", "shelf"])
         super().__init__([
-            _labelled("text", self.kind), self._numbered, self.paste, self.path,
-            w.HBox([_labelled("tokens", self.length), self.read, self.pull]),
+            labelled("text", self.kind), self._numbered, self.paste, self.path,
+            w.HBox([labelled("tokens", self.length), self.read, self.pull]),
         ])  # fmt: skip
         self._show()
 
@@ -231,21 +237,21 @@ class SourceControls(w.VBox):
 
 
 class ShareControls(w.VBox):
-    """Behind "more": the state as a short string for a cell and as JSON; either can be pasted back."""
+    """Behind "More controls": the state as a short string for a cell and as JSON; either can be pasted back."""
 
     def __init__(self, state: PlayState):
         self._state = state
         self.cell = w.Text(layout=w.Layout(width="auto"))
         self.json = w.Textarea(layout=w.Layout(width="auto", height="96px"))
-        self.restore = w.Button(description="Restore", tooltip="Set every control to what the box above says")
+        self.restore = w.Button(description="Restore", tooltip="Set every control to the state in the box above")
         self.message = w.HTML()
-        tip(self.cell, "Put this line in a cell and it opens the workbench as it is now.")
-        tip(self.json, "The whole state; paste another one, or a short string, and press Restore.")
+        tip(self.cell, "In a notebook cell, this line opens the workbench as it is now.")
+        tip(self.json, "The state of every control; paste another one, or a short string, and press Restore.")
         self.restore.on_click(lambda _: self._restore())
         state.observe(lambda _: self._write(), list(state.to_dict()))
         super().__init__([
             w.HTML('<span class="pp-knob-name">This workbench in a cell</span>'), self.cell,
-            w.HTML('<span class="pp-knob-name">State: copy it, or paste one and restore</span>'), self.json,
+            w.HTML('<span class="pp-knob-name">State: copy it, or paste another and press Restore</span>'), self.json,
             w.HBox([self.restore, self.message]),
         ])  # fmt: skip
         self.visible = False
@@ -269,11 +275,13 @@ class ShareControls(w.VBox):
             self._state.restore(self.json.value)
             self.message.value = '<span class="pp-note">restored</span>'
         except (TypeError, ValueError) as err:
-            from html import escape
-
             self.message.value = f'<span class="pp-error">{escape(str(err))}</span>'
 
 
-def _labelled(text: str, widget: w.Widget, wide: str = "66px") -> w.HBox:
+def labelled(text: str, widget: w.Widget, wide: str = "66px") -> w.HBox:
+    """`widget` with its name on the left, `wide` across."""
     label = w.HTML(f'<span class="pp-knob-name">{text}</span>', layout=w.Layout(flex=f"0 0 {wide}"))
     return w.HBox([label, widget], layout=w.Layout(align_items="center"))
+
+
+_labelled = labelled

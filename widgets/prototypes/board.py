@@ -7,18 +7,18 @@ from collections.abc import Callable
 import ipywidgets as w
 from traitlets import Float, HasTraits
 
+from proteus_playground.attention.settings import Control
 from proteus_playground.playground.gate_story import Snapshot
 
 from ..parts.controls import Knob, _labelled, tip
 from ..parts.painted import Room
-from ..parts.state import Field
 from ..stream.board import AUTO, styles
 from ..workbench.board import _row
 from ..workbench.readout import status_html
 
 PACE = {"slow": 0.7, "normal": 0.25, "fast": 0.06}  # seconds between updates
 STICKS = "How much of a prototype survives one update: at 0 it jumps to its keys, near 1 it hardly moves."
-DECAY = Field("ema_decay", "ema", "EMA decay", 0.0, 0.99, 0.8, STICKS)
+DECAY = Control("ema_decay", "ema", "EMA decay", 0.0, 0.99, 0.8, STICKS)
 SMALL = w.Layout(width="76px")
 
 

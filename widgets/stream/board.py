@@ -175,8 +175,7 @@ class StreamBoard(w.VBox):
 
 
 def _knobs(state: StreamState) -> w.GridBox:
-    fine = {"chunk_tokens": 1.0, "per_chunk_budget": 0.5, "buffer_tokens": 0.5}
-    knobs = [Knob(state, BY_NAME[name], live=True, log=name in fine, fine=fine.get(name, 1.0)) for name in PLAN]
+    knobs = [Knob(state, BY_NAME[name], live=True) for name in PLAN]
     box = w.GridBox(knobs, layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(210px, 1fr))"))
     box.add_class("pp-knobs")
     return box

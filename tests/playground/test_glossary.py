@@ -1,0 +1,49 @@
+"""The glossary: its page is written from `TERMS`, every term has a picture, and the controls use its words."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from proteus_playground.widgets.parts.terms import term_html
+
+from proteus_playground.attention.settings import CONTROLS
+from proteus_playground.playground.glossary import TERMS, by_code, by_word, markdown, sentence
+
+DOCS = Path(__file__).parents[2] / "docs"
+needs_docs = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the repository, not only the tests")
+
+
+@needs_docs
+def test_the_page_is_what_the_terms_say():
+    page = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    assert page == markdown(), "run: python -m proteus_playground.playground.glossary > docs/glossary.md"
+
+
+@needs_docs
+@pytest.mark.parametrize("term", TERMS, ids=lambda term: term.word)
+def test_every_term_has_a_small_picture_with_a_title(term):
+    body = (DOCS / "img" / "glossary" / f"{term.slug}.svg").read_text(encoding="utf-8")
+    assert len(body) <= 1600
+    assert ET.fromstring(body).find("{http://www.w3.org/2000/svg}title").text
+
+
+def test_a_term_is_one_sentence_and_says_each_name_once():
+    assert len(by_word()) == len(TERMS) and len(by_code()) == sum(len(term.code) for term in TERMS)
+    for term in TERMS:
+        assert term.sentence.endswith(".") and term.sentence.count(".") == 1
+        assert not {"sticky", "summary"} & set(term.sentence.lower().split())
+
+
+def test_every_knob_of_the_layer_that_a_control_sets_is_a_taught_word():
+    assert {control.of for control in CONTROLS} - set(by_code()) == {"route_heads"}
+
+
+def test_a_term_carries_its_sentence_as_a_tooltip():
+    assert sentence("ring") in term_html("ring").replace("&#x27;", "'") and ">rings</span>" in term_html(
+        "ring", "rings"
+    )
+    assert "<b>" not in term_html("note", "<b>note")
+    with pytest.raises(ValueError, match="word='sticky note'"):
+        term_html("sticky note")
