@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...attention import ProteusAttention, plan_budget
+from ...attention.backends.reference import memberships
 from ...attention.functional import Prepared, prepare
-from .arms import counts, project, rows_in_hand, top
+from .arms import counts, project, rows_in_hand
 
 
 def attend_by_rings(attn: ProteusAttention, h: Tensor, shortlist: int, salient: bool, **changes) -> tuple[Tensor, ...]:
@@ -24,32 +25,28 @@ def attend_by_rings(attn: ProteusAttention, h: Tensor, shortlist: int, salient: 
     budget = plan_budget(cfg, h.shape[1])
     q, k, v = project(attn, h)
     ready = prepare(q, k, v, attn.gates, budget, inv_freq=attn.inv_freq, positions=None, keep=None)
-    order = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
-    order = attn.gates.salience(k) if salient else order.float()
+    order = None
+    if salient:  # of equally salient keys the newer one counts as more salient
+        order = attn.gates.salience(k).double() + torch.arange(h.shape[1], device=h.device) * 1e-10
     out, reads = torch.empty_like(q), h.new_empty(h.shape[:2])
     for rows in rows_in_hand(q):
         out[:, rows], reads[:, rows] = _rows(ready, rows, order, cfg.head_dim**-0.5)
     return attn.o_proj(out.flatten(2)), counts(reads, 0 if ready.short is None else attn.gates.gates_per_group)
 
 
-def _rows(ready: Prepared, rows: Tensor, order: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _rows(ready: Prepared, rows: Tensor, order: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Some rows: `(B, R, H, d)` and their reads `(B, R)`. With a budget for everything the shortlist is None."""
     short, H = ready.short, ready.q.shape[2]
     q = ready.q[:, rows].transpose(1, 2)  # (B, H, R, d)
     k, v = (x.repeat_interleave(H // x.shape[2], dim=2).transpose(1, 2) for x in (ready.k, ready.v))
-    key = torch.arange(k.shape[2], device=q.device)
-    seen = (key <= rows[:, None]).expand(*q.shape[:3], -1)
     if short is None:
+        seen = (torch.arange(k.shape[2], device=q.device) <= rows[:, None]).expand(*q.shape[:3], -1)
         return _mix(q, k, v, seen, [], scale), seen.sum(-1).float().mean(1)
-    gone = key < (rows // short.block * short.block - short.window)[:, None]
-    seen = seen & (~gone | (key < short.anchors))
+    read = memberships(short, H, rows, order)
     gate = short.gate.repeat_interleave(H // short.gate.shape[2], dim=2).transpose(1, 2)[:, :, None]  # (B, H, 1, T)
-    for opened in short.probes[:, rows].transpose(1, 2).unbind(-1):  # (B, H, R)
-        inside = gone & (gate == opened[..., None]) & (opened >= 0)[..., None]
-        seen = seen | top(order[:, None, None].expand_as(inside), inside, short.ring)
-    notes = [gone & (gate == c) & ~seen for c in range(short.gates_per_group)] if short.notes else []
-    reads = seen.sum(-1) + sum(note.any(-1).long() for note in notes)
-    return _mix(q, k, v, seen, notes, scale), reads.float().mean(1)
+    notes = [read.notes & (gate == c) for c in range(short.gates_per_group)] if short.notes else []
+    reads = read.direct.sum(-1) + sum(note.any(-1).long() for note in notes)
+    return _mix(q, k, v, read.direct, notes, scale), reads.float().mean(1)
 
 
 def _mix(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, notes: list[Tensor], scale: float) -> Tensor:

@@ -6,21 +6,21 @@ Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `C` g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends.dispatch import attend, choose_backend, dense, dense_lse, everything
+from .backends.dispatch import attend, choose_backend, dense, dense_lse
 from .budget import Budget
 from .gates import Gates
-from .int8 import through_int8
 from .rope import rotate
 from .shortlist import Shortlist, build_shortlist, count_reads
 
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """What a call computed and what it read."""
+    """Output of a call, and what its rows read."""
 
     out: Tensor  # (B, T, H, d), zero for dropped tokens and sleeping heads
     lse: Tensor | None  # (B, T, H) float32 log-sum-exp of the scores read; None when dense, unless return_lse
@@ -30,17 +30,29 @@ class AttentionResult:
     backend_reason: str
 
 
+class Kept(NamedTuple):
+    """The inputs of a call, with dropped tokens behind those that take part. `S` is T, or the longest kept length."""
+
+    q: Tensor  # (B, S, H, d)
+    k: Tensor  # (B, S, G, d)
+    v: Tensor  # (B, S, G, d)
+    positions: Tensor | None  # (S,) or (B, S), in tokens; None for 0, 1, ...
+    awake: Tensor | None  # (B, S, H)
+    index: Tensor | None  # (B, S) token index of each row; None when all T are kept, in their order
+    length: Tensor | None  # (B,) how many of the S take part; None for all
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """Inputs with the dropped tokens taken out, rotated, and indexed. `S` is the longest kept length."""
+    """Inputs without the dropped tokens, rotated, and indexed. `S` is the longest kept length."""
 
     q: Tensor  # (B, S, H, d) rotated
     k: Tensor  # (B, S, G, d) rotated
     v: Tensor  # (B, S, G, d)
-    gate: Tensor | None  # (B, S, G) the gate each key falls into, before anchors are set apart; None when not asked
+    gate: Tensor  # (B, S, G) the gate each key falls into, anchors included
     short: Shortlist | None  # None when everything may be read
-    index: Tensor | None  # (B, S) where each kept token stood; None when all T are kept
-    length: Tensor  # (B,) kept tokens
+    index: Tensor | None  # (B, S) token index of each row; None when all T are kept
+    length: Tensor | None  # (B,) kept tokens; None for all
 
 
 def proteus_attention(
@@ -66,103 +78,92 @@ def proteus_attention(
     width d. budget: from `plan_budget`. inv_freq: `(d / 2,)` rotary frequencies in radians per token, or None.
     positions: `(T,)` or `(B, T)`, in tokens, default 0..T-1. keep: `(B, T)` bool, tokens that take part (padding is
     False). awake: `(B, T, H)` bool, rows that count. scale: of the scores, default d^-1/2. explain: False leaves
-    `reads` and `gate_of_key` out, which saves time. int8: sparse reads see keys and values stored in int8, no gradient.
+    `reads` and `gate_of_key` out, which saves time. int8: sparse rows read keys and values stored in int8, which have
+    no gradient.
 
     Raises `TypeError` or `ValueError` naming the argument. Dense (fused SDPA) when the budget holds every key.
     """
     check_inputs(q, k, v, gates, positions, keep, awake, inv_freq)
     check_budget(budget, q.shape[1], gates.gates_per_group)
     name, why = choose_backend(q.device, backend, q.shape[-1], q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if int8 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("int8=True: int8 keys and values have no gradient; call under torch.no_grad()")
-    if name == "triton" and not budget.dense:
-        return _fused(q, k, v, gates, budget, inv_freq, positions, keep, awake, scale, explain, int8, why)
-    ready = prepare(q, k, v, gates, budget, inv_freq=inv_freq, positions=positions, keep=keep, lured=explain)
-    lse = None
-    if ready.short is None and name != "reference":
-        out = dense(ready.q, ready.k, ready.v, scale)
-        if return_lse:
-            lse = dense_lse(ready.q, ready.k, scale)
+    if budget.dense and name != "reference":
         name, why = "dense", "everything fits the budget: fused scaled_dot_product_attention"
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # Triton reads the lengths on the device; the other backends work on fewer rows, for which the host must know them.
+    kept = _keep(q, k, v, positions, keep, awake, trim=name != "triton")
+    lse = short = None
+    if name == "dense":
+        rotated_q, rotated_k = (rotate(x, kept.positions, inv_freq) for x in (kept.q, kept.k))
+        out = dense(rotated_q, rotated_k, kept.v, scale)
+        if return_lse:
+            lse = dense_lse(rotated_q, rotated_k, scale)
     else:
-        short = ready.short or everything(gates.lure(ready.k)[0], ready.q.shape[2])
-        keys, values = (through_int8(x) if int8 and ready.short else x for x in (ready.k, ready.v))
-        out, lse = attend(ready.q, keys, values, short, scale, name)
+        out, lse, short = attend(
+            kept.q,
+            kept.k,
+            kept.v,
+            gates,
+            budget,
+            positions=kept.positions,
+            inv_freq=inv_freq,
+            length=kept.length,
+            awake=kept.awake,
+            scale=scale,
+            int8=int8,
+            explain=explain,
+            backend=name,
+        )
     reads = gate = None
     if explain:
-        reads = count_reads(ready.short) if ready.short else _dense_reads(ready)
-        gate = ready.gate if ready.short is None else ready.short.gate
+        reads = _dense_reads(kept.q) if budget.dense else count_reads(short)
+        gate = gates.lure(kept.k)[0] if budget.dense else short.gate
     T = q.shape[1]
     return AttentionResult(
-        out=_rest(_spread(out, ready, T, 0), awake),
-        lse=_spread(lse, ready, T, -torch.inf),
-        reads=_rest(_spread(reads, ready, T, 0), awake),
-        gate_of_key=_spread(gate, ready, T, -1),
+        out=_silence(_spread(out, kept, T, 0), awake),
+        lse=_spread(lse, kept, T, -torch.inf),
+        reads=_silence(_spread(reads, kept, T, 0), awake),
+        gate_of_key=_spread(gate, kept, T, -1),
         backend=name,
         backend_reason=why,
     )
 
 
-def _fused(q, k, v, gates, budget, inv_freq, positions, keep, awake, scale, explain, int8, why) -> AttentionResult:
-    """The Triton backend: like the rest, but dropped tokens are moved to the end without asking how many there are."""
-    from .backends.fused import launch as triton
+def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep) -> Prepared:
+    """Drop tokens, lure keys, open gates, rotate: the tables behind the `torch` and `reference` backends, for display.
 
-    B, T = q.shape[:2]
-    positions = None if positions is None else positions.to(q.device)
-    index = length = None
-    if keep is not None:
-        length = keep.sum(1)
-        index = (~keep).to(torch.int8).argsort(dim=1, stable=True)
-        q, k, v = (_take(x, index) for x in (q, k, v))
-        positions = index if positions is None else _take(positions.expand(B, T), index)
-        up = None if awake is None else _take(awake, index)
-    else:
-        up = awake
-    find = triton.Finder(gates.prototypes, gates.alive, positions, inv_freq, length)
-    out, lse = triton.attend(q, k, v, find, up, budget, scale, int8)
-    ready = Prepared(q, k, v, None, None, index, length)
-    reads = gate = None
-    if explain:
-        short = triton.explain(q, k, v, find, up, budget)
-        reads, gate = _rest(_spread(count_reads(short), ready, T, 0), awake), _spread(short.gate, ready, T, -1)
-    out, lse = _rest(_spread(out, ready, T, 0), awake), _spread(lse, ready, T, -torch.inf)
-    return AttentionResult(out, lse, reads, gate, "triton", why)
-
-
-def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep, lured: bool = True) -> Prepared:
-    """Drop tokens, lure keys, probe gates, rotate. Arguments as in `proteus_attention`, already checked."""
-    B, T = q.shape[:2]
-    positions = torch.arange(T, device=q.device) if positions is None else positions.to(q.device)
-    index, length = None, torch.full((B,), T, device=q.device)
-    if keep is not None and not keep.all():
-        length = keep.sum(1)
-        index = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, int(length.max()))]
-        q, k, v = (_take(x, index) for x in (q, k, v))
-        positions = _take(positions.expand(B, T), index)
+    Arguments as in `proteus_attention`, already checked.
+    """
+    kept = _keep(q, k, v, positions, keep, None, trim=True)
     with torch.no_grad():
-        gate = gates.lure(k)[0] if lured or not budget.dense else None
-        short = None
-        if not budget.dense:
-            short = build_shortlist(
-                gate,
-                q,
-                gates.prototypes,
-                gates.alive,
-                length,
-                window=budget.window,
-                block=budget.block,
-                anchors=budget.anchors,
-                probes=budget.probes,
-                ring=budget.ring,
-                notes=budget.notes,
-            )
-    return Prepared(rotate(q, positions, inv_freq), rotate(k, positions, inv_freq), v, gate, short, index, length)
+        gate = gates.lure(kept.k)[0]
+        short = None if budget.dense else build_shortlist(gate, kept.q, gates, budget, kept.length)
+    q, k = (rotate(x, kept.positions, inv_freq) for x in (kept.q, kept.k))
+    return Prepared(q, k, kept.v, gate, short, kept.index, kept.length)
 
 
-def _dense_reads(ready: Prepared) -> Tensor:
-    B, S, H, _ = ready.q.shape
-    return torch.arange(1, S + 1, device=ready.q.device)[None, :, None].expand(B, S, H)
+def _keep(q, k, v, positions, keep, awake, trim: bool) -> Kept:
+    """Move dropped tokens behind those that take part.
+
+    trim: also cut off the rows that no sequence needs, for which the host waits for a GPU.
+    """
+    if positions is not None:
+        positions = positions.to(q.device)
+    if keep is None or (trim and keep.all()):
+        return Kept(q, k, v, positions, awake, None, None)
+    length = keep.sum(1)
+    index = (~keep).to(torch.int8).argsort(dim=1, stable=True)
+    if trim:
+        index = index[:, : max(1, int(length.max()))]
+    positions = index if positions is None else _take(positions.expand(keep.shape), index)
+    awake = None if awake is None else _take(awake, index)
+    return Kept(*(_take(x, index) for x in (q, k, v)), positions, awake, index, length)
+
+
+def _dense_reads(q: Tensor) -> Tensor:
+    B, S, H, _ = q.shape
+    return torch.arange(1, S + 1, device=q.device)[None, :, None].expand(B, S, H)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -171,19 +172,19 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, at)
 
 
-def _spread(x: Tensor | None, ready: Prepared, tokens: int, fill) -> Tensor | None:
-    """Put kept rows back where they stood, `fill` elsewhere."""
-    if x is None or ready.index is None:
+def _spread(x: Tensor | None, kept: Kept, tokens: int, fill) -> Tensor | None:
+    """Kept rows `(B, S, ...)` back at their token indices, `(B, tokens, ...)`; `fill` elsewhere."""
+    if x is None or kept.index is None:
         return x
     S = x.shape[1]
-    real = torch.arange(S, device=x.device) < ready.length[:, None]
+    real = torch.arange(S, device=x.device) < kept.length[:, None]
     tail = (1,) * (x.dim() - 2)
     x = x.masked_fill(~real.view(*real.shape, *tail), fill)
     out = x.new_full((x.shape[0], tokens, *x.shape[2:]), fill)
-    return out.scatter(1, ready.index.view(*ready.index.shape, *tail).expand_as(x), x)
+    return out.scatter(1, kept.index.view(*kept.index.shape, *tail).expand_as(x), x)
 
 
-def _rest(x: Tensor | None, awake: Tensor | None) -> Tensor | None:
+def _silence(x: Tensor | None, awake: Tensor | None) -> Tensor | None:
     """Zero the rows of sleeping heads."""
     if awake is None or x is None:
         return x
@@ -191,7 +192,7 @@ def _rest(x: Tensor | None, awake: Tensor | None) -> Tensor | None:
 
 
 def check_budget(budget: Budget, tokens: int, gates_per_group: int) -> None:
-    """Raise `ValueError` when a budget was planned for a shorter text or fewer gates: it could not hold."""
+    """Raise `ValueError` when a budget was planned for a shorter text or fewer gates, and could be exceeded."""
     if tokens > budget.tokens:
         raise ValueError(f"budget was planned for {budget.tokens} tokens: must be planned for at least {tokens}")
     planned = budget.window + budget.block + budget.anchors + budget.probes * budget.ring

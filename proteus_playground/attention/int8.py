@@ -1,4 +1,4 @@
-"""Keys and values in int8, one scale per row: half the memory of float16, a stated error.
+"""Keys and values in int8, one scale per row: half the memory of float16, with a bound on the error.
 
 A row x becomes round(x / s) with s = max |x| / 127, so that no entry is off by more than s / 2. A score then moves by
 at most e = scale x |q|_1 x s_k / 2, an attention weight by a factor within exp(+-2 e), and an output entry by
@@ -19,7 +19,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def through_int8(x: Tensor) -> Tensor:
-    """What is read back of rows that were stored in int8, in the precision of x."""
+    """Rows as they come back from storage in int8, in the precision of x."""
     stored, scale = quantize_rows(x)
     return (stored.float() * scale[..., None]).to(x.dtype)
 

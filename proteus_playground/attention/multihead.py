@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends.dispatch import everything
 from .backends.reference import weights as attention_weights
 from .budget import plan_budget
 from .config import AttentionConfig
 from .functional import prepare
 from .layer import ProteusAttention
 from .rope import rope_frequencies
+from .shortlist import everything
 
 
 class CausalProteusMultiheadAttention(nn.Module):

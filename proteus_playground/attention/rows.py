@@ -1,4 +1,4 @@
-"""What one query row sees, key by key: for display, at the cost of one head."""
+"""What one query row reads, key by key: for display, at the cost of one head."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from ..common.checks import whole_number
+from .backends.reference import memberships
 from .budget import Budget
 from .functional import check_inputs, prepare
 from .gates import Gates
 
+# How a key reaches a row: not at all, in its window, as an anchor, in the ring of a gate it opened, through a note.
 UNSEEN, LOCAL, ANCHOR, DNA, NOTE = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
 class RowReads:
-    """One row's reads. A note's attention is shared evenly by its members."""
+    """What one row reads. Attention on a note is divided evenly among its members."""
 
-    kind: np.ndarray  # (T,) uint8: 0 unseen, 1 local, 2 anchor, 3 DNA, 4 only through its gate's note
+    kind: np.ndarray  # (T,) uint8: UNSEEN, LOCAL, ANCHOR, DNA or NOTE
     weight: np.ndarray  # (T,) float32, sums to 1 unless the token was dropped
     gates_opened: tuple[int, ...]
     notes_read: int
@@ -41,7 +43,7 @@ def row_reads(
     keep: Tensor | None = None,
     scale: float | None = None,
 ) -> RowReads:
-    """Reads of row (token, head). Arguments as in `proteus_attention`; `token` in [0, T), `head` in [0, H)."""
+    """What row (token, head) reads. Arguments as in `proteus_attention`; `token` in [0, T), `head` in [0, H)."""
     check_inputs(q, k, v, gates, positions, keep, None, inv_freq)
     for name, value, size in (("token", token, q.shape[1]), ("head", head, q.shape[2]), ("batch", batch, q.shape[0])):
         whole_number(name, value, 0, size - 1)
@@ -50,7 +52,7 @@ def row_reads(
         positions = positions[batch]
     one = slice(batch, batch + 1)
     with torch.no_grad():
-        # Only this head and its group: the other rows' shortlists are nobody's concern here.
+        # Only this head and its group: shortlists of other heads are not needed.
         ready = prepare(
             q[one, :, head : head + 1],
             k[one, :, group : group + 1],
@@ -82,16 +84,13 @@ def _row(ready, at: int, scale: float):
     code = torch.full((at + 1,), LOCAL, dtype=torch.uint8, device=score.device)
     if short is None:
         return code, score.softmax(0), (), 0
-    place = torch.arange(at + 1, device=score.device)
-    gone = place < at // short.block * short.block - short.window
     gate = short.gate[0, : at + 1, 0]
-    opened = [int(c) for c in short.probes[0, at, 0].tolist() if c >= 0]
-    code[gone] = NOTE if short.notes else UNSEEN
-    for c in opened:
-        code[(gone & (gate == c)).nonzero()[:, 0][-short.ring :]] = DNA
-    code[gone & (gate < 0)] = UNSEEN
-    code[place < short.anchors] = torch.where(gone[place < short.anchors], ANCHOR, LOCAL).to(torch.uint8)
-    direct = (code > UNSEEN) & (code < NOTE)
+    opened = tuple(int(c) for c in short.probes[0, at, 0].tolist() if c >= 0)
+    read = memberships(short, 1, torch.tensor([at], device=code.device))
+    code[:] = UNSEEN
+    for kind, mask in ((LOCAL, read.window), (ANCHOR, read.anchors), (DNA, read.rings), (NOTE, read.notes)):
+        code[mask[0, 0, 0, : at + 1]] = kind
+    direct = read.direct[0, 0, 0, : at + 1]
     noted = (code == NOTE).nonzero()[:, 0]
     homes, member = gate[noted].unique(return_inverse=True)
     size = torch.bincount(member, minlength=len(homes)).float()
@@ -100,4 +99,4 @@ def _row(ready, at: int, scale: float):
     both = torch.cat((score.masked_fill(~direct, -torch.inf), note)).softmax(0)
     share = both[: at + 1].clone()
     share[noted] = (both[at + 1 :] / size)[member]
-    return code, share, tuple(opened), len(homes)
+    return code, share, opened, len(homes)

@@ -11,11 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..attention.rows import ANCHOR, DNA, LOCAL, NOTE, UNSEEN  # noqa: F401 - the codes in `RowView.kind`
 from ..attention.settings import Settings
-
-# How a key reaches a query row. The numbers are the codes in `RowView.kind`.
-UNSEEN, LOCAL, ANCHOR, DNA, NOTE = 0, 1, 2, 3, 4
-KIND_NAMES = ("unseen", "local", "anchor", "DNA", "note")
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def test_past_every_rings_wrap_around(device):
     q, k, v, keep, bank = world(400, device, drop=0.2)
     want = parallel(bank, q, k, v, keep).out
     assert off_by(walk(bank, q, k, v, keep, 0, 400), want) <= 1e-5
-    assert int(bank.left.min()) > 3 * bank.ring and bank.ring >= 2
+    assert int(bank.retired.min()) > 3 * bank.ring and bank.ring >= 2
 
 
 @few
@@ -227,7 +227,7 @@ def test_long_sums_stay_exact():
         for c in range(3):
             mine = (gate[:, g] == c).nonzero()[:, 0]
             mine = mine[(mine >= bank.anchors) & (mine < first)]
-            assert int(bank.left[0, g, c]) == len(mine)
+            assert int(bank.retired[0, g, c]) == len(mine)
             for which, members in enumerate((mine, mine[: -bank.ring])):
                 assert off_by(bank.sums[0, g, which, c], rows[members, g].sum(0)) <= 1e-5
 
@@ -240,7 +240,7 @@ def test_a_long_past_does_not_round_the_present_away():
     for other in (bank, late):
         for start in range(100, 600, 10):
             take_in(other, k, v, None, start, start + 10)
-    moved = late.sums.double() - late.lost - 2.0**24
+    moved = late.sums.double() - late.rounding_error - 2.0**24
     assert off_by(moved, bank.sums) <= 0.05  # 0.02; without the carry 0.15
 
 

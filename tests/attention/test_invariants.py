@@ -108,8 +108,8 @@ def test_prefix_invariance_of_the_very_keys_read(tokens, alpha, delta, seed):
         ready = prepare(q2, k2, v, gates, budget, inv_freq=None, positions=None, keep=None)
         if ready.short is None:
             return
-        direct, noted = memberships(ready.short, 4)
-        seen.append((direct[:, :, :t, :], noted[:, :, :t]))
+        read = memberships(ready.short, 4)
+        seen.append((read.direct[:, :, :t], read.notes[:, :, :t]))
     assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
     assert not seen[0][0].triu(1).any()
 
@@ -213,9 +213,9 @@ def test_long_pieces_agree_with_short_ones(monkeypatch):
     q, k, v = qkv(700)
     gates = Gates(2, 6, 8).fit(k)
     whole = attend(q, k, v, cfg, "torch", gates).out
-    monkeypatch.setattr(tiles, "PIECE", 1 << 9)
+    monkeypatch.setattr(tiles, "SCORES_PER_STEP", 1 << 9)
     monkeypatch.setattr(torch_keys, "MEAN_ROWS", 1)
-    monkeypatch.setattr(torch_rings, "PIECE", 1)
+    monkeypatch.setattr(torch_rings, "SCORES_PER_STEP", 1)
     with torch.no_grad():
         assert off_by(attend(q, k, v, cfg, "torch", gates).out, whole) <= 1e-6
 

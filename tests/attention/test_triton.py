@@ -12,8 +12,10 @@ from proteus_playground.attention.backends import dispatch
 from proteus_playground.attention.int8 import error_bound, quantize_rows, through_int8
 
 pytest.importorskip("triton", reason="Triton is not installed for this system")
-from proteus_playground.attention import fast_paths as pieces  # noqa: E402
-from proteus_playground.attention.backends.fused import launch as fused  # noqa: E402
+from proteus_playground.attention.backends.fused import pieces  # noqa: E402
+from proteus_playground.attention.backends.fused.plan import make_plan  # noqa: E402
+from proteus_playground.attention.backends.fused.tables import make_store  # noqa: E402
+from proteus_playground.attention.fast_paths import attend_in_pieces  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -155,11 +157,10 @@ def test_the_layer_piece_by_piece(changes, monkeypatch):
         assert attn._fits_pieces(x, plan_budget(attn.cfg, 150))
         assert off_by(attn(x), plain) <= 1e-5
         budget = plan_budget(attn.cfg, 150)
-        monkeypatch.setattr(fused, "make_plan", lambda *sizes: dataclasses.replace(MAKE(*sizes), SEG=64, CH=64))
-        assert off_by(pieces.attend_in_pieces(attn, x, None, budget, piece=128), plain) <= 1e-5
-
-
-MAKE = fused.make_plan
+        monkeypatch.setattr(
+            pieces, "make_plan", lambda sizes: dataclasses.replace(make_plan(sizes), segment=64, chunk=64)
+        )
+        assert off_by(attend_in_pieces(attn, x, None, budget, piece=128), plain) <= 1e-5
 
 
 @pytest.mark.parametrize("changes", [{}, {"heads_awake_max": 1}, {"keep_ratio": 0.6}, {"flux_alpha": 0.5}])
@@ -262,8 +263,8 @@ def test_int8_rows_are_within_half_a_step_and_half_the_size():
     x = torch.randn(300, 64).half()
     stored, scale = quantize_rows(x)
     assert ((through_int8(x.float()) - x.float()).abs() <= scale[:, None] * 0.501).all()
-    store = fused.make_store(1, 300, 2, 64, torch.float16, "cpu", True)
-    full = fused.make_store(1, 300, 2, 64, torch.float16, "cpu", False)
+    store = make_store(1, 300, 2, 64, torch.float16, "cpu", True)
+    full = make_store(1, 300, 2, 64, torch.float16, "cpu", False)
     size = [sum(t.nbytes for t in s[:4]) for s in (store, full)]
     assert size[0] / size[1] == (64 + 4) / 128
     assert stored.dtype == torch.int8

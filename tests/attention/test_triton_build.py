@@ -5,15 +5,17 @@ The interpreter shows none of this. A process of its own compiles, for here kern
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed for this system")
-from proteus_playground.attention.backends.fused import launch as fused  # noqa: E402
+from proteus_playground.attention.backends import fused  # noqa: E402
 
 pytestmark = pytest.mark.slow
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx1101": 64 << 10, "gfx942": 64 << 10}  # bytes a block may have
@@ -65,7 +67,9 @@ def test_every_kernel_builds(builds, target):
 
 
 def test_no_kernel_is_left_out():
-    assert {name for name in vars(fused) if name.endswith("_kernel")} == MULTIPLY | MOVE
+    modules = [import_module(f"{fused.__name__}.{found.name}") for found in pkgutil.iter_modules(fused.__path__)]
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert kernels == MULTIPLY | MOVE
 
 
 @everywhere

@@ -1,7 +1,7 @@
 """Compile the Triton backend for a GPU that need not be here, and print a JSON line per kernel and case.
 
-    python tests/triton_build.py gfx942                 # every kernel, in every case
-    python tests/triton_build.py sm_75 rank_kernel      # some, in the first case
+    python tests/attention/triton_build.py gfx942                 # every kernel, in every case
+    python tests/attention/triton_build.py sm_75 rank_kernel      # some, in the first case
 
 The host code itself runs, on CPU tensors, and each launch becomes a warm-up: Triton's own launcher then decides how
 arguments are specialised and which options the target takes. No kernel runs, so tensors hold whatever they held.
@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from proteus_playground.attention import AttentionConfig, Gates, ProteusAttention, plan_budget, rope_frequencies
-from proteus_playground.attention.backends.fused import launch as fused
+from proteus_playground.attention.backends.dispatch import attend
 from proteus_playground.attention.fast_paths import attend_in_pieces
 
 UNITS = {"sm": r"mma\.sync|wgmma\.mma_async", "gfx1101": r"v_wmma", "gfx942": r"v_mfma"}
@@ -47,8 +47,21 @@ def training(dtype=torch.bfloat16, d=64, heads=8, groups=2, tokens=16384, keep=F
     q, k, v = (torch.zeros(1, tokens, n, d, dtype=dtype, requires_grad=True) for n in (heads, groups, groups))
     gates = Gates(groups, cfg.gates_per_group, d)
     length, positions = (torch.tensor([tokens]), torch.arange(tokens)[None]) if keep else (None, None)
-    find = fused.Finder(gates.prototypes, gates.alive, positions, rope_frequencies(d, 1e4), length)
-    out, _ = fused.attend(q, k, v, find, None, plan_budget(cfg, tokens), d**-0.5, False)
+    out, _, _ = attend(
+        q,
+        k,
+        v,
+        gates,
+        plan_budget(cfg, tokens),
+        positions=positions,
+        inv_freq=rope_frequencies(d, 1e4),
+        length=length,
+        awake=None,
+        scale=d**-0.5,
+        int8=False,
+        explain=False,
+        backend="triton",
+    )
     torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
 
 

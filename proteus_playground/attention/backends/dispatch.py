@@ -1,6 +1,10 @@
-"""The one public door to the backends: it chooses, says why, and dispatches to bare kernels.
+"""Chooses a backend, says why, and calls it. No other module imports `pytorch` or `fused`.
 
-`dense` is fused `scaled_dot_product_attention`; `reference`, `torch` and `triton` compute the shortlist.
+`dense` is fused `scaled_dot_product_attention`; `reference`, `torch` and `triton` compute the shortlist, all called by
+`attend`. `rotate` has a kernel of its own in `torch` and `triton`; `route` and `in_pieces` only run in `triton`, which
+is imported when it is first needed.
+
+Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `C` gates per group.
 """
 
 from __future__ import annotations
@@ -15,19 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..budget import Budget
 from ..config import BACKENDS
-from ..shortlist import Shortlist
+from ..gates import Gates
+from ..int8 import through_int8
+from ..shortlist import Shortlist, build_shortlist, everything
 
-LSE_ROWS = 1 << 22  # scores per piece while a dense log-sum-exp is worked out
+SCORES_PER_STEP = 1 << 22  # scores held at a time while a dense log-sum-exp is computed
 
 
 @torch.compiler.assume_constant_result
 def choose_backend(
     device: torch.device | str, wanted: str = "auto", head_dim: int = 64, dtype: torch.dtype = torch.float16
 ) -> tuple[str, str]:
-    """The backend for a device, head dim and precision, and one sentence saying why. A name is never replaced.
+    """The backend for a device, head dim and precision, and one sentence saying why.
 
-    Raises `ValueError` for an unknown name, and for 'triton' where its kernels cannot run as they should.
+    A backend asked for by name is used or refused, never replaced by another. Raises `ValueError` for an unknown name,
+    and for 'triton' where its kernels do not run or would be slow.
     """
     if wanted not in BACKENDS:
         raise ValueError(f"backend={wanted!r}: must be one of {', '.join(map(repr, BACKENDS))}")
@@ -70,13 +78,80 @@ def probe_triton(device: torch.device, head_dim: int, dtype: torch.dtype) -> tup
     return True, f"{name} (sm_{major}{minor}): fused Triton kernels"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    """Run `reference` or `torch`: rotated q `(B, T, H, d)`, k and v `(B, T, G, d)` -> out, log-sum-exp `(B, T, H)`."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    budget: Budget,
+    *,
+    positions: Tensor | None,
+    inv_freq: Tensor | None,
+    length: Tensor | None,
+    awake: Tensor | None,
+    scale: float,
+    int8: bool,
+    explain: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Shortlist | None]:
+    """Run `reference`, `torch` or `triton`, whose arguments have been checked.
+
+    q `(B, T, H, d)`, k and v `(B, T, G, d)`, un-rotated, tokens that take part first. length: `(B,)`, how many of the T
+    tokens those are; None for all. awake: `(B, T, H)` bool, heads whose rows count; None for all. Other arguments as in
+    `proteus_attention`. Returns out like q, log-sum-exp `(B, T, H)` float32, and the shortlist that was read, which may
+    be None unless `explain`. Rows that do not count hold anything.
+    """
+    where = {"positions": positions, "inv_freq": inv_freq}
+    if backend == "triton":
+        from .fused.operators import attend as run
+
+        return run(q, k, v, gates, budget, **where, length=length, awake=awake, scale=scale, int8=int8, explain=explain)
     if backend == "reference":
         from .reference import attend as run
     else:
         from .pytorch.tiles import attend as run
-    return run(q, k, v, short, scale)
+    with torch.no_grad():
+        gate, heads = gates.lure(k)[0], q.shape[2]
+        short = everything(gate, heads) if budget.dense else build_shortlist(gate, q, gates, budget, length)
+    q, k = rotate(q, **where), rotate(k, **where)
+    if int8 and not budget.dense:
+        k, v = through_int8(k), through_int8(v)
+    return *run(q, k, v, short, scale), short
+
+
+def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor | None) -> Tensor:
+    """Rotary position embedding: turn each feature pair of `x` by position x frequency.
+
+    x: `(B, T, N, d)`; positions: `(B, T)` or `(T,)`, in tokens, None for 0, 1, ...; inv_freq: `(d / 2,)`, radians per
+    token, or None for no rotation. Angles are float32 whatever the dtype of `x`. Negative positions undo a rotation.
+    """
+    if inv_freq is None:
+        return x
+    if x.is_cuda and x.stride(-1) == 1 and probe_triton(x.device, x.shape[-1], x.dtype)[0]:
+        from .fused.operators import rotate as run
+    else:
+        from .pytorch.rotation import rotate as run
+    return run(x, positions, inv_freq)
+
+
+def route(
+    q: Tensor, logits: Tensor, gates: Gates, balance: Tensor, budget: Budget, temperature: float, prior_max: float
+) -> tuple[Tensor, Tensor]:
+    """`routing` in one Triton kernel, without autograd: awake int8 and weight float32, both `(B, T, H)`.
+
+    q: `(B, T, H, d)` un-rotated; logits: `(B, T, G C)`; balance: `(G, H / G)`; temperature and prior_max: those of the
+    config's prior.
+    """
+    from .fused.operators import route as run
+
+    return run(q, logits, gates, balance, budget, temperature, prior_max)
+
+
+def in_pieces(gates: Gates, budget: Budget, **sizes):
+    """A text a piece at a time, without autograd, in Triton: see `fused.pieces.Pieces` for the arguments."""
+    from .fused.pieces import Pieces
+
+    return Pieces(gates, budget, **sizes)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -103,28 +178,13 @@ def _fastest(device: torch.device) -> list[SDPBackend] | None:
 
 @torch.no_grad()
 def dense_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Log-sum-exp of causal scores, `(B, T, H)` float32, in pieces of rows; for display, no gradient."""
+    """Log-sum-exp of causal scores, `(B, T, H)` float32, some rows at a time; for display, no gradient."""
     B, T, H, _ = q.shape
     kh = k.repeat_interleave(H // k.shape[2], dim=2).permute(0, 2, 3, 1).float()  # (B, H, d, T)
-    step = max(1, LSE_ROWS // (B * H * T))
+    step = max(1, SCORES_PER_STEP // (B * H * T))
     at = torch.arange(T, device=q.device)
-    pieces = []
+    parts = []
     for i in range(0, T, step):
         score = q[:, i : i + step].float().transpose(1, 2) @ kh * scale
-        pieces.append(score.masked_fill(at > at[i : i + step, None], -torch.inf).logsumexp(-1))
-    return torch.cat(pieces, dim=2).transpose(1, 2)
-
-
-def everything(gate: Tensor, heads: int) -> Shortlist:
-    """A shortlist that holds every key, for the oracle when the budget is dense; gate `(B, T, G)`."""
-    B, T, G = gate.shape
-    return Shortlist(
-        window=T,
-        block=1,
-        anchors=0,
-        ring=0,
-        notes=False,
-        gate=torch.full_like(gate, -1),
-        left=gate.new_zeros(B, G, T, 1),
-        probes=gate.new_full((B, T, heads, 0), -1),
-    )
+        parts.append(score.masked_fill(at > at[i : i + step, None], -torch.inf).logsumexp(-1))
+    return torch.cat(parts, dim=2).transpose(1, 2)

@@ -1,9 +1,11 @@
-"""The oracle: every membership rule spelled out on a T x T mask. Small T only; nothing here is fast.
+"""The specification: every membership rule spelled out as a mask. For tests, short texts and chosen rows; not fast.
 
-Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `C` gates per group, `d` head dim.
+Axes: `B` batch, `T` tokens, `R` rows, `H` query heads, `G` KV groups, `C` gates per group, `d` head dim.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,26 +13,51 @@ from torch import Tensor
 from ..shortlist import Shortlist
 
 
-def memberships(short: Shortlist, heads: int) -> tuple[Tensor, Tensor]:
-    """Who reads what: `direct` (B, H, T, T) bool, keys read one by one; `noted` (B, H, T, C, T) bool, members of
-    each gate's note."""
+class Memberships(NamedTuple):
+    """How each row reaches each key: `(B, H, R, T)` bool each, at most one of them True."""
+
+    window: Tensor  # keys that have not left the row's window
+    anchors: Tensor  # the first keys, once they have left it
+    rings: Tensor  # keys read one by one because the row opened their gate
+    notes: Tensor  # keys read through the note of their gate
+
+    @property
+    def direct(self) -> Tensor:
+        """Keys read one by one."""
+        return self.window | self.anchors | self.rings
+
+
+def memberships(short: Shortlist, heads: int, rows: Tensor | None = None, order: Tensor | None = None) -> Memberships:
+    """How the rows of all `heads` heads reach the keys.
+
+    rows: `(R,)` int64, token indices; None for all. order: `(B, T)`, distinct numbers: a ring holds the keys of its
+    gate that have the largest; None for their order in the text, as in every backend.
+    """
     B, T, G = short.gate.shape
-    C = short.gates_per_group
-    r = heads // G
-    row, key = torch.arange(T)[:, None], torch.arange(T)[None, :]
-    row, key = row.to(short.gate.device), key.to(short.gate.device)
-    start = row // short.block * short.block
-    gone = key < start - short.window  # (T, T): the key has left the row's window
-    local = (key <= row) & ~gone
-    anchor = (key < short.anchors) & (key <= row)
-    gate = short.gate.permute(0, 2, 1).repeat_interleave(r, dim=1)  # (B, H, T)
-    hot = gate[..., None] == torch.arange(C, device=gate.device)  # (B, H, T, C)
-    in_gate = hot.movedim(-1, -2)[:, :, None] & gone[:, None, :]  # (B, H, T, C, T): left keys by gate
-    newer = in_gate.flip(-1).cumsum(-1).flip(-1) - in_gate.long()  # how many newer left keys share the gate
-    opened = (short.probes.movedim(2, 1)[..., None] == torch.arange(C, device=gate.device)).any(3)  # (B, H, T, C)
-    ring = in_gate & (newer < short.ring) & opened[..., None]
-    noted = in_gate & ~ring if short.notes else torch.zeros_like(in_gate)
-    return local | anchor | ring.any(3), noted
+    key = torch.arange(T, device=short.gate.device)
+    rows = key if rows is None else rows
+    start = rows[:, None] // short.block * short.block  # the first row of each row's block
+    retired = key < start - short.window  # (R, T)
+    anchor = retired & (key < short.anchors)
+    shape = B, heads, len(rows), T
+    gate = short.gate.transpose(1, 2).repeat_interleave(heads // G, dim=1)[:, :, None]  # (B, H, 1, T)
+    rings = torch.zeros(shape, dtype=torch.bool, device=key.device)
+    for opened in short.probes[:, rows].transpose(1, 2).unbind(-1):  # (B, H, R), -1 for none
+        inside = retired & (gate == opened[..., None]) & (opened >= 0)[..., None]
+        rings |= _last(inside, short.ring, order)
+    notes = retired & (gate >= 0) & ~rings if short.notes else torch.zeros_like(rings)
+    window = (key <= rows[:, None]) & ~retired
+    return Memberships(window.expand(shape), anchor.expand(shape), rings, notes)
+
+
+def _last(inside: Tensor, count: int, order: Tensor | None) -> Tensor:
+    """The last `count` of the keys `inside` `(B, H, R, T)`: of the text, or in an `order` `(B, T)`."""
+    if order is None:
+        following = inside.flip(-1).cumsum(-1).flip(-1) - inside.long()  # later keys of the same gate
+        return inside & (following < count)
+    order = order[:, None, None].expand_as(inside).masked_fill(~inside, -torch.inf)
+    last = order.topk(min(count, inside.shape[-1]), dim=-1).indices
+    return torch.zeros_like(inside).scatter(-1, last, True) & inside
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> tuple[Tensor, Tensor]:
@@ -53,13 +80,16 @@ def weights(q: Tensor, k: Tensor, short: Shortlist, scale: float) -> Tensor:
 def _probabilities(q, k, short: Shortlist, scale: float):
     """Softmax over [keys | notes] `(B, H, T, T + C)`, each note's members `(B, H, T, C, T)`, log-sum-exp."""
     H = q.shape[2]
-    direct, noted = memberships(short, H)
+    read = memberships(short, H)
+    gate = short.gate.transpose(1, 2).repeat_interleave(H // k.shape[2], dim=1)[:, :, None, None]  # (B, H, 1, 1, T)
+    gates = torch.arange(short.gates_per_group, device=gate.device)
+    noted = read.notes[:, :, :, None] & (gate == gates[:, None])  # (B, H, T, C, T)
     qh = q.float().transpose(1, 2)  # (B, H, T, d)
     kh = k.float().repeat_interleave(H // k.shape[2], dim=2).transpose(1, 2)
     count = noted.sum(-1)  # (B, H, T, C)
     share = noted.float() / count.clamp(min=1)[..., None]
     note_k = torch.einsum("bhtcs,bhsd->bhtcd", share, kh)
-    score = (qh @ kh.transpose(-1, -2) * scale).masked_fill(~direct, -torch.inf)
+    score = (qh @ kh.transpose(-1, -2) * scale).masked_fill(~read.direct, -torch.inf)
     note = torch.einsum("bhtd,bhtcd->bhtc", qh, note_k) * scale + count.clamp(min=1).log()
     both = torch.cat((score, note.masked_fill(count == 0, -torch.inf)), dim=-1)
     return both.softmax(-1), share, both.logsumexp(-1)

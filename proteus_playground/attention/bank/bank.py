@@ -1,8 +1,8 @@
-"""KV bank: all that one attention layer remembers of a sequence, in memory that does not grow with its length.
+"""KV bank: keys and values of one attention layer, in memory that does not grow with the length of the sequence.
 
-A key is written into the window (the notebook). Once per block of b kept tokens, keys older than the window move to
-the ring of the gate they were lured to (sticky notes), and what a ring drops is added to the gate's sum (its summary).
-The row of a new token, read from this, is the row that the parallel pass computes.
+A new key is written into the window. Once per block of b kept tokens, keys older than the window move to the ring of
+the gate they were lured to. The ring holds the gate's newest keys; older ones remain in the gate's note, the mean of
+its keys. The row of a new token, read from this, is the row that the parallel pass computes.
 
 Axes: `B` sequences, `H` query heads, `G` KV groups, `d` head dim, `n` tokens taken in at once.
 """
@@ -26,8 +26,8 @@ from .row import dense_row, sparse_row
 from .slots import Slots
 from .view import BankContents, view_of
 
-ENDLESS = 1 << 62  # tokens: `plan_budget(cfg, ENDLESS)` at flux alpha 1, or following the length, never runs out
-PIECE = 1 << 20  # (sequence, group, gate, key) entries that `extend` ranks at a time
+ENDLESS = 1 << 62  # tokens: length to plan a budget for where it does not depend on the length, as at flux alpha 1
+ENTRIES_PER_STEP = 1 << 20  # (sequence, group, gate, key) entries that `extend` ranks at a time
 
 
 class KVBank(Slots):
@@ -36,12 +36,8 @@ class KVBank(Slots):
     Made by `KVBank.empty`; `extend` takes in a prefill, `step` one token per sequence and returns its output row.
     Both change the bank in place, without autograd. Memory is fixed, whatever the length, unless `budget.dense`: then
     this is a plain KV cache that grows with its tokens. `count` `(B,)`: kept tokens; `seen` `(B,)`: tokens,
-    dropped ones included; `tokens`: the same as a Python int (it stands still while a CUDA graph replays a step).
-    `reach`, tokens, None for no bound: once a sequence holds more, what has left the window stops ageing, step by step:
-    no key ever seems farther from its reader than that. The parallel pass knows no such bound.
+    dropped ones included; `tokens`: the same as a Python int (it does not change while a CUDA graph replays a step).
     """
-
-    reach: int | None = None
 
     @classmethod
     def empty(
@@ -55,13 +51,17 @@ class KVBank(Slots):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         int8: bool = False,
+        reach: int | None = None,
     ) -> KVBank:
-        """A bank that has seen nothing.
+        """A bank without tokens.
 
-        budget: from `plan_budget`, for as many tokens as the sequence may come to hold (`ENDLESS` where alpha is 1).
+        budget: from `plan_budget`, for the longest the sequences may become (`ENDLESS` where alpha is 1).
         gates: the layer's, read at every step and never changed. inv_freq: `(d / 2,)` rotary frequencies in radians per
         token, or None. scale: of the scores, default d^-1/2. dtype: of stored keys and values. device: the gates'
         by default. int8: store keys and values in int8 with a float32 scale per row (not when dense).
+        reach: largest distance at which a key may appear, in tokens; None for no bound. Beyond it, keys outside the
+        window are rotated along with the text, so that they never appear farther away: this keeps a model within the
+        distances it was trained on. Only the bank does this, not the parallel pass.
         Raises `TypeError` or `ValueError` naming the argument.
         """
         if not isinstance(budget, Budget):
@@ -76,11 +76,9 @@ class KVBank(Slots):
             raise ValueError(f"inv_freq={inv_freq!r}: must be None or a tensor of shape ({d // 2},)")
         check_budget(budget, 1, gates.gates_per_group)
         device = gates.prototypes.device if device is None else torch.device(device)
-        bank = cls(budget, gates, batch, torch.int8 if int8 and not budget.dense else dtype, device)
-        bank.tokens = 0
-        bank.scale = d**-0.5 if scale is None else float(scale)
-        bank.inv_freq = None if inv_freq is None else inv_freq.to(device)
-        return bank
+        stored = torch.int8 if int8 and not budget.dense else dtype
+        scale = d**-0.5 if scale is None else float(scale)
+        return cls(budget, gates, batch, stored, device, inv_freq=inv_freq, scale=scale, reach=reach)
 
     @property
     def batch(self) -> int:
@@ -89,7 +87,7 @@ class KVBank(Slots):
     @property
     def nbytes(self) -> int:
         """Bytes of everything the bank holds, bookkeeping included."""
-        return sum(getattr(self, name).nbytes for name in self.TENSORS)
+        return sum(x.nbytes for x in self._tensors().values())
 
     def __repr__(self) -> str:
         kind = "dense" if self.budget.dense else f"window {self.window}, ring {self.ring}"
@@ -97,7 +95,7 @@ class KVBank(Slots):
 
     @torch.no_grad()
     def extend(self, k: Tensor, v: Tensor, *, keep: Tensor | None = None, positions: Tensor | None = None) -> None:
-        """Take in n tokens at once: a prefill, or the next part of one. As n steps would, up to rounding of sums.
+        """Take in n tokens at once: a prefill, or the next part of one. Equals n steps up to rounding of the sums.
 
         k, v: un-rotated, `(B, n, G, d)`. keep: `(B, n)` bool, tokens that take part (padding is False).
         positions: `(n,)` or `(B, n)`, in tokens; by default they follow on from the last.
@@ -106,13 +104,13 @@ class KVBank(Slots):
         self.gates.check_keys(k)
         check_inputs(k, k, v, self.gates, positions, keep, None, None)
         self._admit(k)
-        piece = max(1, PIECE // self.left.numel())
+        size = max(1, ENTRIES_PER_STEP // self.retired.numel())
         with torch.autocast(k.device.type, enabled=False):
-            for i in range(0, k.shape[1], piece):
-                cut = slice(i, i + piece)
+            for i in range(0, k.shape[1], size):
+                cut = slice(i, i + size)
                 at = self._positions(None if positions is None else positions[..., cut], k[:, cut])
-                turned = rotate(k[:, cut], at, self.inv_freq)
-                self._take_in(k[:, cut], turned, v[:, cut], None if keep is None else keep[:, cut])
+                rotated = rotate(k[:, cut], at, self.inv_freq)
+                self.write_many(k[:, cut], rotated, v[:, cut], None if keep is None else keep[:, cut])
 
     @torch.no_grad()
     def step(
@@ -148,9 +146,9 @@ class KVBank(Slots):
         awake: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """What n calls of `step` return, `(B, n, H, d)`, for tensors of n tokens, by as many calls as blocks begin.
+        """The rows of n calls of `step`, `(B, n, H, d)`, for tensors of n tokens: all tokens of a block at once.
 
-        A GPU is waited for once per call, to see where each sequence's next block begins.
+        Waits for a GPU once per block, to find where each sequence's next block begins.
         """
         check_inputs(q, k, v, self.gates, positions, keep, awake, self.inv_freq)
         rows, start, n, b = [], 0, q.shape[1], self.budget.block
@@ -164,14 +162,14 @@ class KVBank(Slots):
         return torch.cat(rows, dim=1)
 
     def _advance(self, q: Tensor, k: Tensor, v: Tensor, keep, awake, positions) -> Tensor:
-        """Take in tokens that stand in one block of each sequence, and return their rows."""
+        """Take in tokens that belong to one block of each sequence, and return their rows."""
         self._admit(k)
         at = self._positions(positions, k)
         with torch.autocast(q.device.type, enabled=False):
-            turned = rotate(torch.cat((q, k), dim=2), at, self.inv_freq)
-            rotated, key = turned.split((q.shape[2], k.shape[2]), dim=2)
-            self._write(k, key, v, keep)
-            out = dense_row(self, rotated) if self.budget.dense else sparse_row(self, q, rotated)
+            rotated = rotate(torch.cat((q, k), dim=2), at, self.inv_freq)
+            rotated_q, rotated_k = rotated.split((q.shape[2], k.shape[2]), dim=2)
+            self.write(k, rotated_k, v, keep)
+            out = dense_row(self, rotated_q) if self.budget.dense else sparse_row(self, q, rotated_q)
         if keep is not None:
             out = out.masked_fill(~keep[..., None, None], 0)
         return out if awake is None else out.masked_fill(~awake[..., None], 0)
@@ -189,10 +187,10 @@ class KVBank(Slots):
             )
         self.tokens += n
         if self.budget.dense and self.tokens > self.window:
-            self._grow(self.tokens)
+            self.grow(self.tokens)
 
     def _positions(self, positions: Tensor | None, like: Tensor) -> Tensor:
-        """Positions `(B, n)` of the next n tokens; those after them will follow on."""
+        """Positions `(B, n)` of the next n tokens. Later tokens continue from the last of them."""
         n = like.shape[1]
         if positions is None:
             positions = self.next_position[:, None] + torch.arange(n, device=like.device)
@@ -201,30 +199,34 @@ class KVBank(Slots):
         return positions
 
     def contents(self, batch: int = 0, group: int = 0) -> BankContents:
-        """What is held of one sequence for one KV group, as plain numbers."""
+        """The keys held for one sequence and one KV group, as plain numbers."""
         whole_number("batch", batch, 0, self.batch - 1)
         whole_number("group", group, 0, self.token.shape[1] - 1)
         return view_of(self, batch, group)
 
     def fork(self) -> KVBank:
-        """An independent copy over the same gates: stepping one leaves the other as it is."""
+        """An independent copy over the same gates: stepping one does not change the other."""
         return self.select(torch.arange(self.batch, device=self.count.device))
 
     def select(self, rows: Tensor) -> KVBank:
         """A bank of the sequences at `rows` (n,) int64, in that order, repeats allowed: beams, or a smaller batch."""
         twin = copy.copy(self)
         with torch.inference_mode(False):
-            for name in self.TENSORS:
+            for name in self.TENSORS.values():
                 setattr(twin, name, getattr(self, name)[rows])
         return twin
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The bank's tensors, by their names in files."""
+        return {name: getattr(self, attribute) for name, attribute in self.TENSORS.items()}
 
     def state_dict(self) -> dict:
         """`{"about": plain values, "tensors": {name: tensor}}`; the tensors are the bank's own, not copies."""
         about = {"budget": self.budget.to_dict(), "gates": fingerprint(self.gates), "scale": self.scale}
-        return {"about": about, "tensors": {name: getattr(self, name) for name in self.TENSORS}}
+        return {"about": about, "tensors": self._tensors()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over a copy of what `state_dict` gave, for the same gates, budget, scale, dtype and number of
+        """Copy in the tensors of a `state_dict` of a bank with the same gates, budget, scale, dtype and number of
         sequences. Raises `ValueError` naming what differs."""
         try:
             about, tensors = state["about"], {name: state["tensors"][name] for name in self.TENSORS}
@@ -233,19 +235,19 @@ class KVBank(Slots):
         for name, mine in self.state_dict()["about"].items():
             if about.get(name) != mine:
                 raise ValueError(f"state has {name}={about.get(name)}: must be {mine}, as the bank")
-        for name in self.TENSORS:
-            old, new = getattr(self, name), tensors[name]
-            sized = 2 if self.budget.dense else None  # a dense cache takes as many slots as come
+        for name, old in self._tensors().items():
+            new = tensors[name]
+            sized = 2 if self.budget.dense else None  # a dense cache may hold any number of slots
             if new.shape[:sized] != old.shape[:sized] or new.dtype != old.dtype:
                 raise ValueError(
                     f"state's {name} is {new.dtype} {tuple(new.shape)}: must be {old.dtype} {tuple(old.shape)}"
                 )
         with torch.inference_mode(False):
-            for name in self.TENSORS:
-                setattr(self, name, tensors[name].to(self.rows.device, copy=True))
+            for name, attribute in self.TENSORS.items():
+                setattr(self, attribute, tensors[name].to(self.rows.device, copy=True))
         self.tokens = int(self.seen.max())
         if self.budget.dense:
-            self.window = self._spare
+            self.window = self.scratch
 
     def save(self, path: str | Path) -> Path:
         """Write the bank to one safetensors file, whole or not at all."""
@@ -276,7 +278,7 @@ class KVBank(Slots):
 
 
 def fingerprint(gates: Gates) -> str:
-    """Short name of what decides where keys fall: the prototypes, and which of them are alive."""
+    """Short hash of what decides which gate a key falls into: the prototypes, and which of them are alive."""
     digest = hashlib.sha256()
     for x in (gates.prototypes, gates.alive):
         digest.update(x.detach().cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""The rows of new tokens, read from a bank that holds them already. All stand in one block, so they share a tick.
+"""The rows of new tokens, read from a bank that holds them already. All belong to one block, so they share a tick.
 
 Axes: `B` sequences, `H` query heads, `G` KV groups, `r = H / G`, `C` gates per group, `d` head dim, `m` ring,
 `n` probes, `t` new tokens.
@@ -6,48 +6,44 @@ Axes: `B` sequences, `H` query heads, `G` KV groups, `r = H / G`, `C` gates per 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..shortlist import open_gates
-from .slots import Keys, as_read
-
-if TYPE_CHECKING:
-    from .bank import KVBank
+from .slots import Keys, Slots, as_read
 
 
-def dense_row(bank: KVBank, q: Tensor) -> Tensor:
+def dense_row(bank: Slots, q: Tensor) -> Tensor:
+    """Rows of rotated q `(B, t, H, d)` over all keys of a dense cache."""
     rows = bank.rows[:, :, : bank.tokens]
     tile = _by_group(q, rows.shape[1]).to(rows.dtype)
     out = F.scaled_dot_product_attention(tile, *rows.unbind(3), attn_mask=_seen(bank, q, bank.tokens), scale=bank.scale)
     return _by_token(out, q).to(q.dtype)
 
 
-def sparse_row(bank: KVBank, q: Tensor, rotated: Tensor) -> Tensor:
+def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
     """Rows of q `(B, t, H, d)`: one softmax over window and anchors, rings of opened gates, and notes."""
-    G, near = bank.token.shape[1], bank.anchors + bank.window
+    G, direct = bank.token.shape[1], bank.anchors + bank.window
     tile = _by_group(rotated, G).float() * bank.scale  # (B, G, t r, d)
-    scales = bank.scales[:, :, :near] if bank.int8 else None
-    window = as_read(Keys(bank.rows[:, :, :near], scales, None, None))
-    parts = [(tile @ window[..., 0, :].mT).masked_fill(~_seen(bank, q, near), -torch.inf)]
+    scales = bank.scales[:, :, :direct] if bank.int8 else None
+    window = as_read(Keys(bank.rows[:, :, :direct], scales, None, None))
+    parts = [(tile @ window[..., 0, :].mT).masked_fill(~_seen(bank, q, direct), -torch.inf)]
     opened = None
     if bank.ring:
         gates = bank.gates
-        opened = open_gates(q, gates.prototypes, gates.alive, bank.left[:, :, None], q.shape[1], bank.budget.probes)
+        opened = open_gates(q, gates.prototypes, gates.alive, bank.retired[:, :, None], q.shape[1], bank.budget.probes)
         opened = _by_group(opened, G)  # (B, G, t r, n)
-        first = near + opened[..., None] * bank.ring + torch.arange(bank.ring, device=q.device)
-        slot = torch.where(opened[..., None] < 0, bank._spare, first)  # (B, G, t r, n, m)
-        keys = bank._at(slot.flatten(2))
+        first = direct + opened[..., None] * bank.ring + torch.arange(bank.ring, device=q.device)
+        slot = torch.where(opened[..., None] < 0, bank.scratch, first)  # (B, G, t r, n, m)
+        keys = bank.keys_at(slot.flatten(2))
         ring = as_read(keys).unflatten(2, (tile.shape[2], -1))  # (B, G, t r, n m, 2, d)
         score = (ring[..., 0, :] @ tile[..., None])[..., 0]
         parts.append(score.masked_fill(keys.token.view_as(score) < 0, -torch.inf))
     if bank.notes:
         notes, held = bank.sums.flatten(2, 3), _held(bank)
         score = tile @ notes[..., 0, :].mT / held.clamp(min=1) + held.log()
-        parts.append(score.masked_fill(_not_its_note(opened, score), -torch.inf))
+        parts.append(score.masked_fill(_skipped_notes(opened, score), -torch.inf))
     weight = torch.cat(parts, dim=-1).softmax(-1).split([x.shape[-1] for x in parts], dim=-1)
     out = weight[0] @ window[..., 1, :]
     if bank.ring:
@@ -67,8 +63,8 @@ def _by_token(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(2, (like.shape[1], -1)).transpose(1, 2).flatten(2, 3)
 
 
-def _seen(bank: KVBank, q: Tensor, slots: int) -> Tensor:
-    """Which of the first slots hold a key that is not after a row, `(B, G, t r or 1, slots)`."""
+def _seen(bank: Slots, q: Tensor, slots: int) -> Tensor:
+    """Mask of the first `slots` slots: those that hold a key no newer than the row, `(B, G, t r or 1, slots)`."""
     t, token = q.shape[1], bank.token[:, :, None, :slots]
     if t == 1:
         return token >= 0
@@ -77,15 +73,19 @@ def _seen(bank: KVBank, q: Tensor, slots: int) -> Tensor:
     return (token >= 0) & (token <= row[:, None, :, None])
 
 
-def _held(bank: KVBank) -> Tensor:
-    """How many keys each sum holds, `(B, G, 1, 2 C)` float32: ALL, then REST."""
-    return torch.cat((bank.left, (bank.left - bank.ring).clamp(min=0)), dim=-1)[:, :, None].float()
+def _held(bank: Slots) -> Tensor:
+    """Number of keys in each sum, `(B, G, 1, 2 C)` float32: ALL of every gate, then REST."""
+    return torch.cat((bank.retired, (bank.retired - bank.ring).clamp(min=0)), dim=-1)[:, :, None].float()
 
 
-def _not_its_note(opened: Tensor | None, score: Tensor) -> Tensor:
-    """Of both sums of a gate a row reads one: REST where its ring is read, else ALL. Like `score`, True: not."""
+def _skipped_notes(opened: Tensor | None, score: Tensor) -> Tensor:
+    """Mask of notes to skip, like `score`: two notes are kept per gate.
+
+    A row that opened the gate reads its ring one by one, so it reads REST (keys beyond the ring); every other row reads
+    ALL.
+    """
     C = score.shape[-1] // 2
-    hot = torch.zeros(*score.shape[:-1], C, dtype=torch.bool, device=score.device)
+    is_open = torch.zeros(*score.shape[:-1], C, dtype=torch.bool, device=score.device)
     if opened is not None:
-        hot = (opened[..., None] == torch.arange(C, device=score.device)).any(-2)
-    return torch.cat((hot, ~hot), dim=-1)
+        is_open = (opened[..., None] == torch.arange(C, device=score.device)).any(-2)
+    return torch.cat((is_open, ~is_open), dim=-1)

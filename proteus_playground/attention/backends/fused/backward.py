@@ -8,8 +8,8 @@ window, as an anchor, in a ring, and through the notes of its gate, whole and re
 import triton
 import triton.language as tl
 
-from .forward import left_at, near_rows, note_size, reads_note
-from .index import load_rows
+from .forward import near_rows, note_size, reads_note, retired_at
+from .vectors import load_rows
 
 
 @triton.jit
@@ -69,16 +69,16 @@ def far_query_kernel(
         x = tl.load(q + line[:, None] * d + column[None, :], mask=fits, other=0.0)
         y = tl.load(do + line[:, None] * d + column[None, :], mask=fits, other=0.0)
         log, dl = load_stats(lse, delta, line, ok)
-        left = left_at(t // block, count_base, before, bg, c, chunks, C, block, ok, CH)
+        retired = retired_at(t // block, count_base, before, bg, c, chunks, C, block, ok, CH)
         acc = tl.zeros((M, DP), tl.float32)
-        low = tl.maximum(tl.min(tl.where(ok, left, T), 0) - ring, 0)
-        for at in range(low, tl.max(left, 0), BN):
+        low = tl.maximum(tl.min(tl.where(ok, retired, T), 0) - ring, 0)
+        for at in range(low, tl.max(retired, 0), BN):
             place = at + tl.arange(0, BN)
-            here = place < tl.max(left, 0)
+            here = place < tl.max(retired, 0)
             j = tl.load(order + place, mask=here, other=0)
             keys = load_rows(k, k, j, k_token, G, column, here, d, False, DTYPE)
             values = load_rows(v, v, j, v_token, G, column, here, d, False, DTYPE)
-            seen = ok[:, None] & (place[None, :] >= left[:, None] - ring) & (place[None, :] < left[:, None])
+            seen = ok[:, None] & (place[None, :] >= retired[:, None] - ring) & (place[None, :] < retired[:, None])
             p, ds = weights(x, y, keys, values, seen, 0.0, scale, log, dl)
             acc = tl.dot(ds.to(DTYPE), keys, acc, input_precision="ieee")
         tl.store(dq + (line * N + name % N)[:, None] * d + column[None, :], acc.to(DTYPE), mask=fits)
@@ -260,9 +260,9 @@ def far_key_kernel(
                     ok = i < size
                     name = tl.load(bucket_rows + bucket * (SEG * R) + i, mask=ok, other=0)
                     t = segment * SEG + name // (R * N)
-                    left = left_at(t // block, count_base, before, bg, c, chunks, C, block, ok, CH)
+                    retired = retired_at(t // block, count_base, before, bg, c, chunks, C, block, ok, CH)
                     seen = ok[:, None] & mine[None, :]
-                    seen = seen & (place[None, :] >= left[:, None] - ring) & (place[None, :] < left[:, None])
+                    seen = seen & (place[None, :] >= retired[:, None] - ring) & (place[None, :] < retired[:, None])
                     if tl.max(tl.max(seen.to(tl.int32), 1), 0) > 0:
                         line = (b * T + t) * (G * R) + g * R + name // N % R
                         fits = ok[:, None] & (column < d)[None, :]

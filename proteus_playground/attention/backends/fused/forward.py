@@ -7,7 +7,7 @@ Axes and names as in `triton_index`; `M` rows and `BN` keys make a tile.
 import triton
 import triton.language as tl
 
-from .index import load_scales, load_stored
+from .vectors import load_scales, load_stored
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def absorb(x, keys, values, seen, lift, scale, v_scale, top, mass, acc, DTYPE: t
 
 
 @triton.jit
-def left_at(tick, count_base, before, bg, c, chunks, C, block, real, CH: tl.constexpr):
+def retired_at(tick, count_base, before, bg, c, chunks, C, block, real, CH: tl.constexpr):
     """How many keys of gate c have left the window at each tick; c may be a number or go along with `tick`."""
     chunk = (tick * block) // CH
     held = tl.load(count_base + (bg * (chunks + 1) + chunk) * C + c, mask=real, other=0)
@@ -69,12 +69,12 @@ def far_kernel(
         line = (t - t0).to(tl.int64) * (G * R) + g * R + name // N % R
         x = tl.load(q + ((t - t0).to(tl.int64) * q_token + (name // N % R) * d)[:, None] + column[None, :],
                     mask=ok[:, None] & (column < d)[None, :], other=0.0)  # fmt: skip
-        left = left_at(t // block, count_base, before, bg, c, chunks, C, block, ok, CH)
+        retired = retired_at(t // block, count_base, before, bg, c, chunks, C, block, ok, CH)
         top = tl.zeros((M,), tl.float32) - 1e30
         mass = tl.zeros((M,), tl.float32)
         acc = tl.zeros((M, DP), tl.float32)
-        low = tl.maximum(tl.min(tl.where(ok, left, T), 0) - ring, 0)
-        high = tl.max(left, 0)
+        low = tl.maximum(tl.min(tl.where(ok, retired, T), 0) - ring, 0)
+        high = tl.max(retired, 0)
         for at in range(low, high, BN):
             place = at + tl.arange(0, BN)
             here = place < high
@@ -82,7 +82,7 @@ def far_kernel(
             keys = load_stored(k, j, k_token, column, here, d, DTYPE)
             values = load_stored(v, j, v_token, column, here, d, DTYPE)
             ks, vs = load_scales(k_scale, j, G, here, INT8), load_scales(v_scale, j, G, here, INT8)
-            seen = (place[None, :] >= left[:, None] - ring) & (place[None, :] < left[:, None])
+            seen = (place[None, :] >= retired[:, None] - ring) & (place[None, :] < retired[:, None])
             top, mass, acc = absorb(x, keys, values, seen, 0.0, scale * ks, vs, top, mass, acc, DTYPE)
         mass = tl.maximum(mass, 1e-30)
         line = (b * rows * (G * R) + line) * N + name % N
@@ -95,8 +95,8 @@ def far_kernel(
 def note_size(e, tick, count_base, before, bg, chunks, C, block, ring, end, KINDS: tl.constexpr, CH: tl.constexpr):
     """How many keys note e of a tick stands for: e < C all that left gate e, then those of gate e - C less its ring."""
     real = e < tl.where(tick * block < end, KINDS * C, 0)
-    left = left_at(tick, count_base, before, bg, e % C, chunks, C, block, real, CH)
-    return tl.where(real, left - tl.where(e >= C, ring, 0), 0)
+    retired = retired_at(tick, count_base, before, bg, e % C, chunks, C, block, real, CH)
+    return tl.where(real, retired - tl.where(e >= C, ring, 0), 0)
 
 
 @triton.jit
@@ -188,9 +188,9 @@ def near_kernel(
             top = new
     alive = t < end
     mass = tl.maximum(mass, 1e-30)
-    loud = tl.where(alive, 1.0 / mass, 0.0)
+    factor = tl.where(alive, 1.0 / mass, 0.0)
     if WEIGH:
-        loud *= tl.load(weight + line, mask=ok, other=0.0)
+        factor *= tl.load(weight + line, mask=ok, other=0.0)
     out_at = out + b * out_batch + (row.to(tl.int64) * (G * r) + g * r + h)[:, None] * d + column[None, :]
-    tl.store(out_at, (acc * loud[:, None]).to(DTYPE), mask=fits)
+    tl.store(out_at, (acc * factor[:, None]).to(DTYPE), mask=fits)
     tl.store(lse + line, tl.where(alive, (top + tl.log2(mass)) * 0.6931471805599453, -float("inf")), mask=ok)

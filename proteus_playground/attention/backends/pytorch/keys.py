@@ -1,7 +1,7 @@
-"""Keys in (gate, position) order, where every ring is a run of rows and every note a prefix.
+"""Keys in (gate, position) order, where every ring is a run of rows and every note the mean of a prefix.
 
 Each gate starts at a multiple of `chunk` rows, so the place of a key in its chunk, and with it every rounding, depends
-on its own gate's past alone. All sizes are bounds known without asking the device.
+only on earlier keys of its gate. All sizes are bounds that the host can compute without waiting for the device.
 
 Axes: `B` batch, `T` tokens, `G` KV groups, `C` gates, `N` blocks per sequence, `R` rows, `d` head dim.
 """
@@ -25,12 +25,12 @@ class SortedKeys:
     """Keys and values by (sequence, group, gate, position), with zero rows between gates and at the end."""
 
     rows: Tensor  # (R, 2 d), [k | v]
-    newest: Tensor  # (B, N, G, C) int32, row of the newest key that has left at a tick; R where none has
+    newest: Tensor  # (B, N, G, C) int32, row of the newest key that has left the window at a tick; R for none
     first: Tensor  # (R / chunk,) row at which the gate of each chunk starts, R past the last gate
     chunk: int
 
     def opening(self, column: int, ring: int) -> Tensor:
-        """First row that any query row may read whose newest key lies in column j of `column` rows: int32."""
+        """For each column of `column` rows, the first row that a query row reads whose newest key lies there: int32."""
         home = torch.arange(0, len(self.rows), column, dtype=torch.int32, device=self.rows.device)
         first = self.first.int().repeat_interleave(self.chunk // column)
         return torch.maximum(home + (1 - ring), first)
@@ -48,21 +48,22 @@ def sort_keys(kv: Tensor, short: Shortlist, chunk: int) -> SortedKeys:
     after = chunks.cumsum(0)  # (B G C,) chunk in which the next gate starts
     start = (after - chunks) * chunk
     R = (B * G * (T // chunk + C) + 1) * chunk
-    shift = torch.cat((start - bound[:-1], R - bound[-1:]))  # what is in no gate lands at R or later
+    shift = torch.cat((start - bound[:-1], R - bound[-1:]))  # keys in no gate land at R or later
     place = (shift[ranked] + torch.arange(len(ranked), device=device)).clamp_(max=R)
     kv = pad(kv.flatten(0, 2), (0, 0, 0, 1))  # its last row is zero
     source = torch.full((R + 1,), len(kv) - 1, device=device).scatter_(0, place, order)
-    left = short.left.transpose(1, 2)  # (B, N, G, C)
-    newest = (start.view(B, 1, G, C) + left - 1).masked_fill_(left == 0, R).int()
+    retired = short.retired.transpose(1, 2)  # (B, N, G, C)
+    newest = (start.view(B, 1, G, C) + retired - 1).masked_fill_(retired == 0, R).int()
     owner = torch.searchsorted(after, torch.arange(R // chunk, device=device), right=True)
     return SortedKeys(take_rows(kv, source[:R]), newest, pad(start, (0, 1), value=R)[owner], chunk)
 
 
 def running_means(keys: SortedKeys, extra: Tensor) -> Tensor:
-    """Row i: the mean of a gate's keys and values up to row i of its order; then a row of zeros; then `extra`.
+    """Row i is the mean of a gate's keys and values up to row i; after all rows a row of zeros, then `extra`.
 
-    Sums are float32 inside a chunk, over what earlier chunks of the same gate bring along, which is summed in
-    float64: other gates' keys, which may be later ones, cancel there without leaving a trace in float32.
+    Inside a chunk sums are float32. They start from the sum over earlier chunks of the same gate, a difference of
+    prefix sums over all gates in float64: the other gates' keys, which may be later ones, cancel exactly enough that
+    nothing of them is left in float32.
     """
     rows, chunk = keys.rows, keys.chunk
     R, width = rows.shape

@@ -1,4 +1,4 @@
-"""Notes and anchors: what a block of rows reads beside its window and its rings.
+"""Notes and anchors: the keys that a block of rows reads besides its window and its rings.
 
 Axes: `B` batch, `T` tokens, `G` KV groups, `r` heads per group, `d` head dim, `N` blocks of `b` rows per sequence,
 `U` blocks of all sequences in a row, `C` gates, `n` probes.
@@ -16,16 +16,22 @@ from .tile import attend_tile, take_rows
 
 
 class Notes:
-    """Notes and anchors of every block: which rows of the table of means, and at what bias.
+    """Notes and anchors of every block: rows of the table of means, and the bias of each. In columns:
 
-    Columns: a key that weighs nothing, so that no row is empty; anchors; a spare; the notes of gates a row did not
-    open; a spare; the notes of gates it did (less the ring). The spares take writes for probes that opened nothing.
-    Biases are log(count) less a whole number near the largest, which half precision holds exactly.
+        0           dummy: has no weight, but keeps the softmax defined
+        1 .. A      anchors
+        A + 1       scratch
+        next C      notes ALL, of gates that a row did not open
+        1           scratch
+        next C      notes REST (less the ring), of gates that it opened
+
+    The scratch columns receive writes for probes that opened no gate. The bias of a note is log(count) less a whole
+    number near the largest, so that half precision holds it well.
     """
 
     def __init__(self, kv: Tensor, keys: SortedKeys | None, short: Shortlist):
         B, T, G, width = kv.shape
-        N, A = short.left.shape[2], min(short.anchors, T)
+        N, A = short.retired.shape[2], min(short.anchors, T)
         device, self.d, self.anchors = kv.device, width // 2, A
         anchors = kv[:, :A].reshape(-1, width)
         self.means = running_means(keys, anchors) if short.notes else pad(anchors, (0, 0, 1, 0))
@@ -36,22 +42,23 @@ class Notes:
         anchor = (anchor + torch.arange(G, device=device)[:, None])[:, None].expand(B, N, G, A)
         unread = torch.full((B, N, G, 1), -torch.inf, device=device)
         nothing = torch.full_like(unread, torch.finfo(kv.dtype).min / 4)
-        left = short.left.transpose(1, 2)  # (B, N, G, C)
-        top = left.amax(-1, keepdim=True).clamp(min=1).float().log().round()
+        retired = short.retired.transpose(1, 2)  # (B, N, G, C)
+        top = retired.amax(-1, keepdim=True).clamp(min=1).float().log().round()
         seen = torch.where(at < edge[:, None], 0.0, -torch.inf)[None, :, None] - top
         rows, bias = [unread.new_full((B, N, G, 1), none), anchor], [nothing, seen]
         self.rest = None
         if short.notes:
-            gone = (left - short.ring).clamp(min=0)
+            beyond = (retired - short.ring).clamp(min=0)
             newest = keys.newest
-            idle = newest.new_full((B, N, G, 1), none)
-            rows += [idle, newest, idle, (newest - short.ring).where(gone > 0, none)]
-            rest = torch.cat((unread, gone.float().log() - top), dim=-1).to(kv.dtype)
-            bias += [unread, left.float().log() - top, unread, torch.full_like(left, -torch.inf, dtype=torch.float32)]
+            scratch = newest.new_full((B, N, G, 1), none)
+            rows += [scratch, newest, scratch, (newest - short.ring).where(beyond > 0, none)]
+            rest = torch.cat((unread, beyond.float().log() - top), dim=-1).to(kv.dtype)
+            closed = torch.full_like(retired, -torch.inf, dtype=torch.float32)
+            bias += [unread, retired.float().log() - top, unread, closed]
             self.rest = rest.flatten(0, 1)
         cols = sum(x.shape[-1] for x in rows)
         self.rows = pad(torch.cat([x.int() for x in rows], dim=-1), (0, -cols % 8), value=none).flatten(0, 1)
-        self.idle = pad(torch.cat(bias, dim=-1), (0, -cols % 8), value=-torch.inf).to(kv.dtype).flatten(0, 1)
+        self.bias = pad(torch.cat(bias, dim=-1), (0, -cols % 8), value=-torch.inf).to(kv.dtype).flatten(0, 1)
         self.top = top.flatten(0, 1)
         self.columns = self.rows.shape[-1]
 
@@ -59,7 +66,7 @@ class Notes:
         """Attention of tiles `(U, G, b r, d)` over notes and anchors: out and lse. opened: `(U, b, G, r, n)`."""
         U, b, G, r, n = opened.shape
         kv = take_rows(self.means, self.rows[cut])  # (U, G, columns, 2 d)
-        bias = self.idle[cut][:, :, None, None]
+        bias = self.bias[cut][:, :, None, None]
         bias = bias.expand(U, G, b, r, bias.shape[-1]).contiguous()
         if self.rest is not None and n:
             opened = opened.transpose(1, 2)

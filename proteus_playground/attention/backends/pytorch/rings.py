@@ -1,8 +1,9 @@
 """Rings of opened gates as tiles, their number fixed in advance.
 
-A far row is a (token, head, probe). Sorted by the newest key it may read, far rows of one column of keys stand
-together and read the same short run: the column and the ring before it. A column with more rows than a tile holds
-takes several tiles. Tiles that the bound allows for and nobody needs do empty work; no count ever leaves the device.
+A far row is a (token, head, probe). Far rows are sorted by the newest key that they read. Those whose newest key lies
+in one column of keys are then neighbours, and read the same short run: the column and the ring before it. A column with
+more rows than a tile holds takes several tiles. The number of tiles is an upper bound, because the host does not wait
+for the true number; tiles beyond it do empty work.
 
 Axes: `U` blocks of `b` rows, `G` KV groups, `r` heads per group, `d` head dim, `n` probes, `m` ring, `F` far rows,
 `Q` far rows and `W` keys per tile.
@@ -17,14 +18,14 @@ from torch.nn.functional import pad
 from .keys import SortedKeys
 from .tile import attend_tile, take_rows
 
-PIECE = 1 << 18  # scores at a time on a CPU, where tiles should stay in cache
-GRID = 65535  # tiles at a time elsewhere: the most that CUDA launches along one axis
+SCORES_PER_STEP = 1 << 18  # scores held at a time on a CPU, so that tiles stay in cache
+TILES_PER_STEP = 65535  # tiles at a time elsewhere: the most that CUDA launches along one axis
 
 
 def key_columns(ring: int, rows: int) -> tuple[int, int]:
     """Keys per column (a power of two) and keys per tile, for `rows` far rows per token and group.
 
-    A column brings about `rows` far rows per key; it should fill a tile of 64, and not be small beside the ring.
+    A column has about `rows` far rows per key. It should fill a tile of 64, and not be much smaller than the ring.
     """
     column = 16
     while 4 * column < ring or column * rows < 64 or ring + 2 * column - 1 <= -(-(ring + column - 1) // 64) * 64:
@@ -59,16 +60,16 @@ class Rings:
         newest, far = newest.flatten().sort(stable=True)
         home, source, real = self._tiles(newest, self._bound(U, b, G, r * n))
         row = far[source]  # (tiles, Q)
-        flat, step = q.reshape(-1, d), max(1, PIECE // (Q * W)) if device.type == "cpu" else GRID
+        flat, step = q.reshape(-1, d), max(1, SCORES_PER_STEP // (Q * W)) if device.type == "cpu" else TILES_PER_STEP
         parts = []
         for i in range(0, len(row), step):
             at = slice(i, i + step)
             first = self.opening[home[at]][:, None]
-            high = torch.where(real[at], newest[source[at]] - first + 1, 1)  # a spare slot reads one key
+            high = torch.where(real[at], newest[source[at]] - first + 1, 1)  # an empty slot reads one key
             parts.append(self._attend(take_rows(flat, row[at] // n), first, high, scale))
         out, lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
         out, lse = out.reshape(-1, d), pad(lse.reshape(-1)[:-1], (0, 1), value=-torch.inf)
-        out[-1] = 0  # the last tile holds nothing: where rows without a ring are sent
+        out[-1] = 0  # the last tile is empty: rows without a ring point to it
         back = torch.full((len(far) + 1,), len(out) - 1, dtype=torch.int32, device=device)
         slots = torch.arange(len(out), dtype=torch.int32, device=device)
         back.scatter_(0, torch.where(real, row, len(far)).flatten(), slots)
@@ -85,7 +86,7 @@ class Rings:
         return attend_tile(q[:, None], kv[..., :d], kv[..., d:], mask, scale)
 
     def _bound(self, U: int, b: int, G: int, rows: int) -> int:
-        """Tiles that are always enough, one of them empty."""
+        """An upper bound of the tiles needed, one of them empty."""
         sequences = min(self.many, U // self.sequence + 2)
         columns = G * (U * b // self.column + 2 * self.gates * sequences)
         return U * b * G * rows // self.per_tile + min(columns, len(self.opening)) + 1
@@ -96,7 +97,7 @@ class Rings:
         edge = torch.searchsorted(newest, self.edges, out_int32=True)  # (homes + 1,) first far row of a column
         count = (edge.diff() + (Q - 1)) // Q
         after = count.cumsum(0, dtype=torch.int32)
-        if device.type == "cpu":  # no need to guess where looking costs nothing
+        if device.type == "cpu":  # on a CPU the true number costs nothing
             tiles = int(after[-1]) + 1
         number = torch.arange(tiles, dtype=torch.int32, device=device)
         home = torch.searchsorted(after, number, right=True).clamp_(max=len(count) - 1)

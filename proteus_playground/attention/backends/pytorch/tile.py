@@ -1,4 +1,4 @@
-"""One tile of attention: softmax over the keys in hand, and the log-sum-exp by which tiles are merged.
+"""One tile of attention: softmax over its keys, and the log-sum-exp by which tiles are merged.
 
 Axes: `N` and `h` any two batch axes, `M` rows, `K` keys, `d` head dim.
 """
@@ -18,9 +18,9 @@ def attend_tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: flo
 
     bias: `(N, h, M, K)` in q's dtype, added to the scaled scores, -inf where a row may not read; on a GPU its rows
     start at multiples of 8 elements (a slice of a wider tensor). None is the causal mask of M = K. Every row must
-    read something: what the fused kernels say of one that does not differs between versions.
+    read at least one key: for an empty row the result of the fused kernels differs between versions.
     Without autograd this is one fused kernel, on the matrix units of any NVIDIA GPU from sm_75 on. These kernels
-    are not public; the last lines are what they compute, and what runs where they are missing.
+    are not public API; the last lines compute the same, and run where a kernel is missing.
     """
     if not torch.is_grad_enabled():
         if fuses_on_cuda(q):

@@ -1,12 +1,12 @@
 """The shortlist in plain PyTorch: matmuls large enough for matrix units, no T x T array, no waiting for a GPU.
 
-A row attends three times, and the three meet by their log-sum-exp. Window: the rows of a block share their keys, a
-strided view of k, and their mask, the same in every block. Notes and anchors: shared by a block too, rows of a table
-of running means. Rings: see `torch_rings`. The first rows, whose window still holds everything, are plain causal
-attention. Work runs in pieces of bounded size; under autograd a piece is recomputed in backward.
+A row attends three times, and the three results are merged by their log-sum-exp. Window: the rows of a block share
+their keys, a strided view of k, and their mask, the same in every block. Notes and anchors: also shared by a block,
+rows of a table of running means. Rings: see `rings`. The first rows, whose window still holds every key, are plain
+causal attention. Work runs in steps of bounded size; under autograd each step is recomputed in the backward pass.
 
 Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `r = H / G`, `d` head dim, `N` blocks of `b` rows per
-sequence, `U` blocks of all sequences in a row (the batch is one long run of blocks), `C` gates, `n` probes.
+sequence, `U` blocks of all sequences (the batch is one long run of blocks), `C` gates, `n` probes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .notes import Notes
 from .rings import Rings, key_columns
 from .tile import attend_tile, fuses_on_cuda, take_rows
 
-PIECE = 1 << 21  # scores of rings per piece on a CPU
-PIECE_FUSED = 1 << 26  # where the fused GPU kernel runs, which holds no scores
-PIECE_LARGE = 1 << 24  # elsewhere on a GPU, and in training, where every piece costs one gradient buffer
-BLOCKS = 1 << 15  # blocks per piece: a CUDA grid ends at 65,535
-CHUNK = 64  # keys of a gate summed up before a carry is taken
+SCORES_PER_STEP = 1 << 21  # scores of rings per step on a CPU
+SCORES_PER_STEP_FUSED = 1 << 26  # where the fused GPU kernel runs, which stores no scores
+SCORES_PER_STEP_LARGE = 1 << 24  # elsewhere on a GPU, and in training, where every step costs one gradient buffer
+BLOCKS_PER_STEP = 1 << 15  # a CUDA grid ends at 65,535
+CHUNK = 64  # keys of a gate that are summed before the sum is carried over
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> tuple[Tensor, Tensor]:
@@ -37,8 +37,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> t
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> tuple[Tensor, Tensor]:
     B, T, H, d = q.shape
-    b, N = short.block, short.left.shape[2]
-    head = -(-short.window // b)  # the first block that something has left
+    b, N = short.block, short.retired.shape[2]
+    head = -(-short.window // b)  # the first block whose window has lost a key
     if head >= N:
         return _causal(q, k, v, scale)
     work, total, learning = _Blocks(q, k, v, short, scale), B * N, torch.is_grad_enabled()
@@ -69,13 +69,13 @@ def _causal(q, k, v, scale: float):
 
 
 class _Blocks:
-    """What all blocks of a call share, and the work of a run of them."""
+    """Tables that all blocks of a call share, and the attention of a run of blocks."""
 
     def __init__(self, q, k, v, short: Shortlist, scale: float):
         B, T, H, d = q.shape
         G, n, b, r = k.shape[2], short.probes.shape[3], short.block, H // k.shape[2]
         self.window, self.scale = short.window, scale
-        end = short.left.shape[2] * b - T
+        end = short.retired.shape[2] * b - T
         padded = (pad(x, (0, 0, 0, 0, 0, end)) if end else x.contiguous() for x in (q, k, v))
         shapes = ((b, G, r, d), (G, d), (G, d))
         self.q, self.k, self.v = (x.view(-1, *shape) for x, shape in zip(padded, shapes, strict=True))
@@ -84,7 +84,7 @@ class _Blocks:
         self.mask = _window_mask(short.window, b, r, q)
         self.notes = self.rings = keys = None
         kv, wide = torch.cat((k, v), dim=-1), 1
-        ring = min(short.ring, int(short.left.max()) if q.device.type == "cpu" else T)  # no gate holds more
+        ring = min(short.ring, int(short.retired.max()) if q.device.type == "cpu" else T)  # no gate holds more
         column, width = key_columns(ring, r * n) if n else (CHUNK, 0)
         if n or short.notes:
             keys = sort_keys(kv, short, max(column, CHUNK))
@@ -93,7 +93,7 @@ class _Blocks:
         if short.anchors or short.notes:
             self.notes = Notes(kv, keys, short)
             wide = max(wide, self.notes.columns)
-        self.step = max(1, min(BLOCKS, _piece(q) // (b * H * wide)))
+        self.step = max(1, min(BLOCKS_PER_STEP, _scores_per_step(q) // (b * H * wide)))
 
     def run(self, cut: slice, out: Tensor | None = None, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The rows of blocks `cut`: out `(U, b, H, d)` and lse `(U, b, H)`, written into the tensors given."""
@@ -103,7 +103,7 @@ class _Blocks:
         parts = [self._window(cut, tiles)]
         if self.notes:
             parts.append(self.notes.attend(cut, tiles, opened, self.scale))
-        # From (U, G, b r, ...) to rows as they stand in q.
+        # From (U, G, b r, ...) to the axes of q.
         means, sizes = ([x.unflatten(2, (b, r)).transpose(1, 2) for x in part] for part in zip(*parts, strict=True))
         sizes, ring = [x[..., None] for x in sizes], None
         if self.rings:
@@ -129,12 +129,12 @@ class _Blocks:
         return attend_tile(tiles, k, v, self.mask.expand(U, G, M, w + b), self.scale)
 
 
-def _piece(q: Tensor) -> int:
+def _scores_per_step(q: Tensor) -> int:
     if torch.is_grad_enabled():
-        return PIECE_LARGE
+        return SCORES_PER_STEP_LARGE
     if q.device.type == "cpu":
-        return PIECE
-    return PIECE_FUSED if fuses_on_cuda(q) else PIECE_LARGE
+        return SCORES_PER_STEP
+    return SCORES_PER_STEP_FUSED if fuses_on_cuda(q) else SCORES_PER_STEP_LARGE
 
 
 def _window_mask(w: int, b: int, r: int, like: Tensor) -> Tensor:
