@@ -42,6 +42,18 @@ def test_an_import_stays_light(statement, forbidden):
     assert brought == set()
 
 
+def test_on_a_cpu_no_triton_kernel_is_imported():
+    code = """
+import sys, torch
+from proteus_playground import AttentionConfig, ProteusAttention
+attn = ProteusAttention(AttentionConfig(d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, shortlist=24, flux_alpha=1.0))
+attn.eval()(torch.randn(1, 100, 32))
+print(*[name for name in sys.modules if ".backends.fused" in name])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """A copy in which every folder lies where it is installed: import-linter follows folders, not `package_dir`."""

@@ -157,9 +157,8 @@ def test_the_layer_piece_by_piece(changes, monkeypatch):
         assert attn._fits_pieces(x, plan_budget(attn.cfg, 150))
         assert off_by(attn(x), plain) <= 1e-5
         budget = plan_budget(attn.cfg, 150)
-        monkeypatch.setattr(
-            pieces, "make_plan", lambda sizes: dataclasses.replace(make_plan(sizes), segment=64, chunk=64)
-        )
+        small = {"segment": 64, "chunk": 64}
+        monkeypatch.setattr(pieces, "make_plan", lambda sizes: dataclasses.replace(make_plan(sizes), **small))
         assert off_by(attend_in_pieces(attn, x, None, budget, piece=128), plain) <= 1e-5
 
 

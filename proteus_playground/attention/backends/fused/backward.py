@@ -1,8 +1,9 @@
 """Triton kernels of the backward pass.
 
-Each gradient has one writer and one order of additions: the same bits every time. Scores are computed again, tile by
-tile, from the log-sum-exp of the forward pass. A key's gradient comes from five places: rows that read it in their
-window, as an anchor, in a ring, and through the notes of its gate, whole and rest. Axes and names as in `triton_index`.
+Each gradient has one writer and a fixed order of additions, so the pass is deterministic. Scores are computed again,
+tile by tile, from the log-sum-exp of the forward pass. The gradient of a key has five parts: from rows that read it in
+their window, as an anchor, in a ring, and through the two notes of its gate, ALL and REST. Axes and names as in
+`index`.
 """
 
 import triton
@@ -14,7 +15,7 @@ from .vectors import load_rows
 
 @triton.jit
 def load_stats(lse, delta, line, ok):
-    """Base-2 log-sum-exp and delta of rows; rows that read nothing get +inf, so that their weights are zero."""
+    """Base-2 log-sum-exp and delta of rows. For rows that read nothing it is +inf, so that their weights are zero."""
     log = tl.load(lse + line, mask=ok, other=float("inf"))
     log = tl.where(log == -float("inf"), float("inf"), log * 1.4426950408889634)
     return log, tl.load(delta + line, mask=ok, other=0.0)
@@ -46,7 +47,7 @@ def far_query_kernel(
     DTYPE: tl.constexpr, CH: tl.constexpr, SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     BN: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient that queries get from rings, dq (B, T, G R, N, d), one bucket at a time; q and do (B, T, G R, d)."""
+    """Gradient of queries from rings, dq (B, T, G R, N, d), one bucket at a time; q and do (B, T, G R, d)."""
     segment, c = tl.program_id(0) // C, tl.program_id(0) % C
     bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
@@ -93,7 +94,7 @@ def near_query_kernel(
     RC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr,
     NTT: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the rotated queries, far part taken in, into dq (B, T, G r, d). `natural`: scale without log2 e."""
+    """Gradient of the rotated queries, far part included: dq (B, T, G r, d). `natural`: scale without log2 e."""
     bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     column = tl.arange(0, DP)
@@ -185,8 +186,9 @@ def spread_kernel(
     gate, rank, first, order, grad, later, whole, rest, T, d, C, window, block, ring, note_ticks, note_chunks,
     KINDS: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, BS: tl.constexpr, DP: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
-    """Hand the notes' gradient to their members, going back in time: a key belongs to the notes of every tick after it
-    came in. `later` (B G, chunks, kinds, C, 2 d) float32 is the gradient of all later chunks; whole, rest (B G, T, 2d).
+    """Pass the gradient of the notes on to their members, from the last tick to the first, because a key is a member of
+    the notes of every tick after it was added. `later` (B G, chunks, kinds, C, 2 d) float32 is that of all later
+    chunks; whole and rest (B G, T, 2 d) are the results for the notes ALL and REST.
     """
     chunk, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(C, GB)
@@ -229,7 +231,7 @@ def far_key_kernel(
     DTYPE: tl.constexpr, CH: tl.constexpr, SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
     BN: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient that keys and values get from rings, far (B G, T, 2 d): BN keys in (gate, position) order at a time."""
+    """Gradient of keys and values from rings, far (B G, T, 2 d): BN keys in (gate, position) order at a time."""
     bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     column = tl.arange(0, DP)
@@ -246,7 +248,7 @@ def far_key_kernel(
         for c in range(tl.min(tl.where(here, home, C), 0), tl.max(home, 0) + 1):
             mine = home == c
             oldest, newest = tl.min(tl.where(mine, j, T), 0), tl.max(tl.where(mine, place, -1), 0)
-            # From the first tick after its oldest key left to the tick at which its newest drops out of the ring.
+            # From the tick at which the oldest of these keys leaves the window until the newest leaves the ring.
             start = ((oldest + window) // block + 1) * block // SEG
             over = tl.load(first + bg * C + c) + newest + ring
             total = tl.load(count_base + (bg * (chunks + 1) + chunks) * C + c)
@@ -283,7 +285,7 @@ def read_by_rows(
     dk, dv, q, do, lse, delta, b, g, keys, values, j, start, stop, anchors_only, T, G, r, d, window, block, anchors,
     end, scale, DTYPE: tl.constexpr, M: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Add what keys j get from rows of tokens [start, stop): through their windows, or as anchors that left them."""
+    """Add the gradient of keys j from rows of tokens [start, stop): read in the window, or as anchors outside it."""
     column = tl.arange(0, DP)
     for m0 in range(start * r, stop * r, M):
         m = m0 + tl.arange(0, M)
@@ -310,7 +312,8 @@ def anchor_kernel(
     k_batch, k_token, v_batch, v_token,
     KEEP: tl.constexpr, DTYPE: tl.constexpr, SPAN: tl.constexpr, AP: tl.constexpr, M: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """What anchors get from rows that read them as such: grad (B G, spans, AP, 2 d) float32, SPAN tokens at a time."""
+    """Gradient of anchors from rows that have them outside the window: grad (B G, spans, AP, 2 d) float32, SPAN tokens
+    at a time."""
     bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     column, j = tl.arange(0, DP), tl.arange(0, AP)
@@ -336,7 +339,7 @@ def near_key_kernel(
     FAR: tl.constexpr, KINDS: tl.constexpr, ANCHORS: tl.constexpr, KEEP: tl.constexpr, DTYPE: tl.constexpr,
     AP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the rotated keys and of the values (B, T, G, d): the window's, and everything the others left."""
+    """Gradient of the rotated keys and of the values (B, T, G, d): that from windows plus the parts computed before."""
     bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     column = tl.arange(0, DP)

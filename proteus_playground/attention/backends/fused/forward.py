@@ -1,7 +1,7 @@
 """Triton kernels of the forward pass: rings by bucket, then window, anchors and notes by block.
 
-Both parts are flash attention over short lists, in base 2; the near kernel merges what the far one left by log-sum-exp.
-Axes and names as in `triton_index`; `M` rows and `BN` keys make a tile.
+Both parts are flash attention over short lists, in base 2; the near kernel merges the results of the far one by their
+log-sum-exp. Axes and names as in `index`; `M` rows and `BN` keys make a tile.
 """
 
 import triton
@@ -12,9 +12,9 @@ from .vectors import load_scales, load_stored
 
 @triton.jit
 def absorb(x, keys, values, seen, lift, scale, v_scale, top, mass, acc, DTYPE: tl.constexpr):
-    """Take the keys and values that rows x have `seen` into a running softmax.
+    """Add the keys and values that rows x read (`seen`) to a running softmax.
 
-    `scale` multiplies scores, `v_scale` the values; numbers, or one per key. `lift` is added to the scores.
+    `scale` multiplies the scores, `v_scale` the values: numbers, or one per key. `lift` is added to the scores.
     """
     score = tl.dot(x, tl.trans(keys), input_precision="ieee") * scale + lift
     score = tl.where(seen, score, -float("inf"))
@@ -27,7 +27,7 @@ def absorb(x, keys, values, seen, lift, scale, v_scale, top, mass, acc, DTYPE: t
 
 @triton.jit
 def retired_at(tick, count_base, before, bg, c, chunks, C, block, real, CH: tl.constexpr):
-    """How many keys of gate c have left the window at each tick; c may be a number or go along with `tick`."""
+    """Number of keys of gate c that have left the window at each tick; c is a number, or one per tick."""
     chunk = (tick * block) // CH
     held = tl.load(count_base + (bg * (chunks + 1) + chunk) * C + c, mask=real, other=0)
     return held + tl.load(before + (bg * chunks * (CH // block) + tick) * C + c, mask=real, other=0)
@@ -41,9 +41,9 @@ def far_kernel(
     INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Every (row, probe) of one bucket over the ring of its gate.
+    """Attention of every (row, probe) of one bucket over the ring of its gate.
 
-    out (B, rows, G r, n, d); lse, same without d, natural. scale: of the scores, times log2 e.
+    out (B, rows, G r, n, d); lse, the same without d, natural. scale: of the scores, times log2 e.
     """
     segment, c = tl.program_id(0) // C, tl.program_id(0) % C
     bg = tl.program_id(1).to(tl.int64)
@@ -93,7 +93,7 @@ def far_kernel(
 
 @triton.jit
 def note_size(e, tick, count_base, before, bg, chunks, C, block, ring, end, KINDS: tl.constexpr, CH: tl.constexpr):
-    """How many keys note e of a tick stands for: e < C all that left gate e, then those of gate e - C less its ring."""
+    """Number of keys in note e of a tick. e < C: all retired keys of gate e; else those of gate e - C less its ring."""
     real = e < tl.where(tick * block < end, KINDS * C, 0)
     retired = retired_at(tick, count_base, before, bg, e % C, chunks, C, block, real, CH)
     return tl.where(real, retired - tl.where(e >= C, ring, 0), 0)
@@ -101,7 +101,7 @@ def note_size(e, tick, count_base, before, bg, chunks, C, block, ring, end, KIND
 
 @triton.jit
 def reads_note(e, size, probes, line, ok, C, N: tl.constexpr):
-    """Which rows read which notes of their tick: of a gate they opened the rest, of any other the whole."""
+    """Which notes each row reads: REST of gates that it opened, ALL of every other gate."""
     opened = (e < 0)[None, :] & ok[:, None]
     for i in tl.static_range(N):
         opened = opened | (tl.load(probes + line * N + i, mask=ok, other=-1)[:, None] == (e % C)[None, :])
@@ -110,7 +110,7 @@ def reads_note(e, size, probes, line, ok, C, N: tl.constexpr):
 
 @triton.jit
 def near_rows(tile, hc, t0, rows, r, TT: tl.constexpr, RC: tl.constexpr, M: tl.constexpr):
-    """The rows of a near tile: token and head of each, and which of the M there are."""
+    """The M rows of a near tile: index in the piece, token, head, and whether the row exists."""
     m = tl.arange(0, M)
     at = tile * TT + m // RC
     h = hc * RC + m % RC
@@ -126,10 +126,10 @@ def near_kernel(
     DTYPE: tl.constexpr, CH: tl.constexpr, TT: tl.constexpr, RC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     NB: tl.constexpr, NTT: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """Rows of TT tokens over window, anchors and notes, merged with the far results of their N probes.
+    """Attention of the rows of TT tokens over window, anchors and notes, merged with the far results of their N probes.
 
     out (B, rows, G r, d), times `weight` (B, rows, G r) where WEIGH; lse (B, rows, G r), natural. Rows past the kept
-    length give zeros.
+    length are zero.
     """
     bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G

@@ -1,11 +1,12 @@
-"""Triton kernels that build the index: which gate each key falls into, which gates each row opens, and in what order.
+"""Triton kernels that build the index: the gate of each key, the gates that each row opens, and both sorted by gate.
 
 Nothing here waits for the host. Keys are counted in chunks of CH tokens, shifted so that a chunk holds exactly the keys
-that leave the window during one stretch of clock ticks: key j stands at u = j + window and leaves at u // block + 1.
-Rows are bucketed by gate inside segments of SEG tokens, so that a bucket reads one short span of its gate's keys.
+that leave the window during one run of ticks: key j has index u = j + window, and leaves at tick u // block + 1. Rows
+are bucketed by gate inside segments of SEG tokens, so that a bucket reads one short span of its gate's keys.
 
 Axes: `B` batch, `T` tokens, `G` KV groups, `r` rows (heads) per group, `C` gates, `d` head dim, `n` probes. A name in
-capitals is known when a kernel is compiled; `CP`, `HP`, `DP` are C, d / 2 and d rounded up to powers of two.
+capitals is known when a kernel is compiled; `CP`, `HP`, `DP` are C, d / 2 and d rounded up to powers of two. The fields
+of `plan.Plan` say what each size is.
 """
 
 import triton
@@ -21,9 +22,9 @@ def gates_kernel(
     ROPE: tl.constexpr, COPY: tl.constexpr, INT8: tl.constexpr, KEEP: tl.constexpr, HP: tl.constexpr,
     CP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Lure the keys of tokens t0, t0 + 1, ... to gates, `gate` (B, G, T) int32; store them rotated, and their values.
+    """Find the gates of the keys of tokens t0, t0 + 1, ..., `gate` (B, G, T) int32.
 
-    COPY: whether k_out and v_out (B, T, G, d) take them; otherwise k and v stay where they are.
+    COPY: also write the keys, rotated, and their values to k_out and v_out (B, T, G, d).
     """
     row = tl.program_id(0) * BT + tl.arange(0, BT)
     t = t0 + row
@@ -63,9 +64,9 @@ def gates_kernel(
 
 @triton.jit
 def rank_kernel(gate, rank, before, count, T, C, window, block, CH: tl.constexpr, BS: tl.constexpr, CP: tl.constexpr):
-    """Per chunk: rank of each key in its gate, counts at every tick, and how many keys a gate takes.
+    """Per chunk: the rank of each key in its gate, the counts at every tick, and the keys of each gate.
 
-    rank (B G, T); before (B G, ticks, C), keys of the chunk that left before a tick; count (B G, chunks, C).
+    rank (B G, T); before (B G, ticks, C), keys of the chunk that left the window before a tick; count (B G, chunks, C).
     """
     chunk, chunks, bg = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
     c, u = tl.arange(0, CP), chunk * CH + tl.arange(0, BS)
@@ -86,7 +87,10 @@ def rank_kernel(gate, rank, before, count, T, C, window, block, CH: tl.constexpr
 
 @triton.jit
 def scan(x, base, rows, width, column, held, ROWS: tl.constexpr):
-    """Running totals of x (rows, width) down its rows, exclusive, one row longer: into `base`; returns the last."""
+    """Exclusive running totals of x (rows, width) over its rows, from `held` on: rows + 1 of them, written to `base`.
+
+    Returns the last.
+    """
     row = tl.arange(0, ROWS)
     tl.store(base + column, held, mask=column < width)
     for at in range(0, rows, ROWS):
@@ -100,7 +104,7 @@ def scan(x, base, rows, width, column, held, ROWS: tl.constexpr):
 
 @triton.jit
 def scan_counts_kernel(count, base, first, chunks, C, CP: tl.constexpr, ROWS: tl.constexpr):
-    """Running totals over chunks, and `first` (B G, C): where a gate's keys begin in (gate, position) order."""
+    """Running totals over chunks, and `first` (B G, C): where the keys of each gate begin in (gate, position) order."""
     bg, c = tl.program_id(0).to(tl.int64), tl.arange(0, CP)
     total = scan(count + bg * chunks * C, base + bg * (chunks + 1) * C, chunks, C, c, tl.zeros((CP,), tl.int32), ROWS)
     tl.store(first + bg * C + c, tl.cumsum(total, 0) - total, mask=c < C)
@@ -108,7 +112,7 @@ def scan_counts_kernel(count, base, first, chunks, C, CP: tl.constexpr, ROWS: tl
 
 @triton.jit
 def order_kernel(gate, rank, count_base, first, order, T, C, window, chunks, CH: tl.constexpr, BT: tl.constexpr):
-    """Put keys in (gate, position) order: `order` (B G, T). Rank counts from the gate's first key from here on."""
+    """Write the keys in (gate, position) order: `order` (B G, T). Afterwards `rank` counts all keys of the gate."""
     j, bg = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1).to(tl.int64)
     home = tl.load(gate + bg * T + j, mask=j < T, other=-1)
     real = home >= 0
@@ -125,7 +129,7 @@ def probe_kernel(
     ROPE: tl.constexpr, AWAKE: tl.constexpr, PROBE: tl.constexpr, CH: tl.constexpr, HP: tl.constexpr,
     CP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Open the n gates with the largest q.p among those that hold a key, and write queries rotated.
+    """Open the n gates with the largest q.p among those that hold a key, and write the queries rotated.
 
     For rows t0 <= t < rows_end: q and q_out (B, rows, G r, d); probes (B, rows, G r, n), -1 for none.
     """
@@ -175,10 +179,10 @@ def bucket_kernel(
     probes, bucket_count, bucket_rows, rows, G, C, segments,
     SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """List, for each of four gates, the (row, probe) pairs of a segment that open it, by their names.
+    """List the (row, probe) pairs of a segment that open a gate, for four gates at a time.
 
-    A name is (token x R + head) x N + probe, counted from the segment's first row. bucket_count (B G, segments, C);
-    bucket_rows (.., SEG x R) int32. One running sum counts all four gates: each has 16 bits of it.
+    A pair has the number (token x R + head) x N + probe, tokens counted from the segment's first row. bucket_count
+    (B G, segments, C); bucket_rows (.., SEG x R) int32. One running sum counts all four gates, in 16 bits each.
     """
     quads = tl.cdiv(C, 4)
     segment, quad = tl.program_id(0) // quads, tl.program_id(0) % quads

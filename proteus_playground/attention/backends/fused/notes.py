@@ -13,8 +13,8 @@ from .vectors import load_rows
 
 @triton.jit
 def scan_sums_kernel(sums, base, carry, chunks, width, FIRST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Running totals over chunks of `sums` (B G, chunks, width), from `carry` (B G, width) on
-    unless they are the FIRST; the carry takes the last."""
+    """Running totals over chunks of `sums` (B G, chunks, width). They start from `carry` (B G, width), or from 0 where
+    these chunks are the FIRST, and the last is written to the carry."""
     bg, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLS + tl.arange(0, COLS)
     held = tl.zeros((COLS,), tl.float32)
     if not FIRST:
@@ -25,7 +25,7 @@ def scan_sums_kernel(sums, base, carry, chunks, width, FIRST: tl.constexpr, ROWS
 
 @triton.jit
 def note_block(part, C, GB: tl.constexpr):
-    """What program `part` sums: which gates, their values (1) or keys (0), what left the ring (1) or the window (0)."""
+    """The share of program `part`: gates, values (1) or keys (0), keys beyond the ring (1) or all retired ones (0)."""
     blocks = tl.cdiv(C, GB)
     return part % blocks * GB + tl.arange(0, GB), part // blocks % 2, part // (2 * blocks)
 
@@ -35,9 +35,10 @@ def sum_keys(
     total, gates, ring_too, x, scale, stride, gate, rank, first, order, u, end, T, window, ring, G, d,
     INT8: tl.constexpr, DTYPE: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """total (GB, DP) plus what enters the notes of `gates` while keys at u < end leave the window.
+    """total (GB, DP) plus what is added to the notes of `gates` while keys at u < end leave the window.
 
-    A full note takes the very keys; the note beside an open ring takes those they push out, `ring` places older.
+    The note ALL adds each key that leaves the window. The note REST adds the key that this one displaces from the ring,
+    the key `ring` places earlier in the same gate.
     """
     real = (u >= window) & (u < T + window) & (u < end)
     home = tl.load(gate + u - window, mask=real, other=-1)
@@ -56,7 +57,10 @@ def sums_kernel(
     T, G, d, C, window, ring, chunk0, k_batch, k_token, v_batch, v_token,
     INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, BS: tl.constexpr, DP: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk adds to each note: sums (B G, chunks, kinds, C, 2 d) float32. Axis 2: see `note_block`."""
+    """Sum of the keys and values that each chunk adds to each note: sums (B G, chunks, kinds, C, 2 d) float32.
+
+    Axis 2 of the grid: see `note_block`.
+    """
     chunk, bg = chunk0 + tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     gates, values, ring_too = note_block(tl.program_id(2), C, GB)
@@ -81,7 +85,7 @@ def notes_kernel(
     T, G, d, C, window, block, ring, chunks, chunk0, k_batch, k_token, v_batch, v_token,
     INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, BS: tl.constexpr, DP: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
-    """Means at each tick, `notes` (B G, ticks, kinds, C, 2 d): of all keys that left, and of those less the ring."""
+    """Means at each tick, `notes` (B G, ticks, kinds, C, 2 d): of all retired keys, and of those less the ring."""
     chunk, bg = chunk0 + tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     gates, values, ring_too = note_block(tl.program_id(2), C, GB)

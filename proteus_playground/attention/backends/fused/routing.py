@@ -11,7 +11,7 @@ from .vectors import sharp_dot
 
 @triton.jit
 def softmax(x):
-    """Softmax over the last axis of `(rows, columns)`; -inf gets nothing."""
+    """Softmax over the last axis of `(rows, columns)`; -inf becomes 0."""
     x = tl.exp(x - tl.max(x, 1)[:, None])
     return x / tl.sum(x, 1)[:, None]
 
@@ -22,7 +22,7 @@ def route_kernel(
     rows, G, r, d, C, least, most, top_p, alpha, temperature, prior_max, q_batch, q_token, l_batch, l_token,
     HP: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Wake heads and weigh them, as `routing` defines it: awake (B, rows, G r) int8, weight the same shape float32."""
+    """Wake heads and weigh them, as `attention/routing.py` does: awake int8 and weight float32, both (B, rows, G r)."""
     at = tl.program_id(0) * BT + tl.arange(0, BT)
     b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     half, c, h = tl.arange(0, HP), tl.arange(0, CP), tl.arange(0, RP)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def sharp_dot(x, p, acc):
-    """acc + x @ p for a float32 p, exact to float32 rounding: p is cut into parts that x's precision can hold."""
+    """acc + x @ p for a float32 p, exact to float32 rounding: p is split into parts that fit x's precision."""
     if x.dtype == tl.float32:
         return tl.dot(x, p, acc, input_precision="ieee")
     high = p.to(x.dtype)
@@ -27,10 +27,10 @@ def sharp_dot(x, p, acc):
 def angles(position, inv_freq, half, d):
     """Cosine and sine of position x frequency, `(rows, HP)` float32, to 1e-6 up to angles of a few million.
 
-    The library's functions fall back on local memory for large angles and cost ten times as much.
+    The library's functions use local memory for large angles and take ten times as long.
     """
     angle = position.to(tl.float32)[:, None] * tl.load(inv_freq + half, mask=half < d // 2, other=0.0)[None, :]
-    turns = tl.floor(angle * 0.6366197723675814 + 0.5)  # quarter turns; pi / 2 is taken off in parts of few bits
+    turns = tl.floor(angle * 0.6366197723675814 + 0.5)  # quarter turns; pi / 2 is subtracted in parts of few bits
     x = tl.fma(turns, -1.5703125, angle)
     x = tl.fma(turns, -0.0004837512969970703, x)
     x = tl.fma(turns, -7.549789948768648e-08, x)
@@ -45,7 +45,7 @@ def angles(position, inv_freq, half, d):
 
 @triton.jit
 def positions_of(position, offset, t, rows):
-    """Where tokens t stand: as given, or 0, 1, ... when nothing is given."""
+    """Positions of tokens t: as given, or 0, 1, ... when `position` is None."""
     if position is None:  # noqa: SIM108 - a compile-time branch
         where = t
     else:
@@ -55,7 +55,7 @@ def positions_of(position, offset, t, rows):
 
 @triton.jit
 def turn(first, second, cos, sin):
-    """RoPE on both halves `(rows, HP)` of a tile, in float32, back in the tile's precision."""
+    """RoPE on both halves `(rows, HP)` of a tile, computed in float32, returned in the tile's precision."""
     a, b = first.to(tl.float32), second.to(tl.float32)
     return (a * cos - b * sin).to(first.dtype), (b * cos + a * sin).to(first.dtype)
 
@@ -80,7 +80,7 @@ def rotate_kernel(
 
 @triton.jit
 def store_int8(x, y, at, scale_at, fits, rows):
-    """Store the row whose halves are x and y (rows, HP) as int8 and its scale, max |value| / 127."""
+    """Store rows whose halves are x and y (rows, HP) as int8, and their scales, max |value| / 127."""
     x, y = x.to(tl.float32), y.to(tl.float32)
     top = tl.maximum(tl.max(tl.abs(x), 1), tl.max(tl.abs(y), 1))
     scale = tl.maximum(top / 127.0, 1e-30)
@@ -91,7 +91,7 @@ def store_int8(x, y, at, scale_at, fits, rows):
 
 @triton.jit
 def load_scales(scale, t, G, rows, INT8: tl.constexpr):
-    """What the rows at tokens t are to be multiplied by, `(1, rows)`, when they are read as they are stored."""
+    """Factors of the stored rows at tokens t, `(1, rows)`: their scales for int8, else 1."""
     if INT8:  # noqa: SIM108 - a compile-time branch
         scales = tl.load(scale + t.to(tl.int64) * G, mask=rows, other=0.0)[None, :]
     else:
@@ -101,7 +101,7 @@ def load_scales(scale, t, G, rows, INT8: tl.constexpr):
 
 @triton.jit
 def load_stored(x, t, stride, column, rows, d, DTYPE: tl.constexpr):
-    """Rows `(rows, DP)` at tokens t as they are stored; int8 is exact in every DTYPE."""
+    """Rows `(rows, DP)` at tokens t without their scales; int8 values are exact in every DTYPE."""
     t = t.to(tl.int64)
     tile = tl.load(x + t[:, None] * stride + column[None, :], mask=rows[:, None] & (column < d)[None, :], other=0)
     return tile.to(DTYPE)
