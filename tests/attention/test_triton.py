@@ -26,7 +26,7 @@ LOW = [torch.float16, *([torch.bfloat16] if GPU else [])]  # the interpreter is 
 
 @pytest.fixture(autouse=True)
 def poison():
-    """New memory holds NaN, so that an element nobody wrote cannot pass."""
+    """New memory holds NaN, so that an element that was never written makes a test fail."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

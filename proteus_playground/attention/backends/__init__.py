@@ -1,4 +1,4 @@
-"""Ways to compute the shortlist; `dispatch` is the one public door."""
+"""Ways to compute the shortlist. `dispatch` chooses one; other modules import `dispatch` or `reference` only."""
 
 from .dispatch import choose_backend
 
