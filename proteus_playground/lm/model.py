@@ -204,7 +204,7 @@ class ProteusLM(nn.Module):
         return Output(self.norm(x), tuple(zip(*reports, strict=True)))  # one tuple of all layers per kind of report
 
     def unembedding(self) -> Tensor:
-        """A row per token, `(V, D)`: the direction in the residual that raises its logit most (norm's gain included)."""
+        """A row per token, `(V, D)`: the direction in the residual that raises its logit most (includes the norm)."""
         return self.embed.weight * self.norm.weight
 
     def set_flux_alpha(self, value: float | None) -> None:
