@@ -41,9 +41,8 @@ class Checkpoint:
         found, reached = {name: tensor.numpy() for name, tensor in tensors.items()}, about.get("next_chunk")
         if not isinstance(theirs, dict) or type(reached) is not int or not _is_buffer(found):
             raise ValueError(f"checkpoint={str(self.path)!r}: not a checkpoint of a stream")
-        other = [
-            f"{name} is {now!r} now, {old!r} there" for name, (now, old) in differences(self.recipe, theirs).items()
-        ]
+        pairs = differences(self.recipe, theirs).items()
+        other = [f"{name} is {now!r} now, {there!r} there" for name, (now, there) in pairs]
         if other:
             raise ValueError(
                 f"checkpoint={str(self.path)!r}: belongs to another run ({'; '.join(other)}); "
