@@ -22,7 +22,7 @@ from ..attention.rope import rotate
 if TYPE_CHECKING:
     from .model import ProteusLM
 
-ROWS = 64  # of each text, used by the opening loss
+ROWS_PER_TEXT = 64  # used by the opening loss
 IGNORED = -100  # target of a position that is not scored, as in cross_entropy
 
 
@@ -47,7 +47,7 @@ def _z(trace: AttentionTrace) -> Tensor:
 def opening(traces: Sequence[AttentionTrace], model: ProteusLM, first: int = 0) -> Tensor:
     """How badly queries predict the gates of the keys they attend to: nats per row and head, a scalar >= 0.
 
-    For about ROWS evenly spaced rows per text, starting at row `first` modulo their distance, dense attention is
+    For about ROWS_PER_TEXT evenly spaced rows per text, from row `first` modulo their distance on, dense attention is
     computed. The attention on keys beyond the window is summed by gate and multiplied by the row's largest such
     attention, so that rows with diffuse attention hardly count. The loss is the cross-entropy between these sums and
     the softmax over q.p. Only queries receive a gradient. Mean over layers; traces must come from a parallel pass. Same
@@ -62,7 +62,7 @@ def opening(traces: Sequence[AttentionTrace], model: ProteusLM, first: int = 0) 
 def _opening(trace: AttentionTrace, attn: ProteusAttention, first: int) -> Tensor:
     cfg, gates, k = attn.cfg, attn.gates, trace.keys
     T = k.shape[1]
-    step = max(1, T // ROWS)
+    step = max(1, T // ROWS_PER_TEXT)
     rows = torch.arange(first % step, T, step, device=k.device)
     q, scale = trace.queries[:, rows].float(), cfg.head_dim**-0.5
     with torch.no_grad(), torch.autocast(k.device.type, enabled=False):

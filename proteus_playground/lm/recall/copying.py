@@ -50,7 +50,7 @@ class Induction(Task):
         .  .  k6 k9 k8 k1 .  .  .  .  .  .  | k6 k9 k8 k1
                                               ^  ^  ^
 
-    The run of keys stands anywhere in the noise and once more at the end.
+    The run of keys is at a random place in the noise, and once more at the end.
     """
 
     def min_length(self) -> int:

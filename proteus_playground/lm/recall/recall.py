@@ -39,19 +39,19 @@ class Recall(Task):
     """Whether all questions are at the end of the row."""
 
     def min_length(self) -> int:
-        asked = self.questions or self.things
-        return 2 * (self.things + asked) if self.at_end else 4 * max(self.things, asked)
+        n_questions = self.questions or self.things
+        return 2 * (self.things + n_questions) if self.at_end else 4 * max(self.things, n_questions)
 
     def _write(self, ids: Tensor, targets: Tensor, generator: torch.Generator) -> None:
         B, T = ids.shape
-        n, asked = self.things, self.questions or self.things
+        n, n_questions = self.things, self.questions or self.things
         keys, values = self._keys(B, n, generator), self._values(B, n, generator)
         half = T // 2 // 2 * 2
-        border = T - 2 * asked if self.at_end else half
+        border = T - 2 * n_questions if self.at_end else half
         plant(ids, positions(B, 0, border, n, generator), keys, values)
-        rounds = [distinct(B, n, n, generator) for _ in range(-(-asked // n))]
-        which = torch.cat(rounds, dim=1)[:, :asked]
-        at = positions(B, border, T, asked, generator).sort(dim=1).values
+        rounds = [distinct(B, n, n, generator) for _ in range(-(-n_questions // n))]
+        which = torch.cat(rounds, dim=1)[:, :n_questions]
+        at = positions(B, border, T, n_questions, generator).sort(dim=1).values
         plant(ids, at, keys.gather(1, which), values.gather(1, which))
         targets.scatter_(1, at, values.gather(1, which))
 
@@ -93,9 +93,9 @@ class ManyValues(Task):
         targets.scatter_(1, at, values[:, :m])
 
     def correct(self, batch: Batch, predicted: Tensor) -> Tensor:
-        asked = batch.targets != IGNORED
-        answers = batch.targets[asked].view(len(asked), 1, -1)  # (B, 1, m)
-        guess = predicted[asked].view(len(asked), -1, 1)  # (B, m, 1)
+        scored = batch.targets != IGNORED
+        answers = batch.targets[scored].view(len(scored), 1, -1)  # (B, 1, m)
+        guess = predicted[scored].view(len(scored), -1, 1)  # (B, m, 1)
         not_given = torch.ones(answers.shape[-1], answers.shape[-1]).triu().bool().to(predicted.device)
         correct = ((guess == answers) & not_given).any(-1)
-        return torch.zeros_like(asked).masked_scatter(asked, correct)
+        return torch.zeros_like(scored).masked_scatter(scored, correct)

@@ -59,12 +59,12 @@ def exam(
     _check(model, tokenizer)
     device = model.embed.weight.device
     for number in range(-(-questions // per_shelf)):
-        ids, asked = _paper(tokenizer, tokens, min(per_shelf, questions - number * per_shelf), seed, number)
+        ids, placed = _paper(tokenizer, tokens, min(per_shelf, questions - number * per_shelf), seed, number)
         for alpha in alphas:
             with model.settings(flux_alpha=alpha):
-                said = model(torch.tensor([ids], device=device))[0].argmax(-1).tolist()
-            for question, start, answer, fact in asked:
-                wrote, value = said[start - 1 : start - 1 + len(answer)], tokenizer.encode(question.value)[0]
+                predicted = model(torch.tensor([ids], device=device))[0].argmax(-1).tolist()
+            for question, start, answer, fact in placed:
+                wrote, value = predicted[start - 1 : start - 1 + len(answer)], tokenizer.encode(question.value)[0]
                 at = answer.index(value)
                 yield Graded(question, start, start - fact, alpha, wrote == answer, wrote[at] == value)
 
@@ -85,14 +85,14 @@ def _paper(tokenizer: ShelfTokenizer, tokens: int, count: int, seed: int, number
     ids = tokenizer.encode(text.text)[:shelf_tokens]
     ends = [stop for _, stop in tokenizer.spans(text.text)[:shelf_tokens]]
     inside = [q for q in text.questions if q.at + len(q.fact) <= ends[-1]]
-    asked = []
+    placed = []
     for question in random.sample(inside, min(count, len(inside))):
         ids += tokenizer.encode(question.prompt)
         answer = tokenizer.encode(question.answer)
         fact = next(i for i, end in enumerate(ends) if end >= question.at + len(question.fact))
-        asked.append((question, len(ids), answer, fact))
+        placed.append((question, len(ids), answer, fact))
         ids += answer
-    return ids, asked
+    return ids, placed
 
 
 @torch.no_grad()
@@ -109,5 +109,5 @@ def ask(model: ProteusLM, tokenizer: ShelfTokenizer, text: Shelf, question: Ques
         written.append(int(logits[0, -1].argmax()))
         if tokenizer.decode(written).endswith("."):
             break
-    said = tokenizer.decode(written).strip()
-    return Answer(said, said == question.answer)
+    answer = tokenizer.decode(written).strip()
+    return Answer(answer, answer == question.answer)

@@ -109,9 +109,9 @@ def _document(random: Random, taken: set) -> list[tuple[str, tuple[str, str, str
                 continue
             taken.add((attribute, entity))
             value = random.choice(attribute.values)
-            said = random.choice((attribute.answer, attribute.otherwise)).format(e=entity, v=value)
-            asked, answer = attribute.question.format(e=entity), attribute.answer.format(e=entity, v=value)
-            lines.append((said, (asked, answer, value)))
+            fact = random.choice((attribute.answer, attribute.otherwise)).format(e=entity, v=value)
+            question, answer = attribute.question.format(e=entity), attribute.answer.format(e=entity, v=value)
+            lines.append((fact, (question, answer, value)))
         if random.random() < 0.1:
             lines.append((random.choice(FILLERS), None))
     return lines
