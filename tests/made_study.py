@@ -9,7 +9,7 @@ from proteus_playground.experiments.evidence.arms import ARMS, calibrate
 from proteus_playground.experiments.evidence.study import OURS, Cell, Row, save
 
 from proteus_playground.lm.model import ProteusLM
-from proteus_playground.lm.recall.scale import Scale
+from proteus_playground.lm.recall.recipe import Scale
 from proteus_playground.lm.recall.task import Words
 from proteus_playground.lm.recall.tasks import TASKS
 
@@ -23,7 +23,7 @@ def rows(seeds: int = 3) -> list[Row]:
     for seed in range(seeds):
         for task in SCALE.tasks:
             for length in (64, 128, 256):
-                L = SCALE.reads(length, 8)
+                L = SCALE.shortlist(length, 8)
                 for at, arm in enumerate(ARMS):
                     share = length if arm.startswith("dense") else L
                     right = 1000 - 60 * at - length // 2 + 9 * seed
@@ -42,6 +42,6 @@ def write(folder: Path, name: str = "evidence_made_up.json") -> Path:
 def recall() -> tuple[ProteusLM, Words]:
     """Stands in for `load_shipped("recall-mini")`."""
     torch.manual_seed(0)
-    model = ProteusLM(SCALE.model()).eval()
+    model = ProteusLM(SCALE.model_config()).eval()
     ids = TASKS["mqar"](8, words=WORDS).batch(0, 4, 128).ids
     return calibrate(model, ids), WORDS

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...lm.model import ProteusLM
-from ...lm.recall.scale import Scale
+from ...lm.recall.recipe import Scale
 
 AS_IT_IS = "as it is"
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ...common.files import cache_dir, check_place
 from ...common.options import choose, choose_some, parse_config, parse_lengths, pick_device
-from ...lm.recall.scale import ALPHA, PRESETS, RELATED, Scale, lessons, plan
+from ...lm.recall.recipe import ALPHA, PRESETS, RELATED, Scale, training_batches, training_recipe
 from ...lm.recall.tasks import TASKS
 from . import report as reports
 from .arms import ARMS
@@ -85,7 +85,7 @@ def _scale(preset: str, fields: str) -> Scale:
     base = choose("--preset", preset, PRESETS)
     try:
         scale = replace(base, **parse_config(fields))
-        lessons(scale, 0), plan(scale, ALPHA, 0)  # refuses now what would fail after hours
+        training_batches(scale, 0), training_recipe(scale, ALPHA, 0)  # refuses now what would fail after hours
         return scale
     except TypeError as err:
         raise typer.BadParameter(f"{fields!r}: must be fields of Scale ({err})", param_hint="--scale") from None

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ...common.progress import Stop, check_stop
-from ...lm.recall.scale import Scale
+from ...lm.recall.recipe import Scale
 from ...lm.recall.tasks import TASKS
 from .arms import ARMS, DENSE_ARMS
 from .changes import CHANGES
@@ -35,7 +35,7 @@ class Study:
         some = [entry for entry in entries if entry.arm not in DENSE_ARMS]
         longest = max((entry.length for entry in some), default=0)
         reads = {entry.shortlist for entry in some if entry.length == longest}
-        by_reads = {self.scale.reads(longest, share): share for share in reversed(SHARES)}
+        by_reads = {self.scale.shortlist(longest, share): share for share in reversed(SHARES)}
         return sorted(by_reads[L] for L in reads & set(by_reads))
 
     def at(self, task: str, things: int, share: int, changed: bool) -> list[Entry]:
@@ -44,7 +44,7 @@ class Study:
         return [entry for entry in here if entry.arm in DENSE_ARMS or self._at(entry, share)]
 
     def _at(self, entry: Entry, share: int) -> bool:
-        return entry.arm not in DENSE_ARMS and entry.shortlist == self.scale.reads(entry.length, share)
+        return entry.arm not in DENSE_ARMS and entry.shortlist == self.scale.shortlist(entry.length, share)
 
 
 def folder() -> Path:

@@ -22,7 +22,7 @@ from ...common.progress import Stop, check_stop
 from ...common.runs import as_json, differences
 from ...lm.losses import IGNORED
 from ...lm.model import ProteusLM
-from ...lm.recall.scale import ALPHA, DENSE, RELATED, Scale, lessons
+from ...lm.recall.recipe import ALPHA, DENSE, RELATED, Scale, training_batches
 from ...lm.recall.task import Task
 from ...lm.recall.tasks import TASKS
 from .arms import ARMS, DENSE_ARMS, Reading, calibrate, read, walk
@@ -117,10 +117,10 @@ def cells(scale: Scale, asked: Asked) -> list[Cell]:
     for seed in range(asked.seeds):
         for task in asked.tasks:
             for things in asked.things:
-                fewest = maker(scale, task, things, seed).fewest()
+                fewest = maker(scale, task, things, seed).min_length()
                 for length in (length for length in sorted(asked.lengths) if length >= fewest):
                     for share in asked.shares:
-                        L = scale.reads(length, share)
+                        L = scale.shortlist(length, share)
                         for arm, change in arms:
                             reads = length if arm in DENSE_ARMS else L
                             wanted[Cell(task, length, things, arm, reads, seed, change)] = None
@@ -172,7 +172,7 @@ def _subject(scale: Scale, cell: Cell, models: Path, device: str, stop: Stop | N
         model = event if change.gates is None else with_gates(event, change.gates)
         if kind == DENSE or change.gates is not None:
             length = max(length for length, _ in scale.stages)
-            ids = lessons(scale, cell.seed).batch(UNREAD, max(1, CALIBRATION // length), length).ids
+            ids = training_batches(scale, cell.seed).batch(UNREAD, max(1, CALIBRATION // length), length).ids
             model = calibrate(model, ids.to(device), cell.seed)
         yield model
 
@@ -191,7 +191,7 @@ def tally(model: ProteusLM, cell: Cell, task: Task, tokens: int) -> Iterator[Row
         batch = task.batch(index, max(1, tokens // cell.length), cell.length)
         found = look(model, batch.ids.to(device), cell)
         scored = batch.targets != IGNORED
-        right += int((task.right(batch, found.logits.argmax(-1).cpu()) & scored).sum())
+        right += int((task.correct(batch, found.logits.argmax(-1).cpu()) & scored).sum())
         keys += float(found.reads.cpu()[scored].sum())
         looks += float(found.looks.cpu()[scored].sum())
         asked += int(scored.sum())

@@ -10,7 +10,7 @@ import torch
 
 from ...common.progress import Stop
 from ...lm.model import ProteusLM
-from ...lm.recall.scale import Scale, lessons, plan
+from ...lm.recall.recipe import Scale, training_batches, training_recipe
 from ...lm.training import Step, train
 
 WORKERS = 2  # processes that write texts ahead where another device trains
@@ -45,8 +45,8 @@ def prepare(
     path = folder / name / "model.safetensors"
     if not path.is_file():
         torch.manual_seed(seed)
-        model = ProteusLM(scale.model(**changes)).to(device)
-        batches, recipe = lessons(scale, seed), plan(scale, kind, seed)
+        model = ProteusLM(scale.model_config(**changes)).to(device)
+        batches, recipe = training_batches(scale, seed), training_recipe(scale, kind, seed)
         workers = 0 if torch.device(device).type == "cpu" else WORKERS
         for step in train(model, batches, recipe, folder=folder / name, device=device, workers=workers, stop=stop):
             yield Training(name, step, recipe.steps)

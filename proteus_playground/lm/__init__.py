@@ -1,1 +1,1 @@
-"""Small language models built around the layer, how they are trained, and the ones that come along."""
+"""Small language models with Proteus attention: the model, its training, and the models that come along."""

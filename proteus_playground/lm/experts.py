@@ -1,4 +1,4 @@
-"""The same gates in front of MLPs: prototypes and a router choose the experts that a token wakes.
+"""A mixture of experts with the gates of the attention layer: prototypes and a router choose the experts of a token.
 
 Axes: `B` batch, `T` tokens, `D` model width, `N` experts, `K` slots for awake experts, `F` features inside an expert.
 """
@@ -15,12 +15,14 @@ from ..attention.routing import Router, is_learning, route
 
 
 class Experts(nn.Module):
-    """N gated MLPs (SwiGLU) of which each token wakes at most K: `(B, T, D)` -> `(B, T, D)`. A mixture of experts.
+    """A mixture of N gated MLPs (SwiGLU) of which each token wakes at most K: `(B, T, D)` -> `(B, T, D)`.
 
-    They wake and weigh as heads do at flux alpha 1, whatever alpha is: Top-P, at least one, the balance bias in the
-    choice only, and at K = 1 a weight of 1 from which the router learns nothing. Prototypes live in the space of x and
-    follow it in training, one forward pass late, padding included. A token decides by itself, so decoding is the same
-    function. cfg: its gates_per_group (at least N are made), prior, balance_rate and ema_decay; hidden: F; awake: K;
+    Experts are woken and weighted like heads at flux alpha 1, whatever alpha is: by Top-P, at least one, with the
+    balance bias in the choice only. At K = 1 the weight is 1, so the router receives no gradient. Prototypes are
+    vectors in the space of x. In training they follow x, padding included, one forward pass later. The choice for a
+    token depends on that token alone, so decoding uses the same function.
+
+    cfg: gates_per_group (at least N gates are made), prior, balance_rate and ema_decay are used. hidden: F. awake: K.
     top_p: probability mass at which waking stops, in (0, 1].
     """
 
@@ -44,9 +46,9 @@ class Experts(nn.Module):
         rows = F.silu(gate) * up * weight.gather(-1, slot)[..., None].to(gate.dtype)
         y = project_out(rows, self.down, slot, real)
         if learning:
-            everyone = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            self.gates.observe(x[:, :, None], everyone)
-            self.router.observe(awake, everyone)
+            every_token = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            self.gates.observe(x[:, :, None], every_token)
+            self.router.observe(awake, every_token)
         return y
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""What a training step may add to cross-entropy: small routers, queries that open the gates of what they attend to,
-and heads that point at the word that comes.
+"""Auxiliary training losses: router z-loss, gate-opening loss, and Top-A alignment loss.
 
-All read `AttentionTrace`. Load balance is no loss: a router's balance bias sees to it, outside the gradient.
+All of them are computed from `AttentionTrace`. There is no load-balancing loss, because the router's balance bias
+balances the load without a gradient.
 
 Axes: `B` batch, `T` tokens, `R` sampled rows, `D` model width, `G` KV groups, `K` slots for awake heads, `d` head dim,
 `C` gates per group, `V` vocabulary.
@@ -22,14 +22,14 @@ from ..attention.rope import rotate
 if TYPE_CHECKING:
     from .model import ProteusLM
 
-ROWS = 64  # rows of each text that the opening loss looks at
-IGNORED = -100  # a target that is not scored, as in cross_entropy
+ROWS_PER_TEXT = 64  # used by the opening loss
+IGNORED = -100  # target of a position that is not scored, as in cross_entropy
 
 
 def router_z(traces: Sequence[AttentionTrace]) -> Tensor:
     """Mean over layers, tokens and groups of the square of logsumexp(router logits), a scalar; 0 without a router.
 
-    Keeps logits near zero, where softmax is precise and not yet decided: the z-loss of ST-MoE (Zoph et al. 2022,
+    Keeps logits near zero, where softmax is precise and not saturated: the z-loss of ST-MoE (Zoph et al. 2022,
     https://arxiv.org/abs/2202.08906). Dropped tokens and padding do not count.
     """
     if not traces:
@@ -45,16 +45,16 @@ def _z(trace: AttentionTrace) -> Tensor:
 
 
 def opening(traces: Sequence[AttentionTrace], model: ProteusLM, first: int = 0) -> Tensor:
-    """How badly queries tell the gates that hold what they attend to: nats per row and head, a scalar >= 0.
+    """How badly queries predict the gates of the keys they attend to: nats per row and head, a scalar >= 0.
 
-    Of about ROWS evenly spaced rows per text, from row `first` on, dense attention is computed; what falls on keys
-    beyond the window is summed by gate, and the softmax over q.p has to agree with it (cross-entropy). A row counts
-    as much as falls there, times its largest weight there: rows that look at nothing in particular hardly count.
-    Gradient reaches the queries alone. Same purpose as the indexer loss of DeepSeek-V3.2 (2025,
-    https://github.com/deepseek-ai/DeepSeek-V3.2-Exp). Mean over layers; traces must come from a parallel pass.
+    For about ROWS_PER_TEXT evenly spaced rows per text, from row `first` modulo their distance on, dense attention is
+    computed. The attention on keys beyond the window is summed by gate and multiplied by the row's largest such
+    attention, so that rows with diffuse attention hardly count. The loss is the cross-entropy between these sums and
+    the softmax over q.p. Only queries receive a gradient. Mean over layers; traces must come from a parallel pass. Same
+    purpose as the indexer loss of DeepSeek-V3.2 (2025, https://github.com/deepseek-ai/DeepSeek-V3.2-Exp).
     """
     if not traces or traces[0].keys is None:
-        raise ValueError("traces: must be of at least one layer's parallel pass, which keeps queries and keys")
+        raise ValueError("traces: must be of at least one layer's parallel pass, which records queries and keys")
     losses = [_opening(trace, block.attn, first) for trace, block in zip(traces, model.blocks, strict=True)]
     return torch.stack(losses).mean()
 
@@ -62,12 +62,12 @@ def opening(traces: Sequence[AttentionTrace], model: ProteusLM, first: int = 0) 
 def _opening(trace: AttentionTrace, attn: ProteusAttention, first: int) -> Tensor:
     cfg, gates, k = attn.cfg, attn.gates, trace.keys
     T = k.shape[1]
-    step = max(1, T // ROWS)
+    step = max(1, T // ROWS_PER_TEXT)
     rows = torch.arange(first % step, T, step, device=k.device)
     q, scale = trace.queries[:, rows].float(), cfg.head_dim**-0.5
     with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
         mass, length = _mass_by_gate(q, k.float(), attn, rows, plan_budget(cfg, T, 1.0).window)
-        mass = mass * (trace.heads[:, rows] != 0).any(-1)[..., None]  # sleepers and dropped tokens open nothing
+        mass = mass * (trace.heads[:, rows] != 0).any(-1)[..., None]  # sleeping heads and dropped tokens open no gate
     with torch.autocast(k.device.type, enabled=False):
         score = torch.einsum("brgkd,gcd->brgkc", q, gates.prototypes) * (scale * length[:, None, None])
         score = score.masked_fill(mass.isnan() | ~gates.alive[:, None], -torch.inf).log_softmax(-1)
@@ -76,17 +76,17 @@ def _opening(trace: AttentionTrace, attn: ProteusAttention, first: int) -> Tenso
 
 
 def _mass_by_gate(q: Tensor, k: Tensor, attn: ProteusAttention, rows: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Attention of the rows q `(B, R, G, K, d)` on far keys, by gate: `(B, R, G, K, C)`, NaN where a gate has none.
+    """Attention of the rows q `(B, R, G, K, d)` on keys beyond the window, summed by gate.
 
-    And the mean length of each group's keys, `(G,)`.
+    Returns the sums `(B, R, G, K, C)`, NaN for gates without such keys, and the mean norm of each group's keys `(G,)`.
     """
     at = torch.arange(k.shape[1], device=k.device)
     gate = attn.gates.lure(k)[0].transpose(1, 2)[:, None, :, None]  # (B, 1, G, 1, T)
     turned = rotate(q.flatten(2, 3), rows, attn.inv_freq).view_as(q)
     score = torch.einsum("brgkd,btgd->brgkt", turned, rotate(k, None, attn.inv_freq)) * q.shape[-1] ** -0.5
-    ahead = (at > rows[:, None])[:, None, None]  # (R, 1, 1, T)
+    future = (at > rows[:, None])[:, None, None]  # (R, 1, 1, T)
     far = (at < rows[:, None] - window)[:, None, None].expand_as(score)
-    weight = score.masked_fill(ahead, -torch.inf).softmax(-1) * far
+    weight = score.masked_fill(future, -torch.inf).softmax(-1) * far
     weight = weight * weight.amax(-1, keepdim=True)
     mass = score.new_zeros(*score.shape[:-1], attn.cfg.gates_per_group)
     gate = gate.expand_as(score)
@@ -95,11 +95,11 @@ def _mass_by_gate(q: Tensor, k: Tensor, attn: ProteusAttention, rows: Tensor, wi
 
 
 def alignment(trace: AttentionTrace, model: ProteusLM, targets: Tensor) -> Tensor:
-    """Mean of 1 - cos(the heads' consensus, the target's unembedding row), a scalar in [0, 2]; 0 where none is scored.
+    """Mean of 1 - cos(consensus of the heads, unembedding row of the target), a scalar in [0, 2]; 0 without targets.
 
-    trace: of the model's last layer; targets: `(B, T)` int64, -100 not scored. Consensus: see
-    `ProteusAttention.consensus`. It teaches awake heads to point where Top-A looks. Gradient reaches the unembedding
-    too. Raises `ValueError` for targets of another shape.
+    trace: of the model's last layer. targets: `(B, T)` int64, IGNORED for positions that are not scored. Consensus: see
+    `ProteusAttention.consensus`. This trains awake heads for Top-A, which measures the same cosine. The unembedding
+    receives a gradient too. Raises `ValueError` for targets of another shape.
     """
     if targets.shape != trace.heads.shape[:2]:
         raise ValueError(f"targets has shape {tuple(targets.shape)}: must be {tuple(trace.heads.shape[:2])}")

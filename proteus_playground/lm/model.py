@@ -1,4 +1,4 @@
-"""A small causal language model whose attention is dense or Proteus by its config alone.
+"""A small causal language model. Its config alone makes its attention dense or sparse.
 
 Axes: `B` batch, `T` tokens, `D` model width, `V` vocabulary.
 """
@@ -29,21 +29,22 @@ class ModelConfig:
     """Everything that shapes a `ProteusLM`. Raises `TypeError` or `ValueError` naming the field."""
 
     vocab_size: int
-    """Different tokens V, >= 1."""
+    """Number of different tokens V, >= 1."""
     n_layers: int
     """Blocks, >= 1."""
     attention: AttentionConfig
-    """Of every block; its `d_model` is the model's width."""
+    """Attention of every block; its `d_model` is the model's width."""
     hidden: int | None = None
-    """Width of the MLPs, features, >= 1. None means 8/3 D rounded up to a multiple of 8."""
+    """Width of the MLPs in features, >= 1. None means 8/3 D rounded up to a multiple of 8."""
     n_experts: int = 1
-    """MLPs per block, >= 1. More than one stand behind gates of their own: see `Experts`."""
+    """MLPs per block, >= 1. More than one form a mixture of experts: see `Experts`."""
     experts_awake: int = 2
-    """Most experts awake per token, in [1, n_experts] where there is more than one. At 1 the router has no gradient."""
+    """Largest number of experts awake per token, in [1, n_experts]; unused with a single MLP. At 1 the router has no
+    gradient."""
     expert_top_p: float = 1.0
-    """Probability mass at which waking experts stops, in (0, 1]."""
+    """Top-P of experts: they are woken until their probability mass reaches this, in (0, 1]."""
     taps: int = 0
-    """Tokens that a short causal convolution over the embeddings spans, itself included, >= 0; 0 leaves it out."""
+    """Width in tokens, >= 0, of a short causal convolution over the embeddings, the current token included; 0: none."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.attention, AttentionConfig):
@@ -58,7 +59,7 @@ class ModelConfig:
         real_number("expert_top_p", self.expert_top_p, 0, 1, above=True)
 
     def to_dict(self) -> dict:
-        """Plain values, enough for `from_dict`."""
+        """Plain values, from which `from_dict` makes the config again."""
         return asdict(self)
 
     @classmethod
@@ -66,11 +67,28 @@ class ModelConfig:
         return cls(**{**values, "attention": AttentionConfig(**values["attention"])})
 
 
-class ProteusBlock(nn.Module):
-    """RMSNorm, `ProteusAttention`, RMSNorm, SwiGLU MLP or experts, each added to the residual: `(B, T, D)` -> the same.
+@dataclass(frozen=True)
+class Output:
+    """A result, and what was requested beside it with return_stats or return_trace, in that order."""
 
-    hidden: MLP width, default 8/3 D rounded up to a multiple of 8. experts: how many, the most awake, and Top-P, as
-    `ModelConfig` has them; None for one MLP.
+    y: Tensor
+    reports: tuple = ()
+
+    @classmethod
+    def of(cls, returned: Tensor | tuple) -> Output:
+        """Wrap what a layer returned: y alone, or a tuple of y and its reports."""
+        return cls(returned[0], returned[1:]) if isinstance(returned, tuple) else cls(returned)
+
+    def unwrap(self) -> Tensor | tuple:
+        """y alone, or a tuple of y and its reports."""
+        return (self.y, *self.reports) if self.reports else self.y
+
+
+class ProteusBlock(nn.Module):
+    """RMSNorm and `ProteusAttention`, then RMSNorm and a SwiGLU MLP or experts; both are added to the residual stream.
+
+    `(B, T, D)` -> `(B, T, D)`. hidden: MLP width, default 8/3 D rounded up to a multiple of 8. experts: their number,
+    the largest number awake, and Top-P, as in `ModelConfig`; None for one MLP.
     """
 
     def __init__(self, cfg: AttentionConfig, hidden: int | None = None, experts: tuple[int, int, float] | None = None):
@@ -87,49 +105,40 @@ class ProteusBlock(nn.Module):
             self.down = nn.Linear(hidden, D, bias=False)
 
     def forward(self, x: Tensor, **attention):
-        """`attention` is passed on to `ProteusAttention.forward`; what that returns beside y comes after the result."""
-        y, asked = _apart(self.attn(self.attn_norm(x), **attention))
-        return _together(self._mlp(x + y), asked)
+        """`(B, T, D)`, followed by stats and trace on request. `attention` goes to `ProteusAttention.forward`."""
+        attended = Output.of(self.attn(self.attn_norm(x), **attention))
+        return Output(self._mlp(x + attended.y), attended.reports).unwrap()
 
     def prefill(self, x: Tensor, tokens: int | None = None, *, return_trace: bool = False):
-        """`forward` of a text's beginning, and the state after it: see `ProteusAttention.prefill`."""
-        y, *rest = self.attn.prefill(self.attn_norm(x), tokens, return_trace=return_trace)
-        return self._mlp(x + y), *rest
+        """`forward` for the beginning of a text, and the state after it: see `ProteusAttention.prefill`."""
+        y, *state_and_trace = self.attn.prefill(self.attn_norm(x), tokens, return_trace=return_trace)
+        return self._mlp(x + y), *state_and_trace
 
     def decode(self, x: Tensor, state: KVBank, *, return_trace: bool = False):
         """The next tokens, `(B, n, D)`: see `ProteusAttention.decode`."""
-        y, asked = _apart(self.attn.decode(self.attn_norm(x), state, return_trace=return_trace))
-        return _together(self._mlp(x + y), asked)
+        attended = Output.of(self.attn.decode(self.attn_norm(x), state, return_trace=return_trace))
+        return Output(self._mlp(x + attended.y), attended.reports).unwrap()
 
     def _mlp(self, x: Tensor) -> Tensor:
         h = self.mlp_norm(x)
         if self.experts is not None:
             return x + self.experts(h)
-        gate, up = self.gate_up(h).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
-
-
-def _apart(out) -> tuple[Tensor, tuple]:
-    """A layer's output, and what it was asked to return beside it."""
-    return (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
-
-
-def _together(y: Tensor, asked: tuple):
-    return (y, *asked) if asked else y
+        gate, value = self.gate_up(h).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * value)
 
 
 @dataclass
 class ModelState:
-    """All that a `ProteusLM` remembers of its texts: a state per layer, and the last token if no layer saw it yet."""
+    """All that a `ProteusLM` keeps of the texts it has read: a state per layer, and a token still to be read."""
 
     layers: list[KVBank]
-    planned: int | None  # how long the texts may become, tokens; None without end
+    planned: int | None  # largest length of the texts in tokens; None: unlimited
     pending: Tensor | None = None  # (B, 1) int64
-    recent: Tensor | None = None  # (B, <= taps - 1) int64, what the convolution still needs of the tokens read
+    recent: Tensor | None = None  # (B, <= taps - 1) int64, the last tokens read, for the convolution
 
     @property
     def tokens(self) -> int:
-        """How long the texts are, in tokens."""
+        """Length of the texts, in tokens."""
         return self.layers[0].tokens + (self.pending is not None)
 
     @property
@@ -137,23 +146,24 @@ class ModelState:
         return sum(layer.nbytes for layer in self.layers)
 
     def fork(self) -> ModelState:
-        """An independent copy: two continuations can share what they have read."""
+        """An independent copy, so that one beginning can have two continuations."""
         return replace(self, layers=[layer.fork() for layer in self.layers])
 
     def save(self, path: str | Path) -> Path:
         """Write the state to one safetensors file, whole or not at all; `ProteusLM.load_state` reads it."""
         states = [layer.state_dict() for layer in self.layers]
         tensors = {f"{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in state["tensors"].items()}
-        loose = {"pending": self.pending, "recent": self.recent}
-        tensors |= {name: tensor for name, tensor in loose.items() if tensor is not None}
+        optional = {"pending": self.pending, "recent": self.recent}
+        tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         return write_tensors(path, tensors, {"planned": self.planned, "layers": [state["about"] for state in states]})
 
 
 class ProteusLM(nn.Module):
-    """Embedding, blocks, RMSNorm, and the embedding again as the head: tokens `(B, T)` -> logits `(B, T, V)`.
+    """Embedding, blocks, RMSNorm, and the embedding's weights again as output head: ids `(B, T)` -> logits `(B, T, V)`.
 
-    With `cfg.taps` a short depthwise convolution is added to the embeddings, so that a token's key knows which tokens
-    stand before it: small models learn to look things up far sooner (Fu et al. 2023, https://arxiv.org/abs/2212.14052).
+    With `cfg.taps` the output of a short depthwise convolution is added to the embeddings, so that a token's key also
+    depends on the tokens before it. Small models then learn much sooner to look things up (Fu et al. 2023,
+    https://arxiv.org/abs/2212.14052).
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -170,34 +180,35 @@ class ProteusLM(nn.Module):
         self.norm = nn.RMSNorm(D)
 
     def forward(self, ids: Tensor, *, checkpoint: bool = False, **attention):
-        """Logits of the next token after each: ids `(B, T)` int64 in [0, V) -> `(B, T, V)`.
+        """Logits of the token after each token: ids `(B, T)` int64 in [0, V) -> `(B, T, V)`.
 
-        checkpoint: keep only each block's input for the backward pass, which computes the rest again.
-        `attention` goes to every `ProteusAttention.forward`: positions, key_padding_mask. With return_stats or
-        return_trace a tuple of every layer's `AttentionStats`, and one of its `AttentionTrace`, follow the logits.
+        checkpoint: keep only each block's input for the backward pass, which recomputes the rest. `attention` goes to
+        every `ProteusAttention.forward`: positions, key_padding_mask, return_stats, return_trace. With the last two,
+        the logits are followed by a tuple of all layers' `AttentionStats`, and by one of their `AttentionTrace`.
         """
-        states, asked = self._states(ids, checkpoint, attention)
-        return _together(F.linear(states, self.embed.weight), asked)
+        states = self._states(ids, checkpoint, attention)
+        return Output(F.linear(states.y, self.embed.weight), states.reports).unwrap()
 
     def hidden(self, ids: Tensor, **attention) -> Tensor:
-        """What the head reads: ids `(B, T)` -> normed states `(B, T, D)`. Their product with `embed` is the logits."""
-        return self._states(ids, False, attention)[0]
+        """Input of the head: ids `(B, T)` -> normed states `(B, T, D)`. Their product with `embed` is the logits."""
+        return self._states(ids, False, attention).y
 
-    def _states(self, ids: Tensor, checkpoint: bool, attention: dict) -> tuple[Tensor, tuple[tuple, ...]]:
+    def _states(self, ids: Tensor, checkpoint: bool, attention: dict) -> Output:
         self._check(ids)
-        x, asked = self._embed(ids, padding=attention.get("key_padding_mask")), []
+        x, reports = self._embed(ids, padding=attention.get("key_padding_mask")), []
         for block in self.blocks:
             run = partial(recompute, block, use_reentrant=False) if checkpoint else block
-            x, beside = _apart(run(x, **attention))
-            asked.append(beside)
-        return self.norm(x), tuple(zip(*asked, strict=True))
+            out = Output.of(run(x, **attention))
+            x = out.y
+            reports.append(out.reports)
+        return Output(self.norm(x), tuple(zip(*reports, strict=True)))  # one tuple of all layers per kind of report
 
     def unembedding(self) -> Tensor:
-        """Row per token, `(V, D)`: what raises its logit most in the residual (the final norm's gain is in)."""
+        """A row per token, `(V, D)`: the direction in the residual that raises its logit most (includes the norm)."""
         return self.embed.weight * self.norm.weight
 
     def set_flux_alpha(self, value: float | None) -> None:
-        """Pin every layer's alpha in [0, 1], or release it with None so that the length decides."""
+        """Set every layer's alpha in [0, 1]; with None it follows the length of the text."""
         for block in self.blocks:
             block.attn.set_flux_alpha(value)
 
@@ -212,16 +223,19 @@ class ProteusLM(nn.Module):
     # -- text, token by token ---------------------------------------------------------------------------------
 
     def new_state(self, batch: int = 1, tokens: int | None = None) -> ModelState:
-        """A state that has read nothing. tokens: how long texts may become, as `ProteusAttention.new_state` says."""
+        """An empty state. tokens: largest length of the texts, see `ProteusAttention.new_state`."""
         return ModelState([block.attn.new_state(batch, tokens) for block in self.blocks], tokens)
 
-    @torch.no_grad()
     def prefill(self, ids: Tensor | None, state: ModelState, *, return_trace: bool = False):
-        """Read the next tokens of every text, `(B, T)`, into `state`. Logits after the last one, `(B, V)`.
+        """Read the next tokens of every text, `(B, T)`, into `state`. Returns the logits after the last one, `(B, V)`.
 
-        A token that generation left pending is read first; ids=None reads nothing else. return_trace: also the last
-        layer's `AttentionTrace` of the last token, T = 1.
+        A token that generation left pending is read first; ids=None reads only that. return_trace: also return the
+        last layer's `AttentionTrace` of the last token, T = 1.
         """
+        return self._read(ids, state, return_trace).unwrap()
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor | None, state: ModelState, return_trace: bool) -> Output:
         if ids is not None:
             self._check(ids)
             if len(ids) != state.layers[0].batch:
@@ -235,17 +249,19 @@ class ProteusLM(nn.Module):
         for i, block in enumerate(self.blocks):
             traced = return_trace and block is self.blocks[-1]
             if first:
-                x, state.layers[i], *asked = block.prefill(x, state.planned, return_trace=traced)
+                x, state.layers[i], *traces = block.prefill(x, state.planned, return_trace=traced)
             else:
-                x, asked = _apart(block.decode(x, state.layers[i], return_trace=traced))
-        return _together(self._head(x[:, -1]), tuple(trace.last() for trace in asked))
+                out = Output.of(block.decode(x, state.layers[i], return_trace=traced))
+                x, traces = out.y, out.reports
+        return Output(self._head(x[:, -1]), tuple(trace.last() for trace in traces))
 
     @torch.no_grad()
     def agreement(self, trace: AttentionTrace, tokens: Tensor | None = None) -> Tensor:
-        """How far the last layer's awake heads speak for each token, in [-1, 1]: `(B, T, V)`.
+        """Agreement of the last layer's awake heads with each token, in [-1, 1]: `(B, T, V)`.
 
-        The mean by weight of the cosine between what a head adds to the residual and the token's row of `unembedding`;
-        0 where no head is awake. trace: the last layer's. tokens: `(B, T)`, only these: `(B, T)`.
+        Weighted mean over heads of the cosine between a head's contribution to the residual and the token's row of
+        `unembedding`; 0 if no head is awake. trace: the last layer's. tokens: `(B, T)`, to compute one token each,
+        `(B, T)`.
         """
         consensus = self.blocks[-1].attn.consensus(trace)
         rows = F.normalize(self.unembedding().float(), dim=-1)
@@ -263,12 +279,12 @@ class ProteusLM(nn.Module):
         top_a: TopA | None = None,
         state: ModelState | None = None,
     ) -> Iterator[Tensor]:
-        """Continue each text of ids `(B, T)`, one token `(B,)` at a time; for ever when max_new_tokens is None.
+        """Continue each text of ids `(B, T)`, one token `(B,)` at a time; without end if max_new_tokens is None.
 
-        temperature 0 takes the likeliest token; top_k, top_p, seed, top_a: see `Sampling`. state: goes on after what it
-        has read, and at every yield it holds all that was yielded: save it, fork it, or pass it on with ids=None (a
-        state that has yielded) or with more ids. Left out, it is a new one, of memory that stays the same.
-        The model must be in evaluation mode. Raises `TypeError` or `ValueError` naming the argument.
+        temperature 0 takes the likeliest token; top_k, top_p, seed, top_a: see `Sampling`. state: the texts read so
+        far, which ids continue. At every yield it contains all tokens yielded, so it can be saved, forked, or passed to
+        another call, with more ids or, once a token was yielded, with ids=None. By default a new state of constant
+        memory. The model must be in evaluation mode. Raises `TypeError` or `ValueError` naming the argument.
         """
         choose = Sampling(temperature, top_k, top_p, seed, top_a)
         if max_new_tokens is not None:
@@ -276,7 +292,7 @@ class ProteusLM(nn.Module):
         if self.training:
             raise ValueError("training=True: the model must be in evaluation mode to generate; call eval()")
         if ids is None and (state is None or state.pending is None):
-            raise ValueError("ids=None: only a state that has yielded a token goes on without more; give ids (B, T)")
+            raise ValueError("ids=None: allowed only with a state that has yielded a token; give ids (B, T)")
         if ids is not None:
             self._check(ids)
         state = self.new_state(len(ids)) if state is None else state
@@ -284,21 +300,22 @@ class ProteusLM(nn.Module):
 
     def _tokens(self, ids: Tensor | None, limit: int | None, choose: Sampling, state: ModelState) -> Iterator[Tensor]:
         for _ in count() if limit is None else range(limit):
-            logits, asked = _apart(self.prefill(ids, state, return_trace=choose.top_a is not None))
-            token = choose(logits, state.tokens, *(self.agreement(trace)[:, -1] for trace in asked))
+            out = self._read(ids, state, return_trace=choose.top_a is not None)
+            agreement = self.agreement(*out.reports)[:, -1] if out.reports else None
+            token = choose(out.y, state.tokens, agreement)
             state.pending, ids = token[:, None], None
             yield token
 
     def _embed(self, ids: Tensor, before: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-        """ids `(B, T)`, tokens right before them `(B, n)` -> `(B, T, D)`. padding: `(B, T)` bool, True for padding."""
+        """ids `(B, T)`, after tokens `before` `(B, n)` -> `(B, T, D)`. padding: `(B, T)` bool, True for padding."""
         if self.taps is None:
             return self.embed(ids)
         x = self.embed(ids if before is None else torch.cat((before, ids), dim=1))
         if padding is not None:
             x = x.masked_fill(padding[..., None], 0)
         missing = self.cfg.taps - 1 - (x.shape[1] - ids.shape[1])
-        spread = F.pad(x.transpose(1, 2), (missing, 0))
-        return x[:, -ids.shape[1] :] + F.conv1d(spread, self.taps, groups=x.shape[2]).transpose(1, 2)
+        padded = F.pad(x.transpose(1, 2), (missing, 0))
+        return x[:, -ids.shape[1] :] + F.conv1d(padded, self.taps, groups=x.shape[2]).transpose(1, 2)
 
     def _head(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.embed.weight)
@@ -309,7 +326,8 @@ class ProteusLM(nn.Module):
         if ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"ids has shape {tuple(ids.shape)}: must be (B, T), no axis empty")
         V = self.cfg.vocab_size
-        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < V:  # a GPU would have to wait
+        # Only on the CPU: the check would wait for a GPU.
+        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < V:
             raise ValueError(f"ids runs from {int(ids.min())} to {int(ids.max())}: must be in [0, {V})")
 
     # -- files ------------------------------------------------------------------------------------------------
@@ -320,7 +338,7 @@ class ProteusLM(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> ProteusLM:
-        """Rebuild a saved model. Raises `FileNotFoundError`, or `ValueError` when the file is not one of ours."""
+        """Load a saved model. Raises `FileNotFoundError`, or `ValueError` if `save` did not write the file."""
         tensors, about = read_tensors(path, "ProteusLM.save")
         try:
             model = cls(ModelConfig.from_dict(about))
@@ -330,16 +348,16 @@ class ProteusLM(nn.Module):
         return model.to(device)
 
     def load_state(self, path: str | Path) -> ModelState:
-        """A state that `ModelState.save` wrote for this model. Raises as `load`, and `ValueError` for other gates."""
+        """Load what `ModelState.save` wrote for this model. Raises as `load`, and `ValueError` for other gates."""
         tensors, about = read_tensors(path, "ModelState.save")
         try:
             pending, recent = tensors.pop("pending", None), tensors.pop("recent", None)
             batch = len(tensors["0.count"])
             state = self.new_state(batch, about["planned"])
-            for i, (layer, its) in enumerate(zip(state.layers, about["layers"], strict=True)):
-                head = f"{i}."
-                mine = {name.removeprefix(head): x for name, x in tensors.items() if name.startswith(head)}
-                layer.load_state_dict({"about": its, "tensors": mine})
+            for i, (layer, layer_about) in enumerate(zip(state.layers, about["layers"], strict=True)):
+                prefix = f"{i}."
+                own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+                layer.load_state_dict({"about": layer_about, "tensors": own})
             if (0 if recent is None else recent.shape[1]) != min(max(0, self.cfg.taps - 1), state.layers[0].tokens):
                 raise ValueError(f"taps={self.cfg.taps}: the state is of a model with another convolution")
         except Exception as problem:

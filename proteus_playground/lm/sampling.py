@@ -12,25 +12,25 @@ from torch import Tensor
 
 from ..common.checks import real_number, whole_number
 
-STRIDE = 1_000_003  # a prime: streams of neighbouring seeds do not meet
+SEED_STRIDE = 1_000_003  # positions between two seeds, so that neighbouring seeds share no random numbers
 MODES = ("filter", "reweigh")
 
 
 @dataclass(frozen=True)
 class TopA:
-    """Candidates must agree with the active heads' own direction. Raises `TypeError` or `ValueError` naming the field.
+    """Top-A: candidates must agree with the awake heads. Raises `TypeError` or `ValueError` naming the field.
 
-    Agreement of a token, in [-1, 1]: the mean over awake heads of the last layer, by weight, of the cosine between what
-    a head adds to the residual and the token's unembedding row (`ProteusLM.agreement`).
+    Agreement of a token, in [-1, 1]: the weighted mean, over awake heads of the last layer, of the cosine between a
+    head's contribution to the residual and the token's unembedding row (`ProteusLM.agreement`).
     """
 
     share: float = 0.5
-    """For 'filter', in [0, 1]: candidates that agree less than this share of the best one's agreement are dropped.
-    Where even the best does not agree (<= 0), the heads speak for no candidate, and none is dropped."""
+    """For 'filter', in [0, 1]: candidates whose agreement is below this share of the best candidate's are dropped. If
+    the best agreement is <= 0, none is dropped."""
     mode: str = "filter"
-    """'filter', or 'reweigh': every candidate's logit rises by strength x agreement."""
+    """'filter', or 'reweigh', which adds strength x agreement to every candidate's logit."""
     strength: float = 5.0
-    """For 'reweigh', nats per unit of agreement, >= 0, after temperature; 0 changes nothing."""
+    """For 'reweigh': nats per unit of agreement, >= 0, added after the temperature; 0 changes nothing."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -39,9 +39,9 @@ class TopA:
         real_number("strength", self.strength, 0)
 
     def __call__(self, prob: Tensor, agreement: Tensor) -> Tensor:
-        """Probabilities `(B, V)`, 0 for what is no candidate -> the same after the choice; each row keeps a candidate.
+        """Probabilities `(B, V)`, 0 for tokens that are no candidates -> the same, filtered or reweighed.
 
-        Filtered rows do not sum to 1. agreement: `(B, V)`.
+        Each row keeps at least one candidate. Filtered rows do not sum to 1. agreement: `(B, V)`.
         """
         if self.mode == "reweigh":
             return (prob.log() + self.strength * agreement).softmax(-1)
@@ -53,21 +53,21 @@ class TopA:
 class Sampling:
     """Temperature, then top-k, then top-p, then Top-A, then one draw; temperature 0 takes the likeliest token.
 
-    A draw depends on the seed and on the token's position in the text, not on what was drawn before: a text that is
-    stopped and resumed goes on as it would have. Top-p is Holtzman et al. 2019, https://arxiv.org/abs/1904.09751.
-    Raises `TypeError` or `ValueError` naming the field.
+    The random number of a draw depends on the seed and the token's position only, so a text that is stopped and resumed
+    continues as it would have. Top-p: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751. Raises `TypeError` or
+    `ValueError` naming the field.
     """
 
     temperature: float = 1.0
-    """>= 0. Divides the logits; 0 is greedy (with Top-A: among what it leaves of temperature 1's candidates)."""
+    """Divides the logits, >= 0. 0 takes the likeliest token (with Top-A: of those it leaves at temperature 1)."""
     top_k: int | None = None
     """Draw from the k likeliest tokens only, >= 1; None for all."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that together reach this probability, in (0, 1]."""
     seed: int = 0
-    """>= 0."""
+    """Seed of the draws, >= 0."""
     top_a: TopA | None = None
-    """Which candidates the active heads speak for; None does not ask."""
+    """The agreement filter; None for none."""
 
     def __post_init__(self) -> None:
         if self.top_a is not None and not isinstance(self.top_a, TopA):
@@ -81,10 +81,10 @@ class Sampling:
     def __call__(self, logits: Tensor, position: int, agreement: Tensor | None = None) -> Tensor:
         """The token at `position` (counted from the text's start) of each text: `(B, V)` -> `(B,)` int64.
 
-        agreement: `(B, V)`, of every token, where top_a asks for it. Raises `ValueError` where it is missing.
+        agreement: `(B, V)`, of every token; needed with top_a. Raises `ValueError` if it is missing.
         """
         if self.top_a and agreement is None:
-            raise ValueError("agreement=None: top_a must be given every token's agreement, (B, V)")
+            raise ValueError("agreement=None: must be every token's agreement (B, V) when top_a is used")
         if self.temperature == 0 and self.top_a is None:
             return logits.argmax(-1)
         logits = logits.float() / (self.temperature or 1.0)
@@ -98,6 +98,7 @@ class Sampling:
         if self.temperature == 0:
             drawn = prob.argmax(-1, keepdim=True)
         else:
-            generator = torch.Generator().manual_seed(self.seed * STRIDE + position)  # CPU: any device draws alike
+            # On the CPU, so that all devices draw the same.
+            generator = torch.Generator().manual_seed(self.seed * SEED_STRIDE + position)
             drawn = torch.multinomial(prob, 1, generator=generator)
         return token.gather(-1, drawn)[..., 0].to(logits.device)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..common import __version__
+from ..common.runs import differences
 from ..common.tensors import read_tensors, write_tensors
 from .buffer import Champions, StreamPlan
 
@@ -40,14 +41,11 @@ class Checkpoint:
         found, reached = {name: tensor.numpy() for name, tensor in tensors.items()}, about.get("next_chunk")
         if not isinstance(theirs, dict) or type(reached) is not int or not _is_buffer(found):
             raise ValueError(f"checkpoint={str(self.path)!r}: not a checkpoint of a stream")
-        differing = [
-            f"{name} is {self.recipe.get(name)!r} now, {theirs.get(name)!r} there"
-            for name in dict.fromkeys((*self.recipe, *theirs))
-            if theirs.get(name) != self.recipe.get(name)
-        ]
-        if differing:
+        pairs = differences(self.recipe, theirs).items()
+        other = [f"{name} is {now!r} now, {there!r} there" for name, (now, there) in pairs]
+        if other:
             raise ValueError(
-                f"checkpoint={str(self.path)!r}: belongs to another run ({'; '.join(differing)}); "
+                f"checkpoint={str(self.path)!r}: belongs to another run ({'; '.join(other)}); "
                 "start afresh (fresh=True, --fresh) or name another file"
             )
         return Champions(**found), reached

@@ -30,9 +30,9 @@ from .stores import Store, generated
 WIDTH, HEADS, GROUPS = 512, 8, 2
 TABLE = 8192  # vectors; a word is the sum of two of them, so that hardly any two words are alike
 FORMS = 32  # ids of one word: with and without a capital or a space before it
-FITTED = 8192  # rows that prototypes are fitted to
+ROWS_FITTED = 8192  # that prototypes are fitted to
 TOKENS_PER_COUNT = 1 << 20  # read at a time to count words
-MOST_READ = 5  # champions in the answer
+CHAMPIONS_IN_ANSWER = 5
 
 
 @dataclass(frozen=True)
@@ -122,22 +122,22 @@ class LayerModel:
             given = npy_rows(Path(self._prompt))
             if given.shape[1:] != (store.width,):
                 raise ValueError(f"prompt={self._prompt!r} has shape {given.shape}: must be (P, D={store.width})")
-            asked = torch.from_numpy(given.read(0, given.shape[0])).float()
-            if not asked.isfinite().all():
+            given_rows = torch.from_numpy(given.read(0, given.shape[0])).float()
+            if not given_rows.isfinite().all():
                 raise ValueError(f"prompt={self._prompt!r} holds NaN or infinite values: must be finite")
-            return asked, torch.ones(len(asked)), [str(row) for row in range(len(asked))]
+            return given_rows, torch.ones(len(given_rows)), [str(row) for row in range(len(given_rows))]
         words = dict.fromkeys(word.strip().lower() for word in WORD.findall(self._prompt))
         words = [word for word in words if any(map(str.isalnum, word))]
         if not words:
             raise ValueError(f"prompt={self._prompt!r}: must have at least one word")
-        asked = np.array([number(word) for word in words])
-        count = _count(store, asked)
+        hashes = np.array([number(word) for word in words])
+        count = _count(store, hashes)
         if not count.any():
             raise ValueError(f"prompt={self._prompt[:80]!r}: must have at least one word that is in the document")
         rarity = np.log(len(store) / np.maximum(1, count))
         # A word that is not in the document would match by chance alone, so it weighs nothing.
         weight = np.where(count, rarity, 0).astype(np.float32)
-        return torch.from_numpy(rows.embed(asked)), torch.from_numpy(weight), words
+        return torch.from_numpy(rows.embed(hashes)), torch.from_numpy(weight), words
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class LayerTask:
             raise ValueError("prompt=None: pass 2 needs a prompt")
         share = attend_over(self.attn, self.rows, champions, self.prompt, positions=positions).reads().astype(float)
         total = float(share.sum())
-        most = np.argsort(-share, kind="stable")[:MOST_READ] if total else []
+        most = np.argsort(-share, kind="stable")[:CHAMPIONS_IN_ANSWER] if total else []
         read = [{"token": int(champions.position[i]), "share": float(share[i]) / total} for i in most]
         return {"share_to_champions": total, "most_read": read}
 
@@ -172,18 +172,18 @@ def _attention(rows: Store | Embedded, width: int, seed: int) -> ProteusAttentio
         attn = ProteusAttention(AttentionConfig(width, HEADS, GROUPS, head_dim=64, route_heads=False)).eval()
         keys = attn.k_proj.weight.view(GROUPS, 64, width).repeat_interleave(HEADS // GROUPS, dim=0)
         attn.q_proj.weight.copy_(keys.flatten(0, 1) + attn.q_proj.weight / 2)
-        begin = torch.from_numpy(rows.read(0, min(FITTED, len(rows)))).float()
+        begin = torch.from_numpy(rows.read(0, min(ROWS_FITTED, len(rows)))).float()
         if not begin.isfinite().all():
             at = int((~begin.isfinite()).any(1).nonzero()[0])
             raise ValueError(f"row {at} of the document holds NaN or infinite values: must be finite")
         return attn.calibrate(begin[None])
 
 
-def _count(store: Store, asked: np.ndarray) -> np.ndarray:
+def _count(store: Store, hashes: np.ndarray) -> np.ndarray:
     """How often each word number occurs, int64. Reads the document once."""
-    order, count = np.argsort(asked), np.zeros(len(asked), np.int64)
+    order, count = np.argsort(hashes), np.zeros(len(hashes), np.int64)
     for start in range(0, len(store), TOKENS_PER_COUNT):
         words = store.read(start, min(start + TOKENS_PER_COUNT, len(store))) // FORMS
-        found = words[np.isin(words, asked)]
-        count += np.bincount(order[np.searchsorted(asked, found, sorter=order)], minlength=len(asked))
+        found = words[np.isin(words, hashes)]
+        count += np.bincount(order[np.searchsorted(hashes, found, sorter=order)], minlength=len(hashes))
     return count

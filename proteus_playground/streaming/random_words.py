@@ -34,9 +34,10 @@ class RandomWords:
 
     @property
     def table(self) -> np.ndarray:
-        """`(V, 512)` float32, a row per word met so far."""
-        fresh = [np.random.default_rng(word_hash(word)).standard_normal(WIDTH, np.float32)
-                 for word in self.vocabulary[len(self._rows):]]  # fmt: skip
-        if fresh:
-            self._rows = np.concatenate([self._rows, fresh])
+        """`(V, 512)` float32, a row per word encoded so far."""
+        new_words = self.vocabulary[len(self._rows) :]
+        if new_words:
+            seeds = map(word_hash, new_words)
+            new_rows = [np.random.default_rng(seed).standard_normal(WIDTH, np.float32) for seed in seeds]
+            self._rows = np.concatenate([self._rows, new_rows])
         return self._rows

@@ -36,13 +36,13 @@ class TableScorer:
     def __init__(self, words: WordTable, document: np.ndarray, prompt: str):
         ids = words.encode(prompt)
         table, vocabulary = words.table, words.vocabulary
-        asked = [int(i) for i in dict.fromkeys(ids.tolist()) if any(map(str.isalnum, vocabulary[i]))]
-        if not asked:
+        prompt_ids = [int(i) for i in dict.fromkeys(ids.tolist()) if any(map(str.isalnum, vocabulary[i]))]
+        if not prompt_ids:
             raise ValueError("prompt has no word: must have at least one token with a letter or a digit")
-        self.words = [vocabulary[i].strip() for i in asked]
+        self.words = [vocabulary[i].strip() for i in prompt_ids]
         count = np.bincount(document, minlength=len(vocabulary))
         used = np.flatnonzero(count)
-        match = _unit(table[used]) @ _unit(table[asked]).T * _rarity(vocabulary, count, self.words)  # (used, n)
+        match = _unit(table[used]) @ _unit(table[prompt_ids]).T * _rarity(vocabulary, count, self.words)  # (used, n)
         self._score = np.full(len(vocabulary), -np.inf, np.float32)
         self._reason = np.zeros(len(vocabulary), np.int32)
         self._score[used], self._reason[used] = match.max(1), match.argmax(1)

@@ -65,7 +65,7 @@ def pieces(parts: Iterable[str], size: int) -> Iterator[str]:
     for part in parts:
         if at:
             text, at = text[at:], 0
-        text += part  # in place where it can be: a data set's rows are short
+        text += part  # Python extends the string in place, which matters for the many short rows of a data set
         while len(text) - at >= 2 * size + 2:
             end = _cut(text, at, size)
             yield text[at:end]

@@ -23,7 +23,7 @@ from proteus_playground.common.progress import Stopped
 from proteus_playground.lm.losses import IGNORED
 from proteus_playground.lm.model import ModelConfig, ProteusLM
 from proteus_playground.lm.recall import copying, recall
-from proteus_playground.lm.recall.scale import PRESETS, Scale, lessons
+from proteus_playground.lm.recall.recipe import PRESETS, Scale, training_batches
 from proteus_playground.lm.recall.task import Words
 from proteus_playground.lm.recall.tasks import TASKS, Mixture, WarmedUp
 
@@ -114,15 +114,15 @@ def test_many_values_may_come_in_any_order_but_not_twice():
         ([0, 0, 0], [1, 0, 0]),
     ):
         said = torch.zeros_like(batch.ids).masked_scatter(asked, answers[:, order])
-        assert torch.equal(task.right(batch, said)[asked].view(5, 3), torch.tensor(good).bool().expand(5, 3))
-    assert not task.right(batch, torch.zeros_like(batch.ids)).any()
+        assert torch.equal(task.correct(batch, said)[asked].view(5, 3), torch.tensor(good).bool().expand(5, 3))
+    assert not task.correct(batch, torch.zeros_like(batch.ids)).any()
 
 
 @pytest.mark.parametrize("task", TINY, ids=NAMES)
 def test_a_text_too_short_is_refused_and_the_shortest_works(task):
-    task.batch(0, 3, task.fewest())
+    task.batch(0, 3, task.min_length())
     with pytest.raises(ValueError, match="length="):
-        task.batch(0, 3, task.fewest() - 1)
+        task.batch(0, 3, task.min_length() - 1)
 
 
 def test_repetition_asks_for_all_that_can_be_known():
@@ -364,10 +364,10 @@ def test_a_file_of_another_scale_is_refused(measured, tmp_path):
 def test_a_preset_is_one_that_can_be_learned_and_asked(name):
     scale = PRESETS[name]
     first, last = scale.stages[0][0], scale.stages[-1][0]
-    rows = lessons(scale, 0).then.tasks[1:]
+    rows = training_batches(scale, 0).then.tasks[1:]
     few, many = min(scale.things), max(scale.things)
     assert len(rows) == len(scale.tasks) * len(scale.things)
-    assert all(row.fewest() <= (first if row.things == few else last) for row in rows) and many > few
+    assert all(row.min_length() <= (first if row.things == few else last) for row in rows) and many > few
     assert len(cells(scale, replace(command.ASKED[name], tasks=scale.tasks))) > 50
     assert max(length for length in command.ASKED[name].lengths) >= 4 * last  # beyond what was trained
 

@@ -46,5 +46,5 @@ def test_recall_mini_looks_up_values():
     asked = batch.targets >= 0
     for alpha, least in ((0.0, 0.98), (1.0, 0.97)):
         with model.settings(flux_alpha=alpha, shortlist=256 // 8):
-            right = task.right(batch, model(batch.ids).argmax(-1))[asked]
+            right = task.correct(batch, model(batch.ids).argmax(-1))[asked]
         assert right.float().mean() > least, alpha

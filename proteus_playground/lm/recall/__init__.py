@@ -1,1 +1,1 @@
-"""Associative recall: made-up texts with keys and values, to train on and to be tested with."""
+"""Associative recall: made-up texts of keys and values, on which models are trained and tested."""

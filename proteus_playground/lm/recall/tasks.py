@@ -1,4 +1,4 @@
-"""The tasks by name, several of them in one batch, and one after another."""
+"""The recall tasks by name, and batches that mix several tasks or train one after another."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from ..training import Batch
 from .copying import Induction, SelectiveCopy
 from .recall import ManyValues, Recall
-from .task import Task, dice
+from .task import Task, seeded_generator
 
 
 @dataclass(frozen=True)
 class WarmedUp:
-    """Batches of `first` for so many steps, then of `then`: copying is learned first, and recall grows out of it."""
+    """Batches of `first` for `steps` steps, then of `then`: models that have learned to copy learn recall sooner."""
 
     first: Task
     steps: int
@@ -31,9 +31,9 @@ class WarmedUp:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Rows of several tasks in one batch, each row's task drawn by `weights` (equal where left out).
+    """Rows of several tasks in one batch; the task of each row is drawn by `weights` (None: equal).
 
-    A task that does not fit a batch's length sits it out.
+    A task that does not fit into a batch's length gets no rows in it.
     """
 
     tasks: tuple[Task, ...]
@@ -51,13 +51,13 @@ class Mixture:
         return self.tasks[0].vocab_size
 
     def batch(self, index: int, sequences: int, length: int) -> Batch:
-        """Batch number `index`; rows stand in the order of `tasks`. Raises `ValueError` where no task fits."""
-        fits = torch.tensor([task.fewest() <= length for task in self.tasks])
+        """Batch number `index`, with rows in the order of `tasks`. Raises `ValueError` if no task fits."""
+        fits = torch.tensor([task.min_length() <= length for task in self.tasks])
         if not fits.any():
-            raise ValueError(f"length={length}: must be at least {min(task.fewest() for task in self.tasks)}")
-        gen = dice("mixture", self.seed, index, sequences, length)
+            raise ValueError(f"length={length}: must be at least {min(task.min_length() for task in self.tasks)}")
+        generator = seeded_generator("mixture", self.seed, index, sequences, length)
         share = torch.tensor(self.weights or (1.0,) * len(self.tasks)) * fits
-        drawn = torch.multinomial(share, sequences, replacement=True, generator=gen)
+        drawn = torch.multinomial(share, sequences, replacement=True, generator=generator)
         count = torch.bincount(drawn, minlength=len(self.tasks)).tolist()
         parts = [task.batch(index, some, length) for task, some in zip(self.tasks, count, strict=True) if some]
         return Batch(torch.cat([part.ids for part in parts]), torch.cat([part.targets for part in parts]), None)
@@ -71,4 +71,4 @@ TASKS = {
     "multi-query": lambda things, **other: Recall(things, questions=min(4, things), at_end=True, **other),
     "multi-value": ManyValues,
 }
-"""Makers by name, each called with `things` and any other field of `Task`."""
+"""Functions that make a task, by name; each takes `things` and any other field of `Task`."""

@@ -1,4 +1,4 @@
-"""Texts to read and questions to ask of them, for the small models that come with the package."""
+"""Shelves: made-up texts and questions about them, for the small model that comes with the package."""
 
 from .grammar import Question, Shelf, shelf
 from .tokenizer import ShelfTokenizer

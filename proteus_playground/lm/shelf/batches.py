@@ -1,7 +1,7 @@
-"""Training sequences made of shelves: a shelf, then questions about it with their answers, to the last token.
+"""Training sequences made of shelves: a shelf, then questions about it with their answers, up to the full length.
 
-A share of the sequences is random words said again and again instead: nothing teaches a small model sooner to look
-up what stood behind the same words before.
+A share of the sequences repeats random words instead. From these a small model learns soonest to look up what followed
+the same words before.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from .grammar import Question, Shelf, shelf
 from .tokenizer import ShelfTokenizer
 
 TOKENS_PER_SENTENCE = 6.75  # of a shelf, on average
-# What a token counts in the loss: any, in an answer, the answer's value, in a copy.
+# Weight of a token in the loss: in the text, in an answer, as the answer's value, in a repetition.
 PLAIN, ANSWER, VALUE, COPY = 0.1, 0.5, 3.0, 0.3
 
 
 @dataclass(frozen=True)
 class ShelfBatches:
-    """Endless shelves, `batch` is a pure function of its arguments and `seed`.
+    """Endless shelves with questions; `batch` is a pure function of its arguments and the fields.
 
-    questions: least and most share of a sequence that is questions. copies: share of sequences of repeated words.
+    questions: smallest and largest share of a sequence that is questions. copies: share of sequences that repeat words.
     """
 
     tokenizer: ShelfTokenizer
@@ -37,7 +37,7 @@ class ShelfBatches:
         return self.tokenizer.vocab_size
 
     def batch(self, index: int, sequences: int, length: int) -> Batch:
-        """ids and targets `(sequences, length)`; each token's weight in the loss beside them."""
+        """ids, targets and the targets' weights in the loss, each `(sequences, length)`."""
         random = Random(f"{self.seed}.{index}.{sequences}.{length}")
         kinds = (self._copies if random.random() < self.copies else self._sequence for _ in range(sequences))
         rows = [write(random, length + 1) for write in kinds]
@@ -46,9 +46,9 @@ class ShelfBatches:
         return Batch(ids[:, :-1], ids[:, 1:].contiguous(), weights[:, 1:].contiguous())
 
     def _sequence(self, random: Random, length: int) -> tuple[list[int], list[float]]:
-        asked = random.uniform(*self.questions)
-        text = shelf(random.getrandbits(40), max(1, int(length * (1 - asked) / TOKENS_PER_SENTENCE)))
-        ids = self.tokenizer.encode(text.text)[: int(length * (1 - asked / 2))]
+        share = random.uniform(*self.questions)  # of the sequence that is questions
+        text = shelf(random.getrandbits(40), max(1, int(length * (1 - share) / TOKENS_PER_SENTENCE)))
+        ids = self.tokenizer.encode(text.text)[: int(length * (1 - share / 2))]
         weights = [PLAIN] * len(ids)
         for piece, weight in self._dialogue(random, text):
             ids += piece
@@ -64,14 +64,14 @@ class ShelfBatches:
         return ids, [0.0] * period + [COPY] * (length - period)
 
     def _dialogue(self, random: Random, text: Shelf):
-        """Questions in random order, for ever: tokens and weights of each with its answer."""
+        """Endless questions in random order: tokens and weights of each question with its answer."""
         while True:
             for question in random.sample(text.questions, len(text.questions)):
                 yield scored(self.tokenizer, question)
 
 
 def scored(tokenizer: ShelfTokenizer, question: Question) -> tuple[list[int], list[float]]:
-    """Tokens of a question and its answer, and what each counts in the loss."""
+    """Tokens of a question and its answer, and the weight of each in the loss."""
     before, answer = tokenizer.encode(question.prompt), tokenizer.encode(question.answer)
     value = tokenizer.encode(question.value)[0]
     return before + answer, [PLAIN] * len(before) + [VALUE if token == value else ANSWER for token in answer]

@@ -1,9 +1,8 @@
-"""Shelves: endless, seeded texts made of recipes, receipts, manuals and notes, and questions that one sentence answers.
+"""Shelves: seeded texts made of recipes, receipts, manuals and notes, with questions that one sentence answers.
 
 A *fact* is a sentence about an *entity* (a kind and a noun: "the golden soup") that ends in its value: "the golden soup
-cooks for 40 minutes". No two facts of a shelf share entity and attribute, but many share a word, so that only the
-whole of what is asked leads to the one sentence that answers it. Half of the facts are written in other words than
-the answer.
+cooks for 40 minutes". No two facts of a shelf share entity and attribute, but many share a word, so a question can only
+be answered by a reader that uses all of its words. Half of the facts are worded differently from their answers.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from .words import DAYS, DISHES, KINDS, NAMES, NUMBERS, PLACES, SIDES, THINGS
 
 @dataclass(frozen=True)
 class Attribute:
-    """What can be said of an entity: `{e}` is the entity, `{v}` the value, the last word but a unit."""
+    """A property of an entity: `{e}` is the entity, `{v}` the value, which is the last word apart from a unit."""
 
     question: str
     answer: str
@@ -36,7 +35,7 @@ KEPT = Attribute("who keeps {e}?", "{e} is kept by {v}.", "for {e} ask {v}.", tu
 PLACE = Attribute("where is {e}?", "{e} is in the {v}.", "look for {e} in the {v}.", tuple(PLACES))
 DUE = Attribute("when is {e} due?", "{e} is due on {v}.", "bring back {e} on {v}.", tuple(DAYS))
 
-DOCUMENTS = (  # heading, nouns, attributes, how many entities and how many facts of each
+DOCUMENTS = (  # heading, nouns, attributes, (least, most) entities, (least, most) facts per entity
     ("Recipe.", DISHES, (COOKS, SERVED), (1, 2), (1, 2)),
     ("Receipt.", DISHES + THINGS, (COSTS,), (2, 5), (1, 1)),
     ("Manual.", THINGS, (FUSE, BUILT), (1, 2), (1, 2)),
@@ -50,7 +49,7 @@ FILLERS = (
 
 @dataclass(frozen=True)
 class Question:
-    """Something a shelf can be asked. `at` is where the fact begins in `Shelf.text`, in characters."""
+    """A question about a shelf. `at` is the beginning of the fact in `Shelf.text`, in characters."""
 
     text: str
     answer: str
@@ -60,26 +59,27 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """What to put behind a shelf so that a model answers; see `Shelf.ask`."""
+        """The text that follows a shelf so that a model answers; see `Shelf.ask`."""
         return f" Question: {self.text} Answer:"
 
 
 @dataclass(frozen=True)
 class Shelf:
-    """A text and everything it can be asked, in the order of their facts."""
+    """A text and all questions about it, in the order of their facts."""
 
     text: str
     questions: tuple[Question, ...]
 
     def ask(self, question: Question) -> str:
-        """The shelf with one question behind it, up to where the answer begins."""
+        """The shelf followed by one question, up to the beginning of the answer."""
         return self.text + question.prompt
 
 
 def shelf(seed: int, sentences: int) -> Shelf:
-    """A shelf of at least `sentences` sentences (about 11 tokens each), the same for a seed everywhere.
+    """A shelf of at least `sentences` sentences (about 11 tokens each), the same for a seed on every machine.
 
-    Raises `TypeError` or `ValueError` naming the argument; sentences in [1, 20,000], where entities run out.
+    sentences: in [1, 20,000]; with more, all entities would be used up. Raises `TypeError` or `ValueError` naming the
+    argument.
     """
     whole_number("seed", seed, 0)
     whole_number("sentences", sentences, 1, 20_000)
@@ -99,7 +99,7 @@ def shelf(seed: int, sentences: int) -> Shelf:
 
 
 def _document(random: Random, taken: set) -> list[tuple[str, tuple[str, str, str] | None]]:
-    """Sentences of one document, each with the (question, answer, value) it settles, or None."""
+    """Sentences of one document, each with the (question, answer, value) that it decides, or None."""
     heading, nouns, attributes, entities, facts = random.choice(DOCUMENTS)
     lines: list = [(heading, None)]
     for _ in range(random.randint(*entities)):
@@ -109,9 +109,9 @@ def _document(random: Random, taken: set) -> list[tuple[str, tuple[str, str, str
                 continue
             taken.add((attribute, entity))
             value = random.choice(attribute.values)
-            said = random.choice((attribute.answer, attribute.otherwise)).format(e=entity, v=value)
-            asked, answer = attribute.question.format(e=entity), attribute.answer.format(e=entity, v=value)
-            lines.append((said, (asked, answer, value)))
+            fact = random.choice((attribute.answer, attribute.otherwise)).format(e=entity, v=value)
+            question, answer = attribute.question.format(e=entity), attribute.answer.format(e=entity, v=value)
+            lines.append((fact, (question, answer, value)))
         if random.random() < 0.1:
             lines.append((random.choice(FILLERS), None))
     return lines

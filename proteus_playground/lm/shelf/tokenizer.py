@@ -1,6 +1,6 @@
-"""Text to tokens and back for the models that read shelves: byte-level BPE whose tokens are the shelves' words.
+"""The tokenizer of the models that read shelves: byte-level BPE in which every word of the shelves is one token.
 
-Any text can be read: what is not a word of the shelves falls apart into smaller pieces, down to bytes.
+Any text can be encoded: other words are split into smaller pieces, down to bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ VOCABULARY = 2048  # enough for every word of the shelves to be one token
 
 
 class ShelfTokenizer:
-    """The shipped tokenizer, or one read from `path` (a `tokenizers` JSON file). `vocab_size` counts its tokens."""
+    """The shipped tokenizer, or one from `path` (a `tokenizers` JSON file). `vocab_size` is its number of tokens."""
 
     def __init__(self, path: str | Path | None = None):
         path = files(__package__) / "shelf_tokenizer.json" if path is None else Path(path)
@@ -25,7 +25,7 @@ class ShelfTokenizer:
 
         try:
             return Tokenizer.from_str(self._json)
-        except Exception as err:  # the library raises nothing narrower
+        except Exception as err:  # the library raises no narrower class
             raise ValueError(f"path={str(self.path)!r}: must be a tokenizers JSON file ({err})") from None
 
     @property
@@ -36,7 +36,7 @@ class ShelfTokenizer:
         return self._tokenizer.encode(text).ids
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where each token of `encode(text)` stands: (start, stop) in characters."""
+        """(start, stop) of each token of `encode(text)`, in characters."""
         return self._tokenizer.encode(text).offsets
 
     def decode(self, ids: list[int]) -> str:

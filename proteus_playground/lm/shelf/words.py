@@ -1,4 +1,4 @@
-"""The words shelves are written with. Every list is the project's own and has no word twice."""
+"""The words of the shelves. Every list was written for this project and contains no word twice."""
 
 KINDS = """
     amber barley blue brass bright broken brown carved cedar cherry chipped clay copper cotton crooked damp dotted

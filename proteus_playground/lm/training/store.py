@@ -7,13 +7,13 @@ are removed. So the log holds each step exactly once, wherever the run was inter
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from ...common.files import append_lines, read_lines, write_text
+from ...common.runs import as_json, flat, refuse_other
 from ...common.tensors import read_tensors, write_tensors
 
 STATE, LOG = "state.safetensors", "log.jsonl"
@@ -33,7 +33,7 @@ class Store:
 
     def __init__(self, folder: str | Path, run: dict):
         """run: describes model, recipe and batches, as JSON can hold it; a folder of another run is refused."""
-        self.folder, self.run = Path(folder), json.loads(json.dumps(run))
+        self.folder, self.run = Path(folder), as_json(run)
         self._lines: list[dict] = []
 
     def load(self) -> Saved | None:
@@ -45,14 +45,9 @@ class Store:
         tensors, about = read_tensors(self.folder / STATE, "training")
         if not (isinstance(about, dict) and {"run", "place", "scaler"} <= set(about)):
             raise ValueError(f"folder={str(self.folder)!r}: its {STATE} is not of a training run")
-        saved = about["run"]
+        there, now = flat(about["run"]), flat(self.run)
         # Only settings that were saved are compared: a newer version may have added some.
-        other = [name for name in _names(saved) if _at(self.run, name) != _at(saved, name)]
-        if other:
-            raise ValueError(
-                f"folder={str(self.folder)!r} holds a run with other settings ({', '.join(other)}): "
-                "allowed is an empty folder, or the same settings to go on"
-            )
+        refuse_other(f"folder={str(self.folder)!r}", {name: now.get(name) for name in there}, there)
         self._cut(about["place"]["step"])
         return Saved(tensors, about["place"], about["scaler"])
 
@@ -73,18 +68,3 @@ class Store:
         except (ValueError, TypeError, KeyError) as err:
             raise ValueError(f"folder={str(self.folder)!r}: its {LOG} is not of a training run ({err!r})") from err
         write_text(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _names(values: dict, head: str = "") -> Iterable[str]:
-    """Dotted names of all values in nested dicts."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _names(value, f"{head}{key}.")
-        else:
-            yield head + key
-
-
-def _at(values: dict, name: str) -> object:
-    for key in name.split("."):
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
