@@ -16,6 +16,7 @@ from proteus_playground.experiments.evidence.changes import CHANGES, in_training
 from proteus_playground.experiments.evidence.rings import attend_by_rings
 from proteus_playground.experiments.evidence.study import OURS, Asked, Cell, Row, cells, load, study
 from proteus_playground.experiments.evidence.subjects import Training
+from proteus_playground.experiments.intervals import over_seeds
 
 from proteus_playground.attention import AttentionConfig
 from proteus_playground.cli import app as cli
@@ -424,12 +425,12 @@ def made_up(arm: str, seed: int, right: int, **other) -> Row:
 
 
 def test_intervals_are_students_over_seeds():
-    assert reports.interval([0.7]) is None
-    low, high = reports.interval([0.5, 0.6, 0.7])
+    assert over_seeds([0.7]) is None
+    low, high = over_seeds([0.5, 0.6, 0.7])
     assert low == pytest.approx(0.6 - 4.303 * 0.1 / 3**0.5, abs=1e-4) and high == pytest.approx(1.2 - low, abs=1e-4)
-    assert reports.interval([0.9, 1.0, 0.95])[1] == 1.0
-    stats = pytest.importorskip("scipy.stats")
-    assert tuple(round(float(stats.t.ppf(0.975, n)), 3) for n in range(1, 10)) == reports.T95
+    assert over_seeds([0.9, 1.0, 0.95])[1] == 1.0
+    assert over_seeds([0.25, 0.75]) == (0.0, 1.0)  # 0.5 +- 12.706 * 0.354 / sqrt(2)
+    assert over_seeds([0.5] * 3) == (0.5, 0.5)
 
 
 def test_entries_sentences_and_tables_say_what_the_rows_say():
