@@ -1,7 +1,7 @@
 """A study's results as tables and sentences: means over seeds with 95% intervals.
 
-The unit is a seed, because all cases of one seed are answered by the same model: the interval is Student's t over seeds,
-clipped to [0, 1]. A single seed has no interval.
+The unit is a seed, because all cases of one seed are answered by the same model. The interval is Student's t over
+seeds, clipped to [0, 1]; a single seed has none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...common.machine import markdown
 from .. import intervals
 from .arms import ARMS, DENSE_ARMS
 from .changes import CHANGES
-from .study import OURS, Row
+from .study import OURS, CellResult
 
 BEST, ORACLE = "dense", "oracle"
 
@@ -45,11 +45,11 @@ class Entry:
         return self.task, self.length, self.things
 
 
-def summarise(rows: Iterable[Row]) -> list[Entry]:
+def summarise(rows: Iterable[CellResult]) -> list[Entry]:
     """One entry per cell: tasks and lengths in order, arms and changes in the order of ARMS and CHANGES."""
     arms, changes = list(ARMS), ["", *CHANGES]
 
-    def place(row: Row) -> tuple:
+    def place(row: CellResult) -> tuple:
         cell = row.cell
         return (cell.task, cell.things, cell.length, changes.index(cell.change), arms.index(cell.arm), cell.shortlist)
 
@@ -59,8 +59,8 @@ def summarise(rows: Iterable[Row]) -> list[Entry]:
         cell, accuracies = some[0].cell, [row.accuracy for row in some]
         low, high = intervals.over_seeds(accuracies) or (None, None)
         entries.append(
-            Entry(cell.task, cell.length, cell.things, cell.arm, cell.change, cell.shortlist, mean(accuracies), low, high,
-                  mean(row.keys for row in some), len(some), sum(row.cases for row in some),
+            Entry(cell.task, cell.length, cell.things, cell.arm, cell.change, cell.shortlist, mean(accuracies), low,
+                  high, mean(row.keys for row in some), len(some), sum(row.cases for row in some),
                   mean(row.looks for row in some))
         )  # fmt: skip
     return entries

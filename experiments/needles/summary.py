@@ -35,7 +35,7 @@ def recall_table(rows: list[dict]) -> list[dict]:
 
 
 def accuracy_table(rows: list[dict]) -> list[dict]:
-    """One entry per task, way of asking, length and passage that the model read."""
+    """One entry per task, way of asking, length and method that chose the text to read."""
     table = []
     for group, some in _groups(rows):
         for method in (DENSE, *METHODS):
@@ -46,7 +46,7 @@ def accuracy_table(rows: list[dict]) -> list[dict]:
 
 
 def fading_table(rows: list[dict]) -> list[dict]:
-    """How often the answer was kept, by the share of the fact that was written."""
+    """How often the answer was kept, by the share of the fact's tokens that was written."""
     table = []
     for group, some in _groups([row for row in rows if row["task"] == "fading"]):
         for method in METHODS:
@@ -57,7 +57,7 @@ def fading_table(rows: list[dict]) -> list[dict]:
 
 
 def heat(rows: list[dict], asked: str, method: str) -> tuple[list[int], list[float], np.ndarray]:
-    """Lengths, depths and the mean answer recall `(depths, lengths)` of the single-needle grid, NaN where none ran."""
+    """Lengths, depths and mean answer recall `(depths, lengths)` of the single-needle grid; NaN where no case ran."""
     some = [row for row in rows if row["task"] == "single" and row["asked"] == asked]
     lengths, depths = sorted({row["length"] for row in some}), sorted({row["depth"] for row in some})
     grid = np.full((len(depths), len(lengths)), np.nan)
