@@ -41,10 +41,7 @@ class Study:
     def at(self, task: str, things: int, share: int, changed: bool) -> list[Entry]:
         """The entries of one task at L = length / share, and the dense ones, which have no L."""
         here = (e for e in self.entries if (e.task, e.things, bool(e.change)) == (task, things, changed))
-        return [entry for entry in here if entry.arm in DENSE_ARMS or self._at(entry, share)]
-
-    def _at(self, entry: Entry, share: int) -> bool:
-        return entry.arm not in DENSE_ARMS and entry.shortlist == self.scale.reads(entry.length, share)
+        return [e for e in here if e.arm in DENSE_ARMS or e.shortlist == self.scale.reads(e.length, share)]
 
 
 def folder() -> Path:

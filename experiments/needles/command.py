@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -90,7 +91,8 @@ def _report(out: Path, machine: dict) -> None:
     """Write and print the report of the finished cases, if there are any."""
     rows = list(read_rows(out).values())
     if rows:
-        report = write_report(out, rows, run_folder(out).settings() | machine | _versions())
+        versions = {name: version(name) if find_spec(name) else "none" for name in LIBRARIES}
+        report = write_report(out, rows, run_folder(out).settings() | machine | versions)
         typer.echo("\n".join((*sentences(report), f"Report: {out / PAGE}")))
 
 
@@ -100,13 +102,3 @@ def _shares(text: str) -> tuple[float, ...]:
     except ValueError:
         problem = f"{text!r}: must be numbers in [0, 1] separated by commas"
         raise typer.BadParameter(problem, param_hint="--depths") from None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found

@@ -51,12 +51,6 @@ def repeat_ms(run: Callable[[], object], device: torch.device, repeats: int, bud
     return times
 
 
-def timed_ms(run: Callable[[], object], device: torch.device, repeats: int, budget_s: float = 30.0) -> list[float]:
-    """`repeat_ms` after one warm-up call, which is not counted."""
-    clock(run, device)
-    return repeat_ms(run, device, repeats, budget_s)
-
-
 @contextmanager
 def captured(run: Callable[[], object], device: torch.device) -> Iterator[Callable[[], None]]:
     """Yields a function that replays a CUDA graph of `run`, which must have been called before.

@@ -8,8 +8,8 @@ import pytest
 import torch
 from benches import SMALL, saved
 from helpers import config
-from proteus_playground.experiments.speed import longest, profile, row, sampling_effect, stream
-from proteus_playground.experiments.speed.sampling_effect import continuations, repetition
+from proteus_playground.experiments.speed import longest, profile, row, stream, top_a
+from proteus_playground.experiments.speed.top_a import continuations, repetition
 
 from proteus_playground.lm.model import ModelConfig, ProteusLM
 from proteus_playground.lm.sampling import TopA
@@ -147,7 +147,7 @@ def test_rows_measure_every_arm_on_the_same_texts():
     ids = torch.cat((prompts[0], torch.tensor(one.tokens)))
     nll = -dense(ids[None])[0].log_softmax(-1)[torch.arange(8, 24), ids[9:]].mean()
     assert one.nll == pytest.approx(float(nll.detach()), abs=1e-5)
-    assert one.repetition == repetition(one.tokens) and list(sampling_effect.ARMS) == list(arms)
+    assert one.repetition == repetition(one.tokens) and list(top_a.ARMS) == list(arms)
 
 
 def test_repetition():
