@@ -105,21 +105,21 @@ class CellResult:
         return cls(Cell(**{k: v for k, v in line.items() if k not in names}), **{name: line[name] for name in names})
 
 
-def cells(scale: Scale, asked: StudySettings) -> list[Cell]:
+def cells(scale: Scale, settings: StudySettings) -> list[Cell]:
     """Every cell whose things fit its length, grouped by model. ValueError for a task that no model was taught."""
     learned = (*scale.tasks, *(RELATED if "mqar" in scale.tasks else ()))
-    strange = sorted(set(asked.tasks) - set(learned))
+    strange = sorted(set(settings.tasks) - set(learned))
     if strange:
         raise ValueError(f"tasks={strange[0]!r}: must be one that the models have learned: {', '.join(learned)}")
     wanted: dict[Cell, None] = {}
-    changes = [name for name in asked.changes if not CHANGES[name].is_own(scale)]
-    arms = [(arm, "") for arm in asked.arms] + [(OURS, change) for change in changes]
-    for seed in range(asked.seeds):
-        for task in asked.tasks:
-            for things in asked.things:
+    changes = [name for name in settings.changes if not CHANGES[name].is_own(scale)]
+    arms = [(arm, "") for arm in settings.arms] + [(OURS, change) for change in changes]
+    for seed in range(settings.seeds):
+        for task in settings.tasks:
+            for things in settings.things:
                 fewest = maker(scale, task, things, seed).fewest()
-                for length in (length for length in sorted(asked.lengths) if length >= fewest):
-                    for share in asked.shares:
+                for length in (length for length in sorted(settings.lengths) if length >= fewest):
+                    for share in settings.shares:
                         L = scale.reads(length, share)
                         for arm, change in arms:
                             reads = length if arm in DENSE_ARMS else L
@@ -128,7 +128,7 @@ def cells(scale: Scale, asked: StudySettings) -> list[Cell]:
 
 
 def study(
-    scale: Scale, asked: StudySettings, out: Path, models: Path, *, device: str = "cpu", stop: Stop | None = None
+    scale: Scale, settings: StudySettings, out: Path, models: Path, *, device: str = "cpu", stop: Stop | None = None
 ) -> Iterator[CellResult | Training]:
     """Measure the cells that `out` lacks. Yields every result, known ones first, and `Training` while models train.
 
@@ -136,8 +136,8 @@ def study(
     trained. Raises `ValueError` where `out` was measured at another scale, `Stopped`, `OSError`.
     """
     known = {row.cell: row for row in load(out, scale)}
-    wanted = cells(scale, asked)
-    done = {cell for cell in wanted if cell in known and known[cell].cases >= asked.cases}
+    wanted = cells(scale, settings)
+    done = {cell for cell in wanted if cell in known and known[cell].cases >= settings.cases}
     yield from (known[cell] for cell in wanted if cell in done)
     held, model = None, None
     for cell in (cell for cell in wanted if cell not in done):
@@ -149,7 +149,7 @@ def study(
                     yield event
                 else:
                     model = event
-        row = measure_cell(model, cell, maker(scale, cell.task, cell.things, cell.seed), asked.cases)
+        row = measure_cell(model, cell, maker(scale, cell.task, cell.things, cell.seed), settings.cases)
         known[cell] = row
         save(out, scale, list(known.values()), device)
         yield row
@@ -186,7 +186,7 @@ def measure_cell(model: ProteusLM, cell: Cell, task: Task, cases: int) -> CellRe
 def tally(model: ProteusLM, cell: Cell, task: Task, tokens: int) -> Iterator[CellResult]:
     """The row so far after every batch of about `tokens` tokens, without end."""
     device, began = model.embed.weight.device, perf_counter()
-    name, right, asked, keys, looks = environment(device)["device"], 0, 0, 0.0, 0.0
+    name, right, answers, keys, looks = environment(device)["device"], 0, 0, 0.0, 0.0
     for index in count():
         batch = task.batch(index, max(1, tokens // cell.length), cell.length)
         found = read_batch(model, batch.ids.to(device), cell)
@@ -194,9 +194,9 @@ def tally(model: ProteusLM, cell: Cell, task: Task, tokens: int) -> Iterator[Cel
         right += int((task.right(batch, found.logits.argmax(-1).cpu()) & scored).sum())
         keys += float(found.reads.cpu()[scored].sum())
         looks += float(found.looks.cpu()[scored].sum())
-        asked += int(scored.sum())
+        answers += int(scored.sum())
         spent = round(perf_counter() - began, 3)
-        yield CellResult(cell, right, asked, round(keys / asked, 3), spent, name, round(looks / asked, 3))
+        yield CellResult(cell, right, answers, round(keys / answers, 3), spent, name, round(looks / answers, 3))
 
 
 def read_batch(model: ProteusLM, ids: Tensor, cell: Cell) -> ArmOutput:

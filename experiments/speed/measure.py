@@ -99,8 +99,8 @@ def in_own_process(function: Callable, *args: object) -> object:
     call = "import json, pickle, sys; f, args = pickle.load(sys.stdin.buffer); print(json.dumps(f(*args)))"
     done = subprocess.run([sys.executable, "-c", call], input=pickle.dumps((function, args)), capture_output=True)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        raise RuntimeError(f"{function.__name__} failed in a process of its own: {said[-500:]}")
+        message = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"{function.__name__} failed in a process of its own: {message[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

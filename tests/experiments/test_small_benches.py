@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,6 +79,14 @@ def test_profile_of_what_cannot_run_says_why(run):
 def test_which_kernels_run_matrix_units(kernel, units):
     assert profile.runs_matrix_units(kernel, {"near_kernel"}) is units
     assert len(profile.short(kernel)) <= 60
+
+
+def test_our_kernels_with_a_dot_are_found():
+    pytest.importorskip("triton")
+    code = "from proteus_playground.experiments.speed.profile import our_matrix_kernels as found; print(*found())"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # it hides the source
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert {"near_kernel", "far_kernel"} <= set(done.stdout.split())
 
 
 def test_bench_layer_prints_the_table_of_the_readme(run):
