@@ -1,1 +1,1 @@
-"""Benchmarks and studies: everything that prints a figure of README or docs."""
+"""Benchmarks and studies that measure the figures in README and docs."""

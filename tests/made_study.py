@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from proteus_playground.experiments.evidence.arms import ARMS, calibrate
-from proteus_playground.experiments.evidence.study import OURS, Cell, Row, save
+from proteus_playground.experiments.evidence.study import OURS, Cell, CellResult, save
 
 from proteus_playground.lm.model import ProteusLM
 from proteus_playground.lm.recall.recipe import Scale
@@ -18,7 +18,7 @@ SCALE = Scale(width=32, heads=2, gates=4, words=WORDS, tasks=("mqar", "copying")
 CHANGED = ("no notes", "k-means prototypes")
 
 
-def rows(seeds: int = 3) -> list[Row]:
+def rows(seeds: int = 3) -> list[CellResult]:
     found = []
     for seed in range(seeds):
         for task in SCALE.tasks:
@@ -28,8 +28,8 @@ def rows(seeds: int = 3) -> list[Row]:
                     share = length if arm.startswith("dense") else L
                     right = 1000 - 60 * at - length // 2 + 9 * seed
                     cell = Cell(task, length, 8, arm, share, seed)
-                    found.append(Row(cell, right, 1000, float(share), 1.0, "made up"))
-                found += [Row(Cell(task, length, 8, OURS, L, seed, change), 700, 1000, float(L), 1.0, "made up")
+                    found.append(CellResult(cell, right, 1000, float(share), 1.0, "made up"))
+                found += [CellResult(Cell(task, length, 8, OURS, L, seed, change), 700, 1000, float(L), 1.0, "made up")
                           for change in CHANGED]  # fmt: skip
     return found
 

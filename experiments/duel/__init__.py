@@ -1,1 +1,1 @@
-"""The same model trained twice on the same text: with dense attention and with Proteus."""
+"""A model trained twice on the same text, with dense attention and with Proteus (`proteus duel`)."""

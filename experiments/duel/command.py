@@ -1,7 +1,8 @@
-"""`proteus duel`: train dense and Proteus side by side, or go on with it, and print what came out."""
+"""`proteus duel`: train a dense and a Proteus model side by side, or go on with it, and print the comparison."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -14,19 +15,23 @@ from tqdm import tqdm
 from ...common.machine import markdown
 from ...common.options import choose, pick_device
 from ...common.processes import together
-from ...common.progress import Stopped
+from ...common.progress import resumable
 from ...lm.shelf.tokenizer import ShelfTokenizer
 from ...lm.training.data import Bytes, Codec
 from .duel import PRESETS, DuelSettings, duel
 from .files import REPORT, ROWS, write_report
 
-Preset = Annotated[str, typer.Option(help=f"Of {', '.join(PRESETS)}; other options change parts of it.")]
+Preset = Annotated[str, typer.Option(help=f"Of {', '.join(PRESETS)}; other options override its values.")]
 TextName = Annotated[
     str, typer.Option(help="auto (Shakespeare, or Python's manual offline), a UTF-8 file, or hub:owner/dataset.")
 ]
-Seeds = Annotated[str, typer.Option(help="Comma-separated; each is a duel of its own, in OUT/seed-N if many.")]
-Steps = Annotated[int | None, typer.Option(help="Steps of each arm, at most.", min=1)]
-Minutes = Annotated[float | None, typer.Option(help="For both arms: fewer steps where these take longer; 0: no limit.")]
+Seeds = Annotated[
+    str, typer.Option(help="Comma-separated; each seed is a duel of its own, in OUT/seed-N if there are several.")
+]
+Steps = Annotated[int | None, typer.Option(help="Most steps of each arm.", min=1)]
+Minutes = Annotated[
+    float | None, typer.Option(help="Time for both arms; the number of steps is lowered to fit. 0: no limit.")
+]
 Length = Annotated[int | None, typer.Option(help="Tokens per text.", min=2)]
 Shortlist = Annotated[int | None, typer.Option(help="L, reads per query at alpha 1; length / 16 if left out.", min=1)]
 Tokenizer = Annotated[Path | None, typer.Option(help="A tokenizers JSON file; bytes if left out.")]
@@ -62,24 +67,19 @@ def duel_command(
 
 def _run(settings: DuelSettings, out: Path, device, precision: str, codec: Codec, quiet: bool) -> None:
     turns = duel(settings, out, device=device, precision=precision, codec=codec)
-    with tqdm(disable=quiet, unit="step", mininterval=1) as bar:
-        try:
-            for turn in turns:
-                bar.total = 2 * turn.steps
-                bar.update()
-                for score in turn.scores if not quiet else ():
-                    found = f"alpha {score.alpha:g}  perplexity {score.perplexity:.3f}"
-                    bar.write(f"{turn.arm:<8} step {score.step:>5}  {found}")
-        except (KeyboardInterrupt, Stopped):
-            turns.close()
-            typer.echo("Stopped. The same command goes on.", err=True)
-            raise typer.Exit(130) from None
+    with resumable(), closing(turns), tqdm(disable=quiet, unit="step", mininterval=1) as bar:
+        for turn in turns:
+            bar.total = 2 * turn.steps
+            bar.update()
+            for score in turn.scores if not quiet else ():
+                found = f"alpha {score.alpha:g}  perplexity {score.perplexity:.3f}"
+                bar.write(f"{turn.arm:<8} step {score.step:>5}  {found}")
     if not quiet:
-        typer.echo("\n".join((*lines(write_report(out, device)), f"Figures: {out / ROWS}, {out / REPORT}")))
+        typer.echo("\n".join((*report_lines(write_report(out, device)), f"Figures: {out / ROWS}, {out / REPORT}")))
 
 
-def lines(report: dict) -> list[str]:
-    """A report as a Markdown table, the perplexities in a sentence, and samples side by side."""
+def report_lines(report: dict) -> list[str]:
+    """A report as a Markdown table, a sentence with the perplexities, and samples side by side."""
     last = {(score["arm"], score["alpha"]): score for score in report["scores"]}  # the latest of each
     header = ["arm", "alpha", "loss", "perplexity", "tokens/s", "memory MB", "heads awake", "density", "gate entropy",
               "dead gates"]  # fmt: skip
@@ -90,19 +90,19 @@ def lines(report: dict) -> list[str]:
          *((f"{score['gate_entropy']:.2f}", score["dead_gates"]) if arm == "proteus" else ("-", "-"))]
         for (arm, alpha), score in last.items()
     ]  # fmt: skip
-    said = [markdown(header, rows)]
+    lines = [markdown(header, rows)]
     dense, ours = last.get(("dense", 0.0)), last.get(("proteus", 1.0))
     if dense and ours:
-        off = ours["perplexity"] / dense["perplexity"] - 1
-        said.append(f"Proteus at alpha 1, L = {report['asked']['shortlist']} of {report['asked']['length']} tokens: "
-                    f"perplexity {off:+.1%} against dense.")  # fmt: skip
-        said += side_by_side("dense, alpha 0\n\n" + dense["sample"], "Proteus, alpha 1\n\n" + ours["sample"])
-    return said
+        change = ours["perplexity"] / dense["perplexity"] - 1
+        lines.append(f"Proteus at alpha 1, L = {report['asked']['shortlist']} of {report['asked']['length']} tokens: "
+                    f"perplexity {change:+.1%} against dense.")  # fmt: skip
+        lines += side_by_side("dense, alpha 0\n\n" + dense["sample"], "Proteus, alpha 1\n\n" + ours["sample"])
+    return lines
 
 
 def side_by_side(left: str, right: str, width: int = 56) -> list[str]:
     """Two texts in two columns of `width` characters."""
-    columns = [[piece for line in text.splitlines() for piece in wrap(line, width) or [""]] for text in (left, right)]
+    columns = [[part for line in text.splitlines() for part in wrap(line, width) or [""]] for text in (left, right)]
     return [f"{a:<{width}} | {b}" for a, b in zip_longest(*columns, fillvalue="")]
 
 

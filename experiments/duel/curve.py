@@ -1,4 +1,4 @@
-"""The slider on a duel's trained Proteus model: held-out loss at a few alphas, from dense to the constant shortlist."""
+"""Held-out loss of a duel's trained Proteus model at several alphas, from dense to the constant shortlist."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Point:
-    """The model at one alpha."""
+    """Loss and statistics of the model at one alpha."""
 
     alpha: float
     loss: float  # nats per held-out token
-    density: float  # mean reads of a row over the keys that it could read
+    density: float  # keys read per row, as a share of the keys before it
     heads_awake: float  # per token
 
 
 @torch.no_grad()
 def held_out_loss(model: ProteusLM, texts: Tensor, tokens: int) -> float:
-    """Mean loss in nats of each next token of `texts (B, T + 1)` int64, about `tokens` of them at a time."""
+    """Mean loss per next token, in nats, of `texts (B, T + 1)` int64; about `tokens` tokens are read at a time."""
     losses = [
         F.cross_entropy(model(part[:, :-1]).flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum")
         for part in texts.split(max(1, tokens // (texts.shape[1] - 1)))
@@ -43,9 +43,9 @@ def held_out_loss(model: ProteusLM, texts: Tensor, tokens: int) -> float:
 def held_out_curve(
     out: str | Path, *, codec: Codec | None = None, device: str = "cpu", stop: Stop | None = None
 ) -> Iterator[Point]:
-    """A `Point` at each of ALPHAS for the duel in the folder `out`, which must be over. codec: as given to `duel`.
+    """A `Point` at each of ALPHAS for the finished duel in the folder `out`. codec: as given to `duel`.
 
-    Raises `FileNotFoundError` where the duel is not over, `Stopped`.
+    Raises `FileNotFoundError` if the duel is not finished, `Stopped`.
     """
     out, codec = Path(out), codec or Bytes()
     model = ProteusLM.load(out / "proteus.safetensors", device).eval()

@@ -1,7 +1,7 @@
-"""Dense against Proteus: two models, one start, the same text, batches and schedule, trained turn by turn.
+"""The duel: a dense and a Proteus model are trained in turns on the same text, batches and schedule.
 
-Both have the same width, heads and depth, and equal weights where shapes agree; Proteus has a router besides. Dense
-trains at alpha 0, Proteus first at 0 and then at an alpha drawn at random for every step.
+Both have the same width, heads and depth, and start from equal weights where shapes agree; Proteus also has a router.
+Dense trains at alpha 0, Proteus first at alpha 0 and then at a random alpha in every step.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Turn:
 
     arm: str
     step: Step
-    steps: int  # that each arm will take
-    scores: tuple[Score, ...]  # mostly empty; one per alpha where the held-out text was read after this step
-    known: bool  # it was taken before this run went on
+    steps: int  # that each arm takes in all
+    scores: tuple[Score, ...]  # one per alpha if the held-out text was read after this step, else empty
+    known: bool  # an earlier run took this step
 
 
 def duel(
@@ -46,10 +46,10 @@ def duel(
     codec: Codec | None = None,
     stop: Stop | None = None,
 ) -> Iterator[Turn]:
-    """Train both arms by turns, each step of dense followed by the same one of Proteus; first what `out` holds already.
+    """Train both arms in turns, each step of dense followed by the same step of Proteus. Known steps come first.
 
-    out: a folder, where the same call goes on after a stop or a kill. codec: default bytes. When it is over `out` holds
-    both models. Raises `ValueError` for a folder of another duel or a text that is too short, `Stopped`, `OSError`.
+    out: a folder; the same call goes on there after a stop or a kill, and at the end it holds both models. codec: bytes
+    by default. Raises `ValueError` for a folder of another duel or a text that is too short, `Stopped`, `OSError`.
     """
     out, codec = Path(out), codec or Bytes()
     text = pick_text(settings.text)
@@ -73,7 +73,7 @@ def _turns(arms: list[_Arm], out: Path, device: torch.device) -> Iterator[Turn]:
 
 
 class _Arm:
-    """One model, its training, and what is known of it."""
+    """One model, its training, and the steps and scores that earlier runs saved."""
 
     def __init__(
         self, name: str, settings: DuelSettings, tokens: Tensor, codec: Codec, out: Path, device: torch.device,
@@ -111,7 +111,7 @@ class _Arm:
         return tuple(self.scores[step, alpha] for alpha in self.alphas if (step, alpha) in self.scores)
 
     def _score(self, step: Step) -> tuple[Score, ...]:
-        """Read the held-out text at every alpha, where it is due after this step; the first process does it."""
+        """Scores at every alpha if they are due after this step; only the first process computes them."""
         if step.step not in self.due or place()[0]:
             return ()
         scores = tuple(self._read(step.step, alpha) for alpha in self.alphas)

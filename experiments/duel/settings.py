@@ -1,4 +1,4 @@
-"""What a duel is: two models of one size, one start, one text, one schedule."""
+"""Settings of a duel: the size of both models, their text and their schedule."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ SHAKESPEARE = "hub:karpathy/tiny_shakespeare"
 
 @dataclass(frozen=True)
 class DuelSettings:
-    """What a duel is; the defaults are the preset "small". `TypeError` or `ValueError` names the field."""
+    """Everything that decides a duel; the defaults are the preset "small". Errors name the field that does not fit."""
 
     text: str = "auto"  # as for `pick_text`
     seed: int = 0
     length: int = 256  # tokens per text
     tokens: int = 2048  # per step
     steps: int = 400  # of each arm, at most
-    minutes: float | None = 3.0  # for both arms: fewer steps where these would take longer; None: as long as it takes
+    minutes: float | None = 3.0  # for both arms; the number of steps is lowered to fit. None: no limit
     width: int = 96
     layers: int = 3
     heads: int = 6
-    groups: int = 2  # of keys and values
+    groups: int = 2  # KV groups
     heads_awake: int = 2  # at most, per token and group, at alpha 1
     gates: int = 4  # per group
     shortlist: int | None = None  # L, reads per query at alpha 1; None: length / 16
     dna_fraction: float = 0.25  # of L
     lr: float = 3e-3
-    scored: int = 5  # times that the held-out text is read
-    held_out: int = 24  # windows of `length` tokens of it
-    sample: int = 100  # tokens written after a prompt from it
+    scored: int = 5  # how many times the held-out text is read
+    held_out: int = 24  # windows of `length` tokens in the held-out text
+    sample: int = 100  # tokens that are generated after a prompt from the held-out text
 
     def __post_init__(self) -> None:
         if self.shortlist is None:
@@ -47,7 +47,7 @@ class DuelSettings:
         for name in ("length", "steps", "scored", "held_out", "sample", "shortlist"):
             whole_number(name, getattr(self, name), 1)
         if self.minutes is not None and not 0 < self.minutes < inf:
-            raise ValueError(f"minutes={self.minutes!r}: must be > 0, or None for as long as it takes")
+            raise ValueError(f"minutes={self.minutes!r}: must be > 0, or None for no limit")
         self.model("proteus", 2)
         self.recipe("proteus")
 
@@ -91,7 +91,7 @@ def pick_text(name: str) -> Text:
 
 
 def start(settings: DuelSettings, arm: str, vocab_size: int) -> ProteusLM:
-    """An arm's untrained model; both arms' weights are equal where they have the same shape."""
+    """An arm's untrained model. Both arms have equal weights where shapes agree."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         dense = ProteusLM(settings.model("dense", vocab_size))
@@ -103,6 +103,6 @@ def start(settings: DuelSettings, arm: str, vocab_size: int) -> ProteusLM:
 
 
 def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Nine tenths to train on, and the last tenth, which is held out."""
+    """The first nine tenths, to train on, and the last tenth, which is held out."""
     cut = len(tokens) * 9 // 10
     return tokens[:cut], tokens[cut:]

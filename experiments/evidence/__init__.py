@@ -1,1 +1,1 @@
-"""What selection by gates is worth at equal keys per query: tasks, arms, ablations, tables."""
+"""Selection by gates against other ways to choose keys, at equal keys per query (`proteus evidence`)."""

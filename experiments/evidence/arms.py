@@ -1,10 +1,10 @@
-"""How the keys of a row are chosen, at equal keys per query: ours, what others do, chance and the best there is.
+"""Arms: ways to choose the keys of a row at equal keys per query. Ours, published ones, chance and an oracle.
 
-Every arm reads the same trained weights. `L` is the cap on keys per row; ours pays for its notes out of it, while the
-block summaries that a rival looks at to choose are not counted against it. Arms that choose far keys spend the same
-share of L on them as the gates do, and the rest on the newest keys, the row itself among them.
+All arms use the same trained weights. `L` is the cap on keys per row. Our notes count as keys; the block summaries that
+a rival compares to choose its keys do not. Arms that choose far keys spend the same share of L on them as the gates do,
+and the rest on the newest keys, the row itself included.
 
-Axes: `B` batch, `T` tokens, `R` rows in hand, `H` query heads, `G` KV groups, `d` head dim, `N` blocks of keys.
+Axes: `B` batch, `T` tokens, `R` rows, `H` query heads, `G` KV groups, `d` head dim, `N` blocks of keys.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from ...attention.rope import rotate
 from ...common.checks import whole_number
 from ...lm.model import ProteusLM
 
-HELD = 1 << 23  # row-key pairs looked at at a time: 64 MB of float64 scores
+SCORES_PER_STEP = 1 << 23  # row-key pairs scored at a time: 64 MB of float64
 BLOCK = 16  # keys of a block, or fewer so that at least FEWEST_BLOCKS are chosen
 FEWEST_BLOCKS = 4
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What an arm may choose by: one layer's rotated queries and keys, and how many keys a row may read."""
+class ChoiceInputs:
+    """What an arm chooses by: one layer's rotated queries and keys, and how many keys a row may read."""
 
     q: Tensor  # (B, H, T, d)
     k: Tensor  # (B, H, T, d)
@@ -44,16 +44,16 @@ class Sight:
         return (key <= rows[:, None]) & (key > rows[:, None] - size)
 
     def blocks(self) -> tuple[int, int, int]:
-        """Keys of a block, blocks a row reads, and the newest keys that are left to the window."""
+        """(keys per block, blocks that a row reads, newest keys in its window)."""
         size = BLOCK
         while size > 1 and (size * FEWEST_BLOCKS > self.far or size > self.shortlist - self.far):
             size //= 2
         return size, self.far // size, self.shortlist - self.far // size * size
 
     def past_blocks(self, rows: Tensor) -> Tensor:
-        """How many blocks a row chooses from: `(R,)`."""
-        size, _, near = self.blocks()
-        return ((rows - near).clamp(min=-1) // size + 1).clamp(max=self.k.shape[2] // size)
+        """The number of blocks that each row chooses from: `(R,)`."""
+        size, _, newest = self.blocks()
+        return ((rows - newest).clamp(min=-1) // size + 1).clamp(max=self.k.shape[2] // size)
 
     def scores(self, rows: Tensor) -> Tensor:
         """True scores `(B, H, R, T)`, not scaled."""
@@ -61,16 +61,16 @@ class Sight:
 
     def best(self, score: Tensor, rows: Tensor) -> Tensor:
         """The window and the `far` older keys of largest `score` (broadcast to `(B, H, R, T)`)."""
-        near = self.window(rows, self.shortlist - self.far)
-        older = torch.arange(near.shape[1], device=rows.device) < rows[:, None] - (self.shortlist - self.far) + 1
-        return near | top(score, older, self.far)
+        window = self.window(rows, self.shortlist - self.far)
+        older = torch.arange(window.shape[1], device=rows.device) < rows[:, None] - (self.shortlist - self.far) + 1
+        return window | top(score, older, self.far)
 
 
-Choice = Callable[[Sight, Tensor], Tensor]  # rows (R,) -> the keys they read, bool, broadcast to (B, H, R, T)
+Choice = Callable[[ChoiceInputs, Tensor], Tensor]  # rows (R,) -> the keys they read, bool, broadcast to (B, H, R, T)
 
 
 def top(score: Tensor, allowed: Tensor, count: int) -> Tensor:
-    """The `count` largest along the last axis among `allowed`, the newer of equals, as a mask like `score`."""
+    """Mask of the `count` largest scores along the last axis among `allowed`; of equal ones the newer."""
     allowed = allowed.expand_as(score)
     count = min(count, score.shape[-1])
     if count == 0:
@@ -80,80 +80,82 @@ def top(score: Tensor, allowed: Tensor, count: int) -> Tensor:
     return torch.zeros_like(allowed).scatter(-1, found, True) & allowed
 
 
-def dense(sight: Sight, rows: Tensor) -> Tensor:
-    return sight.window(rows, sight.k.shape[2])
+def dense(inputs: ChoiceInputs, rows: Tensor) -> Tensor:
+    return inputs.window(rows, inputs.k.shape[2])
 
 
-def local(sight: Sight, rows: Tensor) -> Tensor:
-    return sight.window(rows, sight.shortlist)
+def local(inputs: ChoiceInputs, rows: Tensor) -> Tensor:
+    return inputs.window(rows, inputs.shortlist)
 
 
-def local_anchors(sight: Sight, rows: Tensor) -> Tensor:
-    """Window and the first keys (StreamingLLM; Xiao et al. 2023, https://arxiv.org/abs/2309.17453)."""
-    anchors = min(sight.anchors, sight.shortlist - 1)
-    first = torch.arange(sight.k.shape[2], device=rows.device) < anchors
-    return sight.window(rows, sight.shortlist - anchors) | (first & (first.cumsum(0) <= rows[:, None] + 1))
+def local_anchors(inputs: ChoiceInputs, rows: Tensor) -> Tensor:
+    """Window and the first keys of the text (StreamingLLM; Xiao et al. 2023, https://arxiv.org/abs/2309.17453)."""
+    anchors = min(inputs.anchors, inputs.shortlist - 1)
+    first = torch.arange(inputs.k.shape[2], device=rows.device) < anchors
+    return inputs.window(rows, inputs.shortlist - anchors) | (first & (first.cumsum(0) <= rows[:, None] + 1))
 
 
-def random_keys(sight: Sight, rows: Tensor) -> Tensor:
-    """Far keys by lot, drawn anew for every row from its place alone."""
-    H, T = sight.k.shape[1:3]
+def random_keys(inputs: ChoiceInputs, rows: Tensor) -> Tensor:
+    """Random far keys, drawn anew for every row; they depend on the row's position only."""
+    H, T = inputs.k.shape[1:3]
     keys, heads = torch.arange(T, device=rows.device), torch.arange(H, device=rows.device)[:, None, None]
-    return sight.best(_hash(keys) * (1e4 + 1e4 * _hash(rows[:, None] + 0.5 * heads)) % 1, rows)
+    return inputs.best(_hash(keys) * (1e4 + 1e4 * _hash(rows[:, None] + 0.5 * heads)) % 1, rows)
 
 
 def _hash(number: Tensor) -> Tensor:
-    """A number in [0, 1) that looks random, the same on every call and for every length of text."""
+    """A pseudorandom number in [0, 1), the same on every call and for every length of text."""
     return torch.sin(number.double() * 12.9898 + 78.233) * 43758.5453 % 1
 
 
-def salience_only(sight: Sight, rows: Tensor) -> Tensor:
-    """Far keys by how strongly the gates lure them, whatever the row asks for."""
-    return sight.best(sight.salience[:, None, None].expand(-1, -1, len(rows), -1), rows)
+def salience_only(inputs: ChoiceInputs, rows: Tensor) -> Tensor:
+    """Far keys of greatest salience, independent of the row's query."""
+    return inputs.best(inputs.salience[:, None, None].expand(-1, -1, len(rows), -1), rows)
 
 
-def oracle(sight: Sight, rows: Tensor) -> Tensor:
-    """The keys of largest true score, the row itself always."""
-    own = sight.window(rows, 1)
-    return own | top(sight.scores(rows), sight.window(rows, len(own[0])) & ~own, sight.shortlist - 1)
+def oracle(inputs: ChoiceInputs, rows: Tensor) -> Tensor:
+    """The keys of largest true score, and always the row itself."""
+    own = inputs.window(rows, 1)
+    return own | top(inputs.scores(rows), inputs.window(rows, len(own[0])) & ~own, inputs.shortlist - 1)
 
 
-def block_means(sight: Sight, rows: Tensor) -> Tensor:
+def block_means(inputs: ChoiceInputs, rows: Tensor) -> Tensor:
     """Far blocks by q . mean key (MoBA; Lu et al. 2025, https://arxiv.org/abs/2502.13189). NSA learns it."""
-    return _by_block(sight, rows, lambda q, keys: q @ keys.mean(3).transpose(-1, -2))
+    return _by_block(inputs, rows, lambda q, keys: q @ keys.mean(3).transpose(-1, -2))
 
 
-def quest(sight: Sight, rows: Tensor) -> Tensor:
+def quest(inputs: ChoiceInputs, rows: Tensor) -> Tensor:
     """Far blocks by the largest score that their keys' bounds allow (Tang et al. 2024, https://arxiv.org/abs/2406.10774)."""
 
     def bound(q: Tensor, keys: Tensor) -> Tensor:
         low, high = keys.amin(3).transpose(-1, -2), keys.amax(3).transpose(-1, -2)
         return q.clamp(min=0) @ high + q.clamp(max=0) @ low
 
-    return _by_block(sight, rows, bound)
+    return _by_block(inputs, rows, bound)
 
 
-def _by_block(sight: Sight, rows: Tensor, rate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _by_block(inputs: ChoiceInputs, rows: Tensor, rate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Window and whole past blocks of largest rating: rate(q (B, H, R, d), keys (B, H, N, size, d)) -> (B, H, R, N)."""
-    T, (size, blocks, near) = sight.k.shape[2], sight.blocks()
+    T, (size, blocks, newest) = inputs.k.shape[2], inputs.blocks()
     whole = T // size
-    rating = rate(sight.q[:, :, rows], sight.k[:, :, : whole * size].unflatten(2, (whole, size)))
-    past = torch.arange(whole, device=rows.device) < sight.past_blocks(rows)[:, None]
+    rating = rate(inputs.q[:, :, rows], inputs.k[:, :, : whole * size].unflatten(2, (whole, size)))
+    past = torch.arange(whole, device=rows.device) < inputs.past_blocks(rows)[:, None]
     chosen = top(rating, past, blocks).repeat_interleave(size, dim=-1)
-    return F.pad(chosen, (0, T - whole * size)) | sight.window(rows, near)
+    return F.pad(chosen, (0, T - whole * size)) | inputs.window(rows, newest)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """choose: which keys a row reads; None asks the layer itself, with or without notes. alpha: whether it reads the
-    weights that were trained with a random alpha. looks: what a row compares itself with to choose, and does not read:
-    `(R,)`; None for nothing, but the layer looks at its prototypes.
+    """One way to choose keys.
+
+    choose: the keys that a row reads; None stands for the layer's own pass, with or without notes. alpha: whether the
+    weights trained with a random alpha are used. looks: the number of block summaries or keys that a row compares to
+    choose, without reading them: `(R,)`; None for zero. The layer itself compares its prototypes.
     """
 
     choose: Choice | None = None
     notes: bool = True
     alpha: bool = False
-    looks: Callable[[Sight, Tensor], Tensor] | None = None
+    looks: Callable[[ChoiceInputs, Tensor], Tensor] | None = None
 
 
 ARMS = {
@@ -161,8 +163,8 @@ ARMS = {
     "local": Arm(local),
     "local + anchors": Arm(local_anchors),
     "random keys": Arm(random_keys),
-    "block means": Arm(block_means, looks=lambda sight, rows: sight.past_blocks(rows)),
-    "quest": Arm(quest, looks=lambda sight, rows: 2 * sight.past_blocks(rows)),
+    "block means": Arm(block_means, looks=lambda inputs, rows: inputs.past_blocks(rows)),
+    "quest": Arm(quest, looks=lambda inputs, rows: 2 * inputs.past_blocks(rows)),
     "salience only": Arm(salience_only),
     "gates": Arm(notes=False),
     "gates + notes": Arm(),
@@ -176,18 +178,18 @@ Attend = Callable[[ProteusAttention, Tensor], tuple[Tensor, Tensor]]  # h (B, T,
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a model said, and how much each row read to say it."""
+class ArmOutput:
+    """A model's logits, and how much each row read to compute them."""
 
     logits: Tensor  # (B, T, V)
     reads: Tensor  # (B, T) float32, keys and notes of a row, mean over layers and heads
-    looks: Tensor  # (B, T) float32, summaries it looked at to choose them
+    looks: Tensor  # (B, T) float32, summaries compared to choose them
 
 
-def read(model: ProteusLM, ids: Tensor, arm: Arm, shortlist: int, **changes) -> Reading:
-    """The model's logits where every layer reads as `arm` says, at most `shortlist` keys per row.
+def read(model: ProteusLM, ids: Tensor, arm: Arm, shortlist: int, **changes) -> ArmOutput:
+    """The model's output when every layer reads the keys that `arm` chooses, at most `shortlist` per row.
 
-    ids: `(B, T)`. changes: other fields of `AttentionConfig` for every layer, in this call only; for arms of our own.
+    ids: `(B, T)`. changes: other fields of `AttentionConfig` for every layer, in this call only.
     Raises as `walk`, and `ValueError` for routed heads where an arm replaces the layer.
     """
     whole_number("shortlist", shortlist, 1)
@@ -198,23 +200,25 @@ def read(model: ProteusLM, ids: Tensor, arm: Arm, shortlist: int, **changes) -> 
 
 
 @torch.no_grad()
-def walk(model: ProteusLM, ids: Tensor, attend: Attend) -> Reading:
-    """The model with every layer's attention computed by `attend`. Raises `ValueError` for a model in training."""
+def walk(model: ProteusLM, ids: Tensor, attend: Attend) -> ArmOutput:
+    """Run the model with `attend` in place of every layer's attention. Raises `ValueError` for a model in training."""
     if model.training:
-        raise ValueError("model.training=True: must be in evaluation mode, where prototypes stand still; call eval()")
-    stands = [_Stand(block.attn, attend) for block in model.blocks]
+        raise ValueError(
+            "model.training=True: must be in evaluation mode, in which prototypes do not change; call eval()"
+        )
+    replaced = [_Replacement(block.attn, attend) for block in model.blocks]
     try:
-        for block, stand in zip(model.blocks, stands, strict=True):
-            block.attn = stand
+        for block, replacement in zip(model.blocks, replaced, strict=True):
+            block.attn = replacement
         logits = model(ids)
     finally:
-        for block, stand in zip(model.blocks, stands, strict=True):
-            block.attn = stand.attn
-    return Reading(logits, *torch.stack([stand.counts for stand in stands]).mean(0).unbind(-1))
+        for block, replacement in zip(model.blocks, replaced, strict=True):
+            block.attn = replacement.attn
+    return ArmOutput(logits, *torch.stack([replacement.counts for replacement in replaced]).mean(0).unbind(-1))
 
 
-class _Stand(nn.Module):
-    """Stands where a layer's attention stood for one call, and knows what was read."""
+class _Replacement(nn.Module):
+    """Replaces a layer's attention for one call and keeps the counts of what was read."""
 
     def __init__(self, attn: ProteusAttention, attend: Attend):
         super().__init__()
@@ -226,7 +230,7 @@ class _Stand(nn.Module):
 
 
 def ask_layer(attn: ProteusAttention, h: Tensor, shortlist: int, **changes) -> tuple[Tensor, Tensor]:
-    """The layer's own pass at alpha 1 with another budget: `(B, T, D)`, and reads and looks `(B, T, 2)`."""
+    """The layer's own pass at alpha 1 and L = `shortlist`: `(B, T, D)`, and reads and looks `(B, T, 2)`."""
     with attn.settings(shortlist=min(shortlist, h.shape[1]), flux_alpha=1.0, **changes):
         y, stats = attn(h, return_stats=True)
     reads = stats.reads.sum(2) / stats.awake.sum(2).clamp(min=1)
@@ -239,7 +243,7 @@ def counts(reads: Tensor, looks: Tensor | int) -> Tensor:
 
 
 def choose_keys(attn: ProteusAttention, h: Tensor, arm: Arm, shortlist: int, **changes) -> tuple[Tensor, Tensor]:
-    """Attention over the keys that the arm names: `(B, T, D)`, and reads and looks `(B, T, 2)`, mean over heads."""
+    """Attention over the keys that the arm chooses: `(B, T, D)`, and reads and looks `(B, T, 2)`, mean over heads."""
     cfg = replace(attn.cfg, **changes)
     if attn.router is not None:
         raise ValueError("route_heads=True: must be False where an arm chooses keys for all heads")
@@ -250,13 +254,13 @@ def choose_keys(attn: ProteusAttention, h: Tensor, arm: Arm, shortlist: int, **c
     q, k = (rotate(x, None, attn.inv_freq).transpose(1, 2) for x in (q, k))
     k, v = (x.repeat_interleave(cfg.heads_per_group, dim=1) for x in (k, v.transpose(1, 2)))
     far = min(floor(cfg.dna_fraction * L + 1e-9), L - 1)
-    sight = Sight(q, k, salience, L, far, cfg.n_anchors)
+    inputs = ChoiceInputs(q, k, salience, L, far, cfg.n_anchors)
     out, reads = torch.empty_like(q), h.new_empty(B, T)
     for rows in rows_in_hand(out.transpose(1, 2)):
-        seen = arm.choose(sight, rows).expand(B, cfg.n_heads, len(rows), T)
+        seen = arm.choose(inputs, rows).expand(B, cfg.n_heads, len(rows), T)
         out[:, :, rows] = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=seen)
         reads[:, rows] = seen.sum(-1).float().mean(1)
-    looks = 0 if arm.looks is None else arm.looks(sight, torch.arange(T, device=h.device))
+    looks = 0 if arm.looks is None else arm.looks(inputs, torch.arange(T, device=h.device))
     return attn.o_proj(out.transpose(1, 2).flatten(2)), counts(reads, looks)
 
 
@@ -268,13 +272,13 @@ def project(attn: ProteusAttention, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rows_in_hand(q: Tensor) -> tuple[Tensor, ...]:
-    """Row numbers of q `(B, T, H, d)` in pieces of which all keys can be looked at at once."""
+    """Row numbers of q `(B, T, H, d)`, split so that the scores of one part fit in memory."""
     B, T, H, _ = q.shape
-    return torch.arange(T, device=q.device).split(max(1, HELD // (B * H * T)))
+    return torch.arange(T, device=q.device).split(max(1, SCORES_PER_STEP // (B * H * T)))
 
 
 def calibrate(model: ProteusLM, ids: Tensor, seed: int = 0) -> ProteusLM:
-    """Fit every layer's prototypes by k-means to texts `(B, T)` that the model reads densely; returns the model."""
+    """Fit every layer's prototypes by k-means to texts `(B, T)`, read at alpha 0; returns the model."""
 
     def fit(attn: ProteusAttention, h: Tensor) -> tuple[Tensor, Tensor]:
         attn.calibrate(h, seed)

@@ -1,6 +1,6 @@
-"""What each part buys: one change at a time to the models that were trained with a random alpha.
+"""Ablations: one change at a time to the models that were trained with a random alpha.
 
-Most changes are made while reading, so that the weights stay the same; those with `trained` need models of their own.
+Most changes apply to the evaluation only and use the same weights; those with `trained` need models of their own.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ AS_IT_IS = "as it is"
 
 @dataclass(frozen=True)
 class Change:
-    """part: what it is about. reads: fields of `AttentionConfig` while reading. trained: fields in training too, where
-    the model has to learn them; `half` stands for half the heads. lessons: fields of `Scale` in training. gates: this
-    many per group instead of the model's, fitted by k-means; 0 for as many as there are. salient: rings hold the most
-    salient keys of a gate, not the newest.
+    """One ablation.
+
+    part: the part that is changed. reads: fields of `AttentionConfig` in the evaluation. trained: fields in training,
+    where the model has to learn them; "half" stands for half the heads. lessons: fields of `Scale` in training. gates:
+    number of gates per group, fitted by k-means; 0 keeps their number, None keeps the gates. salient: rings hold the
+    most salient keys of a gate instead of the newest.
     """
 
     part: str
@@ -30,11 +32,11 @@ class Change:
 
     @property
     def label(self) -> str:
-        """What its model was trained with; empty where the study's own will do."""
+        """Settings that its model is trained with; empty where the study's own model is used."""
         return ",".join(f"{name}={value}" for name, value in sorted({**self.trained, **self.lessons}.items()))
 
     def is_own(self, scale: Scale) -> bool:
-        """Whether its lessons are those that the study's models have anyway."""
+        """Whether its lessons are those of the study's own models."""
         return bool(self.lessons) and all(getattr(scale, name) == value for name, value in self.lessons.items())
 
 
@@ -71,14 +73,14 @@ CHANGES = {
 
 
 def in_training(change: Change, heads: int) -> dict:
-    """The fields that a change's model is trained with. ValueError where heads cannot be halved."""
+    """Fields of `AttentionConfig` that a change's model is trained with. ValueError where heads cannot be halved."""
     if "half" in change.trained.values() and heads % 2:
         raise ValueError(f"heads={heads}: must be even for changes in which two heads share keys")
     return {name: heads // 2 if value == "half" else value for name, value in change.trained.items()}
 
 
 def with_gates(model: ProteusLM, count: int) -> ProteusLM:
-    """A model of the same weights with `count` fresh gates per group, to be calibrated; 0 keeps their number."""
+    """A model of the same weights with `count` new gates per group, not yet fitted; 0 keeps their number."""
     shape = model.cfg.to_dict()
     shape["attention"] |= {"gates_per_group": count} if count else {}
     other = ProteusLM(type(model.cfg).from_dict(shape)).to(model.embed.weight.device).eval()

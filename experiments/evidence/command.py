@@ -1,4 +1,4 @@
-"""`proteus evidence`: train what is missing, measure every arm at equal keys per query, print the tables."""
+"""`proteus evidence`: train missing models, measure every arm at equal keys per query, print the tables."""
 
 from __future__ import annotations
 
@@ -13,32 +13,42 @@ from tqdm import tqdm
 
 from ...common.files import cache_dir, check_place
 from ...common.options import choose, choose_some, parse_config, parse_lengths, pick_device
+from ...common.progress import resumable
 from ...lm.recall.recipe import ALPHA, PRESETS, RELATED, Scale, training_batches, training_recipe
 from ...lm.recall.tasks import TASKS
 from . import report as reports
 from .arms import ARMS
 from .changes import CHANGES
-from .study import Asked, Row, cells, load, study
+from .study import CellResult, StudySettings, cells, load, study
 
 EVERY = tuple(TASKS)
-ASKED = {"small": Asked(), "full": Asked(("mqar", *RELATED), (256, 512, 1024, 2048, 4096), (16, 64, 256))}
+SETTINGS = {
+    "small": StudySettings(),
+    "full": StudySettings(("mqar", *RELATED), (256, 512, 1024, 2048, 4096), (16, 64, 256)),
+}
 
 Preset = Annotated[str, typer.Option(help="small: minutes on one core; full: hours on a GPU.")]
 ScaleFields = Annotated[str, typer.Option("--scale", help='Other fields of Scale as JSON, such as {"width": 96}.')]
-Tasks = Annotated[str | None, typer.Option(help=f"Of {', '.join(EVERY)}; those that the models are trained on.")]
+Tasks = Annotated[
+    str | None, typer.Option(help=f"Of {', '.join(EVERY)}; by default those that the models are trained on.")
+]
 Lengths = Annotated[str | None, typer.Option(help="Token counts: 256,1k; 256..4k doubles.")]
-Pairs = Annotated[str | None, typer.Option(help="How many are planted: pairs, or tokens to be said again.")]
+Pairs = Annotated[str | None, typer.Option(help="Numbers of planted pairs, or of tokens to repeat.")]
 Arms = Annotated[str, typer.Option(help=f"Of {', '.join(ARMS)}; or all, or none.")]
-Changes = Annotated[str, typer.Option(help=f"One part changed at a time: all, none, or of {', '.join(CHANGES)}.")]
+Changes = Annotated[str, typer.Option(help=f"Ablations, one change at a time: all, none, or of {', '.join(CHANGES)}.")]
 Shares = Annotated[str | None, typer.Option(help="L is the length divided by this; several by commas.")]
-Seeds = Annotated[int, typer.Option(help="Models and texts of their own; 3 or more for an interval worth having.")]
-Cases = Annotated[int | None, typer.Option(help="Answers asked for in each cell and seed, at least.")]
+Seeds = Annotated[
+    int, typer.Option(help="Number of seeds, each with its own models and texts; use 3 or more for intervals.")
+]
+Cases = Annotated[int | None, typer.Option(help="Least number of answers per cell and seed.")]
 Models = Annotated[
-    Path | None, typer.Option(help="Folder of the models, trained ones are used; the cache if left out.")
+    Path | None, typer.Option(help="Folder of the models; missing ones are trained. The cache folder if left out.")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Out = Annotated[Path, typer.Option(help="JSON file; a run that was stopped goes on from what is there.")]
-Page = Annotated[Path | None, typer.Option(help="Markdown page in which tables are put between marks named as --out.")]
+Page = Annotated[
+    Path | None, typer.Option(help="Markdown page; the tables go between its marks with the name of --out.")
+]
 Report = Annotated[bool, typer.Option("--report", help="Print the tables of --out, measure nothing.")]
 
 
@@ -59,9 +69,10 @@ def evidence_command(
     page: Page = None,
     report: Report = False,
 ) -> None:
-    """How much of dense attention's recall each way of choosing keys keeps, at equal keys per query."""
-    stopped = False
-    if not report:
+    """Measure how much of dense attention's recall each way of choosing keys keeps, at equal keys per query."""
+    if report:
+        return _show(out, page)
+    with resumable(report=lambda: _show(out, page)):
         size = _scale(preset, scale)
         given = {
             "tasks": size.tasks if tasks is None else tuple(choose_some("--tasks", tasks, TASKS)),
@@ -71,21 +82,16 @@ def evidence_command(
             "shares": None if shares is None else tuple(parse_lengths(shares, "--shares")), "seeds": seeds,
             "cases": cases,
         }  # fmt: skip
-        asked = replace(ASKED[preset], **{name: value for name, value in given.items() if value is not None})
-        stopped = _run(
-            size, asked, out, models or _home(size), str(pick_device(choose("--device", device, ("cpu", "cuda"))))
-        )
-    _print(out, page)
-    if stopped:
-        typer.echo("Stopped. The same command goes on from here.", err=True)
-        raise typer.Exit(130)
+        settings = replace(SETTINGS[preset], **{name: value for name, value in given.items() if value is not None})
+        where = str(pick_device(choose("--device", device, ("cpu", "cuda"))))
+        _run(size, settings, out, models or _models_folder(size), where)
 
 
 def _scale(preset: str, fields: str) -> Scale:
     base = choose("--preset", preset, PRESETS)
     try:
         scale = replace(base, **parse_config(fields))
-        training_batches(scale, 0), training_recipe(scale, ALPHA, 0)  # refuses now what would fail after hours
+        training_batches(scale, 0), training_recipe(scale, ALPHA, 0)  # raises now what would otherwise be raised after hours
         return scale
     except TypeError as err:
         raise typer.BadParameter(f"{fields!r}: must be fields of Scale ({err})", param_hint="--scale") from None
@@ -97,31 +103,27 @@ def _some(option: str, text: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(choose_some(option, text, allowed))
 
 
-def _home(scale: Scale) -> Path:
-    """Where the models of a scale are kept unless told otherwise."""
+def _models_folder(scale: Scale) -> Path:
+    """The default folder for the models of a scale."""
     name = sha256(json.dumps(scale.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
     return cache_dir() / "evidence" / name
 
 
-def _run(scale: Scale, asked: Asked, out: Path, models: Path, device: str) -> bool:
-    """True where Ctrl+C ended it."""
+def _run(scale: Scale, settings: StudySettings, out: Path, models: Path, device: str) -> None:
+    """Run the study with a progress bar."""
     check_place(out)
-    try:
-        with tqdm(total=len(cells(scale, asked)), unit="cell", dynamic_ncols=True) as bar:
-            for event in study(scale, asked, out, models, device=device):
-                if isinstance(event, Row):
-                    cell = event.cell
-                    bar.set_postfix_str(f"{cell.change or cell.arm}, {cell.task} {cell.length:,}: {event.accuracy:.3f}")
-                    bar.update()
-                elif event.step.step % 10 == 0:
-                    bar.set_postfix_str(f"{event.name} {event.step.step}/{event.steps}, loss {event.step.loss:.3f}")
-    except KeyboardInterrupt:
-        return True
-    return False
+    with tqdm(total=len(cells(scale, settings)), unit="cell", dynamic_ncols=True) as bar:
+        for event in study(scale, settings, out, models, device=device):
+            if isinstance(event, CellResult):
+                cell = event.cell
+                bar.set_postfix_str(f"{cell.change or cell.arm}, {cell.task} {cell.length:,}: {event.accuracy:.3f}")
+                bar.update()
+            elif event.step.step % 10 == 0:
+                bar.set_postfix_str(f"{event.name} {event.step.step}/{event.steps}, loss {event.step.loss:.3f}")
 
 
-def _print(out: Path, page: Path | None) -> None:
-    """The tables of a file, on the screen and on the page."""
+def _show(out: Path, page: Path | None) -> None:
+    """Print the tables of a file, and put them on the page."""
     entries = reports.summarise(load(out))
     if not entries:
         raise ValueError(f"out={str(out)!r} holds no finished cell: run proteus evidence without --report first")

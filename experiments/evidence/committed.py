@@ -1,4 +1,4 @@
-"""The committed studies, found in a checkout and in an install, and one of their cells measured again here."""
+"""The studies that are shipped in experiments/results, and measuring one of their cells again on this machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ...lm.recall.tasks import TASKS
 from .arms import ARMS, DENSE_ARMS
 from .changes import CHANGES
 from .report import Entry, about, summarise
-from .study import Cell, Row, load, tally
+from .study import Cell, CellResult, load, tally
 
 SHARES = (2, 4, 8, 16, 32, 64)
-TOKENS = 4096  # read between two looks at the clock
+TOKENS_PER_STEP = 4096  # read between two checks of the time
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Study:
     """One JSON file of `proteus evidence`."""
 
     name: str
-    note: str  # where it was measured, on what models
+    note: str  # machine and models
     scale: Scale
     entries: tuple[Entry, ...]
 
     def shares(self, entries: list[Entry]) -> list[int]:
-        """What the length was divided by to give L, one for each L at the greatest length of `entries`."""
+        """Length divided by L, for each L at the greatest length of `entries`."""
         some = [entry for entry in entries if entry.arm not in DENSE_ARMS]
         longest = max((entry.length for entry in some), default=0)
         reads = {entry.shortlist for entry in some if entry.length == longest}
@@ -39,16 +39,13 @@ class Study:
         return sorted(by_reads[L] for L in reads & set(by_reads))
 
     def at(self, task: str, things: int, share: int, changed: bool) -> list[Entry]:
-        """The entries of one task at L = length / share; dense ones, which have no L, always."""
+        """The entries of one task at L = length / share, and the dense ones, which have no L."""
         here = (e for e in self.entries if (e.task, e.things, bool(e.change)) == (task, things, changed))
-        return [entry for entry in here if entry.arm in DENSE_ARMS or self._at(entry, share)]
-
-    def _at(self, entry: Entry, share: int) -> bool:
-        return entry.arm not in DENSE_ARMS and entry.shortlist == self.scale.shortlist(entry.length, share)
+        return [e for e in here if e.arm in DENSE_ARMS or e.shortlist == self.scale.shortlist(e.length, share)]
 
 
 def folder() -> Path:
-    """Where the committed studies are."""
+    """The folder of the shipped studies."""
     return Path(str(files("proteus_playground.experiments.results")))
 
 
@@ -65,25 +62,25 @@ def committed(where: Path | None = None) -> list[Study]:
 
 
 def can_repeat(entry: Entry) -> bool:
-    """Whether the shipped model will do: what changed was changed while reading, and not while training."""
+    """Whether the shipped model can be used: the change is one of the evaluation, not of the training or the gates."""
     change = CHANGES.get(entry.change)
     return change is None or (not change.label and change.gates is None)
 
 
 def repeat(
     entry: Entry, cases: int, *, seconds: float = 20.0, seed: int = 1_000, stop: Stop | None = None
-) -> Iterator[Row]:
-    """The shipped recall-mini asked the same, on texts of another seed: the row after every few texts.
+) -> Iterator[CellResult]:
+    """Measure an entry's cell with the shipped recall-mini on texts of another seed; yields the result so far.
 
-    Ends with at least `cases` answers, or after `seconds`. `FileNotFoundError` without its weights, `Stopped` on
-    request, `ValueError` for an entry that needs another model.
+    Ends with at least `cases` answers, or after `seconds`. Raises `FileNotFoundError` without the model's weights,
+    `Stopped` on request, `ValueError` for an entry that needs another model.
     """
     if not can_repeat(entry):
         raise ValueError(f"change={entry.change!r}: must be one that needs no model of its own")
     model, words = _recall_mini()
     cell = Cell(entry.task, entry.length, entry.things, entry.arm, entry.shortlist, seed, entry.change)
     task = TASKS[entry.task](entry.things, seed=seed, words=words).evaluation()
-    for row in tally(model, cell, task, TOKENS):
+    for row in tally(model, cell, task, TOKENS_PER_STEP):
         check_stop(stop)
         yield row
         if row.cases >= cases or row.seconds >= seconds:
@@ -98,10 +95,10 @@ def _recall_mini() -> tuple:
 
 
 def named(entry: Entry) -> str:
-    """What a reader calls it."""
+    """The name of an entry in tables and figures."""
     return entry.change or entry.arm
 
 
 def order(entries: list[Entry]) -> list[str]:
-    """The names among `entries`, as the arms and changes are listed."""
+    """The names of `entries`, in the order of ARMS and CHANGES."""
     return [name for name in (*ARMS, *CHANGES) if any(named(entry) == name for entry in entries)]

@@ -1,7 +1,7 @@
-"""A study's rows as tables and sentences: means over seeds with 95% intervals.
+"""A study's results as tables and sentences: means over seeds with 95% intervals.
 
-A seed is the unit, because the cases of one seed share a model: the interval is Student's t over seeds, clipped to
-[0, 1]. With one seed there is none.
+The unit is a seed, because all cases of one seed are answered by the same model. The interval is Student's t over
+seeds, clipped to [0, 1]; a single seed has none.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from ...common.files import write_text
 from ...common.machine import markdown
+from .. import intervals
 from .arms import ARMS, DENSE_ARMS
 from .changes import CHANGES
-from .study import OURS, Row
+from .study import OURS, CellResult
 
-# Two-sided 95% quantiles of Student's t for 1 to 9 degrees of freedom; more seeds use the last, a little too wide.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 BEST, ORACLE = "dense", "oracle"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell over its seeds."""
+    """The results of one cell over all its seeds."""
 
     task: str
     length: int
@@ -46,37 +45,29 @@ class Entry:
         return self.task, self.length, self.things
 
 
-def interval(values: list[float]) -> tuple[float, float] | None:
-    """95% interval of the mean of one figure per seed, each in [0, 1]; None for a single one."""
-    if len(values) < 2:
-        return None
-    reach = T95[min(len(values) - 1, len(T95)) - 1] * stdev(values) / len(values) ** 0.5
-    return max(0.0, mean(values) - reach), min(1.0, mean(values) + reach)
-
-
-def summarise(rows: Iterable[Row]) -> list[Entry]:
-    """One entry per cell, tasks and lengths in order, arms and changes as they are listed."""
+def summarise(rows: Iterable[CellResult]) -> list[Entry]:
+    """One entry per cell: tasks and lengths in order, arms and changes in the order of ARMS and CHANGES."""
     arms, changes = list(ARMS), ["", *CHANGES]
 
-    def place(row: Row) -> tuple:
+    def place(row: CellResult) -> tuple:
         cell = row.cell
         return (cell.task, cell.things, cell.length, changes.index(cell.change), arms.index(cell.arm), cell.shortlist)
 
     entries = []
     for _, group in groupby(sorted(rows, key=place), key=place):
         some = list(group)
-        cell, right = some[0].cell, [row.accuracy for row in some]
-        low, high = interval(right) or (None, None)
+        cell, accuracies = some[0].cell, [row.accuracy for row in some]
+        low, high = intervals.over_seeds(accuracies) or (None, None)
         entries.append(
-            Entry(cell.task, cell.length, cell.things, cell.arm, cell.change, cell.shortlist, mean(right), low, high,
-                  mean(row.keys for row in some), len(some), sum(row.cases for row in some),
+            Entry(cell.task, cell.length, cell.things, cell.arm, cell.change, cell.shortlist, mean(accuracies), low,
+                  high, mean(row.keys for row in some), len(some), sum(row.cases for row in some),
                   mean(row.looks for row in some))
         )  # fmt: skip
     return entries
 
 
 def tables(entries: list[Entry]) -> str:
-    """Markdown: for each task a table of arms, and one of changes; a column is a length and a number of things."""
+    """Markdown: for each task a table of arms and one of changes; a column is a length, a number of things and an L."""
     parts = []
     for changed, title in ((False, "arms"), (True, "one change at a time")):
         mine = [entry for entry in entries if bool(entry.change) == changed]
@@ -105,7 +96,7 @@ def _cell(entry: Entry | None) -> str:
 
 
 def sentences(entries: list[Entry]) -> list[str]:
-    """What came out against what was to be reached: our share of dense, and every rival ahead of us."""
+    """One sentence per place: our share of dense attention's accuracy, and every rival ahead of us."""
     lines = []
     main = [entry for entry in entries if not entry.change]
     for place in dict.fromkeys(entry.place for entry in main):
@@ -123,7 +114,7 @@ def sentences(entries: list[Entry]) -> list[str]:
 
 
 def about(held: dict, entries: list[Entry]) -> str:
-    """Where it was measured, on what models, and on how many seeds and cases."""
+    """Machine, models, and numbers of seeds and cases of a study."""
     on, scale = held["about"], held["scale"]
     seeds = ", ".join(map(str, sorted({entry.seeds for entry in entries})))
     stages = ", ".join(f"{steps:,} steps at {length:,}" for length, steps in scale["stages"])
@@ -136,7 +127,7 @@ def about(held: dict, entries: list[Entry]) -> str:
 
 
 def fill(page: Path, name: str, text: str) -> None:
-    """Put `text` between the page's marks of that name. ValueError where they are missing."""
+    """Replace what is between the page's marks of that name by `text`. ValueError where the marks are missing."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     held = page.read_text(encoding="utf-8")
     if held.count(begin) != 1 or held.count(end) != 1:

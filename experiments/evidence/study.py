@@ -1,6 +1,6 @@
-"""The study's loop: every cell is measured once and written down at once, so that a run can go on.
+"""The study's loop. Every cell is measured once and saved at once, so that a stopped run can go on.
 
-A cell is one task, length, number of things, arm, L and seed. A seed is a model and the texts it is asked about.
+A cell is one task, length, number of things, arm, L and seed. A seed decides a model and the texts that test it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ...lm.model import ProteusLM
 from ...lm.recall.recipe import ALPHA, DENSE, RELATED, Scale, training_batches
 from ...lm.recall.task import Task
 from ...lm.recall.tasks import TASKS
-from .arms import ARMS, DENSE_ARMS, Reading, calibrate, read, walk
+from .arms import ARMS, DENSE_ARMS, ArmOutput, calibrate, read, walk
 from .changes import AS_IT_IS, CHANGES, in_training, with_gates
 from .rings import attend_by_rings
 from .subjects import Training, prepare
 
 OURS = "gates + notes + trained alpha"
-CALIBRATION = 1 << 14  # tokens of training text that k-means sees
-UNREAD = 10**9  # index of a batch that no training reaches
-HOW_MANY = 1 << 14  # tokens read at a time
+CALIBRATION = 1 << 14  # tokens of training text that k-means is fitted to
+UNTRAINED_BATCH = 10**9  # index of a batch that no training reaches
+TOKENS_PER_BATCH = 1 << 14
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a run measures. ValueError names the field that does not fit."""
+class StudySettings:
+    """What a run measures. `ValueError` names the field that does not fit."""
 
     tasks: tuple[str, ...] = ("mqar",)
     lengths: tuple[int, ...] = (256, 512, 1024)
@@ -74,21 +74,21 @@ class Cell:
 
     @property
     def subject(self) -> tuple[str, str]:
-        """Kind of the model that reads, and what it was trained with beside its scale."""
+        """Kind of the model that answers, and the settings beside its scale that it was trained with."""
         return ALPHA if ARMS[self.arm].alpha else DENSE, CHANGES[self.change or AS_IT_IS].label
 
 
 @dataclass(frozen=True)
-class Row:
-    """What was found in a cell."""
+class CellResult:
+    """The measurements of one cell."""
 
     cell: Cell
-    right: int
+    right: int  # answers
     cases: int  # answers asked for
-    keys: float  # keys and notes read per row that answers, mean over them and over layers and heads
+    keys: float  # keys and notes read per answering row, mean over these rows, layers and heads
     seconds: float
     device: str
-    looks: float = 0.0  # summaries compared with to choose the keys, likewise
+    looks: float = 0.0  # block summaries or prototypes compared to choose the keys, likewise
 
     @property
     def accuracy(self) -> float:
@@ -100,26 +100,26 @@ class Row:
         return found.pop("cell") | found
 
     @classmethod
-    def from_dict(cls, line: dict) -> Row:
+    def from_dict(cls, line: dict) -> CellResult:
         names = ("right", "cases", "keys", "seconds", "device", "looks")
         return cls(Cell(**{k: v for k, v in line.items() if k not in names}), **{name: line[name] for name in names})
 
 
-def cells(scale: Scale, asked: Asked) -> list[Cell]:
-    """Every cell that fits its length, those of one model together. ValueError for a task that nobody has learned."""
+def cells(scale: Scale, settings: StudySettings) -> list[Cell]:
+    """Every cell whose things fit its length, grouped by model. ValueError for a task that no model was taught."""
     learned = (*scale.tasks, *(RELATED if "mqar" in scale.tasks else ()))
-    strange = sorted(set(asked.tasks) - set(learned))
+    strange = sorted(set(settings.tasks) - set(learned))
     if strange:
         raise ValueError(f"tasks={strange[0]!r}: must be one that the models have learned: {', '.join(learned)}")
     wanted: dict[Cell, None] = {}
-    changes = [name for name in asked.changes if not CHANGES[name].is_own(scale)]
-    arms = [(arm, "") for arm in asked.arms] + [(OURS, change) for change in changes]
-    for seed in range(asked.seeds):
-        for task in asked.tasks:
-            for things in asked.things:
+    changes = [name for name in settings.changes if not CHANGES[name].is_own(scale)]
+    arms = [(arm, "") for arm in settings.arms] + [(OURS, change) for change in changes]
+    for seed in range(settings.seeds):
+        for task in settings.tasks:
+            for things in settings.things:
                 fewest = maker(scale, task, things, seed).min_length()
-                for length in (length for length in sorted(asked.lengths) if length >= fewest):
-                    for share in asked.shares:
+                for length in (length for length in sorted(settings.lengths) if length >= fewest):
+                    for share in settings.shares:
                         L = scale.shortlist(length, share)
                         for arm, change in arms:
                             reads = length if arm in DENSE_ARMS else L
@@ -128,16 +128,16 @@ def cells(scale: Scale, asked: Asked) -> list[Cell]:
 
 
 def study(
-    scale: Scale, asked: Asked, out: Path, models: Path, *, device: str = "cpu", stop: Stop | None = None
-) -> Iterator[Row | Training]:
-    """Measure what `out` does not hold yet and yield every row, known ones first; in between, models being trained.
+    scale: Scale, settings: StudySettings, out: Path, models: Path, *, device: str = "cpu", stop: Stop | None = None
+) -> Iterator[CellResult | Training]:
+    """Measure the cells that `out` lacks. Yields every result, known ones first, and `Training` while models train.
 
-    out: JSON file of all rows so far. models: folder of the models, as `prepare` keeps them; one that is
-    missing is trained. Raises `ValueError` where `out` was measured at another scale, `Stopped`, `OSError`.
+    out: JSON file of all results so far. models: folder of the models, as `prepare` keeps them; a missing model is
+    trained. Raises `ValueError` where `out` was measured at another scale, `Stopped`, `OSError`.
     """
     known = {row.cell: row for row in load(out, scale)}
-    wanted = cells(scale, asked)
-    done = {cell for cell in wanted if cell in known and known[cell].cases >= asked.cases}
+    wanted = cells(scale, settings)
+    done = {cell for cell in wanted if cell in known and known[cell].cases >= settings.cases}
     yield from (known[cell] for cell in wanted if cell in done)
     held, model = None, None
     for cell in (cell for cell in wanted if cell not in done):
@@ -149,7 +149,7 @@ def study(
                     yield event
                 else:
                     model = event
-        row = measure(model, cell, maker(scale, cell.task, cell.things, cell.seed), asked.cases)
+        row = measure_cell(model, cell, maker(scale, cell.task, cell.things, cell.seed), settings.cases)
         known[cell] = row
         save(out, scale, list(known.values()), device)
         yield row
@@ -161,10 +161,10 @@ def maker(scale: Scale, task: str, things: int, seed: int) -> Task:
 
 
 def _subject(scale: Scale, cell: Cell, models: Path, device: str, stop: Stop | None) -> Iterator[Training | ProteusLM]:
-    """The model that a cell reads with, its gates fitted where training left none or others are wanted."""
+    """The model that answers in a cell; gates are fitted where training did not fit them or their number changes."""
     kind, trained = cell.subject
     change = CHANGES[cell.change or AS_IT_IS]
-    fields, scale = in_training(change, scale.heads), replace(scale, **change.lessons)
+    fields, scale = in_training(change, scale.heads), replace(scale, **change.training_batches)
     for event in prepare(scale, kind, cell.seed, models, change=trained, device=device, stop=stop, **fields):
         if isinstance(event, Training):
             yield event
@@ -172,48 +172,48 @@ def _subject(scale: Scale, cell: Cell, models: Path, device: str, stop: Stop | N
         model = event if change.gates is None else with_gates(event, change.gates)
         if kind == DENSE or change.gates is not None:
             length = max(length for length, _ in scale.stages)
-            ids = training_batches(scale, cell.seed).batch(UNREAD, max(1, CALIBRATION // length), length).ids
+            ids = training_batches(scale, cell.seed).batch(UNTRAINED_BATCH, max(1, CALIBRATION // length), length).ids
             model = calibrate(model, ids.to(device), cell.seed)
         yield model
 
 
-def measure(model: ProteusLM, cell: Cell, task: Task, cases: int) -> Row:
-    """Ask batch after batch until `cases` answers were due."""
-    return next(row for row in tally(model, cell, task, HOW_MANY) if row.cases >= cases)
+def measure_cell(model: ProteusLM, cell: Cell, task: Task, cases: int) -> CellResult:
+    """Read batch after batch until at least `cases` answers were asked for."""
+    return next(row for row in tally(model, cell, task, TOKENS_PER_BATCH) if row.cases >= cases)
 
 
 @torch.no_grad()
-def tally(model: ProteusLM, cell: Cell, task: Task, tokens: int) -> Iterator[Row]:
+def tally(model: ProteusLM, cell: Cell, task: Task, tokens: int) -> Iterator[CellResult]:
     """The row so far after every batch of about `tokens` tokens, without end."""
     device, began = model.embed.weight.device, perf_counter()
-    name, right, asked, keys, looks = environment(device)["device"], 0, 0, 0.0, 0.0
+    name, right, answers, keys, looks = environment(device)["device"], 0, 0, 0.0, 0.0
     for index in count():
         batch = task.batch(index, max(1, tokens // cell.length), cell.length)
-        found = look(model, batch.ids.to(device), cell)
+        found = read_batch(model, batch.ids.to(device), cell)
         scored = batch.targets != IGNORED
         right += int((task.correct(batch, found.logits.argmax(-1).cpu()) & scored).sum())
         keys += float(found.reads.cpu()[scored].sum())
         looks += float(found.looks.cpu()[scored].sum())
-        asked += int(scored.sum())
+        answers += int(scored.sum())
         spent = round(perf_counter() - began, 3)
-        yield Row(cell, right, asked, round(keys / asked, 3), spent, name, round(looks / asked, 3))
+        yield CellResult(cell, right, answers, round(keys / answers, 3), spent, name, round(looks / answers, 3))
 
 
-def look(model: ProteusLM, ids: Tensor, cell: Cell) -> Reading:
-    """One batch, read as the cell says."""
+def read_batch(model: ProteusLM, ids: Tensor, cell: Cell) -> ArmOutput:
+    """One batch `(B, T)`, read by the cell's arm or change."""
     change = CHANGES[cell.change or AS_IT_IS]
     if change.salient:
         return walk(model, ids, lambda attn, h: attend_by_rings(attn, h, cell.shortlist, True, **change.reads))
     return read(model, ids, ARMS[cell.arm], cell.shortlist, **change.reads)
 
 
-def load(out: Path, scale: Scale | None = None) -> list[Row]:
-    """The rows of a file, none where it is missing. ValueError where it is not a study's, or of another scale."""
+def load(out: Path, scale: Scale | None = None) -> list[CellResult]:
+    """The results in a file, none where it is missing. ValueError for another kind of file or another scale."""
     if not out.is_file():
         return []
     try:
         held = json.loads(out.read_text(encoding="utf-8"))
-        rows = [Row.from_dict(line) for line in held["rows"]]
+        rows = [CellResult.from_dict(line) for line in held["rows"]]
         there = held["scale"]
     except (ValueError, KeyError, TypeError) as err:
         raise ValueError(f"out={str(out)!r}: must be what proteus evidence wrote, or no file yet ({err!r})") from err
@@ -226,7 +226,7 @@ def load(out: Path, scale: Scale | None = None) -> list[Row]:
     return rows
 
 
-def save(out: Path, scale: Scale, rows: list[Row], device: str) -> None:
-    """All rows so far, whole or not at all."""
+def save(out: Path, scale: Scale, rows: list[CellResult], device: str) -> None:
+    """Write all results so far, whole or not at all."""
     about = environment(torch.device(device))
     write_json(out, {"about": about, "scale": scale.to_dict(), "rows": [row.to_dict() for row in rows]})

@@ -1,4 +1,4 @@
-"""The models that evidence is measured on: how large, what they are trained on, and where they are kept."""
+"""The models that the study measures: trained where they are missing, and kept in a folder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ...lm.model import ProteusLM
 from ...lm.recall.recipe import Scale, training_batches, training_recipe
 from ...lm.training import Step, train
 
-WORKERS = 2  # processes that write texts ahead where another device trains
+WORKERS = 2  # processes that prepare texts while another device trains
 
 
 @dataclass(frozen=True)
 class Training:
-    """A model is being trained."""
+    """One step of a model's training."""
 
     name: str
     step: Step
@@ -36,10 +36,10 @@ def prepare(
     stop: Stop | None = None,
     **changes,
 ) -> Iterator[Training | ProteusLM]:
-    """The model of a kind and seed: read from `folder`, or trained and kept there; last of all it is yielded itself.
+    """Load the model of a kind and seed from `folder`, or train it and save it there. Yields it last.
 
-    kind: DENSE, trained at alpha 0, or ALPHA, at an alpha drawn anew for every step. change: a name for `changes`,
-    other fields of `AttentionConfig`. Raises as `train`, and `ValueError` for a file that holds no model.
+    kind: DENSE, trained at alpha 0, or ALPHA, trained at a random alpha in every step. change: a name for `changes`,
+    which are other fields of `AttentionConfig`. Raises as `train`, and `ValueError` for a file that holds no model.
     """
     name = "-".join(part for part in (kind, change, str(seed)) if part)
     path = folder / name / "model.safetensors"

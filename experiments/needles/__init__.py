@@ -1,1 +1,1 @@
-"""Experiments as generators of dataclasses: one loop for the command line, the tests and the notebooks."""
+"""The validation suite: facts planted in long documents, and whether the buffer keeps them (`proteus verify`)."""

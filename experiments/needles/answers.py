@@ -1,6 +1,6 @@
-"""Did the model answer? It reads the best tokens of a buffer and the question, and its reply is compared.
+"""Did the model answer? It reads the best tokens of a buffer and the question, and its reply is checked.
 
-Recall says what was there to be read, accuracy what a model of this size made of it: they are never mixed.
+Recall measures the buffer and accuracy the model that reads it, so the two are reported separately.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ DENSE = "dense"
 
 
 class Reader(Answerer, Protocol):
-    """A language model as pass 2 sees it, that knows how many tokens it can read at once."""
+    """A language model for pass 2, with the number of tokens that it can read at once."""
 
     context: int
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What was said and whether an accepted answer stands in it."""
+    """A model's reply, and whether it contains an accepted answer."""
 
     text: str
     right: bool
 
 
 def answer(reader: Reader, store: PlantedStore, case: NeedleCase, kept: Kept | None, most: int) -> Reply | None:
-    """Ask `reader` the case's question. kept: what may be read, `most` tokens of it; None for the whole document, which
-    is dense reading, and gives None where it does not fit the model."""
+    """The reply of `reader` to the case's question.
+
+    kept: the tokens that it may read, of which it gets the best `most`. None stands for the whole document; where that
+    does not fit the model, there is no reply and None is returned.
+    """
     if kept is None and len(store) + ROOM > reader.context:
         return None
     positions = np.arange(len(store)) if kept is None else kept.best(min(most, reader.context - ROOM))
@@ -45,12 +48,12 @@ def answer(reader: Reader, store: PlantedStore, case: NeedleCase, kept: Kept | N
 
 
 def matches(reply: str, accepted: tuple[str, ...]) -> bool:
-    """True where one of `accepted` stands in `reply` as whole words, whatever the case and the punctuation."""
+    """Whether `reply` contains one of `accepted` as whole words; case and punctuation do not matter."""
     return any(f" {plain(text)} " in f" {plain(reply)} " for text in accepted)
 
 
 def plain(text: str) -> str:
-    """Lower-case words and numbers with one space between them."""
+    """The words and numbers of a text, in lower case with one space between them."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     return " ".join(re.findall(r"\d+(?::\d+)?|[^\W\d_]+(?:'[^\W\d_]+)?|%", text))

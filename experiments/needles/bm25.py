@@ -1,6 +1,6 @@
-"""BM25, the rival to beat at equal buffer: windows of the document ranked by the words they share with the question.
+"""BM25, a rival at equal buffer size: windows of the document, ranked by the words they share with the question.
 
-The ranking is bm25s's, the stems are Snowball's. Windows overlap by half, so that no fact has to be cut in two.
+The library bm25s ranks, Snowball makes the stems. Windows overlap by half, so that a short fact lies whole in one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WINDOW = 2 * STRIDE
 
 
 def stems(texts: list[str]) -> list[list[str]]:
-    """The stems of each text's content words, as BM25 sees them. ImportError without the `verify` extra."""
+    """The stems of each text's content words, as BM25 compares them. ImportError without the `verify` extra."""
     try:
         import bm25s
         import snowballstemmer
@@ -30,20 +30,20 @@ def stems(texts: list[str]) -> list[list[str]]:
 
 
 class WindowIndex:
-    """Ranks the windows of one haystack for many cases: only windows that a case has written to are read again."""
+    """Ranks the windows of one haystack for many cases; only windows that a case has changed are stemmed again."""
 
     def __init__(self, tokens: np.ndarray, words: Words):
         self._words = words
         self._stems = stems([read(tokens[at : at + WINDOW], words) for at in range(0, len(tokens), STRIDE)])
 
     def rank(self, store: PlantedStore, case: NeedleCase, seed: int) -> np.ndarray:
-        """Positions of the document, best window first, each once; windows that share no word come last, shuffled."""
+        """Each position of the document once, best window first; windows that share no word come last, shuffled."""
         import bm25s
 
         total = -(-case.length // STRIDE)
         texts = self._stems[:total]
         changed = {at // STRIDE for start, ids in case.written for at in range(start, start + len(ids))}
-        changed |= {at - 1 for at in changed} | {total - 2, total - 1}  # the last ones end with the document
+        changed |= {at - 1 for at in changed} | {total - 2, total - 1}  # the last windows end with the document
         changed = sorted(at for at in changed if 0 <= at < total)
         fresh = stems([read(store.read(*_span(at, case.length)), self._words) for at in changed])
         for at, text in zip(changed, fresh, strict=True):
@@ -61,7 +61,7 @@ def _span(window: int, length: int) -> tuple[int, int]:
 
 
 def _positions(order: np.ndarray, length: int) -> np.ndarray:
-    """The tokens of windows in `order`, each at its first window: `(length,)`."""
+    """The positions of the windows in `order`, each where it first occurs: `(length,)`."""
     halves = np.stack([order, order + 1], axis=1).ravel()  # a window is two strides
     _, first = np.unique(halves, return_index=True)
     halves = halves[np.sort(first)]

@@ -1,7 +1,7 @@
-"""Long documents of real English, as tokens with the places where a sentence ends.
+"""Long documents of real English, as tokens with the positions of sentence ends.
 
-Python's pydoc topics are in every install; the Jargon File and the King James text are there where Debian's
-`jargon-text` and `bible-kjv` are; anything `load_text` reads may stand in for them.
+Python's pydoc topics are part of every installation. The Jargon File and the King James text need Debian's packages
+`jargon-text` and `bible-kjv`. Any text that `load_text` reads can be used instead.
 
 Axes: `T` tokens, `E` sentence ends.
 """
@@ -28,25 +28,25 @@ CHAPTER, VERSE = re.compile(r"^\w+?\d+:1 ", re.MULTILINE), re.compile(r"^\w+?\d+
 
 
 class Words(Protocol):
-    """A tokenizer: `vocabulary[i]` is what token i reads as."""
+    """A tokenizer: `vocabulary[i]` is the text of token i."""
 
     vocabulary: list[str]
 
     def encode(self, body: str) -> np.ndarray:
-        """Token ids `(n,)` int32 of a text, nothing added."""
+        """Token ids `(n,)` int32 of a text, without special tokens."""
 
 
 def read(ids: np.ndarray, words: Words) -> str:
-    """Tokens as text."""
+    """The text of some tokens."""
     return "".join(words.vocabulary[i] for i in ids.tolist())
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """A document into which facts can be written."""
+    """A document into which facts are written."""
 
     tokens: np.ndarray  # (T,) int32
-    ends: np.ndarray  # (E,) int64, rising: a sentence ends before each of these tokens; the first is 0
+    ends: np.ndarray  # (E,) int64, increasing: a sentence ends before each of these tokens; the first is 0
     note: str  # where it came from and how often it was repeated
 
     @property
@@ -55,34 +55,35 @@ class Haystack:
 
 
 def installed() -> list[str]:
-    """The names that `build` knows and that are on this machine."""
-    return ["pydoc", *["jargon"] * JARGON.is_file(), *["bible"] * bool(shutil.which(BIBLE[0]))]
+    """The names of texts for `build` that are on this machine."""
+    there = {"pydoc": True, "jargon": JARGON.is_file(), "bible": shutil.which(BIBLE[0])}
+    return [name for name, found in there.items() if found]
 
 
 def build(name: str, length: int, words: Words, seed: int = 0) -> Haystack:
     """`length` tokens of English.
 
-    name: "pydoc", "jargon", "bible", what `load_text` reads (a file), several joined by "+", or "auto" for all that
-    are installed. A text that is too short is read again with its paragraphs shuffled by `seed`, as often as it
-    takes, and the note says so. ValueError for a name that is none or a length below 1.
+    name: "pydoc", "jargon", "bible", anything that `load_text` reads (a file), several joined by "+", or "auto" for all
+    that are installed. A text that is too short is repeated with its paragraphs shuffled by `seed`, and the note says
+    so. ValueError for an unknown name or a length below 1.
     """
     if length < 1:
         raise ValueError(f"length={length!r}: must be >= 1")
     found = [_source(part) for part in (installed() if name == "auto" else name.split("+"))]
     paragraphs = [part for body, _ in found for part in re.split(r"\n\s*\n", body) if part.strip()]
-    rng, order, have, reads = np.random.default_rng(seed), np.arange(len(paragraphs)), 0, 0
+    rng, order, count, reads = np.random.default_rng(seed), np.arange(len(paragraphs)), 0, 0
     parts: list[np.ndarray] = []
     known: dict[int, list[np.ndarray]] = {}
-    while have < length:
+    while count < length:
         for index in order:
             if index not in known:
                 sentences = SENTENCE.split("\n\n" + paragraphs[index].strip())
                 known[index] = [ids for ids in map(words.encode, sentences) if len(ids)]
             parts += known[index]
-            have += sum(map(len, known[index]))
-            if have >= length:
+            count += sum(map(len, known[index]))
+            if count >= length:
                 break
-        if not have:
+        if not count:
             raise ValueError(f"haystack={name!r} has no tokens: allowed is a text with words")
         order, reads = rng.permutation(len(paragraphs)), reads + 1
     ends = np.cumsum([0, *map(len, parts)])
@@ -92,7 +93,7 @@ def build(name: str, length: int, words: Words, seed: int = 0) -> Haystack:
 
 
 def _source(name: str) -> tuple[str, str]:
-    """Text and where it came from."""
+    """A text and where it comes from."""
     if name == "pydoc":
         text = load_text(TOPICS)
     elif name == "jargon" and JARGON.is_file():

@@ -1,4 +1,4 @@
-"""Was the needle in the buffer? Ours beside the same number of tokens taken at random, by recency and by BM25.
+"""Was the needle in the buffer? Our buffer beside as many tokens chosen at random, by recency and by BM25.
 
 Axes: `T` tokens of a document, `K` tokens kept.
 """
@@ -21,11 +21,11 @@ METHODS = (OURS, *RIVALS)
 
 @dataclass(frozen=True)
 class Kept:
-    """What one method keeps of a document: the same number of tokens for every method."""
+    """The tokens of a document that one method keeps; their number is the same for all methods."""
 
     method: str
     ranked: np.ndarray  # (K,) int64 positions, best first
-    in_order: bool  # the buffer's positions are of the document, and each stands behind the one before it
+    in_order: bool  # positions are valid and strictly increasing
 
     def best(self, most: int) -> np.ndarray:
         """The `most` best positions, in the document's order."""
@@ -34,17 +34,17 @@ class Kept:
 
 @dataclass(frozen=True)
 class Recall:
-    """How much of a case's needles is kept, each a share in [0, 1] of all needles."""
+    """How much of a case's needles is kept, as shares in [0, 1]."""
 
-    tokens: float  # mean share of a needle's tokens
-    whole: float  # needles of which every token is there
-    answer: float  # needles of which every token of the answer is there
-    decoys: float | None  # mean share of the distractors' tokens
-    each: tuple[float, ...]  # by needle: 1 where the answer is there whole, else 0
+    tokens: float  # mean share of each needle's tokens
+    whole: float  # share of needles whose tokens are all kept
+    answer: float  # share of needles whose answer is kept with every token
+    decoys: float | None  # mean share of each distractor's tokens
+    each: tuple[float, ...]  # for each needle 1 if its answer is kept with every token, else 0
 
 
 def kept_by_us(store: PlantedStore, scorer: Scorer, plan: StreamPlan, stop: Stop | None = None) -> Kept:
-    """The buffer that pass 1 leaves. Raises `Stopped` between chunks."""
+    """The buffer after pass 1. Raises `Stopped` between chunks."""
     for step in stream(store, scorer, plan, stop=stop):
         buffer = step.buffer
     at = buffer.position
@@ -53,7 +53,7 @@ def kept_by_us(store: PlantedStore, scorer: Scorer, plan: StreamPlan, stop: Stop
 
 
 def kept_by_rival(method: str, store: PlantedStore, case: NeedleCase, count: int, index: WindowIndex) -> Kept:
-    """`count` tokens, chosen by another method. ValueError for a method that is none."""
+    """`count` tokens chosen by another method. ValueError for an unknown method."""
     if method == "bm25":
         ranked = index.rank(store, case, case.seed)
     elif method == "random":
@@ -69,7 +69,7 @@ def kept_by_rival(method: str, store: PlantedStore, case: NeedleCase, count: int
 
 
 def recall(kept: Kept, case: NeedleCase) -> Recall:
-    """Scores of one method on one case."""
+    """The shares of a case's needles and distractors that are kept."""
     inside = np.zeros(case.length, bool)
     inside[kept.ranked] = True
 
@@ -82,8 +82,8 @@ def recall(kept: Kept, case: NeedleCase) -> Recall:
 
 
 def describe_methods() -> str:
-    """What the rivals do, for the report."""
+    """A sentence about the rivals for the report."""
     return (
         f"Rivals keep exactly as many tokens: bm25 the best windows of {WINDOW} tokens, one every {STRIDE}, by stems "
-        f"shared with the prompt; random takes windows of {WINDOW}; recency takes the last tokens."
+        f"shared with the prompt; random keeps random windows of {WINDOW}; recency keeps the last tokens."
     )

@@ -1,4 +1,4 @@
-"""Who is examined: a language model, or a random layer that shows what chance gives."""
+"""What the suite examines: a language model, or a random layer that shows the chance level."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Subject:
-    """Everything the suite needs of a model."""
+    """Everything that the suite needs from a model."""
 
     name: str
     note: str  # one sentence for the report
     words: Words
     scorer: Callable[[str], Scorer]  # prompt -> scorer
-    reader: Reader | None  # None where it cannot answer
+    reader: Reader | None  # None if it cannot answer
     device: str
     dtype: str
 
@@ -34,8 +34,8 @@ def load(
 ) -> Subject:
     """A subject by name: "layer", or a pulled model. ValueError for another name or dtype.
 
-    cache: a file for keys by content. dtype: "float32", "bfloat16" or "float16"; bfloat16 halves the time on a CPU that
-    multiplies it (AVX512-BF16, AMX). answers: whether the model will be asked to answer, too.
+    cache: a file for the keys of chunks, by content. dtype: "float32", "bfloat16" or "float16"; bfloat16 halves the
+    time on a CPU with AVX512-BF16 or AMX. answers: whether the model will also be asked to answer.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: allowed is {', '.join(DTYPES)}")
@@ -54,7 +54,7 @@ def _layer(seed: int = 0) -> Subject:
         torch.manual_seed(seed)
         attn = ProteusAttention(AttentionConfig(d_model=WIDTH, n_heads=4, n_kv_heads=2, head_dim=16)).eval()
 
-    class OfWords:
+    class WordScorer:
         def __init__(self, prompt: str):
             ids = words.encode(prompt)
             labels = [words.vocabulary[i].strip() for i in ids]
@@ -64,9 +64,10 @@ def _layer(seed: int = 0) -> Subject:
         def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return self._inner.score(words.table[rows])
 
+    # Part of a run's settings: with other words, folders of earlier runs could not go on.
     note = ("One attention layer with random weights over whole words: its recall is what chance gives, and it cannot "
             "answer.")  # fmt: skip
-    return Subject("random layer", note, words, OfWords, None, "cpu", "float32")
+    return Subject("random layer", note, words, WordScorer, None, "cpu", "float32")
 
 
 def _model(name: str, device: str, cache: Path | None, dtype: str, answers: bool) -> Subject:

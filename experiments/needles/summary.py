@@ -1,6 +1,6 @@
 """Finished cases as tables: means with 95% intervals, by task, way of asking, length and method.
 
-A case is the unit. Where every case is right or wrong the interval is Wilson's, else a bootstrap over cases.
+The unit is a case. Where every case is right or wrong the interval is Wilson's, else a bootstrap over cases.
 """
 
 from __future__ import annotations
@@ -10,33 +10,15 @@ from itertools import groupby
 
 import numpy as np
 
+from ..intervals import over_cases
 from .answers import DENSE
 from .retrieval import METHODS
-
-RESAMPLES = 2000
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """95% interval of the mean of `values`, each in [0, 1]; the whole range for fewer than two shares."""
-    try:
-        from scipy import stats
-    except ImportError as err:
-        raise ImportError(f"intervals need the verify extra: pip install 'proteus-playground[verify]' ({err})") from err
-    if all(value in (0, 1) for value in values):
-        low, high = stats.binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
-    elif len(values) < 2:
-        low, high = 0.0, 1.0
-    else:
-        sample, seed = (np.asarray(values),), np.random.default_rng(0)
-        found = stats.bootstrap(sample, np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed)
-        low, high = found.confidence_interval
-    return float(low), float(high)
 
 
 def share(values: Iterable[float]) -> dict:
     """Mean, interval and number of cases."""
     values = [float(value) for value in values]
-    low, high = interval(values)
+    low, high = over_cases(values)
     return {"mean": float(np.mean(values)), "low": low, "high": high, "cases": len(values)}
 
 
@@ -53,7 +35,7 @@ def recall_table(rows: list[dict]) -> list[dict]:
 
 
 def accuracy_table(rows: list[dict]) -> list[dict]:
-    """One entry per task, way of asking, length and passage that the model read."""
+    """One entry per task, way of asking, length and method that chose the text to read."""
     table = []
     for group, some in _groups(rows):
         for method in (DENSE, *METHODS):
@@ -64,7 +46,7 @@ def accuracy_table(rows: list[dict]) -> list[dict]:
 
 
 def fading_table(rows: list[dict]) -> list[dict]:
-    """How often the answer was kept, by the share of the fact that was written."""
+    """How often the answer was kept, by the share of the fact's tokens that was written."""
     table = []
     for group, some in _groups([row for row in rows if row["task"] == "fading"]):
         for method in METHODS:
@@ -75,7 +57,7 @@ def fading_table(rows: list[dict]) -> list[dict]:
 
 
 def heat(rows: list[dict], asked: str, method: str) -> tuple[list[int], list[float], np.ndarray]:
-    """Lengths, depths and the mean answer recall `(depths, lengths)` of the single-needle grid, NaN where none ran."""
+    """Lengths, depths and mean answer recall `(depths, lengths)` of the single-needle grid; NaN where no case ran."""
     some = [row for row in rows if row["task"] == "single" and row["asked"] == asked]
     lengths, depths = sorted({row["length"] for row in some}), sorted({row["depth"] for row in some})
     grid = np.full((len(depths), len(lengths)), np.nan)

@@ -1,7 +1,7 @@
-"""What is asked of a buffer: one needle, many, a cluster, a fading signal, a jigsaw, live fire, order, look-alikes.
+"""The tasks: one needle, many, a cluster, a fading signal, a jigsaw, live fire, order, look-alikes.
 
-Every task is a generator of cases for one length, one seed and one way of asking. The same seed plants the same facts
-in the same places however they are asked for, so that ways of asking can be compared pair by pair.
+A task generates the cases for one length, one seed and one way of asking. A seed plants the same facts in the same
+places for both ways of asking, so that they can be compared pair by pair.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .haystacks import Haystack, Words
 from .pairs import Pair
 
 MANY, CLUSTER, ORDERED = 8, 4, 6  # facts
-PIECES = 3
-FADES = (1.0, 0.8, 0.6, 0.4, 0.2)
+PIECES = 3  # of a jigsaw
+FADES = (1.0, 0.8, 0.6, 0.4, 0.2)  # shares of a fading fact's tokens
 REPEATS = 4  # of every distractor
 
 
 @dataclass(frozen=True)
 class World:
-    """What all cases of a run share."""
+    """What all cases of a run have in common."""
 
     haystack: Haystack
     words: Words
@@ -33,8 +33,8 @@ class World:
     chunk_tokens: int
 
 
-class _Bench:
-    """One seed's order of facts and places for one task and length."""
+class _Draw:
+    """One seed's random order of facts and places for one task and length."""
 
     def __init__(self, world: World, task: str, length: int, seed: int, asked: str):
         self.world, self.task, self.length, self.seed, self.asked = world, task, length, seed, asked
@@ -61,82 +61,82 @@ class _Bench:
                     tuple(decoys or ()), tuple(planter.written))  # fmt: skip
 
 
-def single(bench: _Bench) -> Iterator[NeedleCase]:
-    """One fact at each depth: the grid of the heat map."""
-    for i, depth in enumerate(bench.world.depths):
-        pair, planter = bench.pairs[i % len(bench.pairs)], bench.planter()
-        yield bench.case(planter, [pair], [planter.fact(pair, pair.fact, depth)], depth)
+def single(draw: _Draw) -> Iterator[NeedleCase]:
+    """One fact at each depth, for the grid of the heat map."""
+    for i, depth in enumerate(draw.world.depths):
+        pair, planter = draw.pairs[i % len(draw.pairs)], draw.planter()
+        yield draw.case(planter, [pair], [planter.fact(pair, pair.fact, depth)], depth)
 
 
-def many(bench: _Bench) -> Iterator[NeedleCase]:
+def many(draw: _Draw) -> Iterator[NeedleCase]:
     """Eight facts spread over the document, all asked for in one prompt."""
-    pairs, planter = bench.some(MANY), bench.planter()
+    pairs, planter = draw.some(MANY), draw.planter()
     needles = [planter.fact(pair, pair.fact, (i + 0.5) / len(pairs)) for i, pair in enumerate(pairs)]
-    yield bench.case(planter, pairs, needles)
+    yield draw.case(planter, pairs, needles)
 
 
-def clustered(bench: _Bench) -> Iterator[NeedleCase]:
-    """Four facts close together at a random place: what one chunk may promote has to hold them all."""
-    pairs, planter, depth = bench.some(CLUSTER), bench.planter(), float(bench.rng.random())
-    yield bench.case(planter, pairs, [planter.fact(pair, pair.fact, depth) for pair in pairs], depth)
+def clustered(draw: _Draw) -> Iterator[NeedleCase]:
+    """Four facts close together at a random place: one chunk has to promote them all."""
+    pairs, planter, depth = draw.some(CLUSTER), draw.planter(), float(draw.rng.random())
+    yield draw.case(planter, pairs, [planter.fact(pair, pair.fact, depth) for pair in pairs], depth)
 
 
-def fading(bench: _Bench) -> Iterator[NeedleCase]:
-    """One fact said five times, ever more rarely and ever more weakly.
+def fading(draw: _Draw) -> Iterator[NeedleCase]:
+    """One fact mentioned five times, at growing distances and with fewer and fewer of its tokens.
 
-    Gaps double from mention to mention, and each mention loses a fifth of the fact's tokens to the haystack's own;
-    the answer's tokens are always there.
+    The gap doubles from mention to mention, and each mention has a fifth fewer of the fact's tokens; the haystack's
+    tokens stay in their place. The answer's tokens are always written.
     """
-    pair, planter = bench.pairs[0], bench.planter()
+    pair, planter = draw.pairs[0], draw.planter()
     depths = [2.0 ** (i - len(FADES)) for i in range(len(FADES))]
     needles = [
-        planter.fact(pair, pair.fact, depth, strength, seed=bench.seed)
+        planter.fact(pair, pair.fact, depth, strength, seed=draw.seed)
         for depth, strength in zip(depths, FADES, strict=True)
     ]
-    yield bench.case(planter, [pair], needles)
+    yield draw.case(planter, [pair], needles)
 
 
-def jigsaw(bench: _Bench) -> Iterator[NeedleCase]:
-    """One fact cut in three at its words, the pieces far apart and in order: all of each has to be kept."""
-    pair, planter, words = bench.pairs[0], bench.planter(), bench.world.words
+def jigsaw(draw: _Draw) -> Iterator[NeedleCase]:
+    """One fact cut into three pieces between words, far apart and in order: each piece has to be kept whole."""
+    pair, planter, words = draw.pairs[0], draw.planter(), draw.world.words
     parts = [" ".join(part) for part in np.array_split(pair.fact.split(" "), PIECES)]
     needles = [
-        planter.piece(pair, words.encode(" " + part), part, (i + 0.25 + bench.rng.random() / 2) / PIECES)
+        planter.piece(pair, words.encode(" " + part), part, (i + 0.25 + draw.rng.random() / 2) / PIECES)
         for i, part in enumerate(parts)
     ]
-    yield bench.case(planter, [pair], needles)
+    yield draw.case(planter, [pair], needles)
 
 
-def live(bench: _Bench) -> Iterator[NeedleCase]:
-    """Live fire: every fact once, each alone at a random place."""
-    for pair in bench.pairs:
-        planter, depth = bench.planter(), float(bench.rng.random())
-        yield bench.case(planter, [pair], [planter.fact(pair, pair.fact, depth)], depth)
+def live(draw: _Draw) -> Iterator[NeedleCase]:
+    """Live fire: every fact once, alone in its document at a random place."""
+    for pair in draw.pairs:
+        planter, depth = draw.planter(), float(draw.rng.random())
+        yield draw.case(planter, [pair], [planter.fact(pair, pair.fact, depth)], depth)
 
 
-def ordering(bench: _Bench) -> Iterator[NeedleCase]:
-    """Six facts at random places, asked for in another order than they stand: the buffer keeps the document's."""
-    pairs, planter = bench.some(ORDERED), bench.planter()
-    needles = [planter.fact(pair, pair.fact, float(bench.rng.random())) for pair in pairs]
-    yield bench.case(planter, pairs, sorted(needles, key=lambda needle: needle.start))
+def ordering(draw: _Draw) -> Iterator[NeedleCase]:
+    """Six facts at random places, asked for in another order: the buffer keeps the document's order."""
+    pairs, planter = draw.some(ORDERED), draw.planter()
+    needles = [planter.fact(pair, pair.fact, float(draw.rng.random())) for pair in pairs]
+    yield draw.case(planter, pairs, sorted(needles, key=lambda needle: needle.start))
 
 
-def distractors(bench: _Bench) -> Iterator[NeedleCase]:
-    """One fact among look-alikes: each of its distractors four times over, at random places."""
-    pair, planter = bench.pairs[0], bench.planter()
-    needle = planter.fact(pair, pair.fact, float(bench.rng.random()))
-    decoys = [planter.fact(pair, text, float(bench.rng.random())) for text in pair.distractors for _ in range(REPEATS)]
-    yield bench.case(planter, [pair], [needle], None, decoys)
+def distractors(draw: _Draw) -> Iterator[NeedleCase]:
+    """One fact among look-alikes: each of its distractors is written four times at random places."""
+    pair, planter = draw.pairs[0], draw.planter()
+    needle = planter.fact(pair, pair.fact, float(draw.rng.random()))
+    decoys = [planter.fact(pair, text, float(draw.rng.random())) for text in pair.distractors for _ in range(REPEATS)]
+    yield draw.case(planter, [pair], [needle], None, decoys)
 
 
-TASKS: dict[str, Callable[[_Bench], Iterator[NeedleCase]]] = {
+TASKS: dict[str, Callable[[_Draw], Iterator[NeedleCase]]] = {
     task.__name__: task for task in (single, many, clustered, fading, jigsaw, live, ordering, distractors)
 }
 ASKED = ("paraphrase", "literal")
 
 
 def cases(world: World, tasks: list[str], lengths: list[int], seeds: int, asked: list[str]) -> Iterator[NeedleCase]:
-    """Every case of a run, shortest documents first. ValueError names a task or a way of asking that is none."""
+    """Every case of a run, shortest documents first. ValueError names an unknown task or way of asking."""
     for name, given, allowed in (("tasks", tasks, TASKS), ("asked", asked, ASKED)):
         for word in given:
             if word not in allowed:
@@ -145,4 +145,4 @@ def cases(world: World, tasks: list[str], lengths: list[int], seeds: int, asked:
         for task in tasks:
             for seed in range(seeds):
                 for how in asked:
-                    yield from TASKS[task](_Bench(world, task, length, seed, how))
+                    yield from TASKS[task](_Draw(world, task, length, seed, how))

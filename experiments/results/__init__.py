@@ -1,1 +1,1 @@
-"""What the benchmarks and studies printed, as JSON: the figures of README and docs."""
+"""Results of the benchmarks and studies as JSON: the figures in README and docs."""

@@ -1,1 +1,1 @@
-"""Measurements that print the tables of the README."""
+"""Benchmarks of time and memory (`proteus bench`)."""

@@ -14,9 +14,10 @@ import typer
 from ...attention import AttentionConfig, ProteusAttention
 from ...common import options
 from ...common.machine import environment, markdown
-from .measure import added_peak_mb, in_own_process, measured_on, publish, summary, timed_ms
+from .measure import added_peak_mb, clock, in_own_process, measured_on, publish, repeat_ms, summary
 
 GROUPS = 8
+BUDGET_S = 30.0  # of timed calls of a row
 
 
 def build(heads: int, awake: int, d_model: int, device: torch.device, seed: int) -> ProteusAttention:
@@ -37,7 +38,8 @@ def measure_heads(heads: int, awake: int, tokens: int, d_model: int, device: tor
     attn.calibrate(x)
     with torch.inference_mode():
         stats = attn(x, return_stats=True)[1]
-        times = summary(timed_ms(lambda: attn(x), device, repeats))
+        clock(lambda: attn(x), device)  # warm-up
+        times = summary(repeat_ms(lambda: attn(x), device, repeats, BUDGET_S))
     row = {
         "heads": heads, "awake": stats.heads_awake, "used": int(stats.awake.any(dim=(0, 1)).sum()),
         "parameters": sum(p.numel() for p in attn.parameters()), **times,

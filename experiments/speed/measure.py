@@ -51,12 +51,6 @@ def repeat_ms(run: Callable[[], object], device: torch.device, repeats: int, bud
     return times
 
 
-def timed_ms(run: Callable[[], object], device: torch.device, repeats: int, budget_s: float = 30.0) -> list[float]:
-    """`repeat_ms` after one warm-up call, which is not counted."""
-    clock(run, device)
-    return repeat_ms(run, device, repeats, budget_s)
-
-
 @contextmanager
 def captured(run: Callable[[], object], device: torch.device) -> Iterator[Callable[[], None]]:
     """Yields a function that replays a CUDA graph of `run`, which must have been called before.
@@ -105,8 +99,8 @@ def in_own_process(function: Callable, *args: object) -> object:
     call = "import json, pickle, sys; f, args = pickle.load(sys.stdin.buffer); print(json.dumps(f(*args)))"
     done = subprocess.run([sys.executable, "-c", call], input=pickle.dumps((function, args)), capture_output=True)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        raise RuntimeError(f"{function.__name__} failed in a process of its own: {said[-500:]}")
+        message = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"{function.__name__} failed in a process of its own: {message[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

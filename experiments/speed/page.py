@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from html import escape
 from itertools import groupby
-from math import log2
 from pathlib import Path
 from typing import Annotated
 
@@ -87,7 +86,7 @@ def _figure(rows: list[dict]):
 
 def _tokens(count: int) -> str:
     for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
-        if count >= size and log2(size / (count & -count)) <= 0:
+        if count % size == 0:
             return f"{count // size}{unit}"
     return f"{count:,}"
 

@@ -131,13 +131,12 @@ def profile_command(
 def profile_table(report: dict, top: int) -> str:
     """The report as Markdown: the `top` longest kernels, the rest in one line."""
     busy, rows = report["kernels_ms"], report["rows"]
-    lines = [[row["short"], f"{row['calls']:g}", f"{row['ms']:.3f}", f"{row['ms'] / busy:.1%}",
-              "yes" if row["matrix"] else ""] for row in rows[:top]]  # fmt: skip
-    rest = rows[top:]
+    shown, rest = rows[:top], rows[top:]
     if rest:
-        rest_ms = sum(row["ms"] for row in rest)
-        lines.append([f"{len(rest)} others", f"{sum(row['calls'] for row in rest):g}", f"{rest_ms:.3f}",
-                      f"{rest_ms / busy:.1%}", ""])  # fmt: skip
+        sums = {name: sum(row[name] for row in rest) for name in ("calls", "ms")}
+        shown = [*shown, {"short": f"{len(rest)} others", "matrix": False, **sums}]
+    lines = [[row["short"], f"{row['calls']:g}", f"{row['ms']:.3f}", f"{row['ms'] / busy:.1%}",
+              "yes" if row["matrix"] else ""] for row in shown]  # fmt: skip
     what = "kernels" if report["device_type"] == "cuda" else "operations"
     head = (
         f"{report['device']}, torch {report['torch']}, {report['dtype']}; {case_name(report)} ({report['backend']}), "

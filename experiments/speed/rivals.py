@@ -196,7 +196,7 @@ def _our_attention(case: BenchCase) -> ReadyCase:
 def _rival_facts(case: BenchCase) -> dict:
     keys = (case.tokens + 1) / 2 if case.who in EXACT else None  # native sparse attention does not report it
     if case.who == "flex":
-        window, anchors = _near(case.cfg)
+        window, anchors = _window_and_anchors(case.cfg)
         row = torch.arange(1, case.tokens + 1, dtype=torch.float64)
         keys = float((row.clamp(max=window) + (row - window).clamp(0, anchors)).mean())
     return {"keys_per_query": keys, "tokens_kept": case.tokens, "heads_awake": case.cfg.n_heads, "flux_alpha": None,
@@ -219,7 +219,7 @@ def _sdpa(case: BenchCase):
     return (ways if r > 1 else {"": ways["grouped"]}), context
 
 
-def _near(cfg: AttentionConfig) -> tuple[int, int]:
+def _window_and_anchors(cfg: AttentionConfig) -> tuple[int, int]:
     """Window and anchors that come to L keys per query."""
     anchors = min(cfg.n_anchors, cfg.shortlist - 1)
     return cfg.shortlist - anchors, anchors
@@ -247,7 +247,7 @@ def _flex_mask(case: BenchCase):
     """The block mask, computed per block: one entry per pair of tokens would not fit in memory for long texts."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    window, anchors = (1 << 30, 0) if case.who == "flex-dense" else _near(case.cfg)
+    window, anchors = (1 << 30, 0) if case.who == "flex-dense" else _window_and_anchors(case.cfg)
 
     def seen(batch, head, query, key):
         return (key <= query) & ((query - key < window) | (key < anchors))

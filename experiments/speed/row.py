@@ -76,8 +76,8 @@ def _measured(case: BenchCase, repeats: int, budget_s: float, timing: str, rates
         if timing != "eager":
             row["graph"] = _graph(run, device, repeats, budget_s, once)
         if timing != "graph" or "failed" in row["graph"]:
-            left = budget_s - once / 1e3
-            more = repeat_ms(run, device, repeats - 1, left) if repeats > 1 and left > 0 else []
+            remaining_s = budget_s - once / 1e3
+            more = repeat_ms(run, device, repeats - 1, remaining_s) if repeats > 1 and remaining_s > 0 else []
             row["eager"] = summary([once, *more])
     medians = {name: row[name]["median_ms"] for name in ("eager", "graph") if "median_ms" in row.get(name, {})}
     row["timing"] = min(medians, key=medians.get)

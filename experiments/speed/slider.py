@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import tempfile
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import module_from_spec, spec_from_file_location
@@ -19,22 +18,13 @@ from statistics import median
 from types import ModuleType
 from typing import Annotated
 
+import numpy as np
 import typer
 
-from ...common.files import write_json
+from ...common.files import shipped_notebooks, write_json
+from ...common.machine import markdown
 
 RESULTS = Path("experiments", "results")  # in a clone
-
-
-@dataclass(frozen=True)
-class SliderTimes:
-    """Milliseconds from key to paint, by slider, and what they were measured on."""
-
-    milliseconds: dict[str, list[float]]
-    about: dict[str, str] = field(default_factory=dict)
-
-    def all(self) -> list[float]:
-        return [value for values in self.milliseconds.values() for value in values]
 
 
 def browser_driver() -> ModuleType:
@@ -48,22 +38,14 @@ def browser_driver() -> ModuleType:
     return module
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The smallest value that at least `share` of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
-
-
-def measure_slider(
-    driver: ModuleType, address: str, presses: int, executable: str, notebook: str | None = None
-) -> SliderTimes:
-    """Times of `presses` arrow keys on each slider, after six that are not counted."""
+def measure_slider(driver: ModuleType, address: str, presses: int, executable: str) -> tuple[dict, dict]:
+    """Milliseconds of `presses` arrow keys by slider, after six that are not counted; page title and browser."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=list(driver.CHROMIUM_ARGS))
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        driver.run_all(page, address, notebook or driver.NOTEBOOK)
+        driver.run_all(page, address, driver.NOTEBOOK)
         times = {}
         for slider in driver.SLIDERS:
             # Back and forth about the middle: at the end of a scale a press would change nothing.
@@ -76,15 +58,19 @@ def measure_slider(
         title = page.locator(".pp-title").inner_text().replace("\n", " · ")
         about = {"workbench": title, "browser": f"Chromium {browser.version}, headless"}
         browser.close()
-    return SliderTimes(times, about)
+    return times, about
 
 
-def slider_table(result: SliderTimes) -> str:
-    """The result as Markdown."""
-    rows = [*result.milliseconds.items(), ("all", result.all())]
-    lines = ["| slider | presses | median, ms | 95th percentile, ms |", "|---|---|---|---|"]
-    lines += [f"| {name} | {len(v)} | {median(v):.0f} | {percentile(v, 0.95):.0f} |" for name, v in rows]
-    return "\n".join([*lines, "", *(f"{name}: {value}  " for name, value in result.about.items())])
+def spread(times: list[float]) -> tuple[float, float]:
+    """Median and 95th percentile, the smallest time that 95% of all do not exceed."""
+    return median(times), float(np.percentile(times, 95, method="inverted_cdf"))
+
+
+def slider_table(times: dict[str, list[float]], about: dict[str, str]) -> str:
+    """The times as Markdown, with lines that say how they were measured."""
+    rows = [[name, len(some), *(f"{ms:.0f}" for ms in spread(some))] for name, some in times.items()]
+    lines = [markdown(["slider", "presses", "median, ms", "95th percentile, ms"], rows), ""]
+    return "\n".join([*lines, *(f"{name}: {value}  " for name, value in about.items())])
 
 
 def slider_command(
@@ -99,19 +85,15 @@ def slider_command(
     executable = driver.chromium()
     if executable is None:
         raise OSError("no Chromium found: install one, or set PROTEUS_CHROMIUM to its path")
-    from proteus_playground.common.files import shipped_notebooks
-
     with tempfile.TemporaryDirectory(prefix="proteus-bench-") as folder:
         shutil.copy(shipped_notebooks() / driver.NOTEBOOK, folder)
         with driver.jupyter_lab(Path(folder)) as address:
-            result = measure_slider(driver, address, presses, executable)
-    result.about.update(_about())
-    print(slider_table(result))
-    whole = result.all()
-    saved = {
-        "median_ms": round(median(whole), 1), "p95_ms": round(percentile(whole, 0.95), 1), **result.about,
-        "milliseconds": {name: [round(v, 1) for v in values] for name, values in result.milliseconds.items()},
-    }  # fmt: skip
+            times, about = measure_slider(driver, address, presses, executable)
+    every = [ms for some in times.values() for ms in some]
+    about |= _about()
+    typer.echo(slider_table({**times, "all": every}, about))
+    (middle, high), rounded = spread(every), {name: [round(ms, 1) for ms in some] for name, some in times.items()}
+    saved = {"median_ms": round(middle, 1), "p95_ms": round(high, 1), **about, "milliseconds": rounded}
     write_json(out or (RESULTS if RESULTS.is_dir() else Path()) / "slider.json", saved)
 
 

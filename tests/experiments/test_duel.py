@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 from proteus_playground.experiments.duel import settings as duel_settings
-from proteus_playground.experiments.duel.command import lines, side_by_side
+from proteus_playground.experiments.duel.command import report_lines, side_by_side
 from proteus_playground.experiments.duel.duel import PRESETS, DuelSettings, duel, read_scores
 from proteus_playground.experiments.duel.settings import start
 from typer.testing import CliRunner
@@ -128,7 +128,7 @@ def test_report(over):
         (a, i) for a in ("dense", "proteus") for i in range(1, 11)
     ]
     assert float(rows[-1]["loss"]) == turns[-1].step.loss
-    said = "\n".join(lines(report))
+    said = "\n".join(report_lines(report))
     assert said.count("| proteus |") == 2 and "against dense" in said
 
 

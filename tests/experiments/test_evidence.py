@@ -14,8 +14,9 @@ from proteus_playground.experiments.evidence import study as studies
 from proteus_playground.experiments.evidence.arms import ARMS, calibrate, read
 from proteus_playground.experiments.evidence.changes import CHANGES, in_training, with_gates
 from proteus_playground.experiments.evidence.rings import attend_by_rings
-from proteus_playground.experiments.evidence.study import OURS, Asked, Cell, Row, cells, load, study
+from proteus_playground.experiments.evidence.study import OURS, Cell, CellResult, StudySettings, cells, load, study
 from proteus_playground.experiments.evidence.subjects import Training
+from proteus_playground.experiments.intervals import over_seeds
 
 from proteus_playground.attention import AttentionConfig
 from proteus_playground.cli import app as cli
@@ -189,7 +190,7 @@ def test_our_arms_are_the_layer(monkeypatch):
     assert torch.allclose(ours.reads, torch.stack([s.reads for s in stats]).float().mean((0, 3)))
     assert not torch.allclose(read(model, ids, ARMS["gates"], 24).logits, logits, atol=1e-3)
     assert all(block.attn.cfg == model.cfg.attention for block in model.blocks)
-    monkeypatch.setattr(arms, "HELD", 1)  # one row at a time
+    monkeypatch.setattr(arms, "SCORES_PER_STEP", 1)  # one row at a time
     whole = {name: read(model, ids, arm, 24).logits for name, arm in UNROUTED.items()}
     monkeypatch.undo()
     for name, arm in UNROUTED.items():
@@ -223,7 +224,7 @@ def test_the_window_arm_is_an_attention_mask():
 
 def test_the_oracle_reads_the_largest_scores_and_others_do_not():
     q, k = torch.randn(2, 3, 90, 8), torch.randn(2, 3, 90, 8)
-    sight = arms.Sight(q, k, torch.rand(2, 90), 12, 9, 2)
+    sight = arms.ChoiceInputs(q, k, torch.rand(2, 90), 12, 9, 2)
     rows = torch.arange(90)
     score = (q @ k.transpose(-1, -2)).masked_fill(torch.ones(90, 90).triu(1).bool(), -torch.inf)
     mass = {}
@@ -259,7 +260,7 @@ def test_what_is_looked_at_is_counted():
 
 def test_random_keys_are_random():
     """Every older key is drawn about as often as another, and rows draw differently."""
-    sight = arms.Sight(torch.zeros(1, 2, 400, 4), torch.zeros(1, 2, 400, 4), torch.zeros(1, 400), 40, 20, 0)
+    sight = arms.ChoiceInputs(torch.zeros(1, 2, 400, 4), torch.zeros(1, 2, 400, 4), torch.zeros(1, 400), 40, 20, 0)
     seen = arms.random_keys(sight, torch.arange(380, 400)).expand(2, 20, 400)[..., :300].float()
     drawn = seen.mean((0, 1))
     assert abs(float(drawn.mean()) - 20 / 370) < 0.01 and drawn.max() < 0.35
@@ -287,13 +288,13 @@ def test_what_does_not_fit_is_refused():
 # -- the study ----------------------------------------------------------------------------------------------------
 
 SCALE = Scale(width=16, gates=4, stages=((32, 3), (48, 2)), things=(4,), questions=4, warm_up=1, tokens=96, words=WORDS)
-ASKED = Asked(lengths=(32, 64), things=(4, 16), arms=("dense", "local", "oracle", OURS), seeds=2, cases=40)
+ASKED = StudySettings(lengths=(32, 64), things=(4, 16), arms=("dense", "local", "oracle", OURS), seeds=2, cases=40)
 
 
 @pytest.fixture(scope="module")
 def few_tokens():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(studies, "HOW_MANY", 1024)
+        patch.setattr(studies, "TOKENS_PER_BATCH", 1024)
         patch.setattr(studies, "CALIBRATION", 1024)
         yield
 
@@ -306,8 +307,8 @@ def measured(few_tokens, tmp_path_factory):
     return folder, list(study(SCALE, ASKED, folder / "evidence_tiny.json", folder / "models"))
 
 
-def rows_of(events) -> list[Row]:
-    return [event for event in events if isinstance(event, Row)]
+def rows_of(events) -> list[CellResult]:
+    return [event for event in events if isinstance(event, CellResult)]
 
 
 def test_a_study_measures_every_cell_that_fits_once(measured):
@@ -368,8 +369,8 @@ def test_a_preset_is_one_that_can_be_learned_and_asked(name):
     few, many = min(scale.things), max(scale.things)
     assert len(rows) == len(scale.tasks) * len(scale.things)
     assert all(row.min_length() <= (first if row.things == few else last) for row in rows) and many > few
-    assert len(cells(scale, replace(command.ASKED[name], tasks=scale.tasks))) > 50
-    assert max(length for length in command.ASKED[name].lengths) >= 4 * last  # beyond what was trained
+    assert len(cells(scale, replace(command.SETTINGS[name], tasks=scale.tasks))) > 50
+    assert max(length for length in command.SETTINGS[name].lengths) >= 4 * last  # beyond what was trained
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -400,7 +401,7 @@ def test_every_change_changes_what_it_says(measured, tmp_path):
     rows = {row.cell.change: row for row in rows_of(events)}
     assert list(rows) != [] and set(rows) == set(CHANGES)
     trained = {event.name for event in events if isinstance(event, Training)}
-    assert len(trained) == 1 + 2 + 2 + 3  # as it is, two speeds, two lessons, three of shared keys
+    assert len(trained) == 1 + 2 + 2 + 3  # as it is, two speeds, two training_batches, three of shared keys
     as_it_is = rows["as it is"]
     assert rows["no notes"].keys < as_it_is.keys and rows["keep 1/2 of the tokens"].keys < as_it_is.keys
     assert rows["rings of the most salient"].keys == pytest.approx(as_it_is.keys, rel=0.02)
@@ -418,18 +419,18 @@ def test_gates_can_be_exchanged_without_touching_a_weight():
 # -- the report ---------------------------------------------------------------------------------------------------
 
 
-def made_up(arm: str, seed: int, right: int, **other) -> Row:
+def made_up(arm: str, seed: int, right: int, **other) -> CellResult:
     cell = {"task": "mqar", "length": 64, "things": 4, "arm": arm, "shortlist": 8, "seed": seed, **other}
-    return Row(Cell(**cell), right, 100, 8.0, 1.0, "a CPU")
+    return CellResult(Cell(**cell), right, 100, 8.0, 1.0, "a CPU")
 
 
 def test_intervals_are_students_over_seeds():
-    assert reports.interval([0.7]) is None
-    low, high = reports.interval([0.5, 0.6, 0.7])
+    assert over_seeds([0.7]) is None
+    low, high = over_seeds([0.5, 0.6, 0.7])
     assert low == pytest.approx(0.6 - 4.303 * 0.1 / 3**0.5, abs=1e-4) and high == pytest.approx(1.2 - low, abs=1e-4)
-    assert reports.interval([0.9, 1.0, 0.95])[1] == 1.0
-    stats = pytest.importorskip("scipy.stats")
-    assert tuple(round(float(stats.t.ppf(0.975, n)), 3) for n in range(1, 10)) == reports.T95
+    assert over_seeds([0.9, 1.0, 0.95])[1] == 1.0
+    assert over_seeds([0.25, 0.75]) == (0.0, 1.0)  # 0.5 +- 12.706 * 0.354 / sqrt(2)
+    assert over_seeds([0.5] * 3) == (0.5, 0.5)
 
 
 def test_entries_sentences_and_tables_say_what_the_rows_say():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from benches import SMALL, saved
 from helpers import config
-from proteus_playground.experiments.speed import longest, profile, row, sampling_effect, stream
-from proteus_playground.experiments.speed.sampling_effect import continuations, repetition
+from proteus_playground.experiments.speed import longest, profile, row, stream, top_a
+from proteus_playground.experiments.speed.top_a import continuations, repetition
 
 from proteus_playground.lm.model import ModelConfig, ProteusLM
 from proteus_playground.lm.sampling import TopA
@@ -76,6 +79,14 @@ def test_profile_of_what_cannot_run_says_why(run):
 def test_which_kernels_run_matrix_units(kernel, units):
     assert profile.runs_matrix_units(kernel, {"near_kernel"}) is units
     assert len(profile.short(kernel)) <= 60
+
+
+def test_our_kernels_with_a_dot_are_found():
+    pytest.importorskip("triton")
+    code = "from proteus_playground.experiments.speed.profile import our_matrix_kernels as found; print(*found())"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # it hides the source
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert {"near_kernel", "far_kernel"} <= set(done.stdout.split())
 
 
 def test_bench_layer_prints_the_table_of_the_readme(run):
@@ -147,7 +158,7 @@ def test_rows_measure_every_arm_on_the_same_texts():
     ids = torch.cat((prompts[0], torch.tensor(one.tokens)))
     nll = -dense(ids[None])[0].log_softmax(-1)[torch.arange(8, 24), ids[9:]].mean()
     assert one.nll == pytest.approx(float(nll.detach()), abs=1e-5)
-    assert one.repetition == repetition(one.tokens) and list(sampling_effect.ARMS) == list(arms)
+    assert one.repetition == repetition(one.tokens) and list(top_a.ARMS) == list(arms)
 
 
 def test_repetition():

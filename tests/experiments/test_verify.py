@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("bm25s", reason="the verify extra")
 
+from proteus_playground.experiments.intervals import over_cases
 from proteus_playground.experiments.needles import answers, bm25, haystacks, retrieval, summary, verify
 from proteus_playground.experiments.needles.cases import PlantedStore, Planter
 from proteus_playground.experiments.needles.pairs import load_pairs
@@ -110,8 +111,8 @@ def test_answers_are_given_by_the_fact_alone():
         (lambda rows: rows[0].pop("fact"), "entry 1: allowed is an object with exactly"),
         (lambda rows: rows[1].update(question=" "), "entry 2: question=' '"),
         (lambda rows: rows[1].update(answers=[]), "entry 2: answers="),
-        (lambda rows: rows[0].update(answers=["xyz"]), "none of answers=.* stands in the fact"),
-        (lambda rows: rows[1].update(id=rows[0]["id"]), "stands there twice"),
+        (lambda rows: rows[0].update(answers=["xyz"]), "none of answers=.* occurs in the fact"),
+        (lambda rows: rows[1].update(id=rows[0]["id"]), "occurs twice"),
         (lambda rows: rows[0].update(fact="It is red \ud800."), "is not JSON .*surrogates"),
         (lambda rows: rows.clear(), "at least one object"),
     ],
@@ -284,11 +285,11 @@ def test_replies_are_matched_by_whole_words(reply, accepted, right):
 
 
 def test_intervals_against_known_ones():
-    assert summary.interval([1.0] * 9 + [0.0]) == pytest.approx((0.5958, 0.9821), abs=1e-3)  # Wilson 1927, 9 of 10
-    assert summary.interval([1.0] * 88)[0] == pytest.approx(88 / (88 + 1.96**2), abs=1e-3)
-    low, high = summary.interval([0.2, 0.4, 0.6, 0.8] * 10)
+    assert over_cases([1.0] * 9 + [0.0]) == pytest.approx((0.5958, 0.9821), abs=1e-3)  # Wilson 1927, 9 of 10
+    assert over_cases([1.0] * 88)[0] == pytest.approx(88 / (88 + 1.96**2), abs=1e-3)
+    low, high = over_cases([0.2, 0.4, 0.6, 0.8] * 10)
     assert 0.42 < low < 0.46 and 0.54 < high < 0.58  # 0.5 +- 1.96 * 0.224 / sqrt(40)
-    assert summary.interval([0.5]) == (0.0, 1.0)
+    assert over_cases([0.5]) == (0.0, 1.0)
 
 
 # -- the loop -------------------------------------------------------------------------------------------

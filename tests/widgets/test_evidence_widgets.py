@@ -10,7 +10,7 @@ import pytest
 from proteus_playground.experiments.evidence import committed as found
 from proteus_playground.experiments.evidence.arms import ARMS
 from proteus_playground.experiments.evidence.report import summarise
-from proteus_playground.experiments.evidence.study import OURS, measure
+from proteus_playground.experiments.evidence.study import OURS, measure_cell
 from proteus_playground.widgets import evidence_panel
 
 from proteus_playground.common.progress import Stopped
@@ -116,7 +116,7 @@ def test_a_button_measures_and_draws_beside_the_committed_point(panel):
     assert f"{row.cases:,} answers" in panel.numbers.value
     model, words = made_study.recall()
     task = TASKS["mqar"](8, seed=row.cell.seed, words=words).evaluation()
-    same = measure(model, row.cell, task, 60)
+    same = measure_cell(model, row.cell, task, 60)
     assert row.cell.shortlist == chosen.shortlist and same.cell == row.cell
     again = entry(panel, "gates + notes", 128)
     assert again is not None and "press the button" in panel.numbers.value and len(panel.pictures._here.y) == 1

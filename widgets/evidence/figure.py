@@ -10,7 +10,7 @@ from collections.abc import Callable
 import plotly.graph_objects as go
 from proteus_playground.experiments.evidence.committed import named, order
 from proteus_playground.experiments.evidence.report import Entry
-from proteus_playground.experiments.evidence.study import Row
+from proteus_playground.experiments.evidence.study import CellResult
 
 from ..workbench.figure import AXIS, GREY, INK, PAPER, blank
 
@@ -30,7 +30,7 @@ class EvidencePictures:
         for trace in (self._arms, self._full, self._arm):
             trace.on_click(lambda trace, points, _: points.ys and on_pick(str(points.ys[0]), None))
 
-    def draw(self, entries: list[Entry], name: str, length: int, here: list[Row], number: int) -> None:
+    def draw(self, entries: list[Entry], name: str, length: int, here: list[CellResult], number: int) -> None:
         """entries: of one task at one L; name: the arm or change chosen; here: rows measured on this machine."""
         names = order(entries)
         with self.widget.batch_update():
@@ -88,7 +88,7 @@ def _words(entry: Entry) -> str:
     return f"{named(entry)}: {entry.accuracy:.3f} ({spread}), {entry.keys:,.0f} keys a row"
 
 
-def _said(row: Row) -> str:
+def _said(row: CellResult) -> str:
     return f"here: {row.accuracy:.3f} of {row.cases:,} answers, {row.keys:,.0f} keys a row"
 
 

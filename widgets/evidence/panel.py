@@ -7,7 +7,7 @@ from html import escape
 import ipywidgets as w
 from proteus_playground.experiments.evidence.committed import Study, can_repeat, named, order, repeat
 from proteus_playground.experiments.evidence.report import Entry, sentences
-from proteus_playground.experiments.evidence.study import OURS, Row
+from proteus_playground.experiments.evidence.study import OURS, CellResult
 
 from ..parts.controls import _labelled, tip
 from ..parts.painted import Room
@@ -31,7 +31,7 @@ class EvidencePanel(w.VBox):
 
     def __init__(self, studies: list[Study], cases: int = CASES):
         self.studies, self.cases, self.number = studies, cases, 0
-        self.here: dict[tuple, Row] = {}
+        self.here: dict[tuple, CellResult] = {}
         self._filling = True  # nothing chosen yet is anybody's choice
         self.worker = Worker()
         self.pictures = EvidencePictures(self._picked)
@@ -156,12 +156,12 @@ class EvidencePanel(w.VBox):
         entry = self.entry
         self._say("busy", 0.0, f"{named(entry)} at {entry.length:,} tokens")
 
-        def work(stop, progress) -> Row:
+        def work(stop, progress) -> CellResult:
             for row in repeat(entry, self.cases, stop=stop):
                 progress(min(1.0, row.cases / self.cases), f"{row.right:,} of {row.cases:,} right so far")
             return row
 
-        def done(_: int, row: Row) -> None:
+        def done(_: int, row: CellResult) -> None:
             self.here[_place(entry)] = row
             self._draw()
             self._say("fresh")
@@ -184,7 +184,7 @@ def _place(entry: Entry | None) -> tuple | None:
     return entry and (entry.task, entry.things, entry.shortlist, entry.length, named(entry))
 
 
-def numbers_html(number: int, entry: Entry | None, here: Row | None, entries: list[Entry]) -> str:
+def numbers_html(number: int, entry: Entry | None, here: CellResult | None, entries: list[Entry]) -> str:
     """The chosen cell as committed, dense beside it, and as measured here."""
     if entry is None:
         return f'<div class="pp-readout pp-empty" data-request="{number}">Not measured at this length.</div>'

@@ -1,0 +1,33 @@
+"""95% confidence intervals of means of figures in [0, 1]."""
+
+from __future__ import annotations
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+def over_seeds(values: list[float]) -> tuple[float, float] | None:
+    """Student's t interval of one figure per seed, clipped to [0, 1]; None for a single seed."""
+    from scipy import stats  # here, because it takes a second to import
+
+    if len(values) < 2:
+        return None
+    reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    mean = float(np.mean(values))
+    return max(0.0, mean - float(reach)), min(1.0, mean + float(reach))
+
+
+def over_cases(values: list[float]) -> tuple[float, float]:
+    """Wilson's interval where every case is 0 or 1, else a bootstrap over cases; [0, 1] for a single share."""
+    from scipy import stats
+
+    if all(value in (0, 1) for value in values):
+        low, high = stats.binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
+    elif len(values) < 2:
+        low, high = 0.0, 1.0
+    else:
+        sample, seed = (np.asarray(values),), np.random.default_rng(0)
+        found = stats.bootstrap(sample, np.mean, n_resamples=RESAMPLES, method="percentile", rng=seed)
+        low, high = found.confidence_interval
+    return float(low), float(high)
