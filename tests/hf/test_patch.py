@@ -6,11 +6,11 @@ from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 from transformers import (  # noqa: E402 -- after the skip
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -237,8 +237,8 @@ def test_layers_that_are_none(llama, layers, error, said):
 
 
 def test_another_build_of_model_is_refused():
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=11))
-    with pytest.raises(TypeError, match="model=GPT2LMHeadModel"), patched(model, {}):
+    model = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=11))
+    with pytest.raises(TypeError, match="model=BloomForCausalLM.*AttentionInterface"), patched(model, {}):
         pass
 
 
