@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from ..attention.captured import CapturedLayer, half
 from ..attention.rope import rotate
 from ..attention.settings import LayerShape
-from .attention_call import CACHE_NAMES, Attend, AttentionCall, arranged, real_tokens, table_matches, tables_in
+from .attention_call import (
+    CACHE_NAMES,
+    Attend,
+    AttentionCall,
+    Rotation,
+    arranged,
+    real_tokens,
+    table_matches,
+    tables_in,
+)
 from .families import REFUSED, LayerFacts, Survey, survey
 from .native import implementation, own_attention, register, set_implementation
 from .passes import current_pass, not_compiled, only_this_thread, unwatch, watch
@@ -34,39 +43,53 @@ __all__ = ["CACHE_NAMES", "NAME", "Attend", "AttentionCall", "capture", "find_de
 NAME = "proteus_playground"
 
 
+class _Turning:
+    """How one attention's queries and keys are brought into a patched layer's order, and the layer's frequencies.
+
+    It is kept from patch to patch, so that the frequencies are the same tensor as long as the model's own are.
+    """
+
+    def __init__(self, rotation: Rotation):
+        self.rotation = rotation
+        self.own, self.inv_freq, self.order = None, None, None
+
+    def frequencies(self, decoder: nn.Module, device: torch.device) -> Tensor | None:
+        """`(d / 2,)` radians per token; None where the layer turns nothing."""
+        if self.rotation.source is None:
+            return None
+        fixed = isinstance(self.rotation.source[0], float) and self.own is not None
+        own = self.own if fixed else self.rotation.own_frequencies(decoder)
+        if own is not self.own or self.inv_freq.device != device:
+            self.own, self.inv_freq = own, self.rotation.frequencies(own, device)
+        return self.inv_freq
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Queries or keys `(B, heads, T, d)` as a patched layer is given them, `(B, T, heads, d)`."""
+        x = arranged(x.transpose(1, 2), None, self.rotation.width)
+        if self.rotation.order is None:
+            return x
+        if self.order is None or self.order.device != x.device:
+            self.order = torch.tensor(self.rotation.order, device=x.device)
+        return x.index_select(-1, self.order)
+
+
 class _Slot:
     """One attention of a patched decoder, and what its next call was given besides queries, keys and values.
 
     attend: what to call in place of the attention, None where it stays native.
     """
 
-    def __init__(self, decoder: nn.Module, layer: int, facts: LayerFacts, attend: Attend | None, original: str):
+    def __init__(
+        self, decoder: nn.Module, module: nn.Module, layer: int, facts: LayerFacts, attend: Attend | None, original: str
+    ):
         self.decoder, self.layer, self.facts = ref(decoder), layer, facts
         self.attend, self.original = attend, original
         self.arguments: dict[int, dict] = {}  # by thread
-        self.own, self.inv_freq, self.order = None, None, None
-
-    def frequencies(self, device: torch.device) -> Tensor | None:
-        """The layer's frequencies, `(d / 2,)`; the same tensor as long as the model's own is the same."""
-        rotation = self.facts.rotation
-        if rotation.source is None:
-            return None
-        fixed = isinstance(rotation.source[0], float)
-        own = self.own if fixed and self.own is not None else rotation.own_frequencies(self.decoder())
-        if own is not self.own or self.inv_freq.device != device:
-            self.own, self.inv_freq = own, rotation.frequencies(own, device)
-        return self.inv_freq
-
-    def arrange(self, x: Tensor) -> Tensor:
-        """Queries or keys `(B, heads, T, d)` as a patched layer is given them, `(B, T, heads, d)`."""
-        rotation, x = self.facts.rotation, x.transpose(1, 2)
-        if rotation.order is None:
-            return arranged(x, None, rotation.width)
-        if self.order is None or self.order.device != x.device:
-            self.order = torch.tensor(rotation.order, device=x.device)
-        return arranged(x, None, rotation.width).index_select(-1, self.order)
+        if attend is not None:
+            self.turning = _TURNING.setdefault(module, _Turning(facts.rotation))
 
 
+_TURNING: WeakKeyDictionary[nn.Module, _Turning] = WeakKeyDictionary()
 _SLOTS: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
 _BEFORE: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()  # by decoder layer
 _ROTARY: WeakKeyDictionary[nn.Module, ref] = WeakKeyDictionary()  # the decoder of each rotary module
@@ -107,7 +130,7 @@ def patched(
         for index, facts in enumerate(known.layers):
             if facts.name is not None:
                 module = decoder.get_submodule(facts.name)
-                _add(undo, _SLOTS, module, _Slot(decoder, index, facts, layers.get(index), original))
+                _add(undo, _SLOTS, module, _Slot(decoder, module, index, facts, layers.get(index), original))
                 undo.callback(module.register_forward_pre_hook(_remember, with_kwargs=True).remove)
             if before_layer is not None:
                 _add(undo, _BEFORE, blocks[index], lambda at=index: before_layer(at))
@@ -279,9 +302,9 @@ def _refuse(slot: _Slot, module: nn.Module, q: Tensor, k: Tensor, dropout: float
 
 def _unrotated(slot: _Slot, q: Tensor, k: Tensor, v: Tensor, mask, scaling: float | None) -> AttentionCall:
     batch, _, tokens, dim = q.shape
-    inv_freq, rotation = slot.frequencies(q.device), slot.facts.rotation
+    inv_freq, rotation = slot.turning.frequencies(slot.decoder(), q.device), slot.facts.rotation
     positions = _positions(slot, batch, tokens, q.device)
-    q, k = slot.arrange(q), slot.arrange(k)
+    q, k = slot.turning.arrange(q), slot.turning.arrange(k)
     if inv_freq is not None:
         q, k = rotate(q, -positions, inv_freq), rotate(k, -positions, inv_freq)
     scale = dim**-0.5 if scaling is None else scaling
@@ -317,10 +340,10 @@ def _positions(slot: _Slot, batch: int, tokens: int, device: torch.device) -> Te
     tables = tables_in(arguments)
     if tables is None:
         raise ValueError(f"layer {slot.layer} was given no position_embeddings: the patch needs RoPE to turn back")
-    key = (tables[0].data_ptr(), id(slot.own), layout)
+    key = (tables[0].data_ptr(), id(slot.turning.own), layout)
     if key not in current.tables:  # layers of one pass share their tables
         pair = tables[::-1] if slot.facts.rotation.sines_first else tables
-        if not table_matches(pair, layout, positions, slot.own):
+        if not table_matches(pair, layout, positions, slot.turning.own):
             raise ValueError(
                 f"layer {slot.layer}: position_embeddings are not half-split or interleaved RoPE of the model's own "
                 "frequencies at position_ids, so they cannot be turned back"
