@@ -122,8 +122,8 @@ def _find_out(decoder: nn.Module, title: str) -> Survey:
     stack = max(count, key=count.get, default=None)  # the first of equals, which is the outermost
     if not found or not count[stack]:
         raise TypeError(
-            f"model={title}: its attention does not go through transformers' AttentionInterface, so nothing can take "
-            "its place"
+            f"model={title}: none of its layers goes through transformers' AttentionInterface (it has attention of "
+            "its own code, or none), so nothing can take its place"
         )
     by_layer: dict[int, list] = {}
     for name, pair in found.items():
@@ -302,6 +302,10 @@ def _window(decoder: nn.Module, index: int, module: nn.Module, entry: _Entry) ->
         if window is not None:
             return int(window)
     kinds = getattr(decoder.config, "layer_types", None) or ()
+    if not kinds and getattr(decoder.config, "use_sliding_window", True):
+        window = getattr(decoder.config, "sliding_window", None)
+        if window is not None:
+            return int(window)
     kind = kinds[index] if index < len(kinds) else ""
     for word, size in (("sliding", "sliding_window"), ("chunked", "attention_chunk_size"), ("local", "local_window")):
         if word in str(kind):

@@ -208,8 +208,9 @@ def capture(
 
 def find_decoder(model) -> nn.Module:
     """The stack of layers inside a causal LM. Raises `TypeError` when none of its layers can be patched."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if not isinstance(decoder, nn.Module) or not hasattr(decoder, "config"):
+    found = (model.get_decoder() if hasattr(model, "get_decoder") else None, getattr(model, "base_model", None))
+    decoder = next((x for x in found if isinstance(x, nn.Module) and hasattr(x, "config")), None)
+    if decoder is None:
         raise TypeError(f"model={type(model).__name__}: expected a transformers causal language model")
     survey(decoder, type(model).__name__)
     return decoder
