@@ -1,4 +1,4 @@
-"""`proteus bench families`: which families of transformers' causal language models the patch and the cache serve exactly.
+"""`proteus bench families`: which families of transformers' language models the patch and the cache serve exactly.
 
 Every family is built with tiny sizes and random weights, nothing is downloaded. With flux alpha 0 a patched pass and a
 `ProteusCache` have to give the logits of the model's own attention: with padding on the left, token by token, with
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import warnings
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ MOST_WEIGHTS = 20_000_000
 TOKENS, PADDING, NEW = 40, 13, 24
 EXACT = 2e-4  # largest difference of float32 logits, as a share of the largest logit
 
+DROP = object()  # leaves a config's own value
 SIZES = {  # attributes of configs, and what they become where a config has them
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"), 96),
@@ -54,6 +56,23 @@ SIZES = {  # attributes of configs, and what they become where a config has them
 }  # fmt: skip
 
 
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+SPECIAL = {  # what single families need besides
+    **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu", "deepseek_v2"), {"head_dim": 8}),
+    **dict.fromkeys(("gemma3_text", "gemma3n_text", "exaone4", "exaone_moe", "kolibri1", "inkling_text"), LAYERS),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), LAYERS | {"hidden_size_per_layer_input": 0}),
+    "mistral": {"sliding_window": None}, "nemotron": {"head_dim": 16}, "gemma3": {"text_config": LAYERS},
+    "falcon": {"head_dim": DROP, "num_kv_heads": DROP}, "xlstm": {"v_head_dim": DROP, "head_dim": DROP},
+    "gpt_neo": {"attention_types": [[["global"], 4]]}, "zaya": {"num_experts_per_tok": 1},
+    "bamba": {"attn_layer_indices": [1, 3]}, "mamba2": {"num_heads": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2}, "prophetnet": {"num_hidden_layers": DROP},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16], "head_dim": DROP},
+    "falcon_h1": {"mamba_d_ssm": 128}, "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2}, "xlnet": {"max_position_embeddings": DROP},
+}  # fmt: skip
+
+
 # -- one family -------------------------------------------------------------------------------------------------
 
 
@@ -61,13 +80,17 @@ def tiny_config(kind: str):
     """A config of the family `kind` with small sizes."""
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[kind](**_small(CONFIG_MAPPING[kind]()))
+    small = _small(CONFIG_MAPPING[kind]())
+    for name, value in SPECIAL.get(kind, {}).items():
+        small[name] = type(small[name])(**small[name].to_dict() | value) if isinstance(value, dict) else value
+    return CONFIG_MAPPING[kind](**{name: value for name, value in small.items() if value is not DROP})
 
 
 def _small(config) -> dict:
     """Arguments that make `config`, and the configs in it, small."""
-    small = {name: value for name, value in SIZES.items() if getattr(config, name, None) is not None}
-    if "num_key_value_heads" in small and config.num_key_value_heads == getattr(config, "num_attention_heads", 0):
+    own = config.to_dict()
+    small = {name: value for name, value in SIZES.items() if own.get(name) is not None}
+    if "num_key_value_heads" in small and own["num_key_value_heads"] == own.get("num_attention_heads"):
         small["num_key_value_heads"] = 4
     small |= {name: value for name, value in (("eos_token_id", None), ("pad_token_id", 0)) if hasattr(config, name)}
     for name in getattr(config, "sub_configs", {}):
@@ -199,8 +222,10 @@ def _sparse(model, layers, ids) -> float:
 
     with _cache(model, layers) as cache:
         out = _write(model, ids, torch.ones_like(ids), cache)
+    at = {"position_ids": torch.arange(out.sequences.shape[1])[None]}  # as generate counts
+    at = at if "position_ids" in signature(type(model).forward).parameters else {}
     with patched(model, layers):
-        full = model(out.sequences, use_cache=False).logits
+        full = model(out.sequences, use_cache=False, **at).logits
     return _error(torch.stack(out.logits, 1), full[:, TOKENS - 1 : -1])
 
 

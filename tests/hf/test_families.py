@@ -1,4 +1,4 @@
-"""Families of transformers' models: served exactly, or refused with a sentence; keys before RoPE are the model's own."""
+"""Families of transformers' models are served exactly or refused in words; keys before RoPE are the model's own."""
 
 import copy
 
