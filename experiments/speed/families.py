@@ -25,6 +25,7 @@ from .measure import publish
 SECONDS = 180  # a family that takes longer is reported as such
 MOST_WEIGHTS = 20_000_000
 TOKENS, PADDING, NEW = 40, 13, 24
+RESULTS = ("exact", "exact but no cache", "refused", "no full attention", "not built", "wrong", "failed")
 EXACT = 2e-4  # largest difference of float32 logits, as a share of the largest logit
 
 DROP = object()  # leaves a config's own value
@@ -58,11 +59,15 @@ SIZES = {  # attributes of configs, and what they become where a config has them
 
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 SPECIAL = {  # what single families need besides
-    **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu", "deepseek_v2"), {"head_dim": 8}),
+    **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu"), {"head_dim": 8}),
     **dict.fromkeys(("gemma3_text", "gemma3n_text", "exaone4", "exaone_moe", "kolibri1", "inkling_text"), LAYERS),
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": 16}),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), {"head_dim": 16}),
+    "deepseek_v2": {"head_dim": 8, "num_experts_per_tok": 2}, "ministral": LAYERS | {"head_dim": 16},
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), LAYERS | {"hidden_size_per_layer_input": 0}),
-    "mistral": {"sliding_window": None}, "nemotron": {"head_dim": 16}, "gemma3": {"text_config": LAYERS},
+    "mistral": {"sliding_window": None}, "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "xmod": {"default_language": "en_XX"},
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "gemma3": {"text_config": LAYERS},
     "falcon": {"head_dim": DROP, "num_kv_heads": DROP}, "xlstm": {"v_head_dim": DROP, "head_dim": DROP},
     "gpt_neo": {"attention_types": [[["global"], 4]]}, "zaya": {"num_experts_per_tok": 1},
     "bamba": {"attn_layer_indices": [1, 3]}, "mamba2": {"num_heads": 8},
@@ -82,7 +87,8 @@ def tiny_config(kind: str):
 
     small = _small(CONFIG_MAPPING[kind]())
     for name, value in SPECIAL.get(kind, {}).items():
-        small[name] = type(small[name])(**small[name].to_dict() | value) if isinstance(value, dict) else value
+        part = small.get(name)
+        small[name] = type(part)(**part.to_dict() | value) if isinstance(value, dict) and part is not None else value
     return CONFIG_MAPPING[kind](**{name: value for name, value in small.items() if value is not DROP})
 
 
@@ -165,15 +171,19 @@ def try_model(model) -> dict:
     with patched(model, dense):
         ours = model(ids, attention_mask=mask, use_cache=False).logits
     top, errors = native[real].abs().max(), {"left padding": _error(ours[real], native[real])}
-    errors["decoding"], errors["beams"] = _generated(model, dense, ids, mask)
-    errors["sparse decoding"] = _sparse(model, {i: _layer(layers[i].shape, 1.0) for i in served}, ids)
+    cannot = ""
+    try:
+        errors["decoding"], errors["beams"] = _generated(model, dense, ids, mask)
+        errors["sparse decoding"] = _sparse(model, {i: _layer(layers[i].shape, 1.0) for i in served}, ids)
+    except ValueError as problem:
+        cannot = _short(problem)
     whole = sum(facts.name is not None and facts.window is None for facts in layers)
     row = {"served": len(served), "whole": whole, "layers": len(layers), "errors": errors}
     row |= {"worst": max(errors.values()), "bf16": _bf16(model, dense, ids, mask, native, top)}
     wrong = [name for name, error in errors.items() if not error <= EXACT]
     if wrong or not row["bf16"] <= 3:
         return row | {"result": "wrong", "why": ", ".join(wrong) or "bfloat16"}
-    return row | {"result": "exact", "why": ""}
+    return row | {"result": "exact but no cache" if cannot else "exact", "why": cannot}
 
 
 def _layer(shape, alpha: float) -> ProteusLayer:
@@ -293,8 +303,7 @@ def families_table(report: dict) -> str:
         numbers = (f"{row['worst']:.0e}", f"{row['bf16']:.2f}") if ran else ("", "")
         lines.append([row["family"], row.get("class", ""), row["result"], layers, *numbers, row["why"]])
     head = ["family", "class", "result", "full layers served", "worst error", "bf16 error / its own", "why"]
-    counts = {result: sum(row["result"] == result for row in report["rows"]) for result in
-              ("exact", "refused", "no full attention", "not built", "wrong", "failed")}  # fmt: skip
+    counts = {result: sum(row["result"] == result for row in report["rows"]) for result in RESULTS}
     said = ", ".join(f"{count} {result}" for result, count in counts.items() if count)
     return f"transformers {report['transformers']}, torch {report['torch']}: {said}\n\n{markdown(head, lines)}"
 
@@ -313,6 +322,7 @@ rotation at all; and dense attention over what a patched layer is given has to e
   model's own, as a share of the largest logit: flux alpha 0 with padding on the left, token by token beside the model's
   own cache, and flux alpha 1 token by token beside the patched pass over the whole text. Beams give the same text.
   *bf16 error / its own* compares a patched bfloat16 pass with the model's own bfloat16 pass; 1 means as exact.
+* **exact but no cache**: a patched pass is exact; a `ProteusCache` is refused, with the reason.
 * **refused**: an error says why, and the model is left as it was.
 * **no full attention**: no layer reads the whole past by softmax attention, so there is nothing to replace.
 * **not built**: the family cannot be built with small sizes from its config alone, so nothing is claimed.

@@ -5,9 +5,11 @@ Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ..attention import AttentionConfig, Budget, Gates
 from ..attention.adapter import ProteusLayer
@@ -188,6 +190,43 @@ class BankLayer(CacheLayerMixin):
         self._make(len(mine["count"]), tensors.get("inv_freq"), about["scale"], mine["rows"].dtype)
         self.past = tensors.get("past")  # files of earlier versions have none
         self.bank.load_state_dict({"about": about, "tensors": mine})
+
+
+class HybridBankLayer(LinearAttentionLayer, BankLayer):
+    """A bank, and the recurrent states of a layer that has both kinds of memory (Falcon-H1, Zamba 2)."""
+
+    is_compileable = False
+
+    def __init__(self, layer: ProteusLayer, budget: Budget, alone: bool, reach: int | None, states: int):
+        BankLayer.__init__(self, layer, budget, alone, reach)
+        LinearAttentionLayer.__init__(self, number_of_states=states)
+
+    def take(self, other: HybridBankLayer) -> None:
+        BankLayer.take(self, other)
+        for name, value in vars(LinearAttentionLayer(number_of_states=other.number_of_states)).items():
+            setattr(self, name, copy.deepcopy(getattr(other, name, value)))
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        BankLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        BankLayer.batch_select_indices(self, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        BankLayer.crop(self, tokens_to_remove)
+
+    def offload(self) -> None:
+        BankLayer.offload(self)
+
+    prefetch = offload
+
+    def state_dict(self):
+        raise ValueError("recurrent states cannot be saved: fork() the cache instead")
 
 
 def digest(real: Tensor, start: int = 0) -> Tensor:

@@ -21,7 +21,13 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 from ..attention import AttentionConfig, Budget, Gates, plan_budget
 from ..attention.adapter import ProteusLayer
@@ -31,7 +37,7 @@ from ..attention.settings import Settings, config_for
 from ..common.files import cache_dir
 from ..common.tensors import fingerprint, read_tensors, write_tensors
 from ..common.texts import Text, calibration_text
-from .bank_layer import NO_GRADIENT, BankLayer, gates_from
+from .bank_layer import NO_GRADIENT, BankLayer, HybridBankLayer, gates_from
 from .passes import unwatch, watch
 from .patch import check_layers, find_decoder, layer_shape, patched, reads_whole_past
 from .source import ModelSource
@@ -93,10 +99,8 @@ class ProteusCache(Cache):
         layers = DynamicCache(config=model.config).layers
         alone = set(gates) == set(reads_whole_past(model))
         for index, its in gates.items():
-            if index >= len(layers) or type(layers[index]) is not DynamicLayer:
-                kind = type(layers[index]).__name__ if index < len(layers) else "nothing"
-                raise ValueError(f"gates has key {index}: that layer keeps a {kind}, which a bank cannot replace")
-            layers[index] = BankLayer(ProteusLayer(its, config), budget, alone, reach)
+            native = layers[index] if index < len(layers) else None
+            layers[index : index + 1] = [_bank_for(index, native, ProteusLayer(its, config), budget, alone, reach)]
         super().__init__(layers=layers)
         self._running = self._cut_short = False
         watch(decoder)
@@ -165,7 +169,8 @@ class ProteusCache(Cache):
             try:
                 return native(*args, **kwargs)
             except BaseException:
-                self._cut_short = self._lengths() != lengths
+                recurrent = any(hasattr(layer, "recurrent_states") for layer in self.layers)
+                self._cut_short = recurrent or self._lengths() != lengths
                 raise
             finally:
                 self._running = False
@@ -264,6 +269,16 @@ class ProteusCache(Cache):
         except (KeyError, TypeError, ValueError, RuntimeError) as problem:
             raise ValueError(f"path={str(path)!r}: not a cache of this model ({problem})") from problem
         return cache
+
+
+def _bank_for(index: int, native, *bank) -> BankLayer:
+    """The bank of layer `index`, in place of the cache layer that transformers would give it."""
+    if type(native) is DynamicLayer:
+        return BankLayer(*bank)
+    if type(native) is LinearAttentionAndFullAttentionLayer:
+        return HybridBankLayer(*bank, states=native.number_of_states)
+    kind = "nothing" if native is None else f"a {type(native).__name__}"
+    raise ValueError(f"gates has key {index}: transformers' cache keeps {kind} for it, which a bank cannot replace")
 
 
 def _check_gates(index: int, gates: Gates, config: AttentionConfig) -> None:

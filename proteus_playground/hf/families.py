@@ -84,6 +84,7 @@ class _Entry:
     v: Tensor | None = None
     kwargs: dict = field(default_factory=dict)  # of the attention function
     heads: Tensor | None = None  # (1, T, H, d), what the function returned
+    exact: Tensor | None = None  # the same, computed in float32
     output: Tensor | None = None  # (1, T, D), what the module returned
 
 
@@ -199,7 +200,17 @@ def _attention(module, q, k, v, attention_mask, **kwargs):
     entry.turned, entry.v, entry.kwargs = (q.clone(), k.clone()), v.clone(), kwargs
     out = own_attention(recorder.original, module, q, k, v, attention_mask, **kwargs)
     entry.heads = out[0].clone()
+    entry.exact = _in_float32(recorder.original, module, (q, k, v), attention_mask, kwargs)
     return out
+
+
+def _in_float32(original: str, module, qkv: tuple[Tensor, ...], mask: Tensor | None, kwargs: dict) -> Tensor | None:
+    """What `module`'s attention computes without the rounding of its dtype; None where it takes no float32."""
+    mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+    try:
+        return own_attention(original, module, *(x.float() for x in qkv), mask, **kwargs)[0]
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _call_unturned(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -298,11 +309,12 @@ def _refusal(module: nn.Module, entry: _Entry) -> str | None:
 
 def _window(decoder: nn.Module, index: int, module: nn.Module, entry: _Entry) -> int | None:
     """Tokens of the layer's sliding window or chunk, None where it reads the whole past."""
-    for window in (entry.kwargs.get("sliding_window"), getattr(module, "sliding_window", None)):
-        if window is not None:
-            return int(window)
+    window = entry.kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    if window is not None:
+        return int(window)
     kinds = getattr(decoder.config, "layer_types", None) or ()
-    if not kinds and getattr(decoder.config, "use_sliding_window", True):
+    told = bool(kinds) or "sliding_window" in entry.kwargs
+    if not told and getattr(decoder.config, "use_sliding_window", True):
         window = getattr(decoder.config, "sliding_window", None)
         if window is not None:
             return int(window)
@@ -383,7 +395,9 @@ def _computes_attention(decoder: nn.Module, entry: _Entry, rotation: Rotation, w
     score = torch.einsum("btgrd,bsgd->bgrts", q.unflatten(2, (groups, -1)), k) * scale
     later = torch.ones(TOKENS, TOKENS, dtype=torch.bool, device=q.device).triu(1)
     heads = torch.einsum("bgrts,bgsd->btgrd", score.masked_fill(later, -torch.inf).softmax(-1), v).flatten(2, 3)
-    return entry.heads.shape == heads.shape and _close_to(entry.v.dtype)(heads, entry.heads.float())
+    wanted = entry.heads.float() if entry.exact is None else entry.exact
+    close = _close_to(entry.heads.dtype if entry.exact is None else torch.float32)
+    return wanted.shape == heads.shape and close(heads, wanted)
 
 
 def _projects(module: nn.Module, output: str, entry: _Entry) -> bool:

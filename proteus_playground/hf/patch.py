@@ -60,7 +60,8 @@ class _Turning:
         fixed = isinstance(self.rotation.source[0], float) and self.own is not None
         own = self.own if fixed else self.rotation.own_frequencies(decoder)
         if own is not self.own or self.inv_freq.device != device:
-            self.own, self.inv_freq = own, self.rotation.frequencies(own, device)
+            with torch.inference_mode(False):  # a later pass may need a gradient
+                self.own, self.inv_freq = own, self.rotation.frequencies(own, device)
         return self.inv_freq
 
     def arrange(self, x: Tensor) -> Tensor:
@@ -69,7 +70,8 @@ class _Turning:
         if self.rotation.order is None:
             return x
         if self.order is None or self.order.device != x.device:
-            self.order = torch.tensor(self.rotation.order, device=x.device)
+            with torch.inference_mode(False):
+                self.order = torch.tensor(self.rotation.order, device=x.device)
         return x.index_select(-1, self.order)
 
 

@@ -156,3 +156,23 @@ def test_a_model_whose_weights_are_not_loaded_is_refused():
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
     with pytest.raises(TypeError, match="meta device"):
         full_attention_layers(model)
+
+
+def test_a_pass_without_gradients_leaves_nothing_that_a_later_one_cannot_use(ids):
+    model = family("cohere", **SIZES).requires_grad_(True)
+    layers = layers_of(model, 1.0)
+    with torch.inference_mode(), patched(model, layers):
+        logits(model, ids)
+    with patched(model, layers):
+        logits(model, ids).square().mean().backward()
+    assert find_decoder(model).layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_of_any_size_are_no_reason_to_refuse(ids, dtype):
+    """Large biases of keys make scores that bfloat16 rounds by more than one."""
+    model = family("qwen2", **SIZES).to(dtype)
+    for block in find_decoder(model).layers:
+        block.self_attn.k_proj.bias.fill_(30)
+        block.self_attn.q_proj.bias.fill_(30)
+    assert full_attention_layers(model) == (0, 1, 2)
