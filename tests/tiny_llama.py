@@ -50,3 +50,20 @@ def build(seed: int = 0, **sizes):
         | sizes
     )
     return LlamaForCausalLM(config).eval(), PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+
+
+def family(kind: str, seed: int = 0, **sizes):
+    """A tiny causal language model of the family `kind`, in evaluation mode; norms' weights are random too."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **dict(bos_token_id=1, eos_token_id=None, pad_token_id=0) | sizes)
+    model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight += 0.2 * torch.randn_like(weight)
+        elif weight.dim() == 2:
+            weight.normal_(0, 1.5 * weight.shape[-1] ** -0.5)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model

@@ -37,6 +37,7 @@ class Bench(LazyGroup):
         "exam": "proteus_playground.experiments.speed.exam:exam_command",
         "top-a": "proteus_playground.experiments.speed.top_a:top_a_command",
         "slider": "proteus_playground.experiments.speed.slider:slider_command",
+        "families": "proteus_playground.experiments.speed.families:families_command",
     }
 
 

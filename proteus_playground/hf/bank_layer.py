@@ -5,15 +5,31 @@ Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ..attention import AttentionConfig, Budget, Gates
 from ..attention.adapter import ProteusLayer
 from ..attention.bank.bank import ENDLESS, KVBank
 from ..attention.decide import weigh
-from .patch import AttentionCall
+from .attention_call import AttentionCall
+
+NO_GRADIENT = "a ProteusCache gives no gradient: use torch.no_grad(), and model.eval()"
+
+
+class _NoGradient(torch.autograd.Function):
+    """The identity; a backward pass through it says why there is none."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, q: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError(NO_GRADIENT)
 
 
 class BankLayer(CacheLayerMixin):
@@ -29,11 +45,29 @@ class BankLayer(CacheLayerMixin):
         super().__init__()
         self.layer, self.budget, self.alone, self.reach = layer, budget, alone, reach
         self.bank: KVBank | None = None
+        self._inv_freq: Tensor | None = None  # of the last call
+        self._new = 0  # tokens that `update` was given and `attend` was not
+        self.past: Tensor | None = None  # (B,) which tokens of each text were real, as `digest` says
 
-    @torch.no_grad()
     def attend(self, call: AttentionCall) -> Tensor:
-        """Rows of the new tokens, `(B, T, H, d)`, which the bank then remembers."""
+        """Rows of the new tokens, `(B, T, H, d)`, which the bank then remembers. A backward pass raises."""
+        new, self._new = self._new, 0
+        if new != call.k.shape[1]:
+            raise ValueError(
+                f"layer {call.layer} attends to {call.k.shape[1]} keys and put {new} into its cache: a layer "
+                "that reads another layer's keys must stay native"
+            )
+        with torch.no_grad():
+            out = self._attend(call)
+        return _NoGradient.apply(out, call.q) if call.q.requires_grad and torch.is_grad_enabled() else out
+
+    def _attend(self, call: AttentionCall) -> Tensor:
         layer, budget = self.layer, self.budget
+        self._check_frequencies(call)
+        self.check_past(call.past)
+        keep = call.k.new_ones(call.k.shape[:2], dtype=torch.bool) if call.keep is None else call.keep
+        new = digest(keep, self.get_seq_length())
+        self.past = new if self.past is None else self.past + new
         if self.bank is None:
             self._make(len(call.k), call.inv_freq, call.scale, call.k.dtype)
         bank, near = self.bank, {"inv_freq": call.inv_freq, "positions": call.positions, "scale": call.scale}
@@ -46,7 +80,32 @@ class BankLayer(CacheLayerMixin):
         out = read(call.q, call.k, call.v, keep=decisions.keep, awake=decisions.awake, positions=call.positions)
         return weigh(out, decisions.weight)
 
-    def _make(self, batch: int, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> None:
+    def check_past(self, past: Tensor | None) -> None:
+        """Raise `ValueError` unless a mask shows those of the earlier tokens that were real when they were read.
+
+        past: `(B, tokens so far)` bool, or None where the mask does not say.
+        """
+        if past is None or self.past is None:
+            return
+        if past.shape[1] != self.get_seq_length() or not torch.equal(digest(past).to(self.past), self.past):
+            raise ValueError(
+                "attention_mask shows other earlier tokens than it did when they were read: a ProteusCache cannot hide "
+                "or show tokens later; give the mask of the whole text with every pass"
+            )
+
+    def _check_frequencies(self, call: AttentionCall) -> None:
+        """The bank's keys are turned by the frequencies of the first call."""
+        if self.bank is not None and call.inv_freq is not self._inv_freq:
+            held = self.bank.inv_freq
+            if held is not None and not torch.equal(held, call.inv_freq.to(held.device)):
+                raise ValueError(
+                    f"layer {call.layer}: the model's rotary frequencies have changed with the length of the text "
+                    "(dynamic NTK, LongRoPE), and keys of a ProteusCache keep those of its first tokens; stay within "
+                    "the trained length, or load the model with another rope_type"
+                )
+        self._inv_freq = call.inv_freq
+
+    def _make(self, batch: int, inv_freq: Tensor | None, scale: float, dtype: torch.dtype) -> None:
         int8 = self.layer.config.int8
         dtype = torch.float32 if dtype == torch.int8 else dtype
         self.bank = KVBank.empty(
@@ -64,6 +123,7 @@ class BankLayer(CacheLayerMixin):
         """Nothing: the bank is made by the first `attend`."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self._new += key_states.shape[2]
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -76,8 +136,16 @@ class BankLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1 if self.budget.tokens == ENDLESS else self.budget.tokens
 
+    def take(self, other: BankLayer) -> None:
+        """Go on from an independent copy of what `other` remembers."""
+        self.bank, self.past, self._inv_freq = other.bank.fork(), other.past, other._inv_freq
+
+    def end_pass(self) -> None:
+        """Forget tokens that were put in and not attended to, where a pass was cut short."""
+        self._new = 0
+
     def reset(self) -> None:
-        self.bank = None
+        self.bank, self._inv_freq, self._new, self.past = None, None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -85,6 +153,8 @@ class BankLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.bank is not None:
             self.bank = self.bank.select(indices.to(self.bank.count.device))
+        if self.past is not None:
+            self.past = self.past[indices.to(self.past.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.bank is not None:
@@ -112,15 +182,66 @@ class BankLayer(CacheLayerMixin):
             return tensors, None
         state = self.bank.state_dict()
         tensors |= {f"bank.{name}": tensor for name, tensor in state["tensors"].items()}
-        return tensors | {"inv_freq": self.bank.inv_freq.clone()}, state["about"]
+        if self.bank.inv_freq is not None:
+            tensors["inv_freq"] = self.bank.inv_freq.clone()
+        if self.past is not None:
+            tensors["past"] = self.past.clone()
+        return tensors, state["about"]
 
     def load_state_dict(self, tensors: dict[str, Tensor], about: dict | None) -> None:
         """Take over a bank, for the same gates and budget. Raises `ValueError` or `KeyError` where it does not fit."""
         if about is None:
             return
         mine = {name.removeprefix("bank."): x for name, x in tensors.items() if name.startswith("bank.")}
-        self._make(len(mine["count"]), tensors["inv_freq"], about["scale"], mine["rows"].dtype)
+        self._make(len(mine["count"]), tensors.get("inv_freq"), about["scale"], mine["rows"].dtype)
+        self.past = tensors.get("past")  # files of earlier versions have none
         self.bank.load_state_dict({"about": about, "tensors": mine})
+
+
+class HybridBankLayer(LinearAttentionLayer, BankLayer):
+    """A bank, and the recurrent states of a layer that has both kinds of memory (Falcon-H1, Zamba 2)."""
+
+    is_compileable = False
+
+    def __init__(self, layer: ProteusLayer, budget: Budget, alone: bool, reach: int | None, states: int):
+        BankLayer.__init__(self, layer, budget, alone, reach)
+        LinearAttentionLayer.__init__(self, number_of_states=states)
+
+    def take(self, other: HybridBankLayer) -> None:
+        BankLayer.take(self, other)
+        for name, value in vars(LinearAttentionLayer(number_of_states=other.number_of_states)).items():
+            setattr(self, name, copy.deepcopy(getattr(other, name, value)))
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        BankLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        BankLayer.batch_select_indices(self, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        BankLayer.crop(self, tokens_to_remove)
+
+    def offload(self) -> None:
+        BankLayer.offload(self)
+
+    prefetch = offload
+
+    def state_dict(self):
+        raise ValueError("recurrent states cannot be saved: fork() the cache instead")
+
+
+def digest(real: Tensor, start: int = 0) -> Tensor:
+    """A number per text, `(B,)` int64, that says which tokens are real: `real` `(B, n)` bool, from token `start` on.
+
+    Numbers of two parts of a text add up to that of both.
+    """
+    at = torch.arange(start + 1, start + 1 + real.shape[1], device=real.device)
+    return (real * (at * 2_654_435_761 % 2_147_483_647)).sum(-1)
 
 
 def gates_from(tensors: dict[str, Tensor], config: AttentionConfig) -> Gates:

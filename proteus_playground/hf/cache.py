@@ -14,14 +14,20 @@ Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import MethodType
-from weakref import WeakKeyDictionary, finalize
+from weakref import finalize
 
+import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from torch.utils._pytree import tree_leaves
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 from ..attention import AttentionConfig, Budget, Gates, plan_budget
 from ..attention.adapter import ProteusLayer
@@ -31,8 +37,9 @@ from ..attention.settings import Settings, config_for
 from ..common.files import cache_dir
 from ..common.tensors import fingerprint, read_tensors, write_tensors
 from ..common.texts import Text, calibration_text
-from .bank_layer import BankLayer, gates_from
-from .patch import CACHE_NAMES, check_layers, find_decoder, full_attention_layers, layer_shape, patched
+from .bank_layer import NO_GRADIENT, BankLayer, HybridBankLayer, gates_from
+from .passes import unwatch, watch
+from .patch import check_layers, find_decoder, layer_shape, patched, reads_whole_past
 from .source import ModelSource
 
 CALIBRATION_TOKENS = 2048
@@ -69,27 +76,35 @@ class ProteusCache(Cache):
         check_layers(dict.fromkeys(gates, id), decoder)
         if not gates:
             raise ValueError(f"gates={gates!r}: must hold the gates of at least one layer")
-        shape = layer_shape(decoder.layers[next(iter(gates))].self_attn)
+        shape = layer_shape(model, next(iter(gates)))
         config = settings if isinstance(settings, AttentionConfig) else config_for(settings, shape)
         if (config.n_heads, config.n_kv_heads, config.head_dim) != (shape.n_heads, shape.n_groups, shape.head_dim):
             raise ValueError(f"settings is for other layers ({config}): must be for {shape}")
         alpha = 1 if config.flux_alpha is None else config.flux_alpha
-        context = ENDLESS if alpha in (0, 1) else decoder.config.max_position_embeddings
-        budget = plan_budget(config, context if tokens is None else tokens)
+        if tokens is None:
+            tokens_planned = ENDLESS if alpha in (0, 1) else getattr(decoder.config, "max_position_embeddings", None)
+        else:
+            tokens_planned = tokens
+        if tokens_planned is None:
+            raise ValueError("tokens=None: must be given, since this model's config names no trained context")
+        budget = plan_budget(config, tokens_planned)
         for index, its in gates.items():
             _check_gates(index, its, config)
+            if layer_shape(model, index) != shape:
+                raise ValueError(f"gates has key {index}: that layer has other sizes than layer {next(iter(gates))}")
         if reach is not None:
             _check_reach(reach, budget, config.int8)
         self._model, self._decoder, self._config = model, decoder, config
         self._plan = {"tokens": tokens, "reach": reach}
         layers = DynamicCache(config=model.config).layers
-        alone = set(gates) == set(full_attention_layers(model))
+        alone = set(gates) == set(reads_whole_past(model))
         for index, its in gates.items():
-            layers[index] = BankLayer(ProteusLayer(its, config), budget, alone, reach)
+            native = layers[index] if index < len(layers) else None
+            layers[index : index + 1] = [_bank_for(index, native, ProteusLayer(its, config), budget, alone, reach)]
         super().__init__(layers=layers)
-        self._running = False
-        _watch(decoder)
-        self._closing = finalize(self, _unwatch, decoder)
+        self._running = self._cut_short = False
+        watch(decoder)
+        self._closing = finalize(self, unwatch, decoder)
         self._closing.atexit = False
 
     @classmethod
@@ -138,21 +153,49 @@ class ProteusCache(Cache):
     def __exit__(self, *exception) -> None:
         self.close()
 
-    @contextmanager
-    def run(self, decoder: nn.Module) -> Iterator[None]:
-        """One pass of the model goes through the banks."""
+    def run_pass(self, decoder: nn.Module, native: Callable, args: tuple, kwargs: dict):
+        """One pass of the model, through the banks: what `native(*args, **kwargs)` returns then."""
         if decoder is not self._decoder or not self._closing.alive:
             raise RuntimeError("this ProteusCache is closed, or was made for another model")
-        lengths = {layer.get_seq_length() for layer in self.layers}
-        if len(lengths) > 1:
+        if self._cut_short:
             raise RuntimeError("a pass through this ProteusCache was cut short: reset() it, or go on from a fork")
-        layers = {i: layer.attend for i, layer in enumerate(self.layers) if isinstance(layer, BankLayer)}
+        if decoder.training and torch.is_grad_enabled():
+            raise ValueError(f"{type(decoder).__name__} is in training mode, and {NO_GRADIENT}")
+        self._check_mask(kwargs.get("attention_mask"))
+        lengths = self._lengths()
+        layers = {i: layer.attend for i, layer in self._bank_layers().items()}
         with patched(self._model, layers, one_thread=True):
             self._running = True
             try:
-                yield
+                return native(*args, **kwargs)
+            except BaseException:
+                recurrent = any(hasattr(layer, "recurrent_states") for layer in self.layers)
+                self._cut_short = recurrent or self._lengths() != lengths
+                raise
             finally:
                 self._running = False
+                for layer in self._bank_layers().values():
+                    layer.end_pass()
+
+    def _check_mask(self, mask: Tensor | None) -> None:
+        """Padding is forgotten, so a later mask must show the same tokens as the earlier ones did."""
+        bank, seen = next(iter(self._bank_layers().values())), self.get_seq_length()
+        if not seen or not (mask is None or isinstance(mask, Tensor) and mask.dim() == 2):
+            return
+        if mask is None:
+            mask = torch.ones(1, seen, dtype=torch.bool, device=self._decoder.device).expand(bank.bank.batch, -1)
+        bank.check_past(mask[:, :seen].bool())
+
+    def _bank_layers(self) -> dict[int, BankLayer]:
+        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, BankLayer)}
+
+    def _lengths(self) -> list[int]:
+        return [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+
+    def reset(self) -> None:
+        """Forget the text."""
+        super().reset()
+        self._cut_short = False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """New keys and values of a layer, `(B, G, T, d)`, go in; the keys and values to attend to come back."""
@@ -163,26 +206,27 @@ class ProteusCache(Cache):
     @property
     def banks(self) -> dict[int, KVBank | None]:
         """Each chosen layer's bank; None before the first token."""
-        return {i: layer.bank for i, layer in enumerate(self.layers) if isinstance(layer, BankLayer)}
+        return {i: layer.bank for i, layer in self._bank_layers().items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is remembered, layers without a bank included."""
         banks = sum(bank.nbytes for bank in self.banks.values() if bank is not None)
-        native = (x for layer in self.layers if not isinstance(layer, BankLayer) for x in (layer.keys, layer.values))
-        return banks + sum(x.nbytes for x in native if x is not None)
+        native = (vars(layer) for layer in self.layers if not isinstance(layer, BankLayer))
+        return banks + sum(x.nbytes for x in tree_leaves(list(native)) if isinstance(x, Tensor))
 
     # -- copies and files -------------------------------------------------------------------------------------
 
     def fork(self) -> ProteusCache:
         """An independent copy for the same model: two continuations can share what they have read."""
-        gates = {i: layer.layer.gates for i, layer in enumerate(self.layers) if isinstance(layer, BankLayer)}
+        gates = {i: layer.layer.gates for i, layer in self._bank_layers().items()}
         twin = ProteusCache(self._model, gates, self._config, **self._plan)
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, BankLayer):
                 twin.layers[index] = copy.deepcopy(layer)
             elif layer.bank is not None:
-                twin.layers[index].bank = layer.bank.fork()
+                twin.layers[index].take(layer)
+        twin._cut_short = self._cut_short
         return twin
 
     def __deepcopy__(self, memo) -> ProteusCache:
@@ -194,6 +238,8 @@ class ProteusCache(Cache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, BankLayer):
                 mine, banks[index] = layer.state_dict()
+            elif not isinstance(layer, CacheLayerMixin):
+                raise ValueError(f"layer {index} keeps a {type(layer).__name__}: only keys and values can be saved")
             else:
                 mine = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
             tensors |= {f"{index}.{name}": tensor for name, tensor in mine.items()}
@@ -225,6 +271,16 @@ class ProteusCache(Cache):
         return cache
 
 
+def _bank_for(index: int, native, *bank) -> BankLayer:
+    """The bank of layer `index`, in place of the cache layer that transformers would give it."""
+    if type(native) is DynamicLayer:
+        return BankLayer(*bank)
+    if type(native) is LinearAttentionAndFullAttentionLayer:
+        return HybridBankLayer(*bank, states=native.number_of_states)
+    kind = "nothing" if native is None else f"a {type(native).__name__}"
+    raise ValueError(f"gates has key {index}: transformers' cache keeps {kind} for it, which a bank cannot replace")
+
+
 def _check_gates(index: int, gates: Gates, config: AttentionConfig) -> None:
     if not isinstance(gates, Gates):
         raise TypeError(f"gates[{index}]={type(gates).__name__}: expected Gates")
@@ -240,32 +296,3 @@ def _check_reach(reach: int, budget: Budget, int8: bool) -> None:
         raise ValueError(f"reach={reach!r}: must be a whole number >= {near}, the window and two blocks, or None")
     if int8 or budget.dense:
         raise ValueError(f"reach={reach}: must be None for int8 keys, which cannot be turned, and for a dense cache")
-
-
-# -- what a decoder does while caches of it live --------------------------------------------------------------
-
-_WATCHED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many caches
-
-
-def _forward(decoder: nn.Module, *args, **kwargs):
-    """A decoder's own forward, through the banks of the `ProteusCache` that it is handed, if it is."""
-    native = MethodType(type(decoder).forward, decoder)
-    mine = [kwargs[name] for name in CACHE_NAMES if isinstance(kwargs.get(name), ProteusCache)]
-    if not mine:
-        return native(*args, **kwargs)
-    with mine[0].run(decoder):
-        return native(*args, **kwargs)
-
-
-def _watch(decoder: nn.Module) -> None:
-    mine = getattr(vars(decoder).get("forward"), "__func__", _forward)
-    if mine is not _forward:
-        raise ValueError(f"model: something else has taken the place of {type(decoder).__name__}.forward already")
-    _WATCHED[decoder] = _WATCHED.get(decoder, 0) + 1
-    decoder.forward = MethodType(_forward, decoder)  # a method, so that a deep copy of the model runs the copy
-
-
-def _unwatch(decoder: nn.Module) -> None:
-    _WATCHED[decoder] -= 1
-    if not _WATCHED[decoder]:
-        del _WATCHED[decoder], decoder.forward

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..attention.captured import half
 from ..common.progress import Stop, check_stop
 from ..common.tensors import fingerprint
-from .patch import AttentionCall, patched
+from .patch import AttentionCall, full_attention_layers, layer_shape, patched
 
 WINDOW, CONTEXT, BATCH = 256, 32, 8
 
@@ -49,9 +49,8 @@ class KeyReader:
     def __init__(self, model, heads: Sequence[Head], cache: Path | None = None):
         self._model = model
         self.vocabulary = model.get_input_embeddings().num_embeddings
-        attention = model.get_decoder().layers[0].self_attn
-        self.head_dim = attention.head_dim
-        self._per_group = attention.q_proj.weight.shape[0] // attention.k_proj.weight.shape[0]
+        shape = layer_shape(model, full_attention_layers(model)[0])
+        self.head_dim, self._per_group = shape.head_dim, shape.n_heads // shape.n_groups
         self.picks = tuple(sorted({(head.layer, head.head // self._per_group) for head in heads}))
         self.fingerprint = f"{fingerprint(model)} {WINDOW}+{CONTEXT} {self.picks}"
         width = len(self.picks) * self.head_dim

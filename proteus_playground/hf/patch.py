@@ -1,10 +1,10 @@
 """Swap the attention of chosen layers of a transformers decoder, or record what those layers see.
 
 transformers hands an attention function queries and keys that RoPE has already turned. They are turned back
-with the model's own frequencies and positions, because prototypes live in key space before RoPE. Supported:
-decoders whose layers hold a causal `self_attn` with `q_proj`, `k_proj`, `v_proj`, `o_proj` and half-split
-RoPE over the whole head (Llama, SmolLM2, Mistral, Qwen2, Qwen3 with its QK-norm, the full layers of Gemma 3).
-Layers that are not chosen, sliding-window layers among them, run transformers' own `sdpa`. Decoding with a
+with the model's own frequencies and positions, because prototypes live in key space before RoPE. Supported: every
+decoder whose layers call transformers' `AttentionInterface` for softmax attention over all earlier tokens, with RoPE
+over a head or a part of it, or without; `hf.families` finds out which layers these are, and docs/model-families.md
+lists them. Layers that are not chosen, sliding-window layers among them, run the model's own attention. Decoding with a
 transformers KV cache is refused: `hf.cache.ProteusCache` keeps one that goes through the patch.
 
 Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `D` model width.
@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from inspect import signature
 from threading import get_ident
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -25,46 +24,78 @@ from torch import Tensor, nn
 from ..attention.captured import CapturedLayer, half
 from ..attention.rope import rotate
 from ..attention.settings import LayerShape
+from .attention_call import (
+    CACHE_NAMES,
+    Attend,
+    AttentionCall,
+    Rotation,
+    arranged,
+    real_tokens,
+    table_matches,
+    tables_in,
+)
+from .families import REFUSED, LayerFacts, Survey, survey
+from .native import implementation, own_attention, register, set_implementation
+from .passes import current_pass, not_compiled, only_this_thread, unwatch, watch
+
+__all__ = ["CACHE_NAMES", "NAME", "Attend", "AttentionCall", "capture", "find_decoder", "patched"]
 
 NAME = "proteus_playground"
-CACHE_NAMES = ("cache", "past_key_values")  # what a pass calls its KV cache: since transformers 5.24, and before
-REFUSED = ("softcap", "s_aux", "position_bias", "sliding_window", "cache")  # would change the scores unseen
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """What one attention layer is asked for: un-rotated q `(B, T, H, d)`, k and v `(B, T, G, d)`."""
+class _Turning:
+    """How one attention's queries and keys are brought into a patched layer's order, and the layer's frequencies.
 
-    layer: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    inv_freq: Tensor  # (d / 2,) radians per token
-    positions: Tensor  # (B, T) tokens
-    scale: float
-    keep: Tensor | None  # (B, T) bool, False at padding; None when nothing is padded
+    It is kept from patch to patch, so that the frequencies are the same tensor as long as the model's own are.
+    """
 
+    def __init__(self, rotation: Rotation):
+        self.rotation = rotation
+        self.own, self.inv_freq, self.order = None, None, None
 
-Attend = Callable[[AttentionCall], Tensor | None]  # (B, T, H, d), or None to let the model's own attention run
+    def frequencies(self, decoder: nn.Module, device: torch.device) -> Tensor | None:
+        """`(d / 2,)` radians per token; None where the layer turns nothing."""
+        if self.rotation.source is None:
+            return None
+        fixed = isinstance(self.rotation.source[0], float) and self.own is not None
+        own = self.own if fixed else self.rotation.own_frequencies(decoder)
+        if own is not self.own or self.inv_freq.device != device:
+            with torch.inference_mode(False):  # a later pass may need a gradient
+                self.own, self.inv_freq = own, self.rotation.frequencies(own, device)
+        return self.inv_freq
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Queries or keys `(B, heads, T, d)` as a patched layer is given them, `(B, T, heads, d)`."""
+        x = arranged(x.transpose(1, 2), None, self.rotation.width)
+        if self.rotation.order is None:
+            return x
+        if self.order is None or self.order.device != x.device:
+            with torch.inference_mode(False):
+                self.order = torch.tensor(self.rotation.order, device=x.device)
+        return x.index_select(-1, self.order)
 
 
 class _Slot:
-    """One chosen layer while it is patched: what to call, and the pass's rotary tables.
+    """One attention of a patched decoder, and what its next call was given besides queries, keys and values.
 
-    thread: the only one whose passes may come here, None for any. checked: what all slots know to be right.
+    attend: what to call in place of the attention, None where it stays native.
     """
 
-    def __init__(self, layer: int, attend: Attend, rotary: nn.Module, thread: int | None, checked: list):
-        self.layer, self.attend, self.rotary, self.thread, self.checked = layer, attend, rotary, thread, checked
-        self.tables, self.positions = None, None
+    def __init__(
+        self, decoder: nn.Module, module: nn.Module, layer: int, facts: LayerFacts, attend: Attend | None, original: str
+    ):
+        self.decoder, self.layer, self.facts = ref(decoder), layer, facts
+        self.attend, self.original = attend, original
+        self.arguments: dict[int, dict] = {}  # by thread
+        if attend is not None:
+            self.turning = _TURNING.setdefault(module, _Turning(facts.rotation))
 
-    def remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.thread not in (None, get_ident()):
-            raise RuntimeError("another thread is generating with this model: wait for it, or load the model again")
-        self.tables, self.positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
 
-
+_TURNING: WeakKeyDictionary[nn.Module, _Turning] = WeakKeyDictionary()
 _SLOTS: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
+_BEFORE: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()  # by decoder layer
+_ROTARY: WeakKeyDictionary[nn.Module, ref] = WeakKeyDictionary()  # the decoder of each rotary module
+_PATCHED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -75,31 +106,73 @@ def patched(
 
     before_layer: called with each decoder layer's index before it runs; an exception from it ends the pass.
     one_thread: refuse passes of other threads with a `RuntimeError`; else they would go through the patch as well.
-    One patch at a time per model.
+    One patch at a time per model. Passes run without `torch.compile`. A backward pass with gradient checkpointing must
+    run within the block as well, since it computes layers again.
     Raises `TypeError` for a model of another build, `ValueError` for a layer that cannot be patched,
     `RuntimeError` when the model is patched already. The pass itself raises `ValueError` for what is refused.
     """
     decoder = find_decoder(model)
-    attentions = [block.self_attn for block in decoder.layers]
+    known = survey(decoder)
     check_layers(layers, decoder)
-    _register()
-    config = decoder.config
-    if config._attn_implementation == NAME:
+    register(NAME, _dispatch)
+    if decoder in _PATCHED:
         raise RuntimeError("this model is already patched: leave the first `patched` block before entering another")
-    thread, checked = get_ident() if one_thread else None, []
+    if decoder.config._attn_implementation == NAME:  # a deep copy of a patched model
+        set_implementation(decoder, "sdpa")
+    original = decoder.config._attn_implementation
+    blocks = decoder.get_submodule(known.stack)
     with ExitStack() as undo:
-        undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-        config._attn_implementation = NAME
-        for index, attend in layers.items():
-            module = attentions[index]
-            _SLOTS[module] = slot = _Slot(index, attend, decoder.rotary_emb, thread, checked)
-            undo.callback(_SLOTS.pop, module, None)
-            undo.callback(module.register_forward_pre_hook(slot.remember, with_kwargs=True).remove)
-        if before_layer is not None:
-            for index, block in enumerate(decoder.layers):
-                hook = block.register_forward_pre_hook(lambda *_, at=index: before_layer(at))
-                undo.callback(hook.remove)
+        _PATCHED[decoder] = True
+        undo.callback(_PATCHED.pop, decoder, None)
+        undo.enter_context(implementation(decoder, NAME))
+        watch(decoder)
+        undo.callback(unwatch, decoder)
+        if one_thread:
+            undo.enter_context(only_this_thread(decoder))
+        for index, facts in enumerate(known.layers):
+            if facts.name is not None:
+                module = decoder.get_submodule(facts.name)
+                _add(undo, _SLOTS, module, _Slot(decoder, module, index, facts, layers.get(index), original))
+                undo.callback(module.register_forward_pre_hook(_remember, with_kwargs=True).remove)
+            if before_layer is not None:
+                _add(undo, _BEFORE, blocks[index], lambda at=index: before_layer(at))
+                undo.callback(blocks[index].register_forward_pre_hook(_announce).remove)
+        for name in known.rotary:
+            module = decoder.get_submodule(name)
+            _add(undo, _ROTARY, module, ref(decoder))
+            undo.callback(module.register_forward_pre_hook(_remember_positions, with_kwargs=True).remove)
         yield
+
+
+def _add(undo: ExitStack, table: WeakKeyDictionary, key: nn.Module, value) -> None:
+    table[key] = value
+    undo.callback(table.pop, key, None)
+
+
+# Hooks are plain functions that look a module up, so that those which a deep copy of the model takes along do nothing.
+
+
+@not_compiled
+def _remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    slot = _SLOTS.get(module)
+    if slot is not None and slot.attend is not None:
+        bound = signature(module.forward).bind_partial(*args, **kwargs).arguments
+        slot.arguments[get_ident()] = bound | bound.pop("kwargs", {})
+
+
+@not_compiled
+def _announce(module: nn.Module, args: tuple) -> None:
+    before = _BEFORE.get(module)
+    if before is not None:
+        before()
+
+
+@not_compiled
+def _remember_positions(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    decoder = _ROTARY.get(module)
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not x.is_floating_point()]
+    if decoder is not None and given:
+        current_pass(decoder()).positions = given[0]
 
 
 def capture(
@@ -114,11 +187,13 @@ def capture(
 
     def record(call: AttentionCall) -> None:
         q, v = (None, None) if keys_only else (half(call.q[0]), half(call.v[0]))
-        found[call.layer] = CapturedLayer(q, half(call.k[0]), v, None, call.inv_freq.cpu().clone(), call.scale)
+        inv_freq = None if call.inv_freq is None else call.inv_freq.cpu().clone()
+        found[call.layer] = CapturedLayer(q, half(call.k[0]), v, None, inv_freq, call.scale)
 
     def keep_output(index: int):
         def hook(module, args, output):
-            found[index] = found[index].with_dense(half(output[0][0]))
+            output = output[0] if isinstance(output, tuple) else output
+            found[index] = found[index].with_dense(half(output[0]))
 
         return hook
 
@@ -126,26 +201,20 @@ def capture(
     with ExitStack() as undo, torch.no_grad():
         if not keys_only:
             for index in chosen:
-                undo.callback(decoder.layers[index].self_attn.register_forward_hook(keep_output(index)).remove)
+                module = decoder.get_submodule(survey(decoder).layers[index].name)
+                undo.callback(module.register_forward_hook(keep_output(index)).remove)
         undo.enter_context(patched(model, dict.fromkeys(chosen, record), before_layer))
         decoder(ids.reshape(1, -1).to(decoder.device), use_cache=False)
     return found
 
 
 def find_decoder(model) -> nn.Module:
-    """The stack of layers inside a causal LM. Raises `TypeError` when it is not of a build named above."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    blocks = getattr(decoder, "layers", None)
-    names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    if (
-        not blocks
-        or not hasattr(decoder, "rotary_emb")
-        or not all(hasattr(getattr(block, "self_attn", None), name) for block in blocks for name in names)
-    ):
-        raise TypeError(
-            f"model={type(model).__name__}: expected a transformers decoder with rotary_emb and layers of "
-            f"self_attn holding {', '.join(names)} (Llama, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 3)"
-        )
+    """The stack of layers inside a causal LM. Raises `TypeError` when none of its layers can be patched."""
+    found = (model.get_decoder() if hasattr(model, "get_decoder") else None, getattr(model, "base_model", None))
+    decoder = next((x for x in found if isinstance(x, nn.Module) and hasattr(x, "config")), None)
+    if decoder is None:
+        raise TypeError(f"model={type(model).__name__}: expected a transformers causal language model")
+    survey(decoder, type(model).__name__)
     return decoder
 
 
@@ -156,57 +225,68 @@ def handed(model, cache) -> dict:
 
 
 def full_attention_layers(model) -> tuple[int, ...]:
-    """Indices of the layers that read the whole past, and so can be patched."""
-    attentions = (block.self_attn for block in find_decoder(model).layers)
-    return tuple(i for i, module in enumerate(attentions) if getattr(module, "sliding_window", None) is None)
+    """Indices of the layers that read the whole past, and so can be patched.
+
+    Raises `ValueError` where layers read the whole past, but none of them can be patched.
+    """
+    known = survey(find_decoder(model))
+    served = tuple(i for i, facts in enumerate(known.layers) if facts.served)
+    refused = [facts.refusal for facts in known.layers if facts.name and facts.window is None and facts.refusal]
+    if refused and not served:
+        raise ValueError(f"model={known.model}: each layer that reads the whole past {refused[0]}: it stays native")
+    return served
 
 
-def layer_shape(attention: nn.Module) -> LayerShape:
-    """Sizes of a `self_attn`."""
-    heads, groups = (proj.weight.shape[0] // attention.head_dim for proj in (attention.q_proj, attention.k_proj))
-    return LayerShape(heads, groups, attention.head_dim)
+def reads_whole_past(model) -> tuple[int, ...]:
+    """Indices of all layers that read the whole past, those that cannot be patched among them."""
+    known = survey(find_decoder(model))
+    return tuple(i for i, facts in enumerate(known.layers) if facts.name is not None and facts.window is None)
+
+
+def layer_shape(model, layer: int) -> LayerShape:
+    """Sizes of a layer's attention, as an `AttentionCall` of it has them."""
+    return survey(find_decoder(model)).layers[layer].shape
 
 
 def check_layers(layers: Mapping[int, Attend], decoder: nn.Module) -> None:
     """Raise `TypeError` or `ValueError` naming the first of `layers` that cannot be patched."""
-    attentions = [block.self_attn for block in decoder.layers]
+    known: Survey = survey(decoder)
     for index, attend in layers.items():
         if not callable(attend):
             raise TypeError(f"layers[{index!r}]={attend!r}: expected a function of an AttentionCall")
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(attentions):
-            raise ValueError(f"layers has key {index!r}: must be a whole number in [0, {len(attentions) - 1}]")
-        window = getattr(attentions[index], "sliding_window", None)
-        if window is not None:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(known.layers):
+            raise ValueError(f"layers has key {index!r}: must be a whole number in [0, {len(known.layers) - 1}]")
+        facts = known.layers[index]
+        if facts.window is not None:
             raise ValueError(
-                f"layers has key {index}: that layer reads a sliding window of {window} tokens and must "
+                f"layers has key {index}: that layer reads a sliding window of {facts.window} tokens and must "
                 "stay native; choose from full_attention_layers(model)"
+            )
+        if facts.refusal is not None:
+            raise ValueError(
+                f"layers has key {index}: that layer of {known.model} {facts.refusal}, so it must stay native; "
+                "docs/model-families.md says which models can be patched"
             )
 
 
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(NAME, _dispatch)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # without it, masks (padding, sliding windows) are lost
-
-
+@not_compiled
 def _dispatch(module, q, k, v, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """transformers' attention function: q `(B, H, T, d)`, k and v `(B, G, T, d)`, rotated."""
-    from transformers import AttentionInterface
-
     slot = _SLOTS.get(module)
-    out = None
-    if slot is not None:
-        _refuse(slot, q, k, dropout, kwargs)
-        out = slot.attend(_unrotated(slot, module, q, k, v, attention_mask, scaling))
-    if out is None:
-        native = AttentionInterface()["sdpa"]
-        return native(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    return out.to(q.dtype), None
+    if slot is not None and slot.attend is not None:
+        _refuse(slot, module, q, k, dropout, kwargs)
+        out = slot.attend(_unrotated(slot, q, k, v, attention_mask, scaling))
+        if out is not None:
+            return out[..., : slot.facts.value_dim].to(q.dtype), None
+    original = "sdpa" if slot is None else slot.original
+    return own_attention(original, module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-def _refuse(slot: _Slot, q: Tensor, k: Tensor, dropout: float, kwargs: dict) -> None:
+def _refuse(slot: _Slot, module: nn.Module, q: Tensor, k: Tensor, dropout: float, kwargs: dict) -> None:
+    current = current_pass(slot.decoder())
+    if current.inside and slot.layer in current.called:
+        raise ValueError(f"layer {slot.layer} calls its attention twice in one pass: such a pass cannot be patched")
+    current.called.add(slot.layer)
     if q.shape[2] != k.shape[2]:
         raise ValueError(
             f"layer {slot.layer} got {q.shape[2]} queries for {k.shape[2]} keys: decoding with this KV cache "
@@ -214,75 +294,62 @@ def _refuse(slot: _Slot, q: Tensor, k: Tensor, dropout: float, kwargs: dict) -> 
         )
     if dropout:
         raise ValueError(f"attention_dropout={dropout}: must be 0 in a patched layer; call model.eval()")
-    if kwargs.get("is_causal") is False:
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ValueError(f"is_causal=False in layer {slot.layer}: only causal attention can be patched")
-    for name in REFUSED:
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions=True: a patched layer has no matrix of attention weights to return")
+    for name in (*REFUSED, "sliding_window"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is used by layer {slot.layer}: attention of that kind cannot be patched")
 
 
-def _unrotated(slot: _Slot, module, q, k, v, mask, scaling) -> AttentionCall:
+def _unrotated(slot: _Slot, q: Tensor, k: Tensor, v: Tensor, mask, scaling: float | None) -> AttentionCall:
     batch, _, tokens, dim = q.shape
-    inv_freq = _frequencies(slot.rotary, module, dim)
-    positions = slot.positions
-    if positions is None:
-        positions = torch.arange(tokens, device=q.device)
-    positions = positions.reshape(-1, tokens).expand(batch, tokens)
-    _check_tables(slot, positions, inv_freq)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, heads, d)
+    inv_freq, rotation = slot.turning.frequencies(slot.decoder(), q.device), slot.facts.rotation
+    positions = _positions(slot, batch, tokens, q.device)
+    q, k = slot.turning.arrange(q), slot.turning.arrange(k)
+    if inv_freq is not None:
+        q, k = rotate(q, -positions, inv_freq), rotate(k, -positions, inv_freq)
     scale = dim**-0.5 if scaling is None else scaling
     return AttentionCall(
         slot.layer,
-        rotate(q, -positions, inv_freq),
-        rotate(k, -positions, inv_freq),
-        v,
+        q,
+        k,
+        arranged(v.transpose(1, 2), None, rotation.width),
         inv_freq,
         positions,
         float(scale),
-        _padding(mask, tokens),
+        *real_tokens(mask, batch, tokens, slot.layer),
+        rotation.order,
     )
 
 
-def _frequencies(rotary: nn.Module, module: nn.Module, dim: int) -> Tensor:
-    """This layer's frequencies; Gemma 3 keeps a set for each kind of layer."""
-    kind = getattr(module, "layer_type", None)
-    inv_freq = getattr(rotary, "inv_freq", None)
-    if inv_freq is None:
-        inv_freq = getattr(rotary, f"{kind}_inv_freq", None)
-    if inv_freq is None or len(inv_freq) * 2 != dim:
-        found = "none" if inv_freq is None else f"{len(inv_freq) * 2} features"
-        raise ValueError(f"rotary_emb turns {found} of head_dim={dim}: only RoPE over the whole head can be patched")
-    return inv_freq.float()
-
-
-def _check_tables(slot: _Slot, positions: Tensor, inv_freq: Tensor) -> None:
-    """Turning back is right only if the model's cosines are half-split ones of these positions."""
-    if slot.tables is None:
+def _positions(slot: _Slot, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """Positions `(B, T)` of a call's tokens, compared with the tables that the model turned them by."""
+    arguments, current = slot.arguments.pop(get_ident(), {}), current_pass(slot.decoder())
+    positions = arguments.get("position_ids")
+    if positions is None:
+        positions = current.positions
+    if positions is None or slot.facts.rotation.source is None:
+        positions = torch.arange(tokens, device=device)
+    if positions.dim() == 3:  # one for each of time, height and width
+        if not (positions == positions[:1]).all():
+            raise ValueError(f"position_ids of layer {slot.layer} differ between their axes: must be those of a text")
+        positions = positions[0]
+    positions = positions.to(device).reshape(-1, tokens).expand(batch, tokens)
+    layout = slot.facts.rotation.table
+    if layout is None:
+        return positions
+    tables = tables_in(arguments)
+    if tables is None:
         raise ValueError(f"layer {slot.layer} was given no position_embeddings: the patch needs RoPE to turn back")
-    if slot.checked and slot.checked[0] is slot.tables[0]:  # layers of one pass share their tables
-        return
-    cos, sin = (table.float() for table in slot.tables)
-    angle = positions.float()[..., None] * inv_freq
-    size = (cos.square() + sin.square()).sqrt()  # scaled RoPE (YaRN) stretches both alike
-    if not torch.allclose(cos / size, torch.cat((angle, angle), -1).cos(), atol=0.02):
-        raise ValueError(
-            f"layer {slot.layer}: position_embeddings are not half-split RoPE of the model's own "
-            "frequencies, so they cannot be turned back"
-        )
-    slot.checked[:] = [slot.tables[0]]
-
-
-def _padding(mask: Tensor | None, tokens: int) -> Tensor | None:
-    """Which tokens are real, `(B, T)`, from a causal mask with padding; any other mask is refused.
-
-    A mask that also covers earlier tokens ends with the new ones.
-    """
-    if mask is None:
-        return None
-    mask = mask[..., -tokens:]
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
-    keep = seen[:, -1]
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
-    if not (seen == (causal & keep[:, None, :]))[keep].all():
-        raise ValueError("attention_mask is neither causal nor causal with padding: such a pass cannot be patched")
-    return keep
+    key = (tables[0].data_ptr(), id(slot.turning.own), layout)
+    if key not in current.tables:  # layers of one pass share their tables
+        pair = tables[::-1] if slot.facts.rotation.sines_first else tables
+        if not table_matches(pair, layout, positions, slot.turning.own):
+            raise ValueError(
+                f"layer {slot.layer}: position_embeddings are not half-split or interleaved RoPE of the model's own "
+                "frequencies at position_ids, so they cannot be turned back"
+            )
+        current.tables[key] = tables  # they stay alive, so that no other table takes their place in memory
+    return positions

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..attention.captured import CapturedLayer
 from ..common.tensors import fingerprint
+from .families import survey
 from .patch import Attend, capture, find_decoder, full_attention_layers, layer_shape, patched
 
 NLL_ROWS = 256  # rows of logits turned into float32 probabilities at a time
@@ -31,9 +32,9 @@ class ModelSource:
         if not self.full_layers:
             raise ValueError(f"model={name!r}: every layer reads a sliding window, so there is nothing to replace")
         self.name, self._model, self._tokenizer = name, model, tokenizer
-        self._o_proj = [block.self_attn.o_proj for block in decoder.layers]
-        self.shape = layer_shape(decoder.layers[self.full_layers[0]].self_attn)
-        self.n_layers, self.width = len(decoder.layers), self._o_proj[0].weight.shape[0]
+        self._layers = survey(decoder).layers
+        self.shape = layer_shape(model, self.full_layers[0])
+        self.n_layers, self.width = len(self._layers), decoder.config.hidden_size
         self.context = getattr(decoder.config, "max_position_embeddings", None)
         self.device = model.device
         self.dtype = torch.float32 if self.device.type == "cpu" else model.dtype
@@ -52,8 +53,13 @@ class ModelSource:
         return self._tokenizer.batch_decode([[token] for token in tokens], clean_up_tokenization_spaces=False)
 
     def project(self, layer: int, out: Tensor) -> Tensor:
-        """o_proj: `(T, H d)` -> `(T, D)`."""
-        return self._o_proj[layer](out.to(self._o_proj[layer].weight.dtype))
+        """The layer's output projection: `(T, H d)` -> `(T, D)`. Raises `ValueError` where more than that follows."""
+        facts = self._layers[layer]
+        if facts.output is None:
+            raise ValueError(f"layer={layer} of {self.name}: more than a projection follows its attention")
+        projection = getattr(find_decoder(self._model).get_submodule(facts.name), facts.output)
+        heads = out.unflatten(-1, (facts.shape.n_heads, -1))[..., : facts.value_dim].flatten(-2)
+        return projection(heads.to(projection.weight.dtype))
 
     def capture(
         self, ids: Tensor, *, keys_only: bool = False, before_layer: Callable[[int], None] | None = None

@@ -1,16 +1,20 @@
 """A transformers decoder runs with other attention in chosen layers, exactly, and is left as it was."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 from transformers import (  # noqa: E402 -- after the skip
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -237,8 +241,8 @@ def test_layers_that_are_none(llama, layers, error, said):
 
 
 def test_another_build_of_model_is_refused():
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=11))
-    with pytest.raises(TypeError, match="model=GPT2LMHeadModel"), patched(model, {}):
+    model = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=11))
+    with pytest.raises(TypeError, match="model=BloomForCausalLM.*AttentionInterface"), patched(model, {}):
         pass
 
 
@@ -263,3 +267,170 @@ def test_the_name_is_registered_but_never_left_on_a_model(llama):
     with patched(llama, {}):
         assert llama.config._attn_implementation == NAME
     assert NAME in AttentionInterface().valid_keys() and llama.config._attn_implementation == "sdpa"
+
+
+# -- what cannot be served exactly ------------------------------------------------------------------------------
+
+CAUSAL = torch.ones(T, T, dtype=torch.bool).tril()
+ADDED = torch.zeros(T, T).masked_fill(~CAUSAL, -torch.inf)
+MASKS = {
+    "values": (ADDED + 0.5 * CAUSAL.float(), "adds values"),
+    "small values": (torch.zeros(T, T).masked_fill(~CAUSAL, -9.0), "adds values"),
+    "heads": (torch.stack([ADDED] * 5 + [ADDED.masked_fill(~CAUSAL.tril(-9).logical_not(), -torch.inf)]), "heads"),
+    "window": (CAUSAL & CAUSAL.triu(-9), "neither causal"),
+    "window, added": (ADDED.masked_fill(~CAUSAL.triu(-9), -torch.inf), "neither causal"),
+    "blocks": (CAUSAL & ~((torch.arange(T) >= 30)[:, None] & (torch.arange(T) < 30)), "packed sequences"),
+    "later tokens": (torch.ones(T, T, dtype=torch.bool), "later tokens"),
+    "prefix": (CAUSAL | (torch.arange(T) < 9), "later tokens"),
+    "a hole": (CAUSAL & ~((torch.arange(T) == 50)[:, None] & (torch.arange(T) == 8)), "neither causal"),
+    "rows of padding": (CAUSAL & ~((torch.arange(T) >= 20)[:, None] & (torch.arange(T) < 20)), "neither causal"),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_that_are_refused(llama, ids, kind):
+    mask, said = MASKS[kind]
+    mask = mask[None] if mask.dim() == 3 else mask[None, None]
+    with patched(llama, {1: proteus(0.0)}), pytest.raises(ValueError, match=f"attention_mask of layer 1.*{said}"):
+        logits(llama, ids, attention_mask=mask)
+    assert untouched(llama)
+
+
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
+def test_masks_that_only_hide_are_served(llama, ids, lowest):
+    mask = torch.zeros(2, 1, T, T).masked_fill(~CAUSAL, lowest)
+    mask[1, :, 20:, :20] = lowest  # padding on the left; its own rows read what they like
+    mask[1, :, :20] = 0
+    native = logits(llama, ids, attention_mask=mask)
+    with patched(llama, dict.fromkeys(range(3), proteus(0.0))):
+        ours = logits(llama, ids, attention_mask=mask)
+    assert_close(ours[0], native[0], atol=1e-4, rtol=0)
+    assert_close(ours[1, 20:], native[1, 20:], atol=1e-4, rtol=0)
+
+
+def test_packed_sequences_are_refused(llama, ids):
+    at = torch.cat((torch.arange(30), torch.arange(T - 30)))[None]
+    with patched(llama, {0: proteus(0.0)}):
+        with pytest.raises(ValueError, match="packed sequences"):
+            logits(llama, ids, position_ids=at)
+        with pytest.raises(ValueError, match="cu_seq_lens_q"):
+            logits(llama, ids, cu_seq_lens_q=torch.tensor([0, 30, T]))
+
+
+def test_positions_that_start_again_in_one_text_are_served(llama, ids):
+    at = torch.cat((torch.arange(30), torch.arange(T - 30)))[None].expand(2, -1)
+    mask = torch.ones_like(ids)
+    native = logits(llama, ids, position_ids=at, attention_mask=mask)
+    with patched(llama, dict.fromkeys(range(3), proteus(0.0))):
+        assert_close(logits(llama, ids, position_ids=at, attention_mask=mask), native, atol=1e-4, rtol=0)
+
+
+def test_attention_weights_cannot_be_returned(ids):
+    model = make(LlamaForCausalLM, LlamaConfig)  # transformers leaves hooks of its own on it
+    with patched(model, {0: proteus(0.0)}), pytest.raises(ValueError, match="output_attentions=True"):
+        logits(model, ids, output_attentions=True)
+
+
+def test_an_attention_that_is_called_twice_is_refused(llama, ids):
+    block = llama.model.layers[1]
+    again = block.self_attn.register_forward_hook(
+        lambda module, args, kwargs, output: module.forward(*args, **kwargs), with_kwargs=True
+    )
+    try:
+        with patched(llama, {1: proteus(0.0)}), pytest.raises(ValueError, match="layer 1 calls its attention twice"):
+            logits(llama, ids)
+    finally:
+        again.remove()
+    assert untouched(llama)
+
+
+# -- torch.compile, copies, training ----------------------------------------------------------------------------
+
+
+def compiled(model, how):
+    if how == "model":
+        return torch.compile(model, backend="eager")
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    elif how == "decoder":
+        model.model.forward = torch.compile(model.model.forward, backend="eager")
+    else:
+        for block in model.model.layers:
+            block.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("how", ["model", "forward", "decoder", "layers"])
+def test_a_compiled_model_is_patched_as_it_is_in_eager_mode(how, ids):
+    model = make(LlamaForCausalLM, LlamaConfig)
+    native, layers = logits(model, ids), {i: proteus(i / 2) for i in range(3)}
+    with patched(model, layers):
+        eager = logits(model, ids)
+    both = compiled(model, how)
+    assert_close(logits(both, ids), native, atol=1e-5, rtol=0)
+    who = []
+    with patched(model, {i: lambda call: who.append(call.layer) for i in range(3)}):
+        logits(both, ids)
+    assert who == [0, 1, 2]
+    with patched(model, layers):
+        assert torch.equal(logits(both, ids), eager)
+    assert_close(logits(both, ids), native, atol=1e-5, rtol=0)
+
+
+def test_an_export_is_refused(ids):
+    model = make(LlamaForCausalLM, LlamaConfig)
+    with patched(model, {0: proteus(1.0)}), pytest.raises(RuntimeError, match="do not export"):
+        torch.export.export(model, (ids,), {"use_cache": False})
+
+
+def test_a_deep_copy_of_a_patched_model_is_native_and_can_be_patched(llama, ids):
+    native = logits(llama, ids)
+    with patched(llama, {0: proteus(1.0)}, before_layer=lambda layer: None):
+        ours, twin = logits(llama, ids), copy.deepcopy(llama)
+        assert_close(logits(twin, ids), native)
+    with patched(twin, {0: proteus(1.0)}):
+        assert_close(logits(twin, ids), ours)
+    assert_close(logits(twin, ids), native)
+    assert twin.config._attn_implementation == "sdpa"
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(ids):
+    found = []
+    for checkpointing in (False, True):
+        model = make(LlamaForCausalLM, LlamaConfig).requires_grad_(True).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with patched(model, {0: proteus(1.0), 2: proteus(0.5)}):
+            logits(model, ids).square().mean().backward()
+        found.append([weight.grad for weight in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(ids, dtype):
+    model = make(LlamaForCausalLM, LlamaConfig).to(dtype)
+    native = logits(model, ids)
+    with patched(model, dict.fromkeys(range(3), proteus(0.0))):
+        assert_close(logits(model, ids), native, atol=1e-6 if dtype == torch.float64 else 0.03, rtol=0)
+
+
+def test_dynamic_frequencies_of_a_whole_pass_are_served(ids):
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"max_position_embeddings": 32}, rope_parameters=rope)).eval()
+    with torch.no_grad():
+        native = logits(model, ids)
+        with patched(model, dict.fromkeys(range(3), proteus(0.0))):
+            assert_close(logits(model, ids), native, atol=1e-4, rtol=0)
+
+
+def test_layers_that_stay_native_run_the_models_own_attention(ids):
+    """Gemma 2 caps scores, which sdpa does not know: all of its layers stay native, in eager mode."""
+    torch.manual_seed(0)
+    config = Gemma2Config(**SIZES, attn_implementation="eager", attn_logit_softcapping=0.5, sliding_window=16)
+    model = Gemma2ForCausalLM(config).eval().requires_grad_(False)
+    native = logits(model, ids)
+    with patched(model, {}):
+        assert_close(logits(model, ids), native, atol=1e-5, rtol=0)
+    assert model.config._attn_implementation == "eager"
