@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from proteus_playground.cli import app as cli
-from proteus_playground.cli import doctor, play
+from proteus_playground.cli import play
+from proteus_playground.common import versions
 
 NOTEBOOK = {
     "cells": [{"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [],
@@ -166,7 +167,7 @@ def test_doctor_says_what_it_found(run):
     ],
 )
 def test_doctor_judges_a_version(package, found, ok, remedy):
-    finding = doctor.judge(package, found)
+    finding = versions.judge(package, found)
     assert finding.ok is ok
     assert ("pip install" in finding.meaning) == (remedy is not None)
     assert remedy is None or remedy in finding.meaning
