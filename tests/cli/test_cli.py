@@ -261,9 +261,9 @@ def status(port: int, path: str) -> int:
 
 
 def test_the_server_is_told_to_stay_on_this_machine():
-    line = play.command(Path("there"), 8888, browser=False, app=False)
+    line = play.server_command(Path("there"), 8888, browser=False, app=False)
     assert "--ServerApp.ip=127.0.0.1" in line and "--no-browser" in line
     assert ("--allow-root" in line) == (hasattr(os, "geteuid") and os.geteuid() == 0)
-    line = play.command(Path("there"), 8888, browser=True, app=True)
+    line = play.server_command(Path("there"), 8888, browser=True, app=True)
     assert "--Voila.ip=127.0.0.1" in line and "--token" in line and "--no-browser" not in line
     assert not any(word.startswith(("--ServerApp.token", "--IdentityProvider.token")) for word in line)
