@@ -140,7 +140,7 @@ def test_scores_are_what_the_formula_says(net, tokens, monkeypatch):
     own = want - want.mean(1, keepdim=True)
     best = own.gather(0, torch.from_numpy(reason).long()[None])[0]
     np.testing.assert_allclose(best, own.amax(0), atol=1e-4)
-    monkeypatch.setattr(scorer, "PIECE", 64)
+    monkeypatch.setattr(scorer, "TOKENS_PER_STEP", 64)
     np.testing.assert_allclose(ask.score(tokens)[0], score, atol=1e-4)
 
 
