@@ -82,6 +82,8 @@ def fake_hub(folder: Path, broken: str | None = None, silent: float = 0.0):
                 return self.answer(json.dumps(_listing(folder)).encode(), "application/json", body)
             if path == f"/api/models/someone/tiny/revision/{REVISION}":
                 return self.answer(json.dumps(_listing(folder)).encode(), "application/json", body)
+            if path == f"/api/models/someone/tiny/tree/{REVISION}":
+                return self.answer(json.dumps(_tree(folder)).encode(), "application/json", body)
             file = folder / path.rsplit("/", 1)[-1]
             if not path.startswith(f"/someone/tiny/resolve/{REVISION}/") or not file.is_file():
                 return self.send_error(404)
@@ -124,6 +126,17 @@ def _listing(folder: Path) -> dict:
             entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
         siblings.append(entry)
     return {"id": "someone/tiny", "modelId": "someone/tiny", "sha": REVISION, "siblings": siblings}
+
+
+def _tree(folder: Path) -> list[dict]:
+    """The same listing as the hub's tree endpoint gives it."""
+    tree = []
+    for entry in _listing(folder)["siblings"]:
+        item = {"type": "file", "path": entry["rfilename"], "size": entry["size"], "oid": entry["blobId"]}
+        if "lfs" in entry:
+            item["lfs"] = {"oid": entry["lfs"]["sha256"], "size": entry["size"], "pointerSize": 134}
+        tree.append(item)
+    return tree
 
 
 def hang_in(stage: str) -> None:

@@ -64,7 +64,7 @@ def play(
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
     as_app: Annotated[bool, typer.Option("--app", help="Show only the playground, without code (Voila).")] = False,
 ) -> None:
-    """Open the notebooks in JupyterLab, reachable from this machine only."""
+    """Open the notebooks in JupyterLab, on this machine only."""
     from proteus_playground.cli import play as player
 
     chosen = player.free_port(port)

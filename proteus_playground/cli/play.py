@@ -1,4 +1,4 @@
-"""What `proteus play` does: find the notebooks, pick a port, hand over to JupyterLab or Voila."""
+"""`proteus play`: find the notebooks, choose a port, and start JupyterLab or Voila."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ..common.files import shipped_notebooks, whole, write_json
 
 FIRST = "00_start_here.ipynb"
 HOST = "127.0.0.1"
-LEDGER = ".proteus-notebooks.json"  # sha256 of each notebook as we wrote it: a different one is the user's
+LEDGER = ".proteus-notebooks.json"  # sha256 of each notebook as it was copied; a different hash is the user's edit
 Say = Callable[[str], None]
 
 
 def notebooks_folder(directory: Path, say: Say = print) -> Path:
-    """Where to open the notebooks: a checkout's own folder, else copies in `directory`.
+    """The folder to open: the notebooks of a checkout, else copies of the installed ones in `directory`.
 
-    FileNotFoundError where the install came without notebooks.
+    Raises `FileNotFoundError` if the installation has no notebooks.
     """
     shipped = shipped_notebooks()
     if not (shipped / FIRST).is_file():
@@ -35,7 +35,7 @@ def notebooks_folder(directory: Path, say: Say = print) -> Path:
 
 
 def copy_notebooks(shipped: Path, directory: Path, say: Say = print) -> None:
-    """Copy what is new, renew what the user has not touched, leave what the user changed."""
+    """Copy new notebooks, replace those that the user has not changed, and keep the others."""
     directory.mkdir(parents=True, exist_ok=True)
     ledger = directory / LEDGER
     ours = json.loads(ledger.read_text(encoding="utf-8")) if ledger.is_file() else {}
@@ -52,9 +52,9 @@ def copy_notebooks(shipped: Path, directory: Path, say: Say = print) -> None:
 
 
 def free_port(port: str | None = None) -> int:
-    """`port` if it is a free one (ValueError if not), else 8888 or the next that is free."""
+    """`port` if it is free, else a `ValueError`; without `port`, 8888 or the next free one."""
     if port is not None:
-        # Read here, not by the CLI library, whose message would leave out the value.
+        # Parsed here and not by typer, whose message would leave out the value.
         if not (port.isdecimal() and 1 <= int(port) <= 65535):
             raise ValueError(f"--port {port}: allowed is a whole number from 1 to 65535")
         if not _is_free(int(port)):
@@ -63,28 +63,28 @@ def free_port(port: str | None = None) -> int:
     return next(p for p in [*range(8888, 8908), _any_port()] if _is_free(p))
 
 
-def command(folder: Path, port: int, browser: bool, app: bool) -> list[str]:
-    """The command line of the server: this machine only, token on, and no other port than `port`."""
+def server_command(folder: Path, port: int, browser: bool, app: bool) -> list[str]:
+    """The command line of the server: reachable from this machine only, with a token, on exactly `port`."""
     if app:
         line = [sys.executable, "-m", "voila", str(folder / FIRST), f"--port={port}", f"--Voila.ip={HOST}"]
-        # Voila leaves its token off unless asked.
+        # Voila uses a token only on request.
         line += ["--strip_sources=True", "--token"]
     else:
         line = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={HOST}", f"--ServerApp.port={port}"]
         line += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
         line += [f"--LabApp.default_url=/lab/tree/{FIRST}"]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
-            line += ["--allow-root"]  # containers; Jupyter refuses otherwise
+            line += ["--allow-root"]  # as in containers; Jupyter refuses to run as root otherwise
     return line if browser else [*line, "--no-browser"]
 
 
 def serve(folder: Path, port: int, browser: bool, app: bool, say: Say = print) -> None:
-    """Become the server, so that Ctrl-C and signals reach it. ImportError without the `lab` extra."""
+    """Replace this process by the server, so that signals reach it. Raises `ImportError` without the `lab` extra."""
     module = "voila" if app else "jupyterlab"
     if find_spec(module) is None:
         raise ImportError(f"{module} is not installed: pip install 'proteus-playground[lab]'")
-    line = command(folder, port, browser, app)
-    say(f"Opening {folder / FIRST}. The address with its token follows; Ctrl-C ends it.")
+    line = server_command(folder, port, browser, app)
+    say(f"Opening {folder / FIRST}. The address with its token follows; Ctrl-C stops it.")
     sys.stdout.flush()
     if os.name == "posix":
         os.execv(line[0], line)

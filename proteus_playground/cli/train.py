@@ -1,4 +1,4 @@
-"""`proteus train`: train one of the models we ship, or go on with it."""
+"""`proteus train`: train one of the shipped models again, or continue a run that was stopped."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ..lm.training import Job, Step, read_log, train
 
 MODEL = "model.safetensors"
 
-Name = Annotated[str, typer.Argument(help="A model we ship; a wrong name lists them.")]
-Out = Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on from what is there.")]
-Steps = Annotated[int | None, typer.Option(help="Stop after this many steps in all; the same command goes on.", min=1)]
-Minutes = Annotated[float | None, typer.Option(help="Stop after so long; the same command goes on.")]
+Name = Annotated[str, typer.Argument(help="A shipped model; a wrong name prints the list.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run; one that was stopped continues.")]
+Steps = Annotated[int | None, typer.Option(help="Stop after so many steps in all; the same command goes on.", min=1)]
+Minutes = Annotated[float | None, typer.Option(help="Stop after so many minutes; the same command goes on.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Start = Annotated[Path | None, typer.Option(help="Begin with the weights of this model file, not with random ones.")]
-Workers = Annotated[int, typer.Option(help="Processes that write texts ahead; worth it on a GPU.", min=0)]
-Every = Annotated[int, typer.Option(help="Look at gates and heads every so many steps.", min=1)]
+Start = Annotated[Path | None, typer.Option(help="Model file whose weights to begin with, instead of random ones.")]
+Workers = Annotated[int, typer.Option(help="Processes that prepare texts; useful on a GPU.", min=0)]
+Every = Annotated[int, typer.Option(help="Steps between measurements of gates and heads.", min=1)]
 
 
 def train_command(
@@ -41,7 +41,10 @@ def train_command(
     start: Start = None,
     workers: Workers = 0,
 ) -> None:
-    """Train a model by its recipe; under torchrun, all processes train it together."""
+    """Train a shipped model by its recipe.
+
+    Under torchrun, all processes train it together.
+    """
     from ..lm.shipped import RECIPES
 
     make, where = choose("NAME", name, RECIPES), pick_device(device)
@@ -62,7 +65,7 @@ def run(
     job: Job, model: ProteusLM, out: Path, steps: int | None, minutes: float | None, device: torch.device,
     precision: str, every: int, workers: int = 0, quiet: bool = False,
 ) -> None:  # fmt: skip
-    """Train until the recipe, the steps or the minutes end; says so where it was not the recipe."""
+    """Train until the recipe, the steps or the minutes end; print a line if the recipe was not finished."""
     if minutes is not None:
         real_number("minutes", minutes, 0, above=True)
     ends, at = monotonic() + 60 * (minutes or 1e9), 0  # steps done
@@ -86,5 +89,5 @@ def run(
 
 
 def describe(step: Step) -> str:
-    """A step in a few words."""
+    """Loss, alpha, length and speed of a step, in one line."""
     return f"loss {step.loss:.3f} at alpha {step.alpha:.2f}, T {step.length:,}, {step.tokens_per_second:,.0f} tokens/s"

@@ -1,4 +1,4 @@
-"""What many arguments have in common, refused in the same words everywhere."""
+"""Argument checks with uniform error messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from math import inf, isfinite
 
 
 def whole_number(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise `TypeError` or `ValueError` unless `value` is a whole number from `low` to `high`; None sets no end."""
+    """Raise `TypeError` or `ValueError` unless `value` is a whole number in [low, high]; None sets no upper limit."""
     allowed = f"a whole number >= {low}" if high is None else f"a whole number in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r}: must be {allowed}")
@@ -15,7 +15,10 @@ def whole_number(name: str, value: object, low: int, high: int | None = None) ->
 
 
 def real_number(name: str, value: object, low: float, high: float = inf, *, above: bool = False) -> float:
-    """`value` as a float. Raise `TypeError` or `ValueError` unless it is finite, from `low` (or above it) to `high`."""
+    """Return `value` as a float. Raise `TypeError` or `ValueError` unless it is finite and in [low, high].
+
+    above: exclude `low` itself.
+    """
     allowed = f"{'>' if above else '>='} {low} and " + ("finite" if high == inf else f"<= {high}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r}: must be a number {allowed}")

@@ -1,4 +1,4 @@
-"""Where files are kept, and files that appear whole or not at all: written beside their place, then renamed."""
+"""The cache folder, and files that are written under a temporary name first, so that none is ever incomplete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The folder for models, calibrations and documents: $PROTEUS_CACHE, else the user's cache folder."""
+    """The folder for models, calibrations and documents: $PROTEUS_CACHE, by default the user's cache folder."""
     from platformdirs import user_cache_path
 
     chosen = os.environ.get("PROTEUS_CACHE")
@@ -22,9 +22,9 @@ def cache_dir() -> Path:
 
 @contextmanager
 def whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path to write to; it takes the name `path` when the block ends, and vanishes if the block fails.
+    """A temporary path to write to. It is renamed to `path` when the block ends, and deleted if the block fails.
 
-    The folder is made if need be. A process that is killed leaves only a `.part` file. OSError as the system says.
+    The folder is made if it is missing. A process that is killed leaves only a `.part` file. Raises `OSError`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,18 +40,18 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """`text` in UTF-8, whole or not at all."""
+    """Write `text` in UTF-8, all of it or nothing."""
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:
-    """What JSON can hold, line by line, whole or not at all."""
+    """Write `content` as indented JSON, all of it or nothing."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def append_lines(path: Path, lines: Iterable[dict]) -> None:
-    """Add lines of JSON to a file, in place of one that a kill cut short, and wait until they are on disk."""
+    """Append lines of JSON and wait until they are on disk. An unfinished last line, left by a kill, is replaced."""
     whole_lines = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
     with open(path, "ab") as file:
         file.truncate(whole_lines)
@@ -61,28 +61,28 @@ def append_lines(path: Path, lines: Iterable[dict]) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """A file's lines of JSON, none where there is no file; one that a kill cut short is left out."""
+    """The lines of JSON in a file, without an unfinished last one; an empty list if there is no file."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def check_place(path: str | os.PathLike) -> None:
-    """OSError now, not after hours of work, where `path` is a folder or nothing can be written beside it."""
+    """Raise `OSError` before hours of work if `path` is a folder or its folder cannot be written to."""
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a folder stands there, a file must", str(path))
+        raise IsADirectoryError(errno.EISDIR, "this is a folder, not a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
 
 
 def _umask() -> int:
-    """What the user wants taken from a new file's rights; a temporary file is private until it is renamed."""
+    """The rights that the user withholds from new files; a temporary file is private until it is renamed."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def shipped_notebooks() -> Path:
-    """The folder of the installed notebooks. An editable installation has the checkout's own."""
+    """The folder of the installed notebooks; in an editable installation the one of the checkout."""
     return Path(str(files("proteus_playground.notebooks")))

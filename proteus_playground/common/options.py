@@ -1,4 +1,4 @@
-"""What the bench commands are told on their command lines, read once and the same way by all of them."""
+"""Command-line options and values that several commands share, each declared and parsed in one place."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 import typer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-UNITS = {"k": 1024, "m": 1024**2}
+UNITS = {"k": 1024, "m": 1024**2}  # of token counts
 
-Lengths = Annotated[str, typer.Option(help="Token counts: 4k,1m; 4k..1m doubles; 4k..1m/4 goes in steps of 4.")]
+Lengths = Annotated[str, typer.Option(help="Token counts: 4k,1m is a list; 4k..1m doubles; 4k..1m/4 multiplies by 4.")]
 Width = Annotated[int, typer.Option(help="Model width D.")]
 Heads = Annotated[int, typer.Option(help="Query heads.")]
-Groups = Annotated[str, typer.Option(help="KV groups, comma-separated; each divides heads.")]
+Groups = Annotated[str, typer.Option(help="Numbers of KV groups, comma-separated; each must divide heads.")]
 HeadDim = Annotated[int, typer.Option(help="Features per head.")]
-Shortlist = Annotated[int, typer.Option(help="L, reads per query.")]
+Shortlist = Annotated[int, typer.Option(help="L: keys read per query.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
-Backend = Annotated[str, typer.Option(help="Our backend; auto lets the device choose.")]
+Backend = Annotated[str, typer.Option(help="Backend of ours; auto chooses one for the device.")]
 Config = Annotated[str, typer.Option(help='Other fields of AttentionConfig as JSON, such as {"keep_ratio": 0.5}.')]
-Cap = Annotated[float, typer.Option(help="On CUDA, hold this process to so many GB; 0 for all there is.")]
+Cap = Annotated[float, typer.Option(help="Memory limit in GB (1e9 bytes) on CUDA; 0 sets none.")]
 Seed = Annotated[int, typer.Option(help="Seed of weights and inputs.")]
-Alpha = Annotated[float, typer.Option(help="Flux alpha.")]
+Alpha = Annotated[float, typer.Option(help="Flux alpha, 0 to 1.")]
 Out = Annotated[str, typer.Option(help="JSON file to write.")]
 
 
@@ -48,7 +48,7 @@ def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
 
 
 def parse_size(text: str, option: str) -> int:
-    """'64k' -> 65536."""
+    """'64k' -> 65536; option: named in the error."""
     number = _number(text.lower())
     if number is None:
         raise typer.BadParameter(f"{text!r}: must be a whole number >= 1, such as 500, 64k or 1m", param_hint=option)
@@ -61,7 +61,7 @@ def _number(text: str) -> int | None:
 
 
 def parse_alphas(text: str) -> list[float | None]:
-    """'0.5,1,auto' -> [0.5, 1.0, None]; None lets the length decide."""
+    """'0.5,1,auto' -> [0.5, 1.0, None]; None means that alpha follows from the length."""
     alphas: list[float | None] = []
     for part in text.lower().split(","):
         try:
@@ -75,7 +75,7 @@ def parse_alphas(text: str) -> list[float | None]:
 
 
 def parse_config(text: str) -> dict:
-    """A JSON object of `AttentionConfig` fields; the fields themselves are checked where the config is made."""
+    """A JSON object of `AttentionConfig` fields; their values are checked when the config is made."""
     try:
         fields = json.loads(text)
     except ValueError:
@@ -86,14 +86,14 @@ def parse_config(text: str) -> dict:
 
 
 def choose(option: str, value: str, allowed):
-    """`value`, or what a dict `allowed` holds under it."""
+    """`value` if it is allowed; if `allowed` is a dict, its entry for `value`."""
     if value not in allowed:
         raise typer.BadParameter(f"{value!r}: must be one of {', '.join(allowed)}", param_hint=option)
     return allowed[value] if isinstance(allowed, dict) else value
 
 
 def choose_some(option: str, text: str, allowed) -> list[str]:
-    """Comma-separated names, each once; an empty text is none."""
+    """Comma-separated names without repetitions; an empty text means no names."""
     names = [part.strip() for part in text.split(",") if part.strip()]
     for name in names:
         choose(option, name, allowed)
@@ -101,6 +101,7 @@ def choose_some(option: str, text: str, allowed) -> list[str]:
 
 
 def pick_device(name: str) -> torch.device:
+    """The device called `name`, if this machine has it."""
     usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not usable.get(name):
         allowed = ", ".join(n for n, ok in usable.items() if ok)
@@ -109,7 +110,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def hold_to(cap_gb: float, device: torch.device) -> None:
-    """Let this process allocate at most `cap_gb` GB (1e9 bytes) of a CUDA device; 0 changes nothing."""
+    """Limit what this process may allocate on a CUDA device to `cap_gb` GB (1e9 bytes); 0 sets no limit."""
     if cap_gb < 0 or (cap_gb and device.type != "cuda"):
         raise typer.BadParameter(f"{cap_gb:g} on {device.type}: must be 0, or above 0 on cuda", param_hint="--cap")
     if cap_gb:

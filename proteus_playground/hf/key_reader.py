@@ -1,8 +1,8 @@
-"""The keys that a few layers of a language model give the tokens of a long document, window by window.
+"""Keys of the tokens of a long document in a few layers of a language model, computed window by window.
 
-The model reads windows of WINDOW tokens, each of which begins with CONTEXT tokens of the one before: what a key holds
-is the token and its surroundings, at a cost that grows with the document's length and no faster. Layers after the last
-that is asked for do not run.
+The model reads windows of WINDOW tokens. Each begins with the last CONTEXT tokens of the one before, so that a key
+depends on the token's surroundings, and the cost grows linearly with the document's length. Layers after the last one
+that is needed do not run.
 
 Axes: `n` tokens of a chunk, `P` picked (layer, KV group) pairs, `d` head dim.
 """
@@ -10,7 +10,8 @@ Axes: `n` tokens of a chunk, `P` picked (layer, KV group) pairs, `d` head dim.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from ..common.progress import Stop, check_stop
 from ..common.tensors import fingerprint
 from .patch import AttentionCall, full_attention_layers, layer_shape, patched
 
-WINDOW, CONTEXT, BATCH = 256, 32, 8
+WINDOW, CONTEXT = 256, 32  # tokens
+BATCH = 8  # windows per pass of the model
+MODEL = b"model"  # names the row of a cache that holds the fingerprint
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,15 @@ class Head:
     head: int
 
 
-class _Enough(Exception):
-    """The last layer that is wanted has spoken."""
+class _LastLayerDone(Exception):
+    """Raised to end a pass of the model after the last layer that is needed."""
 
 
 class KeyReader:
-    """Un-rotated keys that `heads` compare with, float16; heads of one KV group share them.
+    """Un-rotated keys of the KV groups that `heads` belong to, float16; heads of one group share their keys.
 
-    cache: a file that keeps every window's keys by its content, so that a document that is read again, or with
-    another needle in it, costs only its new windows; None keeps nothing. One pass at a time per model.
+    cache: a file that keeps the keys of each window by its tokens, so that reading a document again, or with another
+    needle in it, costs only its new windows; None keeps nothing. A model runs one pass at a time.
     """
 
     def __init__(self, model, heads: Sequence[Head], cache: Path | None = None):
@@ -57,7 +60,7 @@ class KeyReader:
         self._cache = None if cache is None else WindowCache(Path(cache), self.fingerprint, WINDOW * width)
 
     def column(self, head: Head) -> int:
-        """Where in `read`'s axis `P` the keys of `head` are."""
+        """The index of the keys of `head` in the axis `P` of what `read` returns."""
         return self.picks.index((head.layer, head.head // self._per_group))
 
     @torch.no_grad()
@@ -80,10 +83,11 @@ class KeyReader:
             check_stop(stop)
             some = todo[i : i + BATCH]
             ids = np.stack([tokens[begin:end] for begin, _, end in some])
-            for span, found in zip(some, self._run(torch.from_numpy(ids.astype(np.int64))), strict=True):
-                place(span, found)
-                if self._cache:
-                    self._cache.put(tokens[span[0] : span[2]], found.numpy())
+            found = self._run(torch.from_numpy(ids.astype(np.int64)))
+            for span, keys_of_span in zip(some, found, strict=True):
+                place(span, keys_of_span)
+            if self._cache:
+                self._cache.put(zip(ids, found.numpy(), strict=True))
         return keys
 
     def _run(self, ids: Tensor) -> Tensor:
@@ -93,21 +97,24 @@ class KeyReader:
 
 
 def first_layers(model, ids: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
-    """Un-rotated queries and keys `(B, t, heads, d)` of `layers`, which rise, for ids `(B, t)`; no later layer runs."""
+    """Un-rotated queries and keys `(B, t, heads, d)` of `layers`, in rising order, for ids `(B, t)`.
+
+    The pass ends after the last of them.
+    """
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def record(call: AttentionCall) -> None:
         found[call.layer] = call.q, call.k
         if call.layer == layers[-1]:
-            raise _Enough
+            raise _LastLayerDone
 
-    with torch.no_grad(), patched(model, dict.fromkeys(layers, record)), suppress(_Enough):
+    with torch.no_grad(), patched(model, dict.fromkeys(layers, record)), suppress(_LastLayerDone):
         model.get_decoder()(ids.to(model.device), use_cache=False)
     return found
 
 
-def spans(tokens: int):
-    """Windows over a chunk: (first token read, first token whose key counts, end). All but a lone one are full."""
+def spans(tokens: int) -> Iterator[tuple[int, int, int]]:
+    """Windows over a chunk: (first token read, first token whose key is new, end). All are full unless there is one."""
     fresh = 0
     while fresh < tokens:
         begin = max(0, min(fresh - CONTEXT, tokens - WINDOW))
@@ -117,51 +124,52 @@ def spans(tokens: int):
 
 
 class WindowCache:
-    """An append-only file of records, each the hash of a full window's tokens and its keys in float16.
+    """Keys of full windows by the window's tokens, in an SQLite file. It may be killed and may have several writers.
 
-    A process that is killed leaves at most one unfinished record at the end, which the next one cuts off. One writer at
-    a time; a file of another model or other layers is refused by `ValueError`.
+    Raises `ValueError` for a file of another model, of other layers, or of another kind.
     """
 
     def __init__(self, path: Path, fingerprint: str, values: int):
-        self._path, self._size = path, 2 * values
-        head = hashlib.sha256(fingerprint.encode()).digest()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115 -- lives as long as this object
-        self._file.seek(0)
-        found = self._file.read(len(head))
-        if len(found) < len(head):
-            self._file.truncate(0)
-            self._file.write(head)
-            self._file.flush()
-        elif found != head:
+        if _is_old_format(path, fingerprint):
+            path.unlink()
+        self._nbytes = 2 * values  # of a full window
+        self._file = sqlite3.connect(path, timeout=60, check_same_thread=False)
+        try:
+            with self._file:
+                self._file.execute("CREATE TABLE IF NOT EXISTS windows (tokens BLOB PRIMARY KEY, keys BLOB)")
+                self._file.execute("INSERT OR IGNORE INTO windows VALUES (?, ?)", (MODEL, fingerprint.encode()))
+            same = self._find(MODEL) == fingerprint.encode()
+        except sqlite3.DatabaseError:
+            same = False
+        if not same:
+            self._file.close()
             raise ValueError(f"cache={str(path)!r} holds keys of another model or other layers: give another file")
-        record = 16 + self._size
-        end = self._file.seek(0, 2)
-        count = (end - len(head)) // record
-        self._file.truncate(len(head) + count * record)
-        self._at: dict[bytes, int] = {}
-        for i in range(count):
-            self._file.seek(len(head) + i * record)
-            self._at[self._file.read(16)] = len(head) + i * record + 16
 
     def get(self, tokens: np.ndarray) -> np.ndarray | None:
         """Keys of a window of exactly these tokens, float16, or None."""
-        at = self._at.get(_digest(tokens))
-        if at is None:
-            return None
-        self._file.seek(at)
-        return np.frombuffer(bytearray(self._file.read(self._size)), np.float16)
+        keys = self._find(_digest(tokens))
+        return None if keys is None else np.frombuffer(bytearray(keys), np.float16)
 
-    def put(self, tokens: np.ndarray, keys: np.ndarray) -> None:
-        """Remember a full window; shorter ones, at a chunk's end, are not kept."""
-        digest, content = _digest(tokens), np.ascontiguousarray(keys).tobytes()
-        if len(content) != self._size or digest in self._at:
-            return
-        end = self._file.seek(0, 2)
-        self._file.write(digest + content)
-        self._file.flush()
-        self._at[digest] = end + 16
+    def put(self, windows: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Keep pairs of tokens and keys. Shorter windows, at the end of a chunk, are left out."""
+        rows = ((_digest(tokens), np.ascontiguousarray(keys).tobytes()) for tokens, keys in windows)
+        with self._file:
+            full = [row for row in rows if len(row[1]) == self._nbytes]
+            self._file.executemany("INSERT OR IGNORE INTO windows VALUES (?, ?)", full)
+
+    def _find(self, name: bytes) -> bytes | None:
+        row = self._file.execute("SELECT keys FROM windows WHERE tokens = ?", (name,)).fetchone()
+        return row and row[0]
+
+
+def _is_old_format(path: Path, fingerprint: str) -> bool:
+    """Whether `path` is this model's cache from before version 0.2, a file of records; its keys are made again."""
+    head = hashlib.sha256(fingerprint.encode()).digest()
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(head)) == head
 
 
 def _digest(tokens: np.ndarray) -> bytes:

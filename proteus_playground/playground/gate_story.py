@@ -1,7 +1,8 @@
-"""A live model whose gates one can watch and operate on: prototypes drawn to keys, surgery and what it changes.
+"""The gates of one layer, step by step: prototypes move towards keys, and surgery changes gates and heads.
 
-The text goes through the model once; one KV group's keys are laid on two fixed axes. Every update then is what a
-training step does to the gates, `observe` and `fold`, with the weights at rest; every operation is `attention.surgery`.
+The text goes through the model once, and the keys of one KV group are projected onto two fixed axes. Each update does
+to the gates what a training step does, `observe` and `fold`, while the weights stay fixed. Each operation is one of
+`attention.surgery`.
 
 Axes: `T` tokens, `C` gates per group, `G` KV groups, `d` head dim, `V` vocabulary.
 """
@@ -21,17 +22,17 @@ from ..common.checks import real_number, whole_number
 from .layer_view import principal_plane
 from .live import Live
 
-PIECE = 256  # tokens that one update sees, as a training step sees a batch and not the whole text
-SPARE = 3  # free slots made ready at the start, so that the first clones need no new note, which would cost a read
+TOKENS_PER_UPDATE = 256  # fewer than the text has, as a training step uses a batch and not all texts
+SPARE = 3  # free slots made at the start, so that the first clones add no slot: its note would cost another read
 OPERATIONS = ("clone", "prune", "merge", "move", "add head")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One KV group's gates after some updates; arrays that nothing later changes."""
+    """The gates of one KV group after some updates. Later updates do not change the arrays."""
 
     update: int  # moving averages taken so far
-    gate: np.ndarray  # (T,) int, the slot each key is lured to
+    gate: np.ndarray  # (T,) int, the slot whose prototype lured each key
     lured: np.ndarray  # (C,) int, keys in each slot
     prototypes: np.ndarray  # (C, 2) float32, on the plane of `GateStory.keys`
     alive: np.ndarray  # (C,) bool, False for a free slot
@@ -41,27 +42,28 @@ class Snapshot:
     nearest: np.ndarray  # (C,) int, the live slot whose prototype is most like this one's
     heads: int  # heads in the group
     fit: float  # mean cosine of the keys to the prototypes they are lured by
-    moved: float  # share of the keys that the last update lured to another slot
-    revived: tuple[int, ...]  # slots that the last update sent to a key that fitted nowhere
+    moved: float  # share of the keys that changed their slot in the last update
+    revived: tuple[int, ...]  # slots whose unused prototype the last update moved to a key that fitted no gate
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One piece of surgery and what it changed."""
+    """One operation of surgery and what it changed."""
 
     what: str  # one of OPERATIONS
     gate: int  # the slot operated on; the new head for "add head"
     other: int | None  # the slot merged into it, the head it moved to, the slot a clone took
-    grown: bool  # whether every group got one more slot for it
+    grown: bool  # whether every group got one more slot
     change: float  # of the layer's output over the text, Frobenius, relative to the output before
     nll: tuple[float, float]  # the model's mean loss per token of the text before and after, nats
 
 
 class GateStory:
-    """A copy of a live model and the gates of one KV group. Not for two threads at once.
+    """A copy of a model and the gates of one of its KV groups. It must be used by one thread at a time.
 
-    flux_alpha: at which outputs are compared. `keys` is `(T, 2)`, the group's unit keys on the two axes along which
-    they differ most, and `explained` the share of their variance that these show.
+    scattered: begin with prototypes in random directions, drawn with `seed`; ema_decay: of the moving average, 0 to 1;
+    flux_alpha: where outputs are compared before and after an operation. `keys` `(T, 2)` are the group's unit keys on
+    the two axes along which they vary most; `explained` is the share of their variance along these axes.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class GateStory:
         return self.attn.gates
 
     def _hidden(self) -> Tensor:
-        """What the layer's attention reads, `(1, T, D)`."""
+        """The input of the layer's attention, `(1, T, D)`."""
         x = self.model._embed(self._ids)
         for block in self.model.blocks[: self.layer]:
             x = block(x)
@@ -118,14 +120,14 @@ class GateStory:
         return gate[:, self.group], cosine[:, self.group]
 
     def step(self) -> Snapshot:
-        """One moving average over the next PIECE tokens, round and round the text."""
+        """Update the moving averages with the next TOKENS_PER_UPDATE tokens; after its end the text begins again."""
         gates, g, size = self.gates, self.group, len(self.tokens)
         before = self._lured()[0]
-        at = (torch.arange(min(PIECE, size)) + self.update * PIECE) % size
+        at = (torch.arange(min(TOKENS_PER_UPDATE, size)) + self.update * TOKENS_PER_UPDATE) % size
         gates.observe(self._k[:, at], torch.ones(1, len(at), dtype=torch.bool))
         gates.fold()
         self.update += 1
-        # A revived prototype lies exactly on the worst-fitting key; a moving average never does.
+        # Only a revived prototype lies exactly on a key; a moving average does not.
         on_sample = (gates.prototypes[g] @ F.normalize(gates.pending_sample[g], dim=-1)) > 1 - 1e-6
         self._revived = tuple((on_sample & gates.alive[g]).nonzero()[:, 0].tolist())
         self._moved = float((self._lured()[0] != before).float().mean())
@@ -185,7 +187,7 @@ class GateStory:
 
 
 def scatter(gates: Gates, seed: int = 0) -> None:
-    """Prototypes anywhere on the sphere, as in a layer that has seen nothing."""
+    """Give the prototypes random directions and equal usage, as in a new layer."""
     gen = torch.Generator().manual_seed(seed)
     gates.prototypes = F.normalize(torch.randn(gates.prototypes.shape, generator=gen), dim=-1).to(gates.prototypes)
     gates.usage = torch.full_like(gates.usage, 1 / gates.gates_per_group)

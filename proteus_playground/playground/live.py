@@ -1,4 +1,4 @@
-"""A model and a text that it reads, ready to be watched: shelf-mini on a shelf, or random weights over bytes.
+"""A model and the text that it reads: shelf-mini with a shelf, or random weights over bytes.
 
 Axes: `T` tokens.
 """
@@ -15,7 +15,7 @@ from ..common.checks import whole_number
 from ..common.texts import STORY, Text, load_text
 from ..lm.model import ModelConfig, ProteusLM
 
-SHELF = 7  # seed of the shelf that is read
+SHELF = 7  # seed of the shelf
 RANDOM = AttentionConfig(
     d_model=96, n_heads=6, n_kv_heads=2, shortlist=80, gates_per_group=16, n_anchors=2, head_top_p=0.8, init_scale=1.5
 )
@@ -23,17 +23,17 @@ RANDOM = AttentionConfig(
 
 @dataclass(frozen=True)
 class Live:
-    """A model and a text that it reads: all that a `GateStory` needs."""
+    """A model and the text that it reads, as `GateStory` needs them."""
 
     model: ProteusLM
     ids: Tensor  # (T,) int64
     tokens: list[str]  # T
-    note: str  # one sentence: who reads what
-    random: bool  # whether the weights are
+    note: str  # one sentence: which model reads which text
+    random: bool  # whether the weights are random
 
 
 def random_bytes(text: Text, tokens: int = 1024, seed: int = 0) -> Live:
-    """A model of random weights over the bytes of `text`, of which it reads the first `tokens`."""
+    """A model with random weights whose tokens are bytes; it reads the first `tokens` bytes of `text`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ProteusLM(ModelConfig(vocab_size=256, n_layers=2, attention=RANDOM))
@@ -44,9 +44,10 @@ def random_bytes(text: Text, tokens: int = 1024, seed: int = 0) -> Live:
 
 
 def open_live(model: str = "shelf-mini", tokens: int = 1024) -> Live:
-    """A model and its text: "shelf-mini", which was trained with the slider and reads a shelf, or "random".
+    """A model and its text: "shelf-mini", trained at every position of the slider, with a shelf, or "random".
 
-    Where shelf-mini cannot be loaded the other stands in for it and its note says why. `ValueError` for another name.
+    If shelf-mini cannot be loaded, the random model takes its place and `note` gives the reason. Raises `ValueError`
+    for another name.
     """
     if model not in ("shelf-mini", "random"):
         raise ValueError(f"model={model!r}: allowed is 'shelf-mini' or 'random'")
@@ -68,6 +69,7 @@ def _shelf_reader(tokens: int) -> Live:
     from ..lm.shipped import load_shipped
 
     model, tokenizer = load_shipped("shelf-mini")
-    ids = tokenizer.encode(shelf(SHELF, tokens).text)[:tokens]  # a sentence has several tokens, so this is enough
+    # As many sentences as tokens are wanted: more than enough, since a sentence has several tokens.
+    ids = tokenizer.encode(shelf(SHELF, tokens).text)[:tokens]
     note = f"shelf-mini ({len(model.blocks)} layers, trained with the slider) reads {len(ids):,} tokens of a shelf."
     return Live(model, torch.tensor(ids), tokenizer.strings(ids), note, False)

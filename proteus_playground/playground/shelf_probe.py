@@ -1,7 +1,7 @@
-"""Ask a small model about a shelf at any position of the controls, beside itself dense, and see what it read.
+"""Ask a small model a question about a shelf at any setting, compare its dense answer, and see which keys it read.
 
-The text that is looked at ends where the answer's value has to be said: that row must have found the fact. What nobody
-has an answer to ends with the question.
+The recorded text ends just before the value in the answer, so that its last row is the one that must find the fact. If
+the answer is unknown, the text ends with the question.
 
 Axes: `T` tokens.
 """
@@ -24,41 +24,41 @@ from .probe import CALIBRATION_TOKENS, LayerProbe
 from .shelf_source import ShelfSource
 from .views import ANCHOR, DNA, LOCAL, RowView
 
-OTHER = 1_000_000  # the shelf that gates of another number are fitted on; nobody looks at it
-LONGEST = 24  # tokens of an answer; the shelves' own have about 10
-ROOM = 48  # tokens kept free behind a shelf for a question and the words before its value
-PIECES = 0.05  # share of tokens inside words from which a text is called strange
+OTHER = 1_000_000  # number of the shelf on which gates are fitted when their number is not the trained one
+LONGEST = 24  # tokens of an answer; correct ones have about 10
+ROOM = 48  # tokens left free after a shelf for the question and the words before the value
+UNKNOWN_WORDS = 0.05  # share of tokens inside words above which the note warns of unknown words
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model says at `settings` and dense, and how the row that has to say the value read the fact."""
+    """The model's answers at `settings` and dense, and what the row that must produce the value read."""
 
     settings: Settings
     said: str
     dense: str
-    right: bool | None  # None: nobody knows the answer
+    right: bool | None  # whether `said` holds the value; None if the answer is unknown
     dense_right: bool | None
-    rows: tuple[RowView, ...]  # of every head of every layer, in order; empty where the fact has no place
-    value: tuple[int, int]  # tokens at which the fact's value begins and ends
+    rows: tuple[RowView, ...]  # one per layer and head, in order; empty if the text does not hold the fact
+    value: tuple[int, int]  # first token of the fact's value, and the token after its last
 
     def readers(self) -> int:
-        """Heads whose row reads the value as a key of its own."""
+        """Number of heads whose row reads the value as a single key, not through a note."""
         first = self.value[0]
         return sum(int(row.kind[first]) in (LOCAL, ANCHOR, DNA) for row in self.rows)
 
     def weight(self, at: int) -> float:
-        """Attention that row `at` gives the value."""
+        """Attention weight that row `at` gives to the value."""
         return float(self.rows[at].weight[slice(*self.value)].sum())
 
 
 class ShelfProbe(LayerProbe):
-    """A `LayerProbe` that can be asked. `questions` are those that the text answers, `asked` the one it ends with."""
+    """A `LayerProbe` that answers questions. `questions`: those the text answers; `asked`: the one it ends with."""
 
     def __init__(self, source: ShelfSource, text: Text, found: Shelf | None, question: str, **given):
         self.questions = () if found is None else found.questions
         self.question = question
-        self.start: tuple[int, int] | None = None  # (layer, head) worth looking at first; whoever opens it may say
+        self.start: tuple[int, int] | None = None  # (layer, head) to show first; set by whoever opens the probe
         self.asked = next((q for q in self.questions if q.text == question), None)
         prompt = "" if not question else (self.asked or Question(question, "", "", "", 0)).prompt
         stem = "" if self.asked is None else " " + self.asked.answer.rpartition(self.asked.value)[0].strip()
@@ -67,26 +67,26 @@ class ShelfProbe(LayerProbe):
         other = Text("another shelf", fitting_shelf(source, OTHER, CALIBRATION_TOKENS).text, "written by the package")
         super().__init__(source, Text(text.name, body, text.source), calibration=other, **given)
         self._text = body
-        if (strange := _strange(self.tokens)) > PIECES:
-            self.note += f" Most of it is new to this model: {strange:.0%} of the tokens are pieces of unknown words."
+        if (share := _share_inside_words(self.tokens)) > UNKNOWN_WORDS:
+            self.note += f" This model was trained on other text: {share:.0%} of the tokens are parts of unknown words."
         self._dense: list[int] | None = None
 
     @cached_property
     def fact(self) -> tuple[int, int] | None:
-        """Tokens at which the fact begins and ends; None where there is none or it was cut off."""
+        """First token of the fact and the token after its last; None if there is no fact or it was cut off."""
         return None if self.asked is None else self._tokens_of(self.asked.at, len(self.asked.fact))
 
     @cached_property
     def value(self) -> tuple[int, int] | None:
-        """Tokens of the fact's value."""
+        """First token of the fact's value and the token after its last; None as for `fact`."""
         if self.asked is None:
             return None
         return self._tokens_of(self.asked.at + self.asked.fact.rindex(self.asked.value), len(self.asked.value))
 
     def ask(self, settings: Settings, *, stop: Stop | None = None) -> Reply:
-        """The answer at `settings` beside the dense one, which is worked out once. `Stopped` on request.
+        """The answers at `settings` and dense; the dense one is computed once.
 
-        Raises `ValueError` where nothing was asked or a setting is out of range.
+        Raises `ValueError` without a question or for a setting out of range, `Stopped` on request.
         """
         if not self.question:
             raise ValueError("question='': must be a question, given when the probe was made")
@@ -100,14 +100,14 @@ class ShelfProbe(LayerProbe):
         return Reply(settings, *words, *map(self._judge, words), tuple(rows), self.value or (0, 0))
 
     def finder(self, settings: Settings) -> tuple[int, int] | None:
-        """The (layer, head) that gives the value most attention, of those that are dense where at `settings` none does.
+        """(layer, head) whose last row attends most to the value at `settings`, or at alpha 0 if none does there.
 
-        None where no fact is asked for.
+        None if the question asks for no fact.
         """
         if self.value is None:
             return None
-        for now in (settings, replace(settings, flux_alpha=0.0)):
-            weight = [row.weight[slice(*self.value)].sum() for row in self._last_rows(now)]
+        for tried in (settings, replace(settings, flux_alpha=0.0)):
+            weight = [row.weight[slice(*self.value)].sum() for row in self._last_rows(tried)]
             if max(weight) > 0:
                 break
         return divmod(int(np.argmax(weight)), self.n_heads)
@@ -119,7 +119,7 @@ class ShelfProbe(LayerProbe):
                 yield self.row(layer, settings, len(self.tokens) - 1, head)
 
     def _answer(self, layers: dict, stop: Stop | None) -> list[int]:
-        """Tokens up to the full stop."""
+        """The tokens of the answer up to its full stop."""
         prompt, full_stop = self._ids[: len(self._ids) - self._stem], self._source.encode("so.")[-1:]
         return self._source.answer(prompt, layers, full_stop, LONGEST, stop)
 
@@ -129,7 +129,7 @@ class ShelfProbe(LayerProbe):
     def _tokens_of(self, at: int, length: int) -> tuple[int, int] | None:
         spans = self._source.spans(self._text)
         if len(spans) != len(self.tokens):
-            return None  # cut: places in the text are no places in what was read
+            return None  # the text was cut, so character positions do not match its tokens
         inside = [i for i, (start, stop) in enumerate(spans) if start < at + length and stop > at]
         return inside[0], inside[-1] + 1
 
@@ -146,7 +146,7 @@ def open_shelf(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> ShelfProbe:
-    """A small model over `text`, or over shelf `number` where it is None, with `question` behind it.
+    """A small model with `text`, or with shelf `number` if `text` is None, followed by `question`.
 
     A shelf is as long as fits into max_tokens (at least 64) with the question; another text is cut as by `LayerProbe`.
     """
@@ -158,8 +158,8 @@ def open_shelf(
     return ShelfProbe(source, text, found, question, max_tokens=max_tokens, cache=kept, progress=progress, stop=stop)
 
 
-def fitting_shelf(source, number: int, tokens: int) -> Shelf:
-    """The longest shelf of this number that `source` reads in at most `tokens` tokens, to within a tenth."""
+def fitting_shelf(source: ShelfSource, number: int, tokens: int) -> Shelf:
+    """The longest shelf of this number that has at most `tokens` tokens for `source`, to within a tenth."""
     sentences = max(1, round(tokens / TOKENS_PER_SENTENCE * 1.1))
     while True:
         found = shelf(number, sentences)
@@ -168,6 +168,6 @@ def fitting_shelf(source, number: int, tokens: int) -> Shelf:
         sentences = max(1, sentences * 19 // 20)
 
 
-def _strange(tokens: list[str]) -> float:
-    """Share of tokens that go on inside a word: the words of a shelf are whole."""
+def _share_inside_words(tokens: list[str]) -> float:
+    """Share of tokens that continue a word: every word of a shelf is one token."""
     return sum(token[:1].isalnum() or "\ufffd" in token for token in tokens[1:]) / len(tokens)

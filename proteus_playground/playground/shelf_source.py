@@ -1,7 +1,7 @@
-"""A `ProteusLM` and its tokenizer as the probe sees them: tokens in, each layer's tensors out, likelihood, an answer.
+"""A `ProteusLM` and its tokenizer as a `Source` that also answers questions.
 
-What is run at other settings than the model's own is a twin: it shares every weight, and differs in the budgets, gates
-and router of its layers.
+Settings other than the model's own run in a twin, a model that shares every weight but whose layers have other budgets,
+gates and routers.
 
 Axes: `T` tokens, `H` query heads, `d` head dim, `D` model width, `V` vocabulary.
 """
@@ -23,20 +23,21 @@ from ..common.progress import Stop, check_stop
 from ..common.tensors import fingerprint
 from ..lm.model import ProteusLM
 
-TRAINED = ("prior_max", "prior_temperature", "heads_awake_min", "heads_awake_max")  # what no control changes
+# Fields of `AttentionConfig` that no control changes.
+TRAINED = ("prior_max", "prior_temperature", "heads_awake_min", "heads_awake_max")
 
 
 class ShelfSource:
-    """Wraps a model in evaluation mode, which is neither copied nor changed, and a `ShelfTokenizer`.
+    """Wraps a model, which must be in evaluation mode and is neither copied nor changed, and a `ShelfTokenizer`.
 
-    Its own gates and router are used wherever a layer has as many gates as the model was trained with.
+    A layer that has as many gates as in training uses the trained gates and the trained router.
     """
 
     random, context = False, None
 
     def __init__(self, model: ProteusLM, tokenizer, name: str):
         if model.training:
-            raise ValueError("training=True: the model must be in evaluation mode to be looked at; call eval()")
+            raise ValueError("training=True: the model must be in evaluation mode; call eval()")
         self.name, self._model, self._tokenizer = name, model, tokenizer
         cfg = model.cfg.attention
         trained = {field: getattr(cfg, field) for field in TRAINED} if cfg.route_heads else {}
@@ -53,7 +54,7 @@ class ShelfSource:
         return self._tokenizer.encode(body)
 
     def spans(self, body: str) -> list[tuple[int, int]]:
-        """Where each token of `encode(body)` begins and ends, in characters."""
+        """First character of each token of `encode(body)`, and the character after its last."""
         return self._tokenizer.spans(body)
 
     def decode(self, ids: list[int]) -> str:
@@ -63,7 +64,7 @@ class ShelfSource:
         return torch.tensor(tokens)
 
     def strings(self, tokens: list[int]) -> list[str]:
-        """What each token reads as on its own."""
+        """The text of each token on its own."""
         return self._tokenizer.strings(tokens)
 
     def project(self, layer: int, out: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class ShelfSource:
     def capture(
         self, ids: Tensor, *, keys_only: bool = False, before_layer: Callable[[int], None] | None = None
     ) -> dict[int, CapturedLayer]:
-        """What each layer of the dense model sees of `ids` `(T,)`."""
+        """What each layer of the dense model sees of `ids` `(T,)`, on the CPU in float16."""
         found: dict[int, CapturedLayer] = {}
 
         def record(layer: int, x: Tensor, y: Tensor) -> None:
@@ -108,9 +109,10 @@ class ShelfSource:
     def answer(
         self, ids: Tensor, layers: Mapping[int, ProteusLayer], ends: Iterable[int], most: int, stop: Stop | None = None
     ) -> list[int]:
-        """The likeliest tokens after `ids` `(T,)`, at most `most`, up to the first of `ends` without it.
+        """Greedy continuation of `ids` `(T,)`: at most `most` tokens, up to but without the first one in `ends`.
 
-        layers: what runs at its own settings; the others are dense. `Stopped` on request, between two tokens.
+        layers: index -> what runs in place of that layer's attention; all other layers are dense. Raises `Stopped` on
+        request, between two tokens.
         """
         model, ends, said = self._twin(layers), set(ends), []
         state = model.new_state(1, len(ids) + most)
@@ -122,25 +124,28 @@ class ShelfSource:
         return said
 
     def _twin(self, layers: Mapping[int, ProteusLayer], before=None, after=None) -> ProteusLM:
-        """The model with `layers` at their settings and the others dense; before(layer), after(layer, x, y) listen."""
+        """The model with `layers` at their settings and the others dense.
+
+        before(layer) and after(layer, x, y) are called around each layer's attention.
+        """
         model = _share(self._model)
         model.blocks = nn.ModuleList(map(_share, self._model.blocks))
         for index, block in enumerate(model.blocks):
             block.attn = _attention(block.attn, layers.get(index))
             if before is not None or after is not None:
-                block.attn = _Heard(index, block.attn, before, after)
+                block.attn = _Hooked(index, block.attn, before, after)
         return model
 
 
 def _share(module: nn.Module) -> nn.Module:
-    """Another module of the same parts, whose parts can be exchanged without touching those of the first."""
+    """A new module with the same submodules, which can be exchanged without changing the first module."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     return twin
 
 
 def _attention(attn: nn.Module, runner: ProteusLayer | None) -> nn.Module:
-    """The layer at a runner's budgets, gates and router; without a runner dense."""
+    """The layer with the budgets, gates and router of `runner`; dense if that is None."""
     twin = _share(attn)
     if runner is None:
         twin.cfg = replace(attn.cfg, flux_alpha=0.0)
@@ -152,7 +157,7 @@ def _attention(attn: nn.Module, runner: ProteusLayer | None) -> nn.Module:
 
 
 class _Untrained(nn.Module):
-    """In a router's place: says nothing, so that heads are routed by the prototypes' prior alone."""
+    """Takes the place of a router and returns no logits, so that heads are routed by the prototypes' prior alone."""
 
     balance = None
 
@@ -160,17 +165,17 @@ class _Untrained(nn.Module):
         return None
 
 
-class _Heard(nn.Module):
-    """A layer with someone listening."""
+class _Hooked(nn.Module):
+    """Wraps a layer and calls hooks before and after it runs."""
 
     def __init__(self, index: int, attn: nn.Module, before, after):
         super().__init__()
         self.index, self.attn, self.before, self.after = index, attn, before, after
 
-    def forward(self, x: Tensor, **given):
+    def forward(self, x: Tensor, **options):
         if self.before is not None:
             self.before(self.index)
-        y = self.attn(x, **given)
+        y = self.attn(x, **options)
         if self.after is not None:
             self.after(self.index, x, y)
         return y

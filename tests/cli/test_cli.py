@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from proteus_playground.cli import app as cli
-from proteus_playground.cli import doctor, play
+from proteus_playground.cli import play
+from proteus_playground.common import versions
 
 NOTEBOOK = {
     "cells": [{"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [],
@@ -166,7 +167,7 @@ def test_doctor_says_what_it_found(run):
     ],
 )
 def test_doctor_judges_a_version(package, found, ok, remedy):
-    finding = doctor.judge(package, found)
+    finding = versions.judge(package, found)
     assert finding.ok is ok
     assert ("pip install" in finding.meaning) == (remedy is not None)
     assert remedy is None or remedy in finding.meaning
@@ -260,9 +261,9 @@ def status(port: int, path: str) -> int:
 
 
 def test_the_server_is_told_to_stay_on_this_machine():
-    line = play.command(Path("there"), 8888, browser=False, app=False)
+    line = play.server_command(Path("there"), 8888, browser=False, app=False)
     assert "--ServerApp.ip=127.0.0.1" in line and "--no-browser" in line
     assert ("--allow-root" in line) == (hasattr(os, "geteuid") and os.geteuid() == 0)
-    line = play.command(Path("there"), 8888, browser=True, app=True)
+    line = play.server_command(Path("there"), 8888, browser=True, app=True)
     assert "--Voila.ip=127.0.0.1" in line and "--token" in line and "--no-browser" not in line
     assert not any(word.startswith(("--ServerApp.token", "--IdentityProvider.token")) for word in line)

@@ -135,6 +135,27 @@ def test_pull_from_the_hub(tiny, hub_files, monkeypatch):
     assert model(**tokenizer("potato soup", return_tensors="pt")).logits.shape == (1, 2, 5)
 
 
+def test_an_interrupted_pull_from_the_hub_goes_on_with_what_arrived(tiny, hub_files, monkeypatch, capfd):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+
+    def interrupt(known, into, progress, say):
+        from_hub(known, into, progress, say)
+        raise KeyboardInterrupt
+
+    from_hub = fetch.from_hub
+    with tiny_model.fake_hub(hub_files) as address, monkeypatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", address)
+        patch.setattr(fetch, "from_hub", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            models.pull("tiny", progress=False)
+    assert models.list_models() == [] and leftovers() == [".partial-tiny"]
+    with tiny_model.fake_hub(hub_files, broken="model.safetensors") as address:  # noticed if it were fetched again
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        models.pull("tiny", progress=False)
+    assert models.is_pulled("tiny") and leftovers() == ["tiny"]
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("broken", ["model.safetensors", "tokenizer.json"])
 def test_a_file_that_arrives_changed_is_refused(tiny, hub_files, monkeypatch, broken):
     monkeypatch.delenv("HF_HUB_OFFLINE")

@@ -1,5 +1,9 @@
 """A model's own queries and keys find what a prompt asks for: exactly, window by window, from a cache or not."""
 
+import hashlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,7 @@ from tiny_llama import build
 pytest.importorskip("transformers")
 from proteus_playground.common.progress import Stopped  # noqa: E402
 from proteus_playground.hf import key_reader, scorer  # noqa: E402 -- after the skip
-from proteus_playground.hf.key_reader import CONTEXT, WINDOW, Head, KeyReader, spans  # noqa: E402
+from proteus_playground.hf.key_reader import CONTEXT, WINDOW, Head, KeyReader, WindowCache, spans  # noqa: E402
 from proteus_playground.hf.patch import capture  # noqa: E402
 from proteus_playground.hf.retrieval_heads import calibration_pairs, find_heads, known_heads, near_max  # noqa: E402
 from proteus_playground.hf.scorer import Asker  # noqa: E402
@@ -80,14 +84,38 @@ def test_the_cache_pays_for_new_windows_only(net, tokens, tmp_path, monkeypatch)
     assert sum(seen) == sum(begin <= 300 < end for begin, _, end in spans(700))
 
 
-def test_a_torn_record_is_cut_off(net, tokens, tmp_path, monkeypatch):
-    file = tmp_path / "keys"
-    want = KeyReader(net[0], HEADS, file).read(tokens)
-    file.write_bytes(file.read_bytes()[:-5])
-    again = KeyReader(net[0], HEADS, file)
-    seen = counted(again, monkeypatch)
-    torch.testing.assert_close(again.read(tokens), want, atol=2e-3, rtol=2e-3)
-    assert sum(seen) == 1
+def test_a_writer_that_is_killed_leaves_whole_windows(tmp_path):
+    code = """
+import sys, numpy as np
+from pathlib import Path
+from proteus_playground.hf.key_reader import WindowCache
+cache = WindowCache(Path(sys.argv[1]), "model", 1000)
+for i in range(10_000):
+    cache.put([(np.full(256, i + k), np.full(1000, i + k, np.float16)) for k in range(8)])
+    print(i, flush=True)
+"""
+    file, rounds = tmp_path / "keys", 0
+    while rounds < 3:
+        writer = subprocess.Popen([sys.executable, "-c", code, file], stdout=subprocess.PIPE, text=True)
+        done = [int(writer.stdout.readline()) for _ in range(5 + rounds)]
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+        cache, rounds = WindowCache(file, "model", 1000), rounds + 1
+        for i in done:
+            assert cache.get(np.full(256, i)).tolist() == [i] * 1000
+        assert cache.get(np.full(256, -1)) is None
+
+
+def test_a_cache_of_the_old_format_is_made_again_and_other_files_are_kept(net, tokens, tmp_path):
+    reader, file = KeyReader(net[0], HEADS), tmp_path / "keys"
+    file.write_bytes(hashlib.sha256(reader.fingerprint.encode()).digest() + bytes(100))
+    assert torch.equal(KeyReader(net[0], HEADS, file).read(tokens), reader.read(tokens))
+    other = tmp_path / "notes.txt"
+    other.write_text("no cache at all, but a text of somebody's own " * 30)
+    with pytest.raises(ValueError, match="cache=.*another model"):
+        KeyReader(net[0], HEADS, other)
+    assert other.read_text().startswith("no cache")
 
 
 def test_a_cache_of_other_layers_is_refused(net, tokens, tmp_path):
@@ -112,7 +140,7 @@ def test_scores_are_what_the_formula_says(net, tokens, monkeypatch):
     own = want - want.mean(1, keepdim=True)
     best = own.gather(0, torch.from_numpy(reason).long()[None])[0]
     np.testing.assert_allclose(best, own.amax(0), atol=1e-4)
-    monkeypatch.setattr(scorer, "PIECE", 64)
+    monkeypatch.setattr(scorer, "TOKENS_PER_STEP", 64)
     np.testing.assert_allclose(ask.score(tokens)[0], score, atol=1e-4)
 
 

@@ -12,11 +12,6 @@ import tiny_shelf
 from fake_probe import FakeProbe
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proteus_playground.widgets import PlayState, apps, playground
-from proteus_playground.widgets.parts.controls import ModelChoice
-from proteus_playground.widgets.parts.state import SHELF, opening, preset_settings
-from proteus_playground.widgets.workbench import workbench
-from proteus_playground.widgets.workbench.ask_box import OWN, fact_sentence, reply_html
 
 from proteus_playground.attention.settings import Settings
 from proteus_playground.common.progress import Stopped
@@ -24,6 +19,11 @@ from proteus_playground.common.texts import load_text, pasted
 from proteus_playground.lm.shelf import shelf
 from proteus_playground.playground.shelf_probe import ROOM, open_shelf
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL
+from proteus_playground.widgets import PlayState, apps, playground
+from proteus_playground.widgets.parts.controls import ModelChoice
+from proteus_playground.widgets.parts.state import SHELF, opening, preset_settings
+from proteus_playground.widgets.workbench import workbench
+from proteus_playground.widgets.workbench.ask_box import OWN, fact_sentence, reply_html
 
 OWN_SETTINGS = Settings(shortlist=48, gates=8)
 
@@ -119,7 +119,7 @@ def test_a_question_that_nobody_can_judge(small):
 
 def test_a_text_of_another_world_is_called_so(small):
     story = open_shelf(*small, load_text("humble token"), question="what is soup?", max_tokens=200)
-    assert "pieces of unknown words" in story.note and story.questions == () and "soup" in "".join(story.tokens)
+    assert "parts of unknown words" in story.note and story.questions == () and "soup" in "".join(story.tokens)
     known = open_shelf(*small, pasted(shelf(3, 8).text), max_tokens=200)
     assert "unknown" not in known.note
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from proteus_playground.common.texts import load_text
+from proteus_playground.lm.model import ModelConfig, ProteusLM
+from proteus_playground.playground.gate_story import OPERATIONS, TOKENS_PER_UPDATE, GateStory
+from proteus_playground.playground.live import RANDOM, Live, open_live, random_bytes
 from proteus_playground.widgets import prototype_panel
 from proteus_playground.widgets.parts.painted import Room
 from proteus_playground.widgets.prototypes import words as words
 from proteus_playground.widgets.prototypes.figure import trails
-
-from proteus_playground.common.texts import load_text
-from proteus_playground.lm.model import ModelConfig, ProteusLM
-from proteus_playground.playground.gate_story import OPERATIONS, PIECE, GateStory
-from proteus_playground.playground.live import RANDOM, Live, open_live, random_bytes
 
 EXACT = 1e-5  # relative: rounding
 
@@ -57,7 +57,7 @@ def trace(panel, name: str):
 
 def test_an_update_is_the_moving_average_of_the_keys_that_each_gate_lured(story):
     before, decay = story.gates.prototypes.clone(), story.gates.ema_decay
-    keys = F.normalize(story._k[0, :PIECE], dim=-1)
+    keys = F.normalize(story._k[0, :TOKENS_PER_UPDATE], dim=-1)
     gate = story.gates.lure(keys)[0]
     story.step()
     for g in range(before.shape[0]):

@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from proteus_playground.playground.gate_story import PIECE, Operation, Snapshot
+from proteus_playground.playground.gate_story import TOKENS_PER_UPDATE, Operation, Snapshot
 
 from ..parts.sentences import listed, percent, shown
 from ..workbench.readout import _cell, _key
@@ -93,7 +93,7 @@ def numbers_html(request: int, past: Sequence[Snapshot], last: Operation | None)
     effect = "–" if last is None else "none" if last.change < NOTHING else amount(last.change)
     loss = "–" if last is None else f"{last.nll[1]:.3f}"
     cells = [
-        _cell("updates", f"{now.update:,}", f"of {min(PIECE, len(now.gate))} keys each",
+        _cell("updates", f"{now.update:,}", f"of {min(TOKENS_PER_UPDATE, len(now.gate))} keys each",
               "How often the moving average has run; each sees the next piece of the text."),
         _cell("gates", f"{live}", f"{len(now.alive) - live} slots free", "Live gates of this KV group."),
         _cell("heads", f"{now.heads}", "in this group", "Query heads that share this group's keys."),
