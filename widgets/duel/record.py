@@ -25,7 +25,7 @@ class Series:
     _sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
     def add(self, step) -> None:
-        """Adds a `Step`. A smoothed value is the weighted mean of all steps so far, so the first ones are not biased."""
+        """Adds a `Step`. A smoothed value is the weighted mean of all steps so far, without bias at first."""
         new = (step.loss, step.tokens_per_second, 1.0)
         self._sums = [CALM * old + (1 - CALM) * value for old, value in zip(self._sums, new, strict=True)]
         self.tokens.append(step.tokens)

@@ -42,14 +42,16 @@ def numbers_html(request: int, record: Record) -> str:
     held = "on text that training never saw"
     budget = f"{record.settings.shortlist} for texts of {record.settings.length} tokens"
     cells = [
-        cell("step", f"{record.step:,}", f"of {record.steps:,}" if record.steps else "", "Training steps of each model."),
+        cell("step", f"{record.step:,}", f"of {record.steps:,}" if record.steps else "",
+              "Training steps of each model."),
         cell("tokens", last(dense.tokens, ",d"), "the same for both", "Tokens that each model was trained on."),
         cell("loss", last(dense.calm_loss, ".3f"), f"Proteus {last(proteus.calm_loss, '.3f')}",
               "Training loss in nats per token, smoothed. Proteus's loss is at the α drawn for each step."),
         cell("tokens/s", last(dense.calm_speed, ",.0f"), f"Proteus {last(proteus.calm_speed, ',.0f')}",
               "Tokens per second in training, measured on this machine."),
         held_out("dense", "perplexity, reads all", f"The dense model's perplexity per token {held}."),
-        held_out("Proteus, α = 0", "perplexity, reads all", f"Proteus's perplexity per token at α = 0, where it reads every key, {held}."),
+        held_out("Proteus, α = 0", "perplexity, reads all",
+                 f"Proteus's perplexity per token at α = 0, where it reads every key, {held}."),
         held_out("Proteus, α = 1", reads, f"Proteus's perplexity per token with a shortlist of {budget}, {held}."),
     ]  # fmt: skip
     return tiles_html(request, cells)
@@ -88,7 +90,8 @@ def slider_sentence(record: Record, alpha: float) -> str:
 def samples_html(request: int, scores: list[Score]) -> str:
     """What each model wrote after the same words."""
     if not scores:
-        return f'<div class="pp-samples" data-request="{request}"><p class="pp-more">No sample has been written yet.</p></div>'
+        empty = '<p class="pp-more">No sample has been written yet.</p>'
+        return f'<div class="pp-samples" data-request="{request}">{empty}</div>'
     given = commonprefix([score.sample for score in scores]) if len(scores) > 1 else ""
     cards = "".join(
         f'<div class="pp-sample pp-{score.arm}"><b>{escape(name_of(score))}, after step {score.step:,}</b>'

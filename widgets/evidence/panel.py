@@ -93,7 +93,7 @@ class EvidencePanel(Panel):
             self._choose()
 
     def _choose(self) -> None:
-        """Offers under each choice the values that exist for the choices above it, keeps values that exist, and draws."""
+        """Offers under each choice the values that exist under those above it, keeps what it can, and draws."""
         self.worker.cancel()
         self._filling = True
         study, changed = self.study, self.view.value
@@ -153,9 +153,10 @@ class EvidencePanel(Panel):
         self.say("busy", 0.0, f"{named(entry)} at {entry.length:,} tokens")
 
         def work(stop, progress) -> Row:
-            for row in repeat(entry, self.cases, stop=stop):
-                progress(min(1.0, row.cases / self.cases), f"{row.right:,} of {row.cases:,} right so far")
-            return row
+            for measured in repeat(entry, self.cases, stop=stop):
+                share = min(1.0, measured.cases / self.cases)
+                progress(share, f"{measured.right:,} of {measured.cases:,} right so far")
+            return measured
 
         def done(_: int, row: Row) -> None:
             self.here[_place(entry)] = row

@@ -77,7 +77,7 @@ def no_tiles_html(request: int, why: str) -> str:
 
 
 def status_html(state: str, share: float | None = None, what: str = "") -> str:
-    """`state` is one of STATUS_WORDS, or busy, ready, done or error with its words in `what`; share 0..1 draws a bar."""
+    """`state`: one of STATUS_WORDS, or busy, ready, done or error, with words in `what`; share 0..1 draws a bar."""
     words = STATUS_WORDS.get(state, what)
     bar = "" if share is None else f'<progress max="1" value="{share:.3f}"></progress>'
     return f'<div class="pp-status pp-{state}" role="status"><i></i>{escape(words)}{bar}</div>'

@@ -1,4 +1,4 @@
-"""Play, pause, step and speed: taken by a panel's worker (`Player`), or chosen on a slider of all steps (`Transport`)."""
+"""Play, pause, step and speed: steps that a worker takes (`Player`), or a slider of known steps (`Transport`)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def speed_buttons(names: Iterable[str]) -> w.ToggleButtons:
 class Player:
     """Step, play and speed of a panel whose worker takes the steps. The panel places `buttons`.
 
-    seconds: name of a speed -> seconds between two steps; on_play(playing), on_step(), on_back() are called on the
-    kernel's thread; tips: tooltips of play, of a step forward and of a step back. Without `on_back` steps go forward only.
+    seconds: name of a speed -> seconds between two steps. `on_play(playing)`, `on_step()` and `on_back()` are called on
+    the kernel's thread; without `on_back` there is no step back. tips: tooltips of play, step forward and step back.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class Request:
 
 
 def on_kernel_thread() -> Callable[[Callable[[], None]], None]:
-    """A function that runs its argument where widgets may be changed: on the running event loop, or at once without one.
+    """A function that runs its argument where widgets may be changed: on the running event loop, else at once.
 
     A kernel runs its cells and the messages of its widgets on one asyncio loop, so a function that is posted there
     never sees a half-made change. A plain script or a test has no loop, and may change widgets on any thread.
@@ -55,11 +55,11 @@ def on_kernel_thread() -> Callable[[Callable[[], None]], None]:
 def one_core_left() -> Iterator[None]:
     """Inside, torch computes with one thread fewer than there are cores; afterwards with as many as before.
 
-    Threads that have computed before keep their own number, the one that runs a notebook's cells included; only a thread
-    that first computes meanwhile takes the smaller one. It is needed because the browser draws while a layer runs, and
-    two compute threads that share two cores with it wait for each other at every step: one layer of shelf-mini over
-    1,024 tokens on two busy cores took 94 ms with one thread and 1,006 ms with two (medians of 35 runs). glibc's
-    thresholds for handing memory back to the system made no difference, so they are left alone.
+    Threads that have computed before keep their own number, for instance the one that runs a notebook's cells; a thread
+    that computes for the first time meanwhile takes the smaller number. Fewer threads are needed because the browser
+    draws while a layer runs, and two compute threads that share two cores with it wait for each other at every step:
+    one layer of shelf-mini over 1,024 tokens on two busy cores took 94 ms with one thread and 1,006 ms with two (medians
+    of 35 runs). glibc's thresholds for handing memory back to the system made no difference, so they are left alone.
     """
     import torch
 
@@ -93,7 +93,7 @@ class Worker:
         self._closed = False
 
     def submit(self, lane: str, compute, done, failed, progress=lambda n, share, what: None) -> int:
-        """Queues a job in place of the one that waits in its lane, and returns its number. A closed worker runs no job."""
+        """Queues a job in place of the one that waits in its lane; returns its number. A closed worker runs none."""
         with self._changed:
             request = Request(next(self._numbers), lane, compute, done, failed, progress)
             if self._closed:

@@ -56,7 +56,7 @@ class PrototypePictures:
             self._trace[name].on_click(lambda _, points, __, name=name: self._pick(name, points))
 
     def reset(self, keys: np.ndarray, tokens: Sequence[str], prototypes: np.ndarray, explained: float) -> None:
-        """For another text, layer or group: `keys (T, 2)` of `tokens`, and axes that hold them and the first prototypes."""
+        """For another text, layer or group: `keys (T, 2)` of `tokens`, and axes that hold them and `prototypes`."""
         both = np.concatenate([keys, prototypes])
         low, high = both.min(0).astype(float), both.max(0).astype(float)
         pad = 0.05 * np.maximum(high - low, 1e-6)

@@ -18,7 +18,7 @@ from .figure import PrototypePictures
 
 @dataclass
 class Run:
-    """A story from its beginning. past: its gates after each step; events: index in `past` -> what was done before it."""
+    """A story from its beginning. past: its gates after each step; events: index in `past` -> what was done."""
 
     story: GateStory
     past: list[Snapshot]

@@ -1,4 +1,4 @@
-"""The prototype panel's words: which keys a gate lures, what surgery changed, and the text with one gate's keys marked."""
+"""The prototype panel's words: which keys a gate lures, what surgery changed, and the text with these keys marked."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def operation_sentence(done: Operation) -> str:
         "prune": f"Gate {done.gate} was pruned; its keys were lured to their next nearest gates",
         "merge": f"Gate {done.other} was merged into gate {done.gate}",
         "move": f"Gate {done.gate} was moved to head {done.other}",
-        "add head": f"Every group has a new head, {done.gate}. Its output is zero until it is trained, but where heads are "
-        "routed it takes half of the busiest gate's probability at once",
+        "add head": f"Every group has a new head, {done.gate}. Its output is zero until it is trained, but where heads "
+        "are routed it takes half of the busiest gate's probability at once",
     }[done.what]
     before, after = done.nll
     effect = "did not change" if done.change < NOTHING else f"changed by {amount(done.change)}"
@@ -101,7 +101,8 @@ def numbers_html(request: int, past: Sequence[Snapshot], last: Operation | None)
         cell("heads", f"{now.heads}", "in this group", "Query heads that share the keys of this group."),
         cell("mean cosine", f"{now.fit:.3f}", f"{first.fit:.3f} at first",
               "Cosine between each key of the text and the prototype that lures it, averaged over all keys."),
-        cell("changed gates", f"{now.moved:.1%}", "with the last update", "Keys that the last update moved to another gate."),
+        cell("changed gates", f"{now.moved:.1%}", "with the last update",
+              "Keys that the last update moved to another gate."),
         cell("revived", f"{sum(len(snap.revived) for snap in past):,}", "gates, so far",
               "Gates that lured too few keys, so that their prototypes were moved to the keys that fitted worst."),
         cell("output change", effect, "by the last surgery",

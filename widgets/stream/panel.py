@@ -22,7 +22,7 @@ PICTURE_SECONDS = 0.7  # between pictures while the layers score
 
 
 class StreamPanel(StreamBoard):
-    """What `stream_panel` returns. `drawn` is the last `Frame` shown, `transport.step` the number of chunks read in it."""
+    """What `stream_panel` returns. `drawn` is the last `Frame` shown, `transport.step` the chunks read in it."""
 
     def __init__(self, state: StreamState, make_source: Callable, make_subject: Callable):
         self.pictures = StreamPictures()
@@ -99,7 +99,7 @@ class StreamPanel(StreamBoard):
             self._say_state("fresh")
 
     def _where(self, old: Frame | None, now: Frame) -> int:
-        """The step that has read as far as the old picture; the last one where that showed its end, or the text is new."""
+        """The step that has read as far as the old picture; the last step if that showed its end or the text is new."""
         if old is None or old.document is not now.document or old.wanted.prompt != now.wanted.prompt:
             return now.replay.steps
         if old.wanted.judge != now.wanted.judge or self.transport.step >= self.transport.last:
@@ -177,7 +177,7 @@ class StreamPanel(StreamBoard):
         return self.subject
 
     def ask_for_answer(self) -> None:
-        """The model answers the prompt from the buffer on show, or from its best tokens if it exceeds the model's context."""
+        """The model answers the prompt from the buffer on show, or from as many of its best tokens as fit."""
         source, frame, step = self.source, self.drawn, self.transport.step
         if source is None or frame is None or source.words.random or not frame.replay.held[step]:
             return

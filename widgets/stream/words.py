@@ -116,12 +116,13 @@ def numbers_html(request: int, replay: Replay, step: int, document: Document, sc
     read, full = replay.read(step), bool(np.isfinite(bar))
     speed = f"{scores.until / scores.seconds:,.0f} tokens/s" if scores.seconds else ""
     cells = [
-        cell("chunk", f"{step:,}", f"of {replay.chunks:,}", "Chunks that have been read, of all chunks of the document."),
+        cell("chunk", f"{step:,}", f"of {replay.chunks:,}",
+              "Chunks that have been read, of all chunks of the document."),
         cell("tokens read", f"{read:,}", f"of {replay.tokens:,}", "Tokens that have been read and scored."),
         cell("in the buffer", f"{kept:,} of {replay.plan.buffer_tokens:,}",
               f"{kept / max(1, read):.1%} of what was read",
               "Tokens that are kept, of those that the buffer can hold."),
-        cell("score to enter", f"{bar:.2f}" if full else "none", "lowest in the buffer" if full else "buffer not full yet",
+        cell("score to enter", f"{bar:.2f}" if full else "none", "in the buffer" if full else "buffer not full yet",
              "Lowest score in the full buffer; a new token must beat it."),
         cell("added, removed", f"{len(replay.promoted(step)):,}, {len(replay.evicted(step)):,}", "by this chunk",
              "Tokens that the last chunk added to the buffer, and those that were removed to make room."),
@@ -140,10 +141,10 @@ def banner_html(source, judge: str, asked: list[str], subject) -> str:
     if judge == "words":
         whose = "" if words.random else f"{MODEL_NAMES.get(words.model, words.model)}'s "
         names = listed([f"“{word}”" for word in asked[:12]])
-        how = (f"The score of a token is its cosine similarity (by {whose}{words.name}) to the nearest of {names}, times how "
-               "rare its word is in this document. The words around it do not count.")  # fmt: skip
+        how = (f"The score of a token is its cosine similarity (of {whose}{words.name}) to the nearest of {names}, "
+               "times how rare its word is in this document. The words around it do not count.")  # fmt: skip
     else:
-        how = "The score of a token says how well its keys in the model, in context, match the model's queries for the prompt. "
+        how = "The score of a token says how well its keys, in context, match the model's queries for the prompt. "
         how += (
             subject.note.replace(words.model, MODEL_NAMES.get(words.model, words.model)) if subject is not None else ""
         )

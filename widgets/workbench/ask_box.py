@@ -65,7 +65,7 @@ class AskBox(w.VBox):
         self.reply.value = reply_html(self.probe, reply)
 
     def grey(self, old: bool) -> None:
-        """Greys the answer where it was given at other settings; dragging back to these settings makes it fresh again."""
+        """Greys the answer while the settings differ from those it was given at."""
         plain = self.reply.value.replace('"pp-reply pp-old"', '"pp-reply"')
         self.reply.value = plain.replace('"pp-reply"', '"pp-reply pp-old"') if old else plain
 

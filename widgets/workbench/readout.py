@@ -17,7 +17,7 @@ SPLIT_COLOURS = {"window": "#0072B2", "own block": "#56B4E9", "anchors": "#E69F0
 
 
 def readout_html(request: int, view: LayerView, runs: int, model: ModelView | None, settings: Settings) -> str:
-    """All tiles. runs: `view.latency_ms` is their median; model: may have been run at other settings than `settings`."""
+    """All tiles. runs: `view.latency_ms` is their median; model: may have been run at other `settings`."""
     size, heads = view.head_map.shape
     rows = view.awake & view.kept[:, None]
     reads = float(view.reads[rows].mean()) if rows.any() else 0.0
@@ -35,9 +35,9 @@ def readout_html(request: int, view: LayerView, runs: int, model: ModelView | No
               "Floating-point operations at these settings, counted by formula and not measured. "
               "Compare them with the measured latency."),
         cell("bytes, predicted", quantity(view.bytes, "B"), f"dense {quantity(view.dense_bytes, 'B')}",
-              "Bytes of queries, keys and values that are moved at these settings, counted by formula and not measured."),
+              "Bytes of queries, keys and values that are moved at these settings, counted by formula, not measured."),
         cell("output error", f"{view.error:.1%}" if view.error >= 5e-4 else "none", "relative to dense",
-              f"Distance of this layer's output from dense attention's, divided by the size of the latter: {view.error:.2e}."),
+              f"Distance of this layer's output from dense attention's, relative to the latter: {view.error:.2e}."),
         _model_cell(model, settings),
     ]  # fmt: skip
     return tiles_html(request, cells)
@@ -73,7 +73,8 @@ def split_html(budget: dict, gates: int) -> str:
     )  # fmt: skip
     ring = f"{budget['probes']} gates opened × {budget['ring']} keys" if budget["ring"] else "no keys from gates"
     return (
-        f'<div class="pp-split-note">One query may read {budget["shortlist"]} keys and notes; the budget uses {total} ({ring}).</div>'
+        f'<div class="pp-split-note">One query may read {budget["shortlist"]} keys and notes; '
+        f"the budget uses {total} ({ring}).</div>"
         f'<div class="pp-split">{bars}</div><div class="pp-legend">{words}</div>'
     )
 
