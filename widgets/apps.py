@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from proteus_playground.common.checks import whole_number
 from proteus_playground.experiments.evidence.committed import Study, committed
+
+from proteus_playground.common.checks import whole_number
 from proteus_playground.lm import shipped
 from proteus_playground.playground.bank_reading import BankReader
 from proteus_playground.playground.live import Live, open_live
@@ -130,6 +131,7 @@ def playground(
 def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:
     """A text as tokens of `model`, or as whole words with random vectors where it is not pulled."""
     from proteus_playground.experiments.needles.haystacks import build
+
     from proteus_playground.streaming.random_words import RandomWords
 
     why = "" if model == "random" else _why_not(model)
@@ -163,10 +165,9 @@ def stream_panel(
 
     text: "pydoc", "jargon" or "bible" where they are installed, "auto", or the path of a UTF-8 file; prompt: the
     question; needle: a sentence to plant, "" for none; settings: `page` to plant it on, `tokens` of the document,
-    `model`
-    ("smollm2" or "random"), `chunk_tokens`, `per_chunk_budget`, `buffer_tokens`, `neighbours`. source, subject: a ready
-    document, and a ready model that scores it in context and answers. A model that is not pulled is replaced by random
-    word vectors, and the panel says so. ValueError or TypeError names an argument that is not allowed.
+    `model` ("smollm2" or "random"), `chunk_tokens`, `per_chunk_budget`, `buffer_tokens`, `neighbours`. source, subject:
+    a ready document, and a ready model that scores it in context and answers. A model that is not pulled is replaced
+    by random word vectors, and the panel says so. ValueError or TypeError names an argument that is not allowed.
     """
     state = StreamState()
     named = {"text": text, "prompt": prompt, "needle": needle}
@@ -231,13 +232,12 @@ def duel_panel(
     """The panel of the duel, to `display(...)`.
 
     preset: "small" or "t4", by default the one for this machine; out: a folder for the runs, which are otherwise
-    deleted when the panel closes; settings: any field of `DuelSettings`, such as `text="humble token"`
-    or `minutes=2`; run, curve: instead of `duel` and `held_out_curve`. ValueError or TypeError names an argument that is not allowed.
+    deleted when the panel closes; settings: any field of `DuelSettings`, such as `text="humble token"` or `minutes=2`;
+    run, curve: instead of `duel` and `held_out_curve`. ValueError or TypeError names an argument that is not allowed.
     """
     from dataclasses import replace
 
     import torch
-
     from proteus_playground.experiments.duel.curve import held_out_curve
     from proteus_playground.experiments.duel.duel import PRESETS, duel
 

@@ -144,6 +144,5 @@ class BankPanel(Panel):
         self.player.pause()
         super()._failed(_, err)
 
-    def close(self) -> None:
-        super().close()
+    def _end(self) -> None:
         self._close_reading()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import ipywidgets as w
 from traitlets import HasTraits
@@ -66,10 +66,17 @@ class Panel(w.VBox):
 
     def close(self) -> None:
         """Stops the work and releases everything: a closed panel cannot be used or displayed again."""
+        if self.comm is None:  # closed already, or never finished
+            return
         self.worker.close()
+        self._end()
         if self.state is not None:
             self.state.unobserve_all()
         release(self)
+        super().close()
+
+    def _end(self) -> None:
+        """Called once by `close`, for what a subclass has to end besides its `worker`."""
 
     def _progress(self, _: int, share: float, what: str) -> None:
         self.say("busy", share, what)
@@ -85,23 +92,22 @@ class Panel(w.VBox):
 # Closing
 
 
-def held(root: w.Widget) -> Iterator[w.Widget]:
-    """`root` and every widget that its synchronised traits lead to: children, layouts, styles."""
-    waiting, seen = [root], set()
+def held(root: w.Widget) -> list[w.Widget]:
+    """Every open widget that the synchronised traits of `root` lead to: children, layouts, styles."""
+    found, waiting = {root.model_id: root}, [root]
     while waiting:
         widget = waiting.pop()
-        if widget.model_id in seen:
-            continue
-        seen.add(widget.model_id)
         for name in widget.keys:
             value = getattr(widget, name, None)
-            parts = value if isinstance(value, (list, tuple)) else (value,)
-            waiting += [part for part in parts if isinstance(part, w.Widget) and part.comm is not None]
-        yield widget
+            for part in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(part, w.Widget) and part.comm is not None and part.model_id not in found:
+                    found[part.model_id] = part
+                    waiting.append(part)
+    return [widget for widget in found.values() if widget is not root]
 
 
 def release(root: w.Widget) -> None:
-    """Closes `root` and every widget that it holds, so that Python can free them.
+    """Closes every widget that `root` holds, so that Python can free them; `root` itself is left to the caller.
 
     ipywidgets keeps each open widget in a registry, with everything its observers refer to; closing a box does not
     close what lies in it. Moreover an anywidget whose JavaScript is a file (plotly's FigureWidget) is kept by that
@@ -109,7 +115,7 @@ def release(root: w.Widget) -> None:
     disconnects it (https://github.com/manzt/anywidget/issues/929). That signal reloads JavaScript under development
     and plotly's file does not change, so all its functions are disconnected here.
     """
-    for widget in list(held(root)):
+    for widget in held(root):
         for made in type(widget).__mro__:
             changed = getattr(vars(made).get("_esm"), "changed", None)
             if changed is not None:

@@ -58,7 +58,7 @@ def one_core_left() -> Iterator[None]:
     Threads that have computed before keep their own number, for instance the one that runs a notebook's cells; a thread
     that computes for the first time meanwhile takes the smaller number. Fewer threads are needed because the browser
     draws while a layer runs, and two compute threads that share two cores with it wait for each other at every step:
-    one layer of shelf-mini over 1,024 tokens on two busy cores took 94 ms with one thread and 1,006 ms with two (medians
+    a layer of shelf-mini over 1,024 tokens on two busy cores took 94 ms with one thread and 1,006 ms with two (medians
     of 35 runs). glibc's thresholds for handing memory back to the system made no difference, so they are left alone.
     """
     import torch

@@ -226,9 +226,8 @@ class StreamPanel(StreamBoard):
         if self.source is not None:
             self._ask()
 
-    def close(self) -> None:
+    def _end(self) -> None:
         self.layers_worker.close()
-        super().close()
         self._folder.cleanup()
 
     def _failed(self, _: int, err: BaseException) -> None:

@@ -72,9 +72,10 @@ class Board(Panel):
         knobs = column(
             "pp-top", main_knobs(state), row("pp-actions", Presets(state), self.run_model, self.cancel, self.more)
         )
+        self.model_choice = ModelChoice(state)
         over = [self.captions[name] for name in ("heads", "gates", "row")]
         self.place(
-            "pp-workbench", row("pp-banner", self.banner, ModelChoice(state)), knobs, self.ask_box, self.drawer,
+            "pp-workbench", row("pp-banner", self.banner, self.model_choice), knobs, self.ask_box, self.drawer,
             self.numbers, self.beside([pictures, *over], [self.captions["text"], text]),
         )  # fmt: skip
         self._show_more(False)

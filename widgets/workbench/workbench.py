@@ -246,10 +246,9 @@ class Workbench(Board):
             self._show_empty("Stopped before a model was loaded. Choose a text under More controls and press Read it.")
         self.say("fresh" if self.drawn and self.wanted() == self._shown() else "stopped")
 
-    def close(self) -> None:
+    def _end(self) -> None:
         self._moved.set()
         self._painted.set()
-        super().close()
 
     def _failed(self, _: int, err: BaseException) -> None:
         super()._failed(_, err)
