@@ -20,7 +20,7 @@ STALE_SECONDS = 0.12  # a picture that is replaced sooner is not marked as old: 
 
 
 class Panel(w.VBox):
-    """A frame with a `worker`. `number` counts the pictures drawn, `problem` is the last error as text, "" for none.
+    """A frame with a `worker`. `number` grows with every picture, `problem` is the last error as text, "" for none.
 
     legends: name of a caption -> its legend in HTML; the caption `name` has the CSS class `pp-at-name`.
     """
