@@ -1,4 +1,4 @@
-"""What holds for every panel: latest wins, one message per picture, no markup from outside, and nothing left by `close`."""
+"""For every panel: latest wins, one message per picture, no markup from outside, and nothing left after `close`."""
 
 from __future__ import annotations
 
