@@ -58,8 +58,8 @@ def heads_sentence(view: LayerView, head: int) -> str:
     away = np.where(rows, view.head_map, 0).sum(0) / np.maximum(rows.sum(0), 1)
     most, least = int(away.argmax()), int(away.argmin())
     return (
-        f"Head {head} gives {percent(away[head])} of its attention to keys other than the anchors; head {most} gives "
-        f"most ({percent(away[most])}), head {least} least ({percent(away[least])})."
+        f"Head {head} puts {percent(away[head])} of its attention off the anchors; "
+        f"head {most} most ({percent(away[most])}), head {least} least ({percent(away[least])})."
     )
 
 
