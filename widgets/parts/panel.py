@@ -6,6 +6,7 @@ A subclass makes its widgets between `super().__init__` and `place`, which puts 
 from __future__ import annotations
 
 import asyncio
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -130,9 +131,8 @@ _MADE_IN: dict[str, tuple[str, weakref.WeakSet[Panel]]] = {}  # notebook cell ->
 
 def running_cell() -> tuple[str, str] | None:
     """(the notebook cell, this run of it) while a cell runs; None elsewhere, or where the front end names no cell."""
-    from IPython import get_ipython
-
-    kernel = getattr(get_ipython(), "kernel", None)
+    ipython = sys.modules.get("IPython")  # loaded wherever a notebook runs
+    kernel = getattr(ipython and ipython.get_ipython(), "kernel", None)
     if not hasattr(kernel, "get_parent"):
         return None
     message = kernel.get_parent("shell") or {}
