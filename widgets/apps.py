@@ -1,4 +1,8 @@
-"""`playground()` and the other panels: the calls that a notebook needs."""
+"""`playground()` and the functions that make the other panels.
+
+Each returns a panel to `display(...)`. `panel.close()` releases it; running its notebook cell again closes the panel
+that the cell made before.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +30,9 @@ from .workbench.workbench import Workbench
 
 
 def make_probe(source: Mapping, stop, progress) -> tuple:
-    """(a `LayerProbe`, why it is random or ""). The model when it is here and its libraries are.
+    """(a `LayerProbe`, why its layer is random or ""). It is random without the model or its libraries.
 
-    source: the traits that `workbench.SOURCE` names, and the `settings`. What is asked, is asked of a small model only.
+    source: the traits that `workbench.SOURCE` names, and the `settings`. Only shelf-mini answers the question.
     """
     from proteus_playground.playground.probe import LayerProbe
 
@@ -55,7 +59,7 @@ def _ask_shelf(source: Mapping, stop, progress):
         progress=progress,
         stop=stop,
     )
-    probe.start = probe.finder(source["settings"])  # here and not on the thread that draws
+    probe.start = probe.finder(source["settings"])  # computed here, because it would hold up the thread that draws
     return probe
 
 
@@ -72,12 +76,12 @@ def _text(source: Mapping):
 
 @lru_cache(maxsize=1)
 def _shipped(name: str) -> tuple:
-    """A shipped model and its tokenizer, loaded once: a question does not read the weights again."""
+    """A shipped model and its tokenizer, kept so that a question does not read the weights again."""
     return shipped.load_shipped(name)
 
 
 def _why_not(model: str) -> str:
-    """Empty where `model` can be loaded; else one sentence on what to do."""
+    """Empty if `model` can be loaded, else a sentence that says what to do."""
     from importlib.util import find_spec
 
     if model == "shelf-mini":
@@ -112,9 +116,9 @@ def playground(
     text: "a shelf" (number `shelf`), "humble token", "python topics" or the path of a UTF-8 file; model: "shelf-mini",
     "smollm2" or "random"; length: tokens to read, 64 to 4,096; question: asked of shelf-mini behind the text; state: a
     short string such as "alpha=0.35&L=64&layer=12", JSON or a dict, as the workbench's own share box gives it;
-    settings: any other field of the state by name, such as `flux_alpha=0.5` or `layer=3`. What is named as an argument
-    wins over `state`. probe: a ready `LayerProbe` to look at instead.
-    Raises ValueError or TypeError naming what is not allowed. A random layer stands in for a model that is not pulled.
+    settings: any other field of the state by name, such as `flux_alpha=0.5` or `layer=3`. An argument
+    takes precedence over `state`. probe: a ready `LayerProbe` to show instead. A model that is not pulled is replaced
+    by a random layer, and the panel says so. ValueError or TypeError names an argument that is not allowed.
     """
     now = PlayState()
     named = {"text": text, "model": model, "length": length}
@@ -142,7 +146,7 @@ def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:
 
 
 def make_subject(model: str, folder: str):
-    """The model itself, ready to score in context and to answer; the keys it makes are kept in `folder`."""
+    """The model, ready to score in context and to answer; the keys that it computes are kept in `folder`."""
     from proteus_playground.experiments.needles.subjects import load
 
     return load(model, cache=Path(folder) / f"{model}.keys")
@@ -159,11 +163,11 @@ def stream_panel(
 ) -> StreamPanel:
     """The chunk buffer panel, to `display(...)`.
 
-    text: "pydoc", "jargon" or "bible" where they are installed, "auto", or the path of a UTF-8 file; prompt: what is
-    asked; needle: a sentence to plant, "" for none; settings: `page` to plant it on, `tokens` of the document, `model`
-    ("smollm2" or "random"), `chunk_tokens`, `per_chunk_budget`, `buffer_tokens`, `neighbours`. source, subject: a ready
-    document, and what scores it in context and answers, instead. Random word vectors stand in for a model that is not
-    pulled. Raises ValueError or TypeError naming what is not allowed.
+    text: "pydoc", "jargon" or "bible" where they are installed, "auto", or the path of a UTF-8 file; prompt: the
+    question; needle: a sentence to plant, "" for none; settings: `page` to plant it on, `tokens` of the document,
+    `model` ("smollm2" or "random"), `chunk_tokens`, `per_chunk_budget`, `buffer_tokens`, `neighbours`. source, subject:
+    a ready document, and a ready model that scores it in context and answers. A model that is not pulled is replaced
+    by random word vectors, and the panel says so. ValueError or TypeError names an argument that is not allowed.
     """
     state = StreamState()
     named = {"text": text, "prompt": prompt, "needle": needle}
@@ -184,9 +188,9 @@ def bank_panel(
 ) -> BankPanel:
     """The KV bank panel, to `display(...)`.
 
-    text: a name or path for `load_text`; model: "smollm2" or "random"; tokens: of the text that are read before the
-    model writes on, `start` of them at once; layer, group: whose bank is shown first; reading: a ready `BankReader`
-    instead. A random layer stands in for a model that is not pulled.
+    text: a name or path for `load_text`; model: "smollm2" or "random"; tokens: read from the text
+    before the model goes on writing, the first `start` of them at once; layer, group: whose bank is shown first;
+    reading: a ready `BankReader` instead. A model that is not pulled is replaced by a random layer.
     """
     from proteus_playground.common.texts import load_text
     from proteus_playground.playground.bank_reading import open_reading
@@ -203,9 +207,9 @@ def bank_panel(
 
 
 def evidence_panel(studies: list[Study] | None = None, *, cases: int = CASES) -> EvidencePanel:
-    """The committed studies, to `display(...)`, and a button that measures one cell again.
+    """The committed studies, and a button that measures one cell again, to `display(...)`.
 
-    studies: others than the committed ones, from `evidence.committed`; cases: answers asked for by the button, >= 1.
+    studies: from `evidence.committed`, by default the committed ones; cases: answers that the button asks for, >= 1.
     """
     whole_number("cases", cases, 1)
     return EvidencePanel(committed() if studies is None else studies, cases)
@@ -216,7 +220,8 @@ def prototype_panel(
 ) -> PrototypePanel:
     """The panel of gates and prototypes, to `display(...)`.
 
-    model, tokens: as for `open_live`; layer, group: shown first; live: a ready `Live` instead. It operates on a copy.
+    model, tokens: as for `open_live`; layer, group: shown first; live: a ready `Live` instead. Surgery operates on a
+    copy of the model.
     """
     return PrototypePanel((lambda: open_live(model, tokens)) if live is None else lambda: live, layer, group)
 
@@ -226,9 +231,9 @@ def duel_panel(
 ) -> DuelPanel:
     """The panel of the duel, to `display(...)`.
 
-    preset: "small" or "t4", by default the one that suits this machine; out: a folder where runs are kept, else they
-    go with the panel; settings: any field of `duel.Settings`, such as `text="humble token"` or `minutes=2`; run, curve:
-    instead of `duel` and `held_out_curve`. Raises ValueError or TypeError naming what is not allowed.
+    preset: "small" or "t4", by default the one for this machine; out: a folder for the runs, which are otherwise
+    deleted when the panel closes; settings: any field of `DuelSettings`, such as `text="humble token"` or `minutes=2`;
+    run, curve: instead of `duel` and `held_out_curve`. ValueError or TypeError names an argument that is not allowed.
     """
     from dataclasses import replace
 
@@ -240,5 +245,5 @@ def duel_panel(
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: allowed is {', '.join(map(repr, PRESETS))}")
     if "length" in settings:
-        settings = {"shortlist": None, **settings}  # a share of the length again
+        settings = {"shortlist": None, **settings}  # None: a fixed share of the new length
     return DuelPanel(preset, replace(PRESETS[preset], **settings), run or duel, curve or held_out_curve, out)

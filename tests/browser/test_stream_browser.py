@@ -106,7 +106,7 @@ def test_a_key_on_a_slider_changes_numbers_and_pictures(page, name, value):
 
 
 def test_steps_go_both_ways_and_to_the_needle(page, panel, shots):
-    after(page, click(panel, "to the needle"), "Promoted by chunk 14")
+    after(page, click(panel, "to the needle"), "Added by chunk 14")
     assert chunk(page) == 14 and panel.locator(".pp-in.pp-needle").count() >= 1
     panel.screenshot(path=shots / "chunk-buffer.png")
     after(page, click(panel, "◀ step"), "has not been read yet")

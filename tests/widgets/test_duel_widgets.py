@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,17 +105,17 @@ def test_smoothing_is_the_weighted_mean_of_what_came_before():
 
 def test_the_slider_stands_between_the_measured_points():
     record = Record(PRESETS["small"])
-    assert record.loss_at(0.3) is None and "Measured once" in words.slider_sentence(record, 0.3)
+    assert record.loss_at(0.3) is None and "Measured when" in words.slider_sentence(record, 0.3)
     record.curve = [Point(0.0, 3.0, 1.0, 4.0), Point(0.5, 3.2, 0.5, 4.0), Point(1.0, 4.0, 0.1, 4.0)]
     assert record.loss_at(0.25) == pytest.approx(3.1) and record.loss_at(1.0) == 4.0
-    assert "3.100 (between" in words.slider_sentence(record, 0.25)
+    assert "3.100 (interpolated between" in words.slider_sentence(record, 0.25)
     assert "3.200 (measured)" in words.slider_sentence(record, 0.5)
 
 
 def test_the_verdict_compares_the_newest_scores():
     record = Record(PRESETS["small"])
     record.scores = [a_score("dense", 20, 0.0), a_score("dense", 40, 0.0), a_score("proteus", 40, 0.0)]
-    assert "Held-out text is read a few times" in words.verdict(record)
+    assert "read held-out text" in words.verdict(record)
     record.scores.append(a_score("proteus", 40, 1.0))
     assert "10.5% worse than dense" in words.verdict(record)  # exp(0.1)
     assert "<i>Once upon </i>dense 0" in words.samples_html(1, record.newest())
@@ -150,7 +148,7 @@ def test_the_slider_moves_the_point_and_the_words(panel):
     rest(panel)
     seen = []
     for alpha in (0.5, 0.6):
-        panel.slider.flux_alpha = alpha
+        panel.state.flux_alpha = alpha
         (at,), (loss,) = trace(panel, "here").x, trace(panel, "here").y
         assert at == alpha and f"held-out loss {loss:.3f}" in panel.captions["curve"].value
         seen.append(loss)
@@ -180,9 +178,9 @@ def test_stop_ends_it_soon_and_resume_goes_on(panel):
 
 def test_the_last_step_of_a_stopped_duel_holds_up_no_picture_of_the_resumed_one(panel):
     sent = []
-    panel._show(record_of(3), lambda *told: sent.append(told), "a step")  # its record is no more the one on show
+    panel._report(record_of(3), lambda *told: sent.append(told), "a step")  # its record is no more the one on show
     assert sent == [] and panel._drawn
-    panel._show(panel.record, lambda *told: sent.append(told), "a step")
+    panel._report(panel.record, lambda *told: sent.append(told), "a step")
     assert len(sent) == 1 and not panel._drawn
 
 
@@ -233,17 +231,3 @@ def test_a_real_duel_of_a_few_steps(tmp_path):
     with pytest.raises(Stopped):
         next(held_out_curve(tmp_path / "one", stop=lambda: True))
     panel.close()
-
-
-def test_the_notebook_says_what_colab_needs_and_carries_no_outputs():
-    folder = Path(__file__).parents[2] / "notebooks"
-    book, first = (json.loads((folder / name).read_text(encoding="utf-8"))
-                   for name in ("02_duel.ipynb", "00_start_here.ipynb"))  # fmt: skip
-    assert book["metadata"] == first["metadata"]
-    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
-    source = "".join("".join(cell["source"]) for cell in code)
-    assert (
-        source.count("enable_custom_widget_manager()") == 1 and "torch==" not in source and "display(panel)" in source
-    )
-    assert "blob/main/notebooks/02_duel.ipynb" in "".join(book["cells"][0]["source"])

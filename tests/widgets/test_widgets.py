@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from html import escape
 
@@ -197,30 +196,6 @@ def test_the_share_box_restores_and_says_what_is_wrong(bench):
 # Latest wins
 
 
-@pytest.mark.slow
-def test_a_thousand_quick_moves_leave_no_stale_picture_and_no_growth():
-    probe = FakeProbe(seconds=0.02)
-    made = playground(probe=probe)
-    made.worker.wait()
-    threads, before = threading.active_count(), probe.calls["view"]
-    shown = []
-    draw = made._draw
-    made._draw = lambda number, frame: (shown.append(number), draw(number, frame))
-    names = ["flux_alpha", "keep_ratio", "dna_fraction"]
-    for move in range(1000):
-        setattr(made.state, names[move % 3], 0.05 + (move * 37 % 90) / 100)
-        if move % 20 == 0:
-            time.sleep(0.001)
-    rest(made)
-    assert made.drawn.view.settings == made.drawn.wanted.settings == made.state.settings()
-    assert "pp-fresh" in made.status.value
-    assert probe.calls["view"] - before < 250
-    assert shown == sorted(shown)
-    assert threading.active_count() <= threads
-    assert len(made.worker._waiting) <= 1
-    made.close()
-
-
 def test_an_overtaken_result_is_dropped_and_a_quick_one_is_drawn():
     worker, drawn = Worker(patience=0.05), []
 
@@ -241,20 +216,6 @@ def test_an_overtaken_result_is_dropped_and_a_quick_one_is_drawn():
     worker.submit("frame", job(0.02), lambda n, r: drawn.append(r), lambda n, e: None)
     worker.wait(5)
     assert drawn == [0.01, 0.03, 0.02]
-
-
-def test_back_at_the_picture_on_show_nothing_older_follows():
-    made = playground(model="smollm2", probe=FakeProbe(seconds=0.1))
-    rest(made)
-    shown, alpha = made.drawn, made.state.flux_alpha
-    made.state.flux_alpha = 0.2
-    end = time.monotonic() + 5
-    while made.worker.busy != "frame" and time.monotonic() < end:
-        time.sleep(0.005)
-    made.state.flux_alpha = alpha
-    made.worker.wait()
-    assert made.drawn is shown and shown.wanted == made.wanted() and "pp-fresh" in made.status.value
-    made.close()
 
 
 def test_a_result_can_be_cancelled_until_it_is_shown():
@@ -354,21 +315,13 @@ def test_scales_stay_fixed_while_a_slider_moves(bench):
     assert None not in before.values()
 
 
-def test_one_figure_message_per_picture(bench):
-    sent = []
-    bench.pictures.widget.observe(lambda change: sent.append(change["new"]), "_py2js_update")
-    bench.state.flux_alpha = 0.5
-    rest(bench)
-    assert len([message for message in sent if message is not None]) == 1
-
-
 def test_a_drag_sends_no_points_that_stay_where_they_are(bench):
     sent = []
     bench.pictures.widget.observe(lambda change: sent.append(change["new"]), "_py2js_update")
     bench.state.probes = 3
     rest(bench)
     message = next(message for message in sent if message is not None)
-    assert bench.pictures.widget.data.index(bench.pictures._feel) not in message["style_traces"]
+    assert bench.pictures.widget.data.index(bench.pictures._hover) not in message["style_traces"]
     assert not any("images" in key for key in message["layout_data"])
 
 
@@ -431,19 +384,9 @@ def test_the_readout_holds_measured_beside_predicted(bench):
     html = bench.numbers.value
     for word in ("keys per query", "latency", "predicted", "output error", "not run yet", f'"{bench.number}"'):
         assert word in html
-    assert readout.quantity(3.2e9, "FLOP") == "3.2 GFLOP" and readout.quantity(0, "B") == "0 B"
+    assert sentences.quantity(3.2e9, "FLOP") == "3.2 GFLOP" and sentences.quantity(0, "B") == "0 B"
     assert "rings 32" in readout.split_html(bench.drawn.view.budget, 32)
     assert "Dense" in readout.split_html({"dense": True}, 32)
-
-
-def test_text_from_outside_cannot_become_markup():
-    probe = FakeProbe(40)
-    probe.tokens = ["<script>x</script>"] * 40
-    probe.note = probe.name = "<b>bold</b>"
-    made = playground(probe=probe)
-    rest(made)
-    shown = made.title.value + made.banner.value + "".join(c.value for c in made.captions.values())
-    assert "<script>" not in shown and "<b>bold" not in shown
 
 
 # Without a model

@@ -1,6 +1,6 @@
-"""A duel while it runs: both losses, four small plots of how the arms work, and the slider's curve.
+"""A duel while it runs: both losses, four small plots of speed, heads and gates, and the slider's curve.
 
-Made once; a picture sends one message.
+The figure is made once; a picture sends one message.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from math import log
 import numpy as np
 import plotly.graph_objects as go
 
-from ..workbench.figure import AXIS, PAPER, blank, domain
+from ..parts.plot import AXIS, PAPER, blank, domain
 from .record import Record
 
 HEIGHT = 590
 DENSE, PROTEUS, HERE = "#57606a", "#0072B2", "#D55E00"
 LOSS, CURVE, UPPER, LOWER = (66, 318), (430, 548), (40, 222), (312, 548)  # pixels from the top
-LEFT, MIDDLE, RIGHT = [0.0, 0.5], [0.585, 0.76], [0.835, 1.0]  # of the width
+LEFT, MIDDLE, RIGHT = [0.0, 0.5], [0.585, 0.76], [0.835, 1.0]  # shares of the width
 LOOKS = {"dense": ("density", "heads_awake"), "proteus": ("density", "heads_awake", "gate_entropy")}
 SMALL = ("tokens per second", "share of keys read", "heads awake", "gate entropy, nats")
 
@@ -30,7 +30,7 @@ class DuelPictures:
         self._trace = {trace.name: trace for trace in self.widget.data}
 
     def draw(self, request: int, record: Record) -> None:
-        """All that is known, inside the caller's `batch_update`."""
+        """Shows all results so far, inside the caller's `batch_update`."""
         for arm, series in record.arms.items():
             for name, what in (("loss", "loss"), ("calm", "calm_loss"), ("speed", "calm_speed")):
                 x, y = series.line(what)
@@ -47,7 +47,7 @@ class DuelPictures:
         self._trace["loss dense"].meta = request
 
     def _frame(self, record: Record) -> None:
-        """Axes: as wide as the training will be, and as high as the losses after the first steep fall."""
+        """Sets the axes: x to the end of training, y to the losses after the first steep fall."""
         settings, layout = record.settings, self.widget.layout
         steps = record.steps or settings.steps
         for axis in (layout.xaxis, layout.xaxis2, layout.xaxis3, layout.xaxis4, layout.xaxis5):
@@ -63,7 +63,7 @@ class DuelPictures:
             layout.yaxis2.range = [0, 1.15 * max(max(series.calm_speed) for series in known)]
 
     def draw_curve(self, record: Record, alpha: float) -> None:
-        """The slider's curve and where the slider is on it; nothing while it was not measured."""
+        """Shows the slider's curve and the slider's point on it; both are empty until the curve is measured."""
         curve, dense = record.curve, record.scored("dense", 0.0)
         at, loss = [point.alpha for point in curve], [point.loss for point in curve]
         self._trace["curve"].update(x=at, y=loss, text=[f"{point.density:.0%} of the keys read" for point in curve])
@@ -128,7 +128,7 @@ def _layout() -> dict:
         ],
     }  # fmt: skip
     for number, (x, y) in boxes.items():
-        words, form = ("flux α", "") if number == "6" else ("tokens read by each", "~s")
+        words, form = ("flux α", "") if number == "6" else ("tokens read by each model", "~s")
         layout[f"xaxis{number}"] = {
             **AXIS, "domain": x, "anchor": f"y{number}", "range": [0, 1], "tickformat": form, "tickangle": 0,
             "nticks": 5 if x is LEFT else 3, "title": {"text": words, "standoff": 3, "font": {"size": 12}},

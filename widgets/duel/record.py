@@ -1,4 +1,4 @@
-"""What a duel has shown so far: plain numbers that a picture can be made of at any time."""
+"""The results of a duel so far, as plain numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 from proteus_playground.experiments.duel.curve import Point
 from proteus_playground.experiments.duel.duel import ARMS, DuelSettings, Score, Turn
 
-CALM = 0.9  # of a smoothed value that stays with the next step
-MOST = 400  # points of a line; no plot of ours is wider
+CALM = 0.9  # the share of a smoothed value that the next step keeps
+MOST = 400  # points of a line: more would not be visible
 
 
 @dataclass
 class Series:
-    """One arm, step by step; `looks` are the steps at which gates and heads were looked at."""
+    """One model, step by step. `looks` are the steps at which gates and heads were measured."""
 
     tokens: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
@@ -24,7 +24,7 @@ class Series:
     _sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
 
     def add(self, step) -> None:
-        """Takes in a `Step`. Smoothing weighs the first steps as if they had been there for ever."""
+        """Adds a `Step`. A smoothed value is the weighted mean of all steps so far, without bias at first."""
         new = (step.loss, step.tokens_per_second, 1.0)
         self._sums = [CALM * old + (1 - CALM) * value for old, value in zip(self._sums, new, strict=True)]
         self.tokens.append(step.tokens)
@@ -35,7 +35,7 @@ class Series:
             self.looks.append(step)
 
     def line(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and the values called `name`, float32, at most MOST of them."""
+        """Tokens read and the values `name`, two float32 arrays of at most MOST points."""
         count = len(self.tokens)
         at = np.unique(np.linspace(0, count - 1, min(count, MOST)).round().astype(int)) if count else np.zeros(0, int)
         tokens, values = np.asarray(self.tokens, np.float32), np.asarray(getattr(self, name), np.float32)
@@ -43,7 +43,7 @@ class Series:
 
 
 class Record:
-    """Every `Turn` so far, and at the end the `Point`s of the slider."""
+    """Every `Turn` so far and, at the end, the `Point`s of the slider's curve."""
 
     def __init__(self, settings: DuelSettings):
         self.settings = settings
@@ -58,21 +58,21 @@ class Record:
         self.step, self.steps = turn.step.step, turn.steps
 
     def scored(self, arm: str, alpha: float) -> list[Score]:
-        """In order of steps."""
+        """The scores of one model at `alpha`, in order of steps."""
         return sorted((s for s in self.scores if (s.arm, s.alpha) == (arm, alpha)), key=lambda score: score.step)
 
     def newest(self) -> list[Score]:
-        """Dense, Proteus read densely, Proteus at alpha 1, as far as there is one."""
+        """The newest scores of dense, of Proteus at alpha 0 and of Proteus at alpha 1, as far as there are any."""
         found = [self.scored(*which) for which in (("dense", 0.0), ("proteus", 0.0), ("proteus", 1.0))]
         return [scores[-1] for scores in found if scores]
 
     def tokens_at(self, step: int) -> int:
-        """Tokens that an arm had read after `step`."""
+        """Tokens that each model had read after `step`."""
         tokens = self.arms["dense"].tokens or self.arms["proteus"].tokens
         return tokens[min(step, len(tokens)) - 1] if tokens else 0
 
     def loss_at(self, alpha: float) -> float | None:
-        """On the curve, between two measured points along a straight line; None while there is none."""
+        """The loss on the curve, interpolated linearly between measured points; None before they are measured."""
         if not self.curve:
             return None
         return float(np.interp(alpha, *zip(*((point.alpha, point.loss) for point in self.curve), strict=True)))

@@ -1,6 +1,6 @@
-"""Right answers by length, and every arm at one length; made once, updated in one message.
+"""Right answers by length, and every arm at one length. The figure is made once and updated in one message.
 
-Grey is everything, black is dense, red is what is chosen, and a diamond is what was measured here.
+Black: dense; red: the chosen arm; grey: the others; a diamond: measured on this machine.
 """
 
 from __future__ import annotations
@@ -12,23 +12,32 @@ from proteus_playground.experiments.evidence.committed import named, order
 from proteus_playground.experiments.evidence.report import Entry
 from proteus_playground.experiments.evidence.study import CellResult
 
-from ..workbench.figure import AXIS, GREY, INK, PAPER, blank
+from ..parts.plot import AXIS, GREY, INK, PAPER, blank
 
-HEIGHT, SPLIT, GAP = 470, 0.46, 0.235  # the right picture needs room for names
+HEIGHT, SPLIT, GAP = 470, 0.46, 0.235  # the gap holds the names of the right picture
 RED, MID, BLUE = "#d1495b", "#8c959f", "#0072B2"
 
 
 class EvidencePictures:
-    """The FigureWidget; `on_pick(name, length)` hears clicks, either may be None."""
+    """The FigureWidget. A click calls `on_pick(name, length)`; either may be None."""
 
     def __init__(self, on_pick: Callable[[str | None, int | None], None]):
         self.widget = blank(_layout(), _traces())
         self._lines, self._dense, self._chosen, self._here = self.widget.data[:4]
         self._arms, self._full, self._arm, self._here_arm = self.widget.data[4:]
+        self._on_pick = on_pick
         for trace in (self._lines, self._dense, self._chosen):
-            trace.on_click(lambda trace, points, _: points.xs and on_pick(_name(trace, points), int(points.xs[0])))
+            trace.on_click(self._pick_length)
         for trace in (self._arms, self._full, self._arm):
-            trace.on_click(lambda trace, points, _: points.ys and on_pick(str(points.ys[0]), None))
+            trace.on_click(self._pick_arm)
+
+    def _pick_length(self, trace, points, _) -> None:
+        if points.xs:
+            self._on_pick(_name(trace, points), int(points.xs[0]))
+
+    def _pick_arm(self, trace, points, _) -> None:
+        if points.ys:
+            self._on_pick(str(points.ys[0]), None)
 
     def draw(self, entries: list[Entry], name: str, length: int, here: list[CellResult], number: int) -> None:
         """entries: of one task at one L; name: the arm or change chosen; here: rows measured on this machine."""
@@ -62,13 +71,9 @@ def _of(entries: list[Entry], name: str) -> list[Entry]:
 
 
 def _line(entries: list[Entry | None]) -> dict:
-    """None lifts the pen."""
-    return {
-        "x": [e and e.length for e in entries],
-        "y": [e and e.accuracy for e in entries],
-        "text": [e and _words(e) for e in entries],
-        "customdata": [e and named(e) for e in entries],
-    }
+    """Data of a line through `entries`, with a gap at each None."""
+    points = [(None,) * 4 if e is None else (e.length, e.accuracy, _words(e), named(e)) for e in entries]
+    return {name: [point[i] for point in points] for i, name in enumerate(("x", "y", "text", "customdata"))}
 
 
 def _dots(entries: list[Entry]) -> dict:
@@ -85,11 +90,11 @@ def _error(entries: list[Entry]) -> dict:
 
 def _words(entry: Entry) -> str:
     spread = "one seed" if entry.low is None else f"{entry.low:.3f} to {entry.high:.3f}, {entry.seeds} seeds"
-    return f"{named(entry)}: {entry.accuracy:.3f} ({spread}), {entry.keys:,.0f} keys a row"
+    return f"{named(entry)}: {entry.accuracy:.3f} ({spread}), {entry.keys:,.0f} keys per row"
 
 
 def _said(row: CellResult) -> str:
-    return f"here: {row.accuracy:.3f} of {row.cases:,} answers, {row.keys:,.0f} keys a row"
+    return f"measured here: {row.accuracy:.3f} of {row.cases:,} answers right, {row.keys:,.0f} keys per row"
 
 
 def _name(trace, points) -> str | None:
@@ -98,7 +103,7 @@ def _name(trace, points) -> str | None:
 
 
 def _traces() -> list:
-    """In drawing order; `EvidencePictures` names them."""
+    """In drawing order, which `EvidencePictures` relies on."""
     right = {"xaxis": "x2", "yaxis": "y2"}
     hover = {"hovertemplate": "%{text}<extra></extra>", "showlegend": False, "x": [], "y": []}
     bar = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 5}

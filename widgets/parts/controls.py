@@ -10,6 +10,7 @@ from traitlets import HasTraits
 
 from proteus_playground.attention.settings import CONTROLS, Control
 
+from .boxes import labelled
 from .state import BY_NAME, MAX_LENGTH, PRESET_TIPS, PRESETS, SETTINGS, SHELF, PlayState, opening, preset_settings
 from .terms import control_html
 
@@ -276,12 +277,3 @@ class ShareControls(w.VBox):
             self.message.value = '<span class="pp-note">restored</span>'
         except (TypeError, ValueError) as err:
             self.message.value = f'<span class="pp-error">{escape(str(err))}</span>'
-
-
-def labelled(text: str, widget: w.Widget, wide: str = "66px") -> w.HBox:
-    """`widget` with its name on the left, `wide` across."""
-    label = w.HTML(f'<span class="pp-knob-name">{text}</span>', layout=w.Layout(flex=f"0 0 {wide}"))
-    return w.HBox([label, widget], layout=w.Layout(align_items="center"))
-
-
-_labelled = labelled

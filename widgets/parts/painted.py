@@ -1,5 +1,7 @@
-"""A widget nobody sees: it tells plotly that the room for its figure has changed, since plotly hears the window only,
-and it tells the kernel which picture the browser has painted."""
+"""An invisible widget: it tells plotly when its box is resized, and the kernel which picture the browser has painted.
+
+Plotly itself notices only a resized window.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,11 @@ export default { render({ model, el }) {
   return () => room.disconnect();
 } };
 """
-PATIENCE = 2.0  # seconds; a browser that was closed answers no more
+PATIENCE = 2.0  # seconds after which a browser that has not painted is taken for closed
 
 
 class Room(anywidget.AnyWidget):
-    """To be put into the same box as the figure. `painted` follows `asked` once that picture is on the screen."""
+    """Lies in the same box as the figure. `painted` becomes `asked` once that picture is on the screen."""
 
     _esm = WATCH
     asked = Int(0).tag(sync=True)
@@ -40,11 +42,11 @@ class Room(anywidget.AnyWidget):
         super().__init__(**traits)
 
     def ask(self, picture: int) -> None:
-        """Picture number `picture` is on its way."""
+        """Says that picture number `picture` has been sent."""
         self._since = time.monotonic()
         self.asked = picture
 
     @property
     def free(self) -> bool:
-        """Whether another picture may be sent: the last one is painted, or nobody looks."""
+        """Whether another picture may be sent: the last one is painted, or no browser shows the panel."""
         return not self.painted or self.painted >= self.asked or time.monotonic() - self._since > PATIENCE

@@ -1,4 +1,4 @@
-"""Many points as one small picture: a browser redraws one image far quicker than a thousand circles."""
+"""Many points as one small image, which a browser redraws far more quickly than a thousand circles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-SIZE = (360, 480)  # rows, columns: half as many again as the panel has on a usual screen
+SIZE = (360, 480)  # rows, columns: 1.5 times the pixels that the picture has on a usual screen
 
 
 def disc(radius: float) -> np.ndarray:
@@ -18,19 +18,20 @@ def disc(radius: float) -> np.ndarray:
 
 
 def diamond(radius: float) -> np.ndarray:
+    """As `disc`, but a square standing on its corner."""
     reach = np.arange(-int(radius) - 1, int(radius) + 2)
     return np.clip(radius + 0.5 - np.abs(reach[:, None]) - np.abs(reach), 0, 1)
 
 
 def stamp(image: np.ndarray, at: np.ndarray, colour: np.ndarray, shape: np.ndarray) -> None:
-    """Lays `shape` over `image (rows, columns, 3)` float32 at pixels `at (n, 2)`, each in its `colour (n, 4)`.
+    """Draws `shape` into `image (rows, columns, 3)` float32 at the pixels `at (n, 2)`, each in its `colour (n, 4)`.
 
-    Where dots overlap the later one shows; they are not mixed with each other, only with what was there.
+    Where dots overlap, the later one covers the earlier one; its colour mixes with the image below only.
     """
     half, (rows, columns) = shape.shape[0] // 2, image.shape[:2]
     layer = np.zeros((rows, columns, 4), np.float32)
     row, column = np.nonzero(shape)
-    order = np.argsort(shape[row, column])  # edges first, so that no edge cuts into a neighbour
+    order = np.argsort(shape[row, column])  # edges first, so that no edge covers the middle of a neighbour
     row, column = row[order], column[order]
     y = at[:, 0] + (row - half)[:, None]  # (pixels of the shape, dots)
     x = at[:, 1] + (column - half)[:, None]
@@ -58,7 +59,7 @@ def data_uri(image: np.ndarray) -> str:
 def key_picture(
     keys: np.ndarray, colours: np.ndarray, prototypes: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> str:
-    """Dots for `keys (T, 2)` in `colours (T, 3)` and diamonds for `prototypes (C, 2)`, over the box `low`..`high`."""
+    """Dots at `keys (T, 2)` in `colours (T, 3)` and diamonds at `prototypes (C, 2)`; the image spans `low`..`high`."""
     image = np.ones((*SIZE, 3), np.float32)
 
     def pixels(points: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One plain sentence for each picture, made from the same numbers that the picture shows."""
+"""One sentence for each picture of the workbench, made from the numbers in the picture; and numbers as words."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, LayerView, RowView
 
-KIND_WORDS = {LOCAL: "near keys", ANCHOR: "anchors", DNA: "DNA", NOTE: "keys seen only in notes"}
+KIND_WORDS = {LOCAL: "the window", ANCHOR: "the anchors", DNA: "keys fetched through gates", NOTE: "notes"}
 
 
 def shown(token: str) -> str:
-    """A token as it can be read alone, with what cannot be seen spelled out."""
+    """A token without its surrounding spaces; line breaks and tabs as arrows, and "space" where nothing is left."""
     return token.strip(" ").replace("\n", "↵").replace("\t", "⇥") or "space"
 
 
@@ -20,9 +20,27 @@ def token_name(tokens: list[str], index: int) -> str:
 
 
 def percent(share: float) -> str:
+    """A share in 0..1 as whole per cent."""
     if 0 < share < 0.01:
         return "under 1%"
     return f"{share:.0%}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """`3.2 GFLOP`: three digits and a prefix."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.1f} ms" if value < 10 else f"{value:,.0f} ms"
+
+
+def duration(seconds: float) -> str:
+    """`45 s` or `12 min`."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def listed(words: list[str]) -> str:
@@ -40,21 +58,21 @@ def heads_sentence(view: LayerView, head: int) -> str:
     away = np.where(rows, view.head_map, 0).sum(0) / np.maximum(rows.sum(0), 1)
     most, least = int(away.argmax()), int(away.argmin())
     return (
-        f"Head {head} spends {percent(away[head])} of its attention off the anchors; head {most} looks away "
-        f"most ({percent(away[most])}), head {least} least ({percent(away[least])})."
+        f"Head {head} puts {percent(away[head])} of its attention off the anchors; "
+        f"head {most} most ({percent(away[most])}), head {least} least ({percent(away[least])})."
     )
 
 
 def gates_sentence(row: RowView, tokens: list[str]) -> str:
     if row.asleep or not row.gates_opened:
-        why = "reads nothing here" if row.asleep else "opened no gate: it has no far keys to fetch"
+        why = "reads nothing here" if row.asleep else "opened no gate, so it fetched no far keys"
         return f"Row {token_name(tokens, row.token)} {why}."
     gates = [str(gate) for gate in row.gates_opened]
     word = "gate" if len(gates) == 1 else "gates"
     fetched = int((row.kind == DNA).sum())
-    notes = f" and {row.notes_read} notes" if row.notes_read else ""
+    notes = f", besides {row.notes_read} notes" if row.notes_read else ""
     keys = f"{fetched} key" + ("" if fetched == 1 else "s")
-    return f"Row {token_name(tokens, row.token)} opened {word} {listed(gates)}: {keys}{notes}."
+    return f"Row {token_name(tokens, row.token)} opened {word} {listed(gates)} and reads {keys} from them{notes}."
 
 
 def row_sentence(row: RowView, tokens: list[str]) -> str:
@@ -66,12 +84,12 @@ def row_sentence(row: RowView, tokens: list[str]) -> str:
     most = int(row.weight.argmax())
     where = listed([f"{percent(share)} to {word}" for share, word in shares])
     top = f"{token_name(tokens, most)}, {percent(row.weight[most])}"
-    return f"Head {row.head} at {name} gives {where}; most of all to {top}."
+    return f"Head {row.head} at {name} gives {where}; most to {top}."
 
 
 def text_sentence(view: LayerView, row: RowView, tokens: list[str]) -> str:
     dropped = int((~view.kept).sum())
-    gone = f"{dropped:,} of {len(tokens):,} tokens are dropped (struck)" if dropped else "No token is dropped"
+    gone = f"{dropped:,} of {len(tokens):,} tokens are dropped (struck through)" if dropped else "No token is dropped"
     read = int(((row.kind > 0) & (row.kind != NOTE)).sum())
     keys = f"{read:,} key" + ("" if read == 1 else "s")
     noted = f" and {row.notes_read} notes" if row.notes_read else ""

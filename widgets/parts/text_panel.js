@@ -1,5 +1,6 @@
 // Tokens are laid out once; an update repaints only what changed, in the next animation frame.
-const KINDS = ["unseen", "local", "anchor", "dna", "note-only"];
+const KINDS = ["unseen", "local", "anchor", "dna", "note-only"]; // CSS classes, by the code of a key
+const WORDS = ["not read", "in the window", "an anchor", "fetched through a gate", "in a note only"];
 const bytes = (view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
 
 function build(list, tokens) {
@@ -51,7 +52,7 @@ function render({ model, el }) {
     }
     if (moved) show(chosen);
     list.dataset.request = model.get("request");
-    // The kernel sends no further picture until this one has been seen.
+    // The kernel waits for this before it sends the next picture.
     setTimeout(() => {
       model.set("painted", model.get("request"));
       model.save_changes();
@@ -91,8 +92,8 @@ function render({ model, el }) {
     const gates = new Int16Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
     const values = model.get("raw");
     const raw = new Float32Array(values.buffer.slice(values.byteOffset, values.byteOffset + values.byteLength));
-    const gate = gates[hovered] < 0 ? "no gate (an anchor or dropped)" : `gate ${gates[hovered]}`;
-    const seen = KINDS[bytes(model.get("kind"))[hovered]] || "unseen";
+    const gate = gates[hovered] < 0 ? "no gate (an anchor or a dropped token)" : `gate ${gates[hovered]}`;
+    const seen = WORDS[bytes(model.get("kind"))[hovered]] || WORDS[0];
     event.target.title = `token ${hovered} · salience ${(raw[hovered] || 0).toFixed(2)} · ${gate} · ${seen}`;
   };
 
@@ -113,14 +114,14 @@ function render({ model, el }) {
     hovered = -1;
     queue();
   });
-  // A plotly figure hears the window only: tell it when the room beside the text has changed.
+  // Plotly notices only a resized window, so it is told when the box beside the text is resized.
   let width = 0;
   const room = new ResizeObserver(() => {
     const app = el.closest(".pp-panels") || el;
     if (app.clientWidth === width) return;
     width = app.clientWidth;
     window.dispatchEvent(new Event("resize"));
-    // Out of sight and back again, a list has lost its place.
+    // A list that was hidden has lost its scroll position.
     shown = -2;
     queue();
   });

@@ -1,4 +1,4 @@
-"""The text as a panel: tokens go to the browser once, every later picture is a few bytes per token."""
+"""The text as a widget: tokens are sent to the browser once, and later pictures take a few bytes per token."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from traitlets import Bytes, Int, List, Unicode
 
 
 class TextPanel(anywidget.AnyWidget):
-    """Tokens shaded by salience, dropped ones struck, the chosen row and what it reads marked.
+    """Tokens shaded by salience. Dropped tokens are struck through; the chosen row and the keys it reads are marked.
 
-    `clicked` is (token, count of clicks): the count makes a second click on the same token a change.
-    `painted` comes back from the browser with the `request` it has drawn.
+    `clicked` is (token, count of clicks): the count changes even when the same token is clicked twice.
+    The browser sets `painted` to the `request` that it has drawn.
     """
 
     _esm = (files(__package__) / "text_panel.js").read_text(encoding="utf-8")
     tokens = List(Unicode()).tag(sync=True)
-    marked = List([0, 0]).tag(sync=True)  # tokens from .. to that stand out: the fact that was asked for
-    look = List([-1, 0]).tag(sync=True)  # (token to scroll to, count of times)
+    marked = List([0, 0]).tag(sync=True)  # first and last + 1 of the tokens that hold the fact asked for
+    look = List([-1, 0]).tag(sync=True)  # (token to scroll to, count of scrolls)
     salience = Bytes(b"").tag(sync=True)  # (T,) uint8
     kept = Bytes(b"").tag(sync=True)  # (T,) uint8, 1 where the token took part
     kind = Bytes(b"").tag(sync=True)  # (T,) uint8, the codes of `views`
@@ -32,7 +32,7 @@ class TextPanel(anywidget.AnyWidget):
 
     def draw(self, request: int, salience: np.ndarray, kept: np.ndarray, kind: np.ndarray, gate: np.ndarray,
              chosen: int) -> None:  # fmt: skip
-        """One message; all arrays are `(T,)`. Shading favours the top of the text's own range."""
+        """Sends one message. All arrays are `(T,)`. Shades grow with the square of salience."""
         low, high = np.quantile(salience, [0.02, 0.98]) if salience.size else (0.0, 1.0)
         shade = np.clip((salience - low) / max(float(high - low), 1e-9), 0, 1)
         with self.hold_sync():

@@ -1,28 +1,26 @@
-"""Latest wins: one thread that computes, and a promise that nobody sees an overtaken result."""
+"""One thread that computes for a panel. The newest request wins: a result that was overtaken is never drawn."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import itertools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LANES = ("load", "frame", "ask", "model", "repeat")  # in the order in which waiting requests are served
 IDLE_SECONDS = 10.0  # after which the thread ends; the next request starts another
 
 
 @dataclass
 class Request:
-    """A job and what to do with its outcome.
+    """A job and the functions that receive its outcome.
 
-    `compute(stop, progress)` runs on the worker, the rest on the kernel's thread.
+    `compute(stop, progress)` runs on the worker's thread; the other functions run on the kernel's thread.
     """
 
     number: int
@@ -36,10 +34,10 @@ class Request:
 
 
 def on_kernel_thread() -> Callable[[Callable[[], None]], None]:
-    """How to run something where widgets may be touched: the running event loop, or at once where there is none.
+    """A function that runs its argument where widgets may be changed: on the running event loop, else at once.
 
-    A kernel runs its cells and its widgets' messages on one asyncio loop, so what is posted there never
-    meets a half-made change; a plain script or a test has no loop and one thread is as good as another.
+    A kernel runs its cells and the messages of its widgets on one asyncio loop, so a function that is posted there
+    never sees a half-made change. A plain script or a test has no loop, and may change widgets on any thread.
     """
     try:
         loop = asyncio.get_running_loop()
@@ -47,51 +45,59 @@ def on_kernel_thread() -> Callable[[Callable[[], None]], None]:
         return lambda call: call()
 
     def post(call: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the kernel is going, nobody looks
+        with contextlib.suppress(RuntimeError):  # the loop is closed because the kernel is shutting down
             loop.call_soon_threadsafe(call)
 
     return post
 
 
-def settle() -> None:
-    """Make this process answer a drag evenly: leave the browser a core, and keep memory once it has been asked for.
+@contextlib.contextmanager
+def one_core_left() -> Iterator[None]:
+    """Inside, torch computes with one thread fewer than there are cores; afterwards with as many as before.
 
-    Two compute threads beside a busy browser wait for each other at every step, and glibc hands large blocks back
-    to the system after each use, which costs a tenth to a quarter of a small layer's time to fetch again.
+    Threads that have computed before keep their own number, for instance the one that runs a notebook's cells; a thread
+    that computes for the first time meanwhile takes the smaller number. Fewer threads are needed because the browser
+    draws while a layer runs, and two compute threads that share two cores with it wait for each other at every step:
+    a layer of shelf-mini over 1,024 tokens on two busy cores took 94 ms with one thread and 1,006 ms with two (medians
+    of 35 runs). glibc's thresholds for handing memory back to the system made no difference, so they are left alone.
     """
     import torch
 
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc: nothing to settle
-        libc = ctypes.CDLL("libc.so.6")
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            libc.mallopt(option, 512 << 20)
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, (os.cpu_count() or 2) - 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Worker:
     """Runs requests one by one; in each lane only the newest one waits.
 
-    A running request that a newer one of its lane has waited for longer than `patience` seconds is stopped
-    and its result dropped; a quicker one is still drawn, so that pictures follow a drag. `pace` blocks after a
-    result until it has been painted, so that a slow browser is never sent more than it can draw.
+    A running request is stopped and its result dropped once a newer one of its lane has waited for `patience` seconds.
+    A quicker one is still drawn, so that pictures follow a drag. `pace` blocks after a result until the browser has
+    painted it, so that a slow browser is never sent more than it can draw.
     """
 
     def __init__(self, *, patience: float = 0.15, pace: Callable[[], None] | None = None):
         self.patience = patience
-        self.started = 0  # requests begun, for tests and the curious
+        self.started = 0  # requests begun
         self._post = on_kernel_thread()
         self._pace = pace or (lambda: None)
         self._numbers = itertools.count(1)
         self._waiting: dict[str, Request] = {}
-        self._posted: dict[int, Request] = {}  # done, but not yet heard of on the kernel's thread
+        self._posted: dict[int, Request] = {}  # computed, but not yet shown on the kernel's thread
         self._running: Request | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
+        self._closed = False
 
     def submit(self, lane: str, compute, done, failed, progress=lambda n, share, what: None) -> int:
-        """Queues a job, overtakes what waits in its lane, and returns its number."""
+        """Queues a job in place of the one that waits in its lane; returns its number. A closed worker runs none."""
         with self._changed:
             request = Request(next(self._numbers), lane, compute, done, failed, progress)
+            if self._closed:
+                return request.number
             self._waiting[lane] = request
             running = self._running
             if running is not None and running.lane == lane and running.overtaken_at is None:
@@ -103,7 +109,10 @@ class Worker:
         return request.number
 
     def cancel(self, *lanes: str) -> bool:
-        """Stops what runs, forgets what waits or is yet to be shown, in `lanes` or in all. False: nothing did."""
+        """Stops the running request, and drops those that wait or are not shown yet, in `lanes` or in all lanes.
+
+        Returns whether there was any.
+        """
         with self._changed:
             known = [*self._waiting.values(), *self._posted.values(), self._running]
             gone = [r for r in known if r is not None and r.lane in (lanes or LANES) and not r.stopped]
@@ -114,14 +123,23 @@ class Worker:
             self._changed.notify_all()
         return bool(gone)
 
+    def close(self) -> None:
+        """Cancels everything and ends the thread as soon as the running request has stopped."""
+        with self._changed:
+            self._closed = True
+        self.cancel()
+
     @property
     def busy(self) -> str | None:
-        """The lane of the request that runs, if one does that nobody has stopped."""
+        """The lane of the running request; None if none runs or it has been stopped."""
         running = self._running
         return running.lane if running is not None and not running.stopped else None
 
     def wait(self, timeout: float = 60.0) -> None:
-        """Blocks until nothing runs or waits. For scripts and tests: inside a kernel it would block the drawing."""
+        """Blocks until nothing runs or waits, for scripts and tests; in a kernel it would block the drawing.
+
+        TimeoutError after `timeout` seconds.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: not self._waiting and self._running is None, timeout):
                 raise TimeoutError(f"the worker was still busy after {timeout:g} s")
@@ -134,7 +152,8 @@ class Worker:
         with self._changed:
             self._running = None
             self._changed.notify_all()
-            if not self._changed.wait_for(lambda: bool(self._waiting), IDLE_SECONDS):
+            self._changed.wait_for(lambda: self._waiting or self._closed, IDLE_SECONDS)
+            if not self._waiting:
                 self._thread = None
                 return None
             lane = next(lane for lane in LANES if lane in self._waiting)
@@ -143,17 +162,18 @@ class Worker:
             return self._running
 
     def _work(self) -> None:
-        settle()
         while (request := self._next()) is not None:
             self._run(request)
+            del request  # while the thread waits it keeps nothing of the last panel or model
 
     def _run(self, request: Request) -> None:
         def progress(share: float, what: str) -> None:
             self._post(lambda: None if self._gone(request) else request.progress(request.number, share, what))
 
         try:
-            result = request.compute(lambda: self._gone(request), progress)
-        except Exception as err:  # whatever a stopped job raises is no news
+            with one_core_left():
+                result = request.compute(lambda: self._gone(request), progress)
+        except Exception as err:  # `_hand_over` drops what a stopped job raises
             failure = err
             self._hand_over(request, lambda: request.failed(request.number, failure))
             return
@@ -161,7 +181,7 @@ class Worker:
             self._pace()
 
     def _hand_over(self, request: Request, call: Callable[[], None]) -> bool:
-        """Runs `call` on the kernel's thread, until when it can be cancelled. False: nobody wants it any more."""
+        """Posts `call` to the kernel's thread; it can be cancelled until it runs. False: it was cancelled already."""
         if self._gone(request):
             return False
         with self._changed:
@@ -180,5 +200,5 @@ class Worker:
     def _deliver(request: Request, result) -> None:
         try:
             request.done(request.number, result)
-        except Exception as err:  # a picture that cannot be drawn must be said, not lost with its thread
+        except Exception as err:  # show that a picture could not be drawn; an exception would be lost with the thread
             request.failed(request.number, err)

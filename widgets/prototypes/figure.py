@@ -1,6 +1,6 @@
-"""Keys and prototypes on two fixed axes, how many keys each gate lures, and how well they fit by now.
+"""Keys and prototypes on two fixed axes, the number of keys that each gate lures, and how well they fit.
 
-Made once; a step sends one message.
+The figure is made once; a step sends one message.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import plotly.graph_objects as go
 
 from proteus_playground.playground.gate_story import Snapshot
 
-from ..workbench.figure import GATE_COLOURS, INK, PAPER, bare, blank, domain, titled
+from ..parts.plot import GATE_COLOURS, INK, PAPER, bare, blank, domain, titled
 
 HEIGHT = 540
-SPLIT = 0.55  # of the width is the map's
+SPLIT = 0.55  # share of the width that the map takes
 MAP, BARS, CURVES = (62, 508), (62, 232), (344, 508)  # pixels from the top
-TRAIL = 30  # updates that a prototype's path goes back
+TRAIL = 30  # updates shown in a prototype's path
 FIT, MOVED, REVIVED = "#0072B2", "#E69F00", "#009E73"
 
 
 def _turns() -> list:
-    """The colours of the gates, in turn, for numbers from 0 to their count less 1."""
+    """A colour scale: number n, from 0 to the count of colours less 1, has the n-th colour."""
     edges = np.arange(len(GATE_COLOURS) + 1) / len(GATE_COLOURS)
     return [[float(at), colour] for i, colour in enumerate(GATE_COLOURS) for at in edges[i : i + 2]]
 
@@ -31,7 +31,7 @@ def _turns() -> list:
 def trails(past: Sequence[Snapshot]) -> np.ndarray:
     """`(points, 2)`: the paths of all live prototypes over the last TRAIL snapshots, nan between them.
 
-    A gate that was revived did not walk to where it is now: its path begins there.
+    The path of a revived gate begins at the key that it was moved to.
     """
     recent, now = past[-TRAIL:], past[-1]
     paths = []
@@ -46,7 +46,7 @@ def trails(past: Sequence[Snapshot]) -> np.ndarray:
 
 
 class PrototypePictures:
-    """The FigureWidget; `on_pick(slot)` hears of a click on a key, a prototype or a bar."""
+    """The FigureWidget. A click on a key, a prototype or a bar calls `on_pick(slot)`."""
 
     def __init__(self, on_pick: Callable[[int], None]):
         self.on_pick, self._slots = on_pick, {}
@@ -56,18 +56,18 @@ class PrototypePictures:
             self._trace[name].on_click(lambda _, points, __, name=name: self._pick(name, points))
 
     def reset(self, keys: np.ndarray, tokens: Sequence[str], prototypes: np.ndarray, explained: float) -> None:
-        """Another text, layer or group: `keys (T, 2)` of `tokens`, and axes that hold them and the first prototypes."""
+        """For another text, layer or group: `keys (T, 2)` of `tokens`, and axes that hold them and `prototypes`."""
         both = np.concatenate([keys, prototypes])
         low, high = both.min(0).astype(float), both.max(0).astype(float)
         pad = 0.05 * np.maximum(high - low, 1e-6)
         layout = self.widget.layout
         layout.xaxis.range, layout.yaxis.range = zip(low - pad, high + pad, strict=True)
-        layout.xaxis.title.text = f"two fixed axes, which hold {explained:.0%} of how the keys differ"
+        layout.xaxis.title.text = f"two fixed axes that hold {explained:.0%} of the variance of the keys"
         self._keys = keys
         self._trace["keys"].update(x=keys[:, 0], y=keys[:, 1], text=list(tokens))
 
     def draw(self, request: int, past: Sequence[Snapshot], chosen: int, events: dict) -> None:
-        """The newest of `past`, inside the caller's `batch_update`. events: snapshot index -> what was done to it."""
+        """Shows the newest of `past`, inside the caller's `batch_update`. events: index in `past` -> what was done."""
         now, trace = past[-1], self._trace
         trace["keys"].update(customdata=now.gate)
         trace["keys"].marker.color = now.gate % len(GATE_COLOURS)
@@ -79,8 +79,8 @@ class PrototypePictures:
         live = np.flatnonzero(now.alive)
         at, busy = now.prototypes[live], now.lured[live] > 0
         size = 21 if len(live) <= 24 else 17 if len(live) <= 48 else 13
-        shown = busy | (len(live) <= 48)  # in a crowd the idle ones are small and have no number
-        blank = "\u00a0"  # a label that is empty once stays empty in plotly
+        shown = busy | (len(live) <= 48)  # with more than 48 gates, those without keys are small and have no number
+        blank = "\u00a0"  # plotly never shows a label again that was once empty
         said = [f"<b>{slot}</b>" if big else blank for slot, big in zip(live, shown, strict=True)]
         trace["prototypes"].update(x=at[:, 0], y=at[:, 1], text=said, customdata=live)
         trace["prototypes"].marker.update(color=busy.astype(int), size=np.where(shown, size, size // 2), opacity=1)
@@ -113,7 +113,7 @@ class PrototypePictures:
         self._trace["moved"].update(x=update, y=np.array([snap.moved for snap in past], np.float32))
         woken = [i for i, snap in enumerate(past) if snap.revived]
         self._trace["revived"].update(x=update[woken], y=fit[woken], text=[
-            f"gate {past[i].revived[0]} had died out and was revived" for i in woken])  # fmt: skip
+            f"gate {past[i].revived[0]} lured too few keys and was revived" for i in woken])  # fmt: skip
         done = sorted(events)
         self._trace["surgery"].update(x=update[done], y=fit[done], text=[events[i] for i in done])
         self.widget.layout.xaxis3.range = [-0.5, max(20, int(update[-1]) * 1.04)]
@@ -138,7 +138,7 @@ def _traces() -> list:
         "cmax": 1,
         "colorscale": [[0, "#8c959f"], [1, INK]],
         "showscale": False,
-    }  # grey: it lures nothing
+    }  # grey where the gate lures no key
     ring = {"symbol": "diamond-open", "size": 27, "color": "#D55E00", "line": {"width": 3}}
     tick = {"symbol": "line-ew", "size": 11, "line": {"color": INK, "width": 2}}
 

@@ -1,4 +1,4 @@
-"""What the prototype panel says: whom a gate lures, what surgery did, and the text with one gate's keys marked."""
+"""The prototype panel's words: which keys a gate lures, what surgery changed, and the text with these keys marked."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ import numpy as np
 
 from proteus_playground.playground.gate_story import TOKENS_PER_UPDATE, Operation, Snapshot
 
+from ..parts.html import cell, key, tiles_html
 from ..parts.sentences import listed, percent, shown
-from ..workbench.readout import _cell, _key
 from .figure import FIT, MOVED, REVIVED
 
-NOTHING = 5e-6  # relative change of an output that is rounding
-NAMED = 4  # words in the sentence on a gate
-MAP_LEGEND = "<span>● a key, coloured by its gate</span><span>◆ prototype and its path</span>"
-BAR_LEGEND = "<span>▁ confidence</span><span>○ free slot</span>"
-CURVE_LEGEND = (
-    _key(FIT, "fit", line=True) + _key(MOVED, "changed gates", line=True)
-    + f'<span style="color:{REVIVED}">▲ revived</span><span style="color:#D55E00">◆ surgery</span>'
-)  # fmt: skip
+NOTHING = 5e-6  # a smaller relative change of an output is rounding
+NAMED = 4  # words named in the sentence on a gate
+LEGENDS = {
+    "map": "<span>● a key, coloured by its gate</span><span>◆ prototype and its path</span>",
+    "bars": "<span>▁ confidence</span><span>○ free slot</span>",
+    "curves": key(FIT, "fit", line=True) + key(MOVED, "changed gates", line=True)
+    + f'<span style="color:{REVIVED}">▲ revived</span><span style="color:#D55E00">◆ surgery</span>',
+    "text": "",
+}  # fmt: skip
 
 
 def gate_sentence(now: Snapshot, gate: int, tokens: Sequence[str]) -> str:
-    """`Gate 7 lures 312 of 1,024 keys (30%), mostly ‘e’, ‘a’ and ‘t’. It is head 2's; confidence 0.81.`"""
+    """`Gate 7 lures 312 of 1,024 keys (30%), mostly ‘e’, ‘a’ and ‘t’. It belongs to head 2; confidence 0.81.`"""
     mine = np.flatnonzero(now.gate == gate)
-    whose = f"It is head {now.head[gate]}'s; confidence {now.confidence[gate]:.2f}."
+    whose = f"It belongs to head {now.head[gate]}; confidence {now.confidence[gate]:.2f}."
     if not len(mine):
         return f"Gate {gate} lures no key of this text: other prototypes are nearer. {whose}"
     common = Counter(shown(tokens[i]) for i in mine).most_common(NAMED)
@@ -39,20 +40,21 @@ def gate_sentence(now: Snapshot, gate: int, tokens: Sequence[str]) -> str:
 
 
 def spread_sentence(now: Snapshot) -> str:
+    """How many gates lure no key, and which gate lures most."""
     live = np.flatnonzero(now.alive)
     idle = int((now.lured[live] == 0).sum())
     most = int(now.lured.argmax())
-    some = f"{idle} of {len(live)} lure nothing" if idle else f"All {len(live)} lure some"
+    some = f"{idle} of {len(live)} gates lure no key" if idle else f"All {len(live)} gates lure keys"
     return f"{some}; gate {most} lures most, {percent(now.lured[most] / len(now.gate))}."
 
 
 def fit_sentence(past: Sequence[Snapshot]) -> str:
-    """How far the prototypes have come."""
+    """Mean cosine between keys and their prototypes, now and at first."""
     now = past[-1]
     if now.update == 0:
-        return "Nothing was learned yet: press step or play."
+        return "No update has been made yet: press step or play."
     woken = f" Gate {now.revived[0]} was revived." if now.revived else ""
-    return f"Cosine {now.fit:.2f}, at first {past[0].fit:.2f}.{woken}"
+    return f"Mean cosine {now.fit:.2f}, at first {past[0].fit:.2f}.{woken}"
 
 
 def amount(change: float) -> str:
@@ -63,17 +65,17 @@ def operation_sentence(done: Operation) -> str:
     """What was done, and what it changed."""
     did = {
         "clone": f"Gate {done.gate} was cloned into slot {done.other}; the two share its probability",
-        "prune": f"Gate {done.gate} was pruned; its keys fell to their next nearest gates",
+        "prune": f"Gate {done.gate} was pruned; its keys were lured to their next nearest gates",
         "merge": f"Gate {done.other} was merged into gate {done.gate}",
         "move": f"Gate {done.gate} was moved to head {done.other}",
-        "add head": f"Every group has a new head, {done.gate}. It is silent until it is trained; where heads are "
-        "routed it takes half of the busiest gate's probability all the same",
+        "add head": f"Every group has a new head, {done.gate}. Its output is zero until it is trained, but where heads "
+        "are routed it takes half of the busiest gate's probability at once",
     }[done.what]
     before, after = done.nll
     effect = "did not change" if done.change < NOTHING else f"changed by {amount(done.change)}"
-    why = " A new slot changes how L is shared between rings and notes, so this is no longer nothing." * (
-        done.grown and done.change >= NOTHING
-    )
+    why = ""
+    if done.grown and done.change >= NOTHING:
+        why = " One more slot changes how L is divided between rings and notes, so even a clone changes the output."
     return f"{did}. The layer's output {effect}; the model's loss was {before:.3f} and is {after:.3f}.{why}"
 
 
@@ -93,18 +95,19 @@ def numbers_html(request: int, past: Sequence[Snapshot], last: Operation | None)
     effect = "–" if last is None else "none" if last.change < NOTHING else amount(last.change)
     loss = "–" if last is None else f"{last.nll[1]:.3f}"
     cells = [
-        _cell("updates", f"{now.update:,}", f"of {min(TOKENS_PER_UPDATE, len(now.gate))} keys each",
-              "How often the moving average has run; each sees the next piece of the text."),
-        _cell("gates", f"{live}", f"{len(now.alive) - live} slots free", "Live gates of this KV group."),
-        _cell("heads", f"{now.heads}", "in this group", "Query heads that share this group's keys."),
-        _cell("mean cosine", f"{now.fit:.3f}", f"{first.fit:.3f} at first",
-              "How near the keys of the whole text are to the prototypes that lure them."),
-        _cell("changed gates", f"{now.moved:.1%}", "with the last update", "Keys that were lured elsewhere before it."),
-        _cell("revived", f"{sum(len(snap.revived) for snap in past):,}", "gates, so far",
-              "Gates that nobody used any more and that were sent to the key that fitted worst."),
-        _cell("output change", effect, "by the last surgery",
-              "How far surgery moved this layer's output on this text, relative to its size; measured at flux α = 1."),
-        _cell("loss", loss, "" if last is None else f"before it {last.nll[0]:.3f}",
+        cell("updates", f"{now.update:,}", f"of {min(TOKENS_PER_UPDATE, len(now.gate))} keys each",
+              "Updates of the moving average; each takes the next keys of the text."),
+        cell("gates", f"{live}", f"{len(now.alive) - live} slots free", "Live gates of this KV group."),
+        cell("heads", f"{now.heads}", "in this group", "Query heads that share the keys of this group."),
+        cell("mean cosine", f"{now.fit:.3f}", f"{first.fit:.3f} at first",
+              "Cosine between each key of the text and the prototype that lures it, averaged over all keys."),
+        cell("changed gates", f"{now.moved:.1%}", "with the last update",
+              "Keys that the last update moved to another gate."),
+        cell("revived", f"{sum(len(snap.revived) for snap in past):,}", "gates, so far",
+              "Gates that lured too few keys, so that their prototypes were moved to the keys that fitted worst."),
+        cell("output change", effect, "by the last surgery",
+              "Change of this layer's output on this text, relative to its size; measured at flux α = 1."),
+        cell("loss", loss, "" if last is None else f"before surgery {last.nll[0]:.3f}",
               "The model's mean loss per token of this text, in nats, every layer at flux α = 1."),
     ]  # fmt: skip
-    return f'<div class="pp-readout" data-request="{request}">{"".join(cells)}</div>'
+    return tiles_html(request, cells)

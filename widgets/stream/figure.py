@@ -1,6 +1,6 @@
 """The document as a skyline of scores, a strip, and two curves, one above the other on one axis of pages.
 
-Made once; a step sends one message. What was not read yet stays behind a veil.
+The figure is made once; a step sends one message. A grey veil covers the part that has not been read yet.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import plotly.graph_objects as go
 from proteus_playground.streaming.buffer import Champions
 from proteus_playground.streaming.replay import PAGE, Document, Replay, Scores, page_of
 
-from ..workbench.figure import AXIS, GREY, INK, PAPER, blank, domain
+from ..parts.plot import AXIS, GREY, INK, PAPER, blank, domain
 
 HEIGHT = 470
-COLUMNS = 800  # no screen shows more
+COLUMNS = 800  # more would not be visible on a screen
 SKY, STRIP, CURVES = (58, 262), (278, 306), (354, 432)  # pixels from the top
 KEPT, PROMOTED, EVICTED, NEEDLE = "#0072B2", "#009E73", "#D55E00", "#B0307E"
 NEW_CODE, GONE_CODE = 101, 102  # in the strip, above the shares 2..100
-BORDERS = 260  # chunks of which the borders can still be told apart
+BORDERS = 260  # with more chunks than this their borders are not drawn
 
 
 def _mark(symbol: str, size: float, colour: str, edge: str, width: float) -> dict:
@@ -53,7 +53,7 @@ def skyline(score: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def tallest(some: Champions, tokens: int) -> Champions:
-    """The best champion of each column, so that no more is sent than can be seen."""
+    """The best champion of each column: more would not be visible."""
     column = some.position * min(COLUMNS, tokens) // tokens
     order = np.lexsort((some.position != some.champion, -some.score, column))
     first = np.r_[True, np.diff(column[order]) > 0] if len(order) else np.zeros(0, bool)
@@ -61,7 +61,7 @@ def tallest(some: Champions, tokens: int) -> Champions:
 
 
 def strip_codes(replay: Replay, step: int) -> np.ndarray:
-    """`(columns,)` uint8: 0 not read, 1 read, 2..100 share of the column that is kept, then new and just gone."""
+    """`(columns,)` uint8: 0 not read, 1 read, 2..100 per cent of the column kept, NEW_CODE added, GONE_CODE removed."""
     columns = min(COLUMNS, replay.tokens)
     edges = -(-np.arange(columns + 1) * replay.tokens // columns)
 
@@ -76,7 +76,7 @@ def strip_codes(replay: Replay, step: int) -> np.ndarray:
 
 
 class StreamPictures:
-    """The FigureWidget. `scored` and `replayed` set what a step leaves alone, `draw` what it changes."""
+    """The FigureWidget. `scored` and `replayed` set what is the same at every step, `draw` the rest."""
 
     def __init__(self) -> None:
         self.widget = blank(_layout())
@@ -98,7 +98,7 @@ class StreamPictures:
         self._top = self._floor = 0.0
 
     def scored(self, document: Document, scores: Scores) -> None:
-        """Other scores: skyline, axes and the place of the needle."""
+        """For other scores: skyline, axes and the place of the needle."""
         size = len(document)
         sky = skyline(scores.score[: scores.until], size)
         known = sky[np.isfinite(sky)]
@@ -117,7 +117,7 @@ class StreamPictures:
         layout.annotations[0].update(x=x, text=said, xanchor="right" if right else "left")
 
     def replayed(self, replay: Replay) -> None:
-        """Another plan: chunk borders."""
+        """For another plan: chunk borders."""
         self._replay = replay
         edge = np.arange(1, replay.chunks) * replay.plan.chunk_tokens if replay.chunks <= BORDERS else np.zeros(0)
         x = np.repeat(pages(edge), 3)
@@ -145,17 +145,17 @@ class StreamPictures:
         self._trace["sky"].meta = request
 
     def _draw_front(self, replay: Replay, step: int) -> None:
-        """The chunk that was just read, and the veil over what was not."""
+        """Marks the chunk that was just read, and veils the part that was not."""
         read = replay.read(max(0, step - 1)), replay.read(step), replay.tokens
         first, last, end = (float(pages(at)) for at in read)
         chunk, veil = self.widget.layout.shapes[:2]
         chunk.update(x0=first, x1=last)
         veil.update(x0=last, x1=end)
-        left = (end - last) / max(end - 1, 1e-9)
-        self.widget.layout.annotations[1].update(x=(last + end) / 2, text="not read yet" if left > 0.12 else "")
+        unread = (end - last) / max(end - 1, 1e-9)
+        self.widget.layout.annotations[1].update(x=(last + end) / 2, text="not read yet" if unread > 0.12 else "")
 
     def _draw_needle(self, step: int, kept: Champions, scores: Scores) -> None:
-        """A star at the needle's best token once it has been read: full while it is in the buffer, hollow once not."""
+        """A star at the needle's best token once it has been read: full while any of it is kept, else hollow."""
         needle = self._document.needle
         if not len(needle) or self._replay.read(step) <= needle.start:
             self._trace["needle"].update(x=[], y=[], text=[])

@@ -1,4 +1,4 @@
-"""From what is wanted to what is drawn: documents, scores and replays, worked out on a worker and remembered."""
+"""Documents, scores and replays of the chunk buffer panel, computed on a worker and kept."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from proteus_playground.streaming.table_scorer import TableScorer
 
 from .state import Wanted
 
-PIECE = 2048  # tokens that the layers score at a time: progress, Cancel and the picture move on after each
-REMEMBERED = 6  # of each kind
+TOKENS_PER_STEP = 2048  # scored by the layers between two reports of progress, which also check for Cancel
+REMEMBERED = 6  # documents, and as many scores of each kind
 
 
 @dataclass(frozen=True)
 class Source:
-    """A text as tokens, and the words that they are."""
+    """A text as tokens, and the vocabulary they come from."""
 
     words: object  # a `WordTable` with `name`, `random`, and `note` where it is random, else `model`
     haystack: Haystack
-    why: str  # why the words are random, "" if they are not or were asked for
+    why: str  # why the words are random; "" if they are not, or if random words were asked for
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A finished picture: what was wanted and what came of it."""
+    """A finished picture: what was wanted, and the data that show it."""
 
     wanted: Wanted
     document: Document
@@ -38,7 +38,7 @@ class Frame:
 
 
 class Frames:
-    """All pictures of one source. `layers` holds what the model's layers have scored, by `key`."""
+    """All pictures of one source. `layers`: `key` -> scores by the model's layers."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -48,11 +48,11 @@ class Frames:
 
     @staticmethod
     def key(wanted: Wanted) -> tuple:
-        """What scores in context belong to."""
+        """What the scores in context depend on."""
         return wanted.prompt, wanted.needle, wanted.page
 
     def make(self, wanted: Wanted, stop) -> Frame:
-        """Re-does only what `wanted` changes. Raises `Stopped`."""
+        """The picture of `wanted`; recomputes only what differs from earlier ones. Raises `Stopped`."""
         document = self.document(wanted)
         if wanted.judge == "words":
             scores, asked = self._table(wanted, document)
@@ -61,11 +61,11 @@ class Frames:
         return Frame(wanted, document, scores, replay(scores, wanted.plan, document.needle, stop), asked)
 
     def score_in_context(self, wanted: Wanted, scorer, progress, stop) -> Scores:
-        """Lets `scorer` judge what it has not yet. Raises `Stopped`; what is scored stays."""
+        """Scores the tokens that `scorer` has not scored yet. Raises `Stopped`; the scores so far are kept."""
         document = self.document(wanted)
         scores = self.layers.setdefault(self.key(wanted), empty_scores(len(document), scorer.explain))
         _forget(self.layers)
-        fill(scores, document, scorer, PIECE, progress=progress, stop=stop)
+        fill(scores, document, scorer, TOKENS_PER_STEP, progress=progress, stop=stop)
         return scores
 
     def document(self, wanted: Wanted) -> Document:
@@ -93,6 +93,6 @@ class Frames:
 
 
 def _forget(table: dict) -> None:
-    """Keeps the newest few."""
+    """Removes the oldest entries beyond REMEMBERED."""
     while len(table) > REMEMBERED:
         table.pop(next(iter(table)))

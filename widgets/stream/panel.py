@@ -1,8 +1,7 @@
-"""The chunk buffer panel: one state, a worker for what is quick, another one for the model's layers."""
+"""The chunk buffer panel: one state, a worker for pictures, and a second one for the model's layers."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,20 +9,20 @@ from tempfile import TemporaryDirectory
 
 from proteus_playground.streaming.replay import PAGE, Scores
 
+from ..parts.sentences import duration
 from ..parts.worker import Worker
-from ..workbench.workbench import STALE_SECONDS
 from . import words as stream_words
 from .board import StreamBoard
 from .figure import StreamPictures
 from .frames import Frame, Frames, Source
 from .state import PLAN, StreamState, Wanted
 
-ROOM = 512  # tokens of the model's context left to prompt and answer
-LOOK_SECONDS = 0.7  # between pictures while the layers score
+ROOM = 512  # tokens of the model's context that are kept free for prompt and answer
+PICTURE_SECONDS = 0.7  # between pictures while the layers score
 
 
 class StreamPanel(StreamBoard):
-    """What `stream_panel` returns. `drawn` is the last `Frame`, `number` counts pictures, `transport.step` is where."""
+    """What `stream_panel` returns. `drawn` is the last `Frame` shown, `transport.step` the chunks read in it."""
 
     def __init__(self, state: StreamState, make_source: Callable, make_subject: Callable):
         self.pictures = StreamPictures()
@@ -32,15 +31,17 @@ class StreamPanel(StreamBoard):
         self.source: Source | None = None
         self.frames: Frames | None = None
         self.drawn: Frame | None = None
-        self.subject, self.number, self.problem = None, 0, ""
-        self._folder = TemporaryDirectory(prefix="proteus-keys-", ignore_cleanup_errors=True)  # gone with this panel
+        self.subject = None
+        self._folder = TemporaryDirectory(
+            prefix="proteus-keys-", ignore_cleanup_errors=True
+        )  # deleted when the panel closes
         self._reply: tuple[str, Frame, int, int] | None = None  # answer, frame, step, tokens
-        self._running: tuple | None = None  # what the layers are scoring
-        self._looked = 0.0
-        self.worker, self.layers_worker = Worker(), Worker()
+        self._running: tuple | None = None  # key of the scores that the layers are computing
+        self._drawn_at = 0.0
+        self.layers_worker = Worker()
         self.buttons.layers.on_click(lambda _: self.score_in_context())
         self.buttons.answer.on_click(lambda _: self.ask_for_answer())
-        self.buttons.cancel.on_click(lambda _: self.stop())
+        self.cancel.on_click(lambda _: self.stop())
         self.transport.jump.on_click(lambda _: self._to_needle())
         state.observe(lambda _: self._ask(), [*PLAN, "prompt", "needle", "page", "judge"])
         state.observe(lambda _: self._load(), ["model"])
@@ -55,38 +56,31 @@ class StreamPanel(StreamBoard):
         return now if known is None else replace(now, until=known.until)
 
     def _ask(self) -> None:
-        """One request for the picture as the controls now are."""
+        """Requests the picture that the controls ask for."""
         frames, wanted = self.frames, self.wanted()
         if self._running not in (None, Frames.key(wanted)):
-            self.layers_worker.cancel("model")  # its answer would be to a question that is gone
+            self.layers_worker.cancel("model")  # its result would belong to the old prompt
             self._running = None
         if frames is None:
             return
         if self.drawn is not None and wanted == self.drawn.wanted and not self.problem:
-            if self.worker.cancel("frame"):  # back at the picture on show: the one on its way may not follow it
+            if self.worker.cancel("frame"):  # back at the picture on show: the one on its way is dropped
                 self._say_state("fresh")
             return
-        self._mark_stale()
+        self.say_soon(self._still_stale)
         self.worker.submit("frame", lambda stop, _: frames.make(wanted, stop), self._draw, self._failed)
 
-    def _mark_stale(self) -> None:
-        """Says that the picture is old, unless the new one is there before anybody could read it."""
-        try:
-            asyncio.get_running_loop().call_later(STALE_SECONDS, self._still_stale)
-        except RuntimeError:
-            self._say_state("stale")
-
     def _still_stale(self) -> None:
+        """Says that the picture is old, unless the new one is there already."""
         if self.drawn is None or self.wanted() != self.drawn.wanted:
             self._say_state("stale")
 
     def _say_state(self, state: str) -> None:
-        """Unless the layers are at work, whose progress is what the status shows."""
+        """Shows a status, unless the layers are scoring: then it shows their progress."""
         if state == "fresh" and self.drawn is not None and 0 < self.drawn.scores.until < len(self.drawn.scores.score):
             state = "stopped"
         if self._running is None:
             self.say(state)
-            self.buttons.cancel.disabled = state != "stale"
 
     # What is shown
 
@@ -105,7 +99,7 @@ class StreamPanel(StreamBoard):
             self._say_state("fresh")
 
     def _where(self, old: Frame | None, now: Frame) -> int:
-        """The step that has read as far as the picture had; the end, where that was its end or all is new."""
+        """The step that has read as far as the old picture; the last step if that showed its end or the text is new."""
         if old is None or old.document is not now.document or old.wanted.prompt != now.wanted.prompt:
             return now.replay.steps
         if old.wanted.judge != now.wanted.judge or self.transport.step >= self.transport.last:
@@ -119,7 +113,7 @@ class StreamPanel(StreamBoard):
                 self._show(step)
 
     def _show(self, step: int) -> None:
-        """The state after `step` chunks, everywhere. Inside a `batch_update`, so that all of it leaves together."""
+        """Shows the state after `step` chunks, inside a `batch_update`, so that the messages are sent together."""
         self.number += 1
         frame, number, words = self.drawn, self.number, self.source.words.vocabulary
         run, document, scores = frame.replay, frame.document, frame.scores
@@ -142,16 +136,15 @@ class StreamPanel(StreamBoard):
     # Work that takes longer
 
     def _load(self) -> None:
-        """Another text or model: the old picture stays until the new one is there."""
+        """Loads another text or model; the old picture stays until the new one is there."""
         model, text, tokens = self.state.model, self.state.text, self.state.tokens
         self.worker.cancel()
         self.layers_worker.cancel()
         self._running = None
         self.say("busy", 0.0, f"reading {tokens:,} tokens of {text}")
-        self.buttons.cancel.disabled = False
         self.worker.submit(
             "load", lambda stop, progress: self._make_source(model, text, tokens, stop, progress), self._loaded,
-            self._failed, lambda _, share, what: self.say("busy", share, what),
+            self._failed, self._progress,
         )  # fmt: skip
 
     def _loaded(self, _: int, source: Source) -> None:
@@ -163,14 +156,13 @@ class StreamPanel(StreamBoard):
         self._ask()
 
     def score_in_context(self) -> None:
-        """Lets the model's layers judge every token, from where they were stopped before."""
+        """Scores every token by the model's layers; goes on where it was stopped before."""
         if self.source is None or self.drawn is None or self.source.words.random:
             return
         self.state.judge = "layers"
         source, frames, wanted = self.source, self.frames, self.wanted()
         self._running = Frames.key(wanted)
         self.say("busy", 0.0, "loading the model")
-        self.buttons.cancel.disabled = False
 
         def work(stop, progress) -> Scores:
             scorer = self._ready(source).scorer(wanted.prompt)
@@ -180,17 +172,16 @@ class StreamPanel(StreamBoard):
         self.layers_worker.submit("model", work, self._scored, self._failed, self._scoring)
 
     def _ready(self, source: Source):
-        """The model, loaded by the first who needs it."""
+        """The model, loaded on its first use."""
         self.subject = self.subject or self._make_subject(source.words.model, self._folder.name)
         return self.subject
 
     def ask_for_answer(self) -> None:
-        """Lets the model answer the prompt from the buffer on show; where it is too large to be read, from its best."""
+        """The model answers the prompt from the buffer on show, or from as many of its best tokens as fit."""
         source, frame, step = self.source, self.drawn, self.transport.step
         if source is None or frame is None or source.words.random or not frame.replay.held[step]:
             return
-        self.say("busy", None, "the model reads the buffer")
-        self.buttons.cancel.disabled = False
+        self.say("busy", what="the model reads the buffer")
 
         def work(stop, progress) -> tuple:
             reader = self._ready(source).reader
@@ -215,10 +206,10 @@ class StreamPanel(StreamBoard):
         if scores is None:
             return
         speed = scores.until / max(scores.seconds, 1e-9)
-        left = (len(scores.score) - scores.until) / speed
-        self.say("busy", share, f"{what}, {speed:,.0f} a second, {_minutes(left)} left")
-        if time.monotonic() - self._looked > LOOK_SECONDS:
-            self._looked = time.monotonic()
+        rest = (len(scores.score) - scores.until) / speed
+        self.say("busy", share, f"{what}, {speed:,.0f} a second, {duration(rest)} left")
+        if time.monotonic() - self._drawn_at > PICTURE_SECONDS:
+            self._drawn_at = time.monotonic()
             self._ask()
 
     def _scored(self, _: int, scores: Scores) -> None:
@@ -227,26 +218,18 @@ class StreamPanel(StreamBoard):
         self._ask()
 
     def stop(self) -> None:
-        """Cancel: what runs stops at its next check; what is scored stays and can be played."""
+        """Cancel: the running work stops at its next check; the scores so far are kept and can be played."""
         self.worker.cancel()
         self.layers_worker.cancel()
         self._running = None
         self.say("stopped")
-        self.buttons.cancel.disabled = True
         if self.source is not None:
             self._ask()
 
-    def close(self) -> None:
-        self.worker.cancel()
-        self.layers_worker.cancel()
-        super().close()
+    def _end(self) -> None:
+        self.layers_worker.close()
+        self._folder.cleanup()
 
     def _failed(self, _: int, err: BaseException) -> None:
         self._running = None
-        self.problem = str(err) or type(err).__name__
-        self.say("error", what=self.problem)
-        self.buttons.cancel.disabled = True
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+        super()._failed(_, err)

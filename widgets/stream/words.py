@@ -1,4 +1,4 @@
-"""What the chunk buffer panel says: the buffer as text to read, who came and went, and the numbers, as HTML."""
+"""The chunk buffer panel's words as HTML: the text in the buffer, what each chunk changed, and the tiles."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from proteus_playground.streaming.buffer import Champions
 from proteus_playground.streaming.replay import Document, Replay, Run, Scores, page_of, runs
 
+from ..parts.html import MODEL_NAMES, cell, key, note_html, tiles_html
 from ..parts.sentences import listed
-from ..workbench.readout import NAMES, _cell, _key
 from .figure import EVICTED, KEPT, NEEDLE, PROMOTED
 from .state import PLAN
 
 RUNS = 40  # stretches of text that are shown
-RUN_TOKENS = 60  # of one stretch, about its champion
-EVENTS = 6  # of each kind
+RUN_TOKENS = 60  # shown of one stretch, around its champion
+EVENTS = 6  # champions named that were added, and as many that were removed
 LEGENDS = {
-    "sky": _key("#d5dae0", "best score") + _key(KEPT, "in the buffer") + _key(PROMOTED, "just came in")
-    + _key(EVICTED, "just left") + _key("#1b1f24", "lowest score in a full buffer", line=True),
-    "curves": _key(NEEDLE, "the needle", line=True) + _key(KEPT, "the buffer", line=True),
-    "text": _key("#d6efe4", "just came in") + _key("#f4dcec", "the needle"),
+    "sky": key("#d5dae0", "best score") + key(KEPT, "in the buffer") + key(PROMOTED, "added by this chunk")
+    + key(EVICTED, "removed by it") + key("#1b1f24", "score to enter", line=True),
+    "curves": key(NEEDLE, "the needle", line=True) + key(KEPT, "the buffer", line=True),
+    "text": key("#d6efe4", "added by this chunk") + key("#f4dcec", "the needle"),
 }  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def word_at(document: Document, words: list[str], position: int) -> str:
 
 
 def run_html(run: Run, document: Document, words: list[str], scores: Scores) -> str:
-    """One stretch: its champion in bold, and why it is here."""
+    """One stretch of text: its champion in bold, and the reason of its score."""
     first, last = max(run.start, run.champion - RUN_TOKENS // 2), min(run.stop, run.champion + RUN_TOKENS // 2)
 
     def text(start: int, stop: int) -> str:
@@ -43,7 +43,7 @@ def run_html(run: Run, document: Document, words: list[str], scores: Scores) -> 
     ]  # fmt: skip
     needle = document.needle
     mine = run.start < needle.stop and needle.start < run.stop
-    kind = " pp-needle" * mine + " pp-new" * run.fresh
+    kind = (" pp-needle" if mine else "") + (" pp-new" if run.fresh else "")
     why = escape(scores.explain(run.reason))
     head = f"<b>{run.score:.2f}</b> page {page_of(run.champion):,} · {why}" + (" · <b>the needle</b>" if mine else "")
     return f'<div class="pp-run{kind}"><span>{head}</span><p>{"".join(parts)}</p></div>'
@@ -59,18 +59,18 @@ def buffer_html(request: int, replay: Replay, step: int, document: Document, wor
 
 
 def _groups(some: Champions) -> list[tuple[int, int, float, int]]:
-    """(champion, tokens it stands for, score, reason), best first."""
+    """(champion, its tokens with their neighbours, score, reason), best first."""
     champion, first, count = np.unique(some.champion, return_index=True, return_counts=True)
     out = zip(champion.tolist(), count.tolist(), some.score[first].tolist(), some.reason[first].tolist(), strict=True)
     return sorted(out, key=lambda group: (-group[2], group[0]))
 
 
 def events_html(replay: Replay, step: int, document: Document, words: list[str], scores: Scores) -> str:
-    """Who came and who left with this chunk, champion by champion."""
+    """The champions that this chunk added, and those that it removed."""
     if not step:
         return '<div class="pp-events"><p>No chunk has been read.</p></div>'
     columns = []
-    for kind, some, verb in (("in", replay.promoted(step), "Promoted"), ("out", replay.evicted(step), "Evicted")):
+    for kind, some, verb in (("in", replay.promoted(step), "Added"), ("out", replay.evicted(step), "Removed")):
         groups = _groups(some)
         lines = [f"<b>{verb} by chunk {step:,}: {len(some):,} tokens</b>"]
         for champion, count, score, reason in groups[:EVENTS]:
@@ -91,13 +91,13 @@ def step_sentence(replay: Replay, step: int) -> str:
     came, gone = len(replay.promoted(step)), len(replay.evicted(step))
     first, last = page_of(replay.read(step - 1)), page_of(replay.read(step) - 1)
     where = f"page {first:,}" if first == last else f"pages {first:,} to {last:,}"
-    did = "nobody good enough" if not came else f"{came:,} tokens came in"
-    left = f" and {gone:,} had to leave" if gone else ""
-    return f"Chunk {step:,} of {replay.chunks:,}, {where}: {did}{left}."
+    did = f"{came:,} tokens were added" if came else "no token scored high enough"
+    removed = f" and {gone:,} were removed for them" if gone else ""
+    return f"Chunk {step:,} of {replay.chunks:,}, {where}: {did}{removed}."
 
 
 def needle_sentence(replay: Replay, step: int, document: Document) -> str:
-    """Where the needle is by now."""
+    """Whether the needle has been read, and how much of it is kept."""
     size = len(document.needle)
     if not size:
         return "No needle was planted."
@@ -107,53 +107,55 @@ def needle_sentence(replay: Replay, step: int, document: Document) -> str:
     if kept:
         return f"{kept} of the needle's {size} tokens are in the buffer."
     was = (replay.recall[: step + 1] > 0).any()
-    return "The needle was in the buffer and has been evicted." if was else "The needle was read and not kept."
+    return "The needle was in the buffer and has been removed." if was else "The needle was read and not kept."
 
 
 def numbers_html(request: int, replay: Replay, step: int, document: Document, scores: Scores) -> str:
     kept, bar, size = int(replay.held[step]), float(replay.bar[step]), len(document.needle)
     found = round(float(replay.recall[step]) * size) if size else 0
-    read = replay.read(step)
+    read, full = replay.read(step), bool(np.isfinite(bar))
     speed = f"{scores.until / scores.seconds:,.0f} tokens/s" if scores.seconds else ""
     cells = [
-        _cell("chunk", f"{step:,}", f"of {replay.chunks:,}", "Chunks read so far, and in the whole document."),
-        _cell("tokens read", f"{read:,}", f"of {replay.tokens:,}", "Tokens that have been read and scored."),
-        _cell("in the buffer", f"{kept:,} of {replay.plan.buffer_tokens:,}",
+        cell("chunk", f"{step:,}", f"of {replay.chunks:,}",
+              "Chunks that have been read, of all chunks of the document."),
+        cell("tokens read", f"{read:,}", f"of {replay.tokens:,}", "Tokens that have been read and scored."),
+        cell("in the buffer", f"{kept:,} of {replay.plan.buffer_tokens:,}",
               f"{kept / max(1, read):.1%} of what was read",
-              "Tokens that are kept, and how many fit."),
-        _cell("to get in", f"{bar:.2f}" if np.isfinite(bar) else "any score", "is the lowest score in"
-              if np.isfinite(bar) else "there is room", "A token has to score above the lowest one of a full buffer."),
-        _cell("came, left", f"{len(replay.promoted(step)):,}, {len(replay.evicted(step)):,}", "with this chunk",
-              "Tokens that this chunk brought in, and those that had to leave for them."),
-        _cell("the needle", f"{found} of {size}" if size else "none", "of its tokens are kept",
-              "How much of the planted fact is in the buffer now: its recall."),
-        _cell("scored", f"{scores.until:,}", speed or "tokens",
-              "Tokens whose score is known, and how fast they were scored on this machine; measured."),
+              "Tokens that are kept, of those that the buffer can hold."),
+        cell("score to enter", f"{bar:.2f}" if full else "none", "in the buffer" if full else "buffer not full yet",
+             "Lowest score in the full buffer; a new token must beat it."),
+        cell("added, removed", f"{len(replay.promoted(step)):,}, {len(replay.evicted(step)):,}", "by this chunk",
+             "Tokens that the last chunk added to the buffer, and those that were removed to make room."),
+        cell("the needle", f"{found} of {size}" if size else "none", "of its tokens are kept",
+              "Tokens of the planted fact that are in the buffer now."),
+        cell("scored", f"{scores.until:,}", speed or "tokens",
+              "Tokens whose score is known, and the measured speed of scoring on this machine."),
     ]  # fmt: skip
     sizes = " ".join(str(getattr(replay.plan, name)) for name in PLAN)
-    return f'<div class="pp-readout" data-request="{request}" data-plan="{sizes}">{"".join(cells)}</div>'
+    return tiles_html(request, cells, f' data-plan="{sizes}"')
 
 
 def banner_html(source, judge: str, asked: list[str], subject) -> str:
-    """What is read and who judges it; loud where the vectors are random."""
+    """What is read and how it is scored; on yellow where the vectors are random."""
     words, note = source.words, source.haystack.note
     if judge == "words":
-        whose = "" if words.random else f"{NAMES.get(words.model, words.model)}'s "
+        whose = "" if words.random else f"{MODEL_NAMES.get(words.model, words.model)}'s "
         names = listed([f"“{word}”" for word in asked[:12]])
-        how = (f"A token's score: how near it is (cosine of {whose}{words.name}) to the nearest of {names}, times how "
-               "rare that word is here. Each token is judged alone.")  # fmt: skip
+        how = (f"The score of a token is its cosine similarity (of {whose}{words.name}) to the nearest of {names}, "
+               "times how rare its word is in this document. The words around it do not count.")  # fmt: skip
     else:
-        how = "A token's score: how well the model's own queries for the prompt match its keys, in context. "
-        how += subject.note.replace(words.model, NAMES.get(words.model, words.model)) if subject is not None else ""
-    said = f'<div class="pp-note">{escape(note)}, one sentence planted. {escape(how)}</div>'
+        how = "The score of a token says how well its keys, in context, match the model's queries for the prompt. "
+        how += (
+            subject.note.replace(words.model, MODEL_NAMES.get(words.model, words.model)) if subject is not None else ""
+        )
+    said = note_html(f"{note}, one sentence planted. {how}")
     if not words.random:
         return said
-    loud = f"<b>The word vectors are random.</b> {escape(words.note)} {escape(source.why)}"
-    return f'<div class="pp-random">{loud}</div>{said}'
+    return note_html(f"{words.note} {source.why}", "The word vectors are random.") + said
 
 
 def answer_html(answer: str, chunks: int, tokens: int, old: bool) -> str:
-    """What the model said; grey where the buffer that it said it from is not the one on show."""
+    """The model's answer; grey where the buffer on show is not the one that it was given."""
     when = f"After {chunks:,} chunks, from {tokens:,} tokens of the buffer and nothing else, the model answers:"
     kind = " pp-old" if old else ""
-    return f'<div class="pp-answer{kind}"><span>{escape(when)}</span> <b>{escape(answer or "nothing")}</b></div>'
+    return f'<div class="pp-answer{kind}"><span>{escape(when)}</span> <b>{escape(answer or "(no answer)")}</b></div>'

@@ -1,19 +1,20 @@
-"""Three linked pictures in one FigureWidget, made once; an update sends one message with what changed.
+"""The workbench's three linked pictures in one FigureWidget. It is made once; an update sends one message of changes.
 
-Axes: `T` tokens, `H` heads, `C` gates. All scales are fixed, so that what moves on a drag is the data.
+Axes: `T` tokens, `H` heads, `C` gates. All scales are fixed, so that on a drag only the data move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import plotly.graph_objects as go
 
-from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, GateMap, LayerView, RowView
+from proteus_playground.playground.views import DNA, NOTE, GateMap, LayerView, RowView
 
 from ..parts import raster
+from ..parts.plot import GATE_COLOURS, GREY, INK, OKABE_ITO, PAPER, bare, blank, domain, titled
 
 HEIGHT = 640
 LEFT, RIGHT = 46, 12  # pixels beside the axes
@@ -21,46 +22,13 @@ SPLIT = 0.55  # where the left picture ends and the right one begins, as shares 
 GAP = 0.04
 TOP = (84, 318)  # pixels from the top: heads and prototypes
 BOTTOM = (428, 592)  # the row
-HEAT_COLUMNS = 400  # no screen shows more
+HEAT_COLUMNS = 400  # more would not be visible on a screen
 FLOOR = -4.0  # log10 of the smallest weight drawn: 0.01%
-STUB = -3.8  # log10 of the height that a key gets which weighs too little to see
-UNDER = -4.5  # where lines run between stems: below the axis
-OKABE_ITO = {LOCAL: "#0072B2", ANCHOR: "#E69F00", DNA: "#009E73", NOTE: "#CC79A7"}
-GATE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B5A900")  # in turn
-INK, GREY, MARKED = "#1b1f24", "#d4d8dd", "#f3c9e0"
+STUB = -3.8  # log10 of the height at which a key of smaller weight is drawn
+UNDER = -4.5  # log10 of the height, below the axis, at which lines run from stem to stem
+MARKED = "#f3c9e0"
 RGB = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in (*GATE_COLOURS, GREY)])
-HEAT_STEPS = 250  # weights travel as whole numbers; -1 says that the head slept
-CONFIG = {"displayModeBar": False, "showSendToCloud": False, "displaylogo": False, "doubleClick": False,
-          "scrollZoom": False, "responsive": True}  # fmt: skip
-PAPER = {"autosize": True, "paper_bgcolor": "white", "plot_bgcolor": "white", "dragmode": False, "hovermode": "closest",
-         "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", "size": 12, "color": INK},
-         "showlegend": False, "template": None, "uirevision": "fixed"}  # fmt: skip
-AXIS = {"fixedrange": True, "zeroline": False, "showgrid": False, "ticks": "outside", "ticklen": 4, "tickcolor": GREY,
-        "linecolor": GREY}  # fmt: skip
-
-
-def blank(layout: dict, traces: Iterable = ()) -> go.FigureWidget:
-    """A figure without plotly's own buttons and gestures, and with `traces`."""
-    made = go.FigureWidget(layout=layout)
-    made._config = {**made._config, **CONFIG}
-    for trace in traces:
-        made.add_trace(trace)
-    return made
-
-
-def titled(text: str, **rest) -> dict:
-    """An axis with a title."""
-    return {**AXIS, "title": {"font": {"size": 12}, "standoff": 4, "text": text}, **rest}
-
-
-def bare(text: str, **rest) -> dict:
-    """An axis without numbers, a side of a box."""
-    return titled(text, showticklabels=False, showline=True, mirror=True, **rest) | {"ticks": ""}
-
-
-def domain(height: int, top: int, bottom: int) -> list[float]:
-    """Where an axis stands in a figure, from pixels: what plotly calls its domain."""
-    return [1 - bottom / height, 1 - top / height]
+HEAT_STEPS = 250  # weights are sent as whole numbers 0..250, and -1 where the head slept
 
 
 def heat_cells(view: LayerView) -> tuple[np.ndarray, np.ndarray]:
@@ -79,10 +47,10 @@ def heat_cells(view: LayerView) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stems(row: RowView, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One kind of key as a single unbroken line: `x`, `y` float32 and the key at each point.
+    """The keys of one kind as a single unbroken line: `x`, `y` float32 and the key at each point, all `(points,)`.
 
-    Between stems the line runs below the axis, out of sight: a line with gaps would be an element per stem, and the
-    browser pays by the element. A note's members that weigh too little to see get no stem.
+    Between stems the line runs below the axis, where it is hidden: a line with gaps would be drawn as one element per
+    stem, which is slow. A key that is seen through a note only and whose weight is below FLOOR gets no stem.
     """
     keys = np.flatnonzero(row.kind == kind)
     height = np.log10(np.maximum(row.weight[keys], 1e-12))
@@ -95,7 +63,7 @@ def stems(row: RowView, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Pictures:
-    """The FigureWidget and how a view becomes data in it. `on_pick(token, head | None)` hears clicks."""
+    """The FigureWidget, and how a view becomes its data. A click calls `on_pick(token, head or None)`."""
 
     def __init__(self, on_pick: Callable[[int, int | None], None]):
         self.on_pick = on_pick
@@ -104,11 +72,11 @@ class Pictures:
         self._keys = {kind: np.empty(0, int) for kind in OKABE_ITO}
         self._lit_index = self._gates = np.empty(0, int)
         self._map: GateMap | None = None
-        self._box = np.zeros(2), np.ones(2)  # corners of the plane of keys
+        self._box = np.zeros(2), np.ones(2)  # lower left and upper right corner of the picture of keys
         self._add_traces()
 
     def reset(self, tokens: list[str], heads: int, marked: tuple[int, int] = (0, 0)) -> None:
-        """Another text or model: new axes, empty pictures, and a band behind the tokens that are `marked`."""
+        """For another text or model: new axes, empty pictures, and a band behind tokens `marked[0]` to `marked[1]`."""
         self.tokens = tokens
         size, fig = len(tokens), self.widget
         with fig.batch_update():
@@ -127,7 +95,7 @@ class Pictures:
     ) -> None:
         """Sets the data, inside the caller's `batch_update` of `widget`.
 
-        `changed`: whether the "view" or the "gates" differ from the last picture; a row always does.
+        changed: which of "view" and "gates" differ from the last picture; the row is always drawn.
         """
         if "view" in changed:
             cells, middle = heat_cells(view)
@@ -154,7 +122,7 @@ class Pictures:
         at, protos = gate_map.keys, gate_map.prototypes
         both = np.concatenate([at, protos])
         if self._map is not gate_map:
-            self._box = self._frame(both, f"two fixed axes, {gate_map.explained:.0%} of the spread")
+            self._box = self._frame(both, f"two fixed axes that hold {gate_map.explained:.0%} of the variance")
         self._gates, self._map = gate, gate_map
         low, high = self._box
         colours = RGB[np.where(gate < 0, len(GATE_COLOURS), gate % len(GATE_COLOURS))]
@@ -162,13 +130,13 @@ class Pictures:
             source=raster.key_picture(at, colours, protos, low, high),
             x=low[0], y=high[1], sizex=high[0] - low[0], sizey=high[1] - low[1],
         )  # fmt: skip
-        homes = [f"gate {number}" if number >= 0 else "no gate" for number in gate]
-        words = [f"{token} · {home}" for token, home in zip(self.tokens, homes, strict=True)]
+        lured_by = [f"gate {number}" if number >= 0 else "no gate" for number in gate]
+        words = [f"{token} · {name}" for token, name in zip(self.tokens, lured_by, strict=True)]
         words += [f"prototype {c}" for c in range(len(protos))]
-        self._feel.update(x=both[:, 0].astype(np.float32), y=both[:, 1].astype(np.float32), text=words)
+        self._hover.update(x=both[:, 0].astype(np.float32), y=both[:, 1].astype(np.float32), text=words)
 
     def _draw_lit(self, row: RowView, gate_map: GateMap) -> None:
-        """The keys this row fetched and the prototypes it opened."""
+        """Marks the keys that this row fetched and the prototypes of the gates that it opened."""
         self._lit_index = np.flatnonzero(row.kind == DNA)
         at, opened = gate_map.keys[self._lit_index], list(row.gates_opened)
         protos = gate_map.prototypes[opened].reshape(-1, 2)
@@ -179,7 +147,7 @@ class Pictures:
         self._set(self._star, x=here[:1], y=here[1:])
 
     def _frame(self, at: np.ndarray, title: str) -> tuple[np.ndarray, np.ndarray]:
-        """Axes that hold all points of another projection; their lower left and upper right corner."""
+        """Fits the axes to the points of another projection; returns their lower left and upper right corner."""
         low, high = at.min(0).astype(float), at.max(0).astype(float)
         pad = 0.06 * np.maximum(high - low, 1e-6)
         low, high = low - pad, high + pad
@@ -190,7 +158,7 @@ class Pictures:
 
     @staticmethod
     def _set(trace, **values) -> None:
-        """Sets only what is not there already, since every property set is bytes to the browser."""
+        """Sets the properties that differ from the present ones: each one that is set is sent to the browser."""
         for name, value in values.items():
             old = trace[name]
             new = np.asarray(value, np.float32) if name in ("x", "y") else value
@@ -201,12 +169,12 @@ class Pictures:
         fig = self.widget
         for trace in _traces():
             fig.add_trace(trace)
-        self._heat, self._cursor, self._feel, self._lit, self._opened, self._star = fig.data[:6]
+        self._heat, self._cursor, self._hover, self._lit, self._opened, self._star = fig.data[:6]
         self._stems = dict(zip(OKABE_ITO, fig.data[6:10], strict=True))
         self._here = fig.data[10]
         self._heat.on_click(self._clicked_heat)
         self._lit.on_click(lambda _, points, __: self._pick(points, self._lit_index))
-        self._feel.on_click(lambda _, points, __: self._pick(points, np.arange(len(self.tokens))))
+        self._hover.on_click(lambda _, points, __: self._pick(points, np.arange(len(self.tokens))))
         for kind, trace in self._stems.items():
             trace.on_click(lambda _, points, __, kind=kind: self._pick(points, self._keys[kind]))
 
@@ -220,7 +188,7 @@ class Pictures:
 
 
 def _traces() -> list:
-    """In drawing order; `Pictures._add_traces` names them."""
+    """In drawing order, which `Pictures._add_traces` relies on."""
     first, second, third = ({"xaxis": f"x{n}", "yaxis": f"y{n}"} for n in ("", "2", "3"))
     skip = {"hoverinfo": "skip", "showlegend": False}
     edge = 1 / (HEAT_STEPS + 1)
@@ -236,7 +204,7 @@ def _traces() -> list:
     return [
         heat,
         go.Scatter(mode="markers", marker=ring, **skip, **first),
-        # The picture of the keys is an image; this unseen line through them is what the mouse feels.
+        # The keys are drawn as an image, which has no tooltips: this transparent line through them has.
         go.Scatter(mode="lines", line={"color": "rgba(0,0,0,0)", "width": 1, "simplify": False},
                    hovertemplate="%{text}<extra></extra>", showlegend=False, **second),
         go.Scatter(mode="markers", marker=lit, hovertemplate="%{text} (%{customdata}) was fetched<extra></extra>",
@@ -250,6 +218,7 @@ def _traces() -> list:
 
 
 def _slept_then_cividis(edge: float) -> list:
+    """A colour scale: grey below `edge`, then Cividis."""
     from plotly.colors import sequential
 
     steps = sequential.Cividis
@@ -267,9 +236,9 @@ def _layout() -> dict:
         "images": [{"xref": "x2", "yref": "y2", "sizing": "stretch", "layer": "below"}],
         "xaxis": titled("token", domain=[0, SPLIT - GAP / 2], anchor="y"),
         "yaxis": titled("head", domain=across(*TOP), anchor="x", range=[8.5, -0.5]),
-        "xaxis2": bare("two fixed axes", domain=[SPLIT + GAP / 2, 1], anchor="y2"),
+        "xaxis2": bare("", domain=[SPLIT + GAP / 2, 1], anchor="y2"),
         "yaxis2": bare("", domain=across(*TOP), anchor="x2"),
-        "xaxis3": titled("key position", domain=[0, 1], anchor="y3"),
+        "xaxis3": titled("position of the key", domain=[0, 1], anchor="y3"),
         "yaxis3": titled("attention (log)", showgrid=True, gridcolor="#eef0f2", domain=across(*BOTTOM),
                          anchor="x3", range=[FLOOR, 0.05], tickvals=[-4, -3, -2, -1, 0],
                          ticktext=["≤0.01%", "0.1%", "1%", "10%", "100%"]),

@@ -1,8 +1,7 @@
-"""The workbench: one state, one worker, four linked panels."""
+"""The workbench: one state, one worker, four linked pictures."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
 
@@ -12,15 +11,13 @@ from proteus_playground.playground.views import LayerView, ModelView
 
 from ..parts.state import SETTINGS, PlayState
 from ..parts.text_panel import TextPanel
-from ..parts.worker import Worker
 from . import readout
 from .board import Board, Frame, Wanted
 from .figure import Pictures
 
-PAINT_SECONDS = 0.25  # how long a picture may take to appear before the next one is sent anyway
-STALE_SECONDS = 0.12  # a marker that would flash for less is not shown
-REST_SECONDS = 0.8
-REPEATS = 4  # extra runs once a slider rests, so that the latency shown is a median
+PAINT_SECONDS = 0.25  # after which the next picture is sent even if the browser has not painted the last one
+REST_SECONDS = 0.8  # without a move, after which the layer is timed again
+REPEATS = 4  # extra runs, so that the latency shown is a median
 SOURCE = ("model", "text", "pasted", "length", "shelf", "question")
 
 
@@ -29,18 +26,19 @@ class Workbench(Board):
 
     def __init__(self, state: PlayState, make_probe: Callable):
         self.pictures, self.text = Pictures(self._picked), TextPanel()
+        self._painted = threading.Event()
+        self._moved = threading.Event()  # set as soon as a slider moves
+        self._seen = False  # whether a browser has ever painted a picture
         super().__init__(state, self.pictures.widget, self.text, self._pull, self._go_to)
-        self.probe, self.problem = None, ""
+        self.probe = None
         self.reply: Reply | None = None
         self._make_probe = make_probe
-        self._view: LayerView | None = None  # the worker's last, so that a click re-runs no layer
-        self._timed: LayerView | None = None  # the shown layer's last run, with the median of `_runs` runs
+        self._view: LayerView | None = None  # the last one computed, so that a click on a token re-runs no layer
+        self._timed: LayerView | None = (
+            None  # the last run of the layer on show; its latency is the median of `_runs` runs
+        )
         self._runs = 0
-        self._fitted: set[tuple[int, int]] = set()  # (layer, gates) whose prototypes are known to be there
-        self._painted = threading.Event()
-        self._moved = threading.Event()  # set: no slider rests any more
-        self._seen = False  # whether a browser has ever answered
-        self.worker = Worker(pace=self._pace)
+        self._fitted: set[tuple[int, int]] = set()  # (layer, gates) whose prototypes are fitted
         self.run_model.on_click(lambda _: self._run_whole_model())
         self.cancel.on_click(lambda _: self.stop())
         self.text.observe(self._text_painted, "painted")
@@ -53,7 +51,7 @@ class Workbench(Board):
     # What is wanted
 
     def wanted(self) -> Wanted:
-        """The controls as they are, within what this model and text have."""
+        """What the controls ask for, within the layers, heads and tokens that exist."""
         state, probe = self.state, self.probe
         if probe is None:
             return Wanted(state.settings(), state.layer, state.head, state.token)
@@ -62,14 +60,14 @@ class Workbench(Board):
 
     def _settings_changed(self) -> None:
         if self.worker.busy == "model":
-            self.worker.cancel("model")  # its answer would be for settings that are gone
-        self.worker.cancel("ask")  # this one too, and the picture goes before the next
+            self.worker.cancel("model")  # its result would belong to the old settings
+        self.worker.cancel("ask")  # likewise; the next question is sent after the picture
         if self.reply is not None:
             self.ask_box.grey(self.reply.settings != self.state.settings())
         self._ask()
 
     def _ask(self) -> None:
-        """One request for the picture as the controls now are."""
+        """Requests the picture that the controls ask for."""
         probe, wanted = self.probe, self.wanted()
         if probe is None:
             return
@@ -77,13 +75,13 @@ class Workbench(Board):
             self._stay()
             return
         self._stop_timing()
-        self._mark_stale()
+        self.say_soon(self._still_stale)
         self.worker.submit("frame", lambda stop, _: self._compute(probe, wanted, stop), self._draw, self._failed)
 
     def _stay(self) -> None:
-        """The controls are back at the picture on show: none that is on its way may follow it, but its answer may."""
+        """The controls are back at the picture on show: drops the picture on its way, and asks the model if need be."""
         if self.worker.cancel("frame") and self.worker.busy != "model":
-            self._set_status("fresh")
+            self.say("fresh")
         self._ask_model(self.drawn.wanted.settings)
         if self._runs == 1:
             self._stop_timing()
@@ -93,30 +91,22 @@ class Workbench(Board):
         self._moved.set()
         self.worker.cancel("repeat")
 
-    def _mark_stale(self) -> None:
-        """Says that the picture is old, unless the new one is there before anybody could read it."""
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self._set_status("stale")
-        else:
-            loop.call_later(STALE_SECONDS, self._still_stale)
-
     def _still_stale(self) -> None:
+        """Says that the picture is old, unless the new one is there already."""
         wanted = self.wanted()
         if wanted == self._shown() or self.worker.busy not in (None, "frame"):
             return
         if (wanted.layer, wanted.settings.gates) in self._fitted:
-            self._set_status("stale")
+            self.say("stale")
         else:
             words = f"fitting {wanted.settings.gates} prototypes per group, once for this layer …"
-            self._set_status("busy", what=words)
+            self.say("busy", what=words)
 
     def _shown(self) -> Wanted | None:
         return self.drawn.wanted if self.drawn is not None else None
 
     def _compute(self, probe, wanted: Wanted, stop) -> Frame:
-        """On the worker: re-runs only what `wanted` changes."""
+        """On the worker: computes what differs from the last picture."""
         view, settings, layer = self._view, wanted.settings, wanted.layer
         if view is None or (view.layer, view.settings) != (layer, settings):
             view = probe.view(layer, settings, stop=stop)
@@ -138,20 +128,20 @@ class Workbench(Board):
         self._fitted.add((now.layer, now.settings.gates))
         if "view" in changed:
             self._timed, self._runs = frame.view, 1
-        # The small messages go out just before the figure's, which leaves with the batch: one repaint shows them all.
+        # The figure's message is sent at the end of the batch, after the small ones: one repaint shows all of them.
         with self.pictures.widget.batch_update():
             self.pictures.draw(number, frame.view, frame.row, frame.gate_map, frame.group, changed)
             self.text.draw(number, frame.view.salience, frame.view.kept, frame.row.kind,
                            frame.view.gate_of_key[:, frame.group], now.token)  # fmt: skip
             self._draw_words(frame, self.probe, self._timed, self._runs)
             if self.wanted() == now:
-                self._set_status("fresh")
+                self.say("fresh")
         self._ask_model(now.settings)
         if "view" in changed:
             self._time_again(frame)
 
     def _ask_model(self, settings: Settings) -> None:
-        """The question again, at the settings of the picture that has just been drawn."""
+        """Asks the question again at the settings of the picture that has just been drawn."""
         probe = self.probe
         asked = isinstance(probe, ShelfProbe) and probe.question
         if asked and (self.reply is None or self.reply.settings != settings):
@@ -164,11 +154,11 @@ class Workbench(Board):
     # Work that takes longer
 
     def _load(self) -> None:
-        """Another model or text: the old pictures stay, marked stale, until the new ones are there."""
+        """Loads another model or text; the old pictures stay, marked as old, until the new ones are there."""
         state = self.state
         source = {name: getattr(state, name) for name in SOURCE} | {"settings": state.settings()}
         self.worker.cancel()
-        self._set_status("busy", 0.0, "loading")
+        self.say("busy", 0.0, "loading")
         self.worker.submit("load", lambda stop, progress: self._make_probe(source, stop, progress), self._loaded,
                            self._failed, self._progress)  # fmt: skip
 
@@ -193,7 +183,7 @@ class Workbench(Board):
         self._ask()
 
     def _place(self, probe) -> dict:
-        """The row to look at in a new probe: where the state is, or the one that has to find what was asked for."""
+        """Layer, head and token to show first: those of the state, or the row that has to find the answer."""
         state, end = self.state, len(probe.tokens)
         asked = isinstance(probe, ShelfProbe) and probe.question
         layer, head = min(state.layer, probe.n_layers - 1), min(state.head, probe.n_heads - 1)
@@ -207,7 +197,7 @@ class Workbench(Board):
         probe, settings = self.probe, self.state.settings()
         if probe is None or probe.random:
             return
-        self._set_status("busy", 0.0, "whole model")
+        self.say("busy", 0.0, "whole model")
         self._stop_timing()
         self.worker.submit("model", lambda stop, progress: probe.run_model(settings, progress=progress, stop=stop),
                            self._model_done, self._failed, self._progress)  # fmt: skip
@@ -218,10 +208,10 @@ class Workbench(Board):
             self._draw_numbers(self._timed, self._runs)
             if self._runs == 1:
                 self._time_again(self.drawn)
-        self._set_status("fresh" if self.wanted() == self._shown() else "stale")
+        self.say("fresh" if self.wanted() == self._shown() else "stale")
 
     def _time_again(self, frame: Frame) -> None:
-        """Once the slider rests: a few more runs of the same layer, for a median that means something."""
+        """Runs the layer a few more times once the slider rests, so that the latency shown is a median."""
         probe, wanted = self.probe, frame.wanted
         moved = self._moved = threading.Event()
 
@@ -245,41 +235,37 @@ class Workbench(Board):
     def _pull(self) -> None:
         from proteus_playground.hf.models import pull
 
-        self._set_status("busy", 0.0, "pulling SmolLM2, 98 MB; this cannot be cancelled")
+        self.say("busy", 0.0, "fetching SmolLM2, 98 MB; this cannot be cancelled")
         self.worker.submit("load", lambda stop, progress: pull("smollm2", progress=False), lambda n, path: self._load(),
                            self._failed, self._progress)  # fmt: skip
 
     def stop(self) -> None:
-        """Cancel: what runs stops at its next check, what waits is forgotten."""
+        """Cancel: stops the running work at its next check, and drops the work that waits."""
         self.worker.cancel()
         if self.probe is None:
-            self._show_empty("Stopped before a model was there. Choose a text under More controls and press Read it.")
-        self._set_status("fresh" if self.drawn and self.wanted() == self._shown() else "stopped")
+            self._show_empty("Stopped before a model was loaded. Choose a text under More controls and press Read it.")
+        self.say("fresh" if self.drawn and self.wanted() == self._shown() else "stopped")
 
-    def close(self) -> None:
-        self.worker.cancel()
-        super().close()
-
-    def _progress(self, _: int, share: float, what: str) -> None:
-        self._set_status("busy", share, what)
+    def _end(self) -> None:
+        self._moved.set()
+        self._painted.set()
 
     def _failed(self, _: int, err: BaseException) -> None:
-        self.problem = str(err) or type(err).__name__
-        self._set_status("error", what=self.problem)
+        super()._failed(_, err)
         if self.probe is None:
             self._show_empty(self.problem)
 
     # What the user does
 
     def _go_to(self, token: int) -> None:
-        """Scroll the text to a token without choosing it."""
+        """Scrolls the text to a token without choosing it."""
         self.text.look = [token, self.text.look[1] + 1]
 
     def _picked(self, token: int, head: int | None) -> None:
         if self.probe is not None and 0 <= token < len(self.probe.tokens):
             self.state.update({"token": token} | ({} if head is None else {"head": head}))
 
-    # Pacing: a browser that is slower than the layer is never sent more than it can draw
+    # Pacing: a browser that draws more slowly than the layer runs is not sent more than it can draw
 
     def _text_painted(self, change) -> None:
         self._seen = True
@@ -292,6 +278,6 @@ class Workbench(Board):
 
 
 def _last_word(tokens: list[str]) -> int:
-    """A row worth looking at first: the last real word, which has the whole text behind it."""
+    """The row to show first: the last word of more than three letters, which has the whole text before it."""
     words = (i for i in range(len(tokens) - 1, -1, -1) if len(tokens[i].strip()) > 3 and tokens[i].strip().isalpha())
     return next(words, len(tokens) - 1)
