@@ -10,6 +10,7 @@ from proteus_playground.playground.views import LayerView, ModelView
 from ..parts.html import MODEL_NAMES, cell, key, note_html, tiles_html, title_html
 from ..parts.plot import GREY, OKABE_ITO
 from ..parts.sentences import milliseconds, quantity
+from ..parts.terms import with_terms
 
 TITLE = "Proteus workbench"
 SPLIT_COLOURS = {"window": "#0072B2", "own block": "#56B4E9", "anchors": "#E69F00", "rings": "#009E73",
@@ -68,7 +69,7 @@ def split_html(budget: dict, gates: int) -> str:
         for name, count in parts.items() if count
     )  # fmt: skip
     words = "".join(
-        f'<span><i style="background:{SPLIT_COLOURS[name]}"></i>{name} {count}</span>'
+        f'<span><i style="background:{SPLIT_COLOURS[name]}"></i>{with_terms(name)} {count}</span>'
         for name, count in parts.items()
     )  # fmt: skip
     ring = f"{budget['probes']} gates opened × {budget['ring']} keys" if budget["ring"] else "no keys from gates"
