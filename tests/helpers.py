@@ -1,4 +1,7 @@
-"""Small builders that several attention tests share."""
+"""Small builders that several attention tests share, and the text of HTML."""
+
+import re
+from html import unescape
 
 import torch
 
@@ -39,3 +42,8 @@ def off_by(a, b) -> float:
     """Relative Frobenius distance of a from b."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
+
+
+def text_of(html: str) -> str:
+    """`html` without its tags."""
+    return unescape(re.sub("<[^>]*>", "", html))

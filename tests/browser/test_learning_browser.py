@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import re
+
 import driver
 import pytest
 from notebook_page import notebook_page, traces
@@ -66,7 +68,8 @@ class Panel:
         return self.page.evaluate(self.traces)
 
     def value(self, label: str) -> str:
-        cell = self.found.locator(f'.pp-cell:has(.pp-label:text-is("{label}"))')
+        label_is = self.page.locator(".pp-label", has_text=re.compile(f"^{re.escape(label)}$"))
+        cell = self.found.locator(".pp-cell", has=label_is)
         return cell.locator(".pp-value").inner_text()
 
 

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from proteus_playground.widgets.parts.terms import term_html
+from proteus_playground.widgets.parts.terms import term_html, with_terms
 
 from proteus_playground.attention.settings import CONTROLS
 from proteus_playground.playground.glossary import TERMS, by_code, by_word, markdown, sentence
@@ -47,3 +47,11 @@ def test_a_term_carries_its_sentence_as_a_tooltip():
     assert "<b>" not in term_html("note", "<b>note")
     with pytest.raises(ValueError, match="word='sticky note'"):
         term_html("sticky note")
+
+
+def test_each_taught_word_of_a_text_has_a_tooltip_once_and_quoted_tokens_have_none():
+    html = with_terms("2 gates opened by ‘note’: rings, notes and the DNA fraction; notes again, <b>rings</b>")
+    for shown in ("gates", "rings", "notes", "DNA fraction"):
+        assert html.count(f">{shown}</span>") == 1
+    assert html.count("pp-term") == 4 and "‘note’" in html and "&lt;b&gt;" in html
+    assert with_terms("nothing taught, brings, integrated") == "nothing taught, brings, integrated"

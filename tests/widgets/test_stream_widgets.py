@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proteus_playground.experiments.needles.haystacks import Haystack, read
@@ -495,7 +496,7 @@ def test_the_bank_panel_reads_steps_back_and_looks_elsewhere(reading_text):
     assert made.past[made.at].tokens_seen == 63 and len(made.reading.tokens) == 63
     assert made.gates.value.split(">", 1)[1] == newest.split(">", 1)[1]
     made.layer.value = 1
-    assert len(made.past) == 1 and "Layer 1, KV group 1" in made.captions["moves"].value
+    assert len(made.past) == 1 and "Layer 1, KV group 1" in text_of(made.captions["moves"].value)
     made.close()
 
 

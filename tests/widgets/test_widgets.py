@@ -10,6 +10,7 @@ from html import escape
 import numpy as np
 import pytest
 from fake_probe import FakeProbe
+from helpers import text_of
 from proteus_playground.widgets import PRESETS, PlayState, Workbench, playground
 from proteus_playground.widgets.apps import make_probe
 from proteus_playground.widgets.parts import raster, sentences
@@ -385,7 +386,7 @@ def test_the_readout_holds_measured_beside_predicted(bench):
     for word in ("keys per query", "latency", "predicted", "output error", "not run yet", f'"{bench.number}"'):
         assert word in html
     assert sentences.quantity(3.2e9, "FLOP") == "3.2 GFLOP" and sentences.quantity(0, "B") == "0 B"
-    assert "rings 32" in readout.split_html(bench.drawn.view.budget, 32)
+    assert "rings 32" in text_of(readout.split_html(bench.drawn.view.budget, 32))
     assert "Dense" in readout.split_html({"dense": True}, 32)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import ipywidgets as w
 
+from .terms import with_terms
+
 AUTO = {"width": "auto"}  # a dictionary, because a shared Layout would be closed with the first panel that is closed
 
 
@@ -25,7 +27,7 @@ def column(css_class: str, *children: w.Widget) -> w.VBox:
 
 def labelled(text: str, widget: w.Widget, wide: str = "66px") -> w.HBox:
     """A bold label in front of `widget`; `wide` is the label's width in CSS."""
-    label = w.HTML(f'<span class="pp-knob-name">{text}</span>', layout={"flex": f"0 0 {wide}"})
+    label = w.HTML(f'<span class="pp-knob-name">{with_terms(text)}</span>', layout={"flex": f"0 0 {wide}"})
     return w.HBox([label, widget], layout={"align_items": "center"})
 
 

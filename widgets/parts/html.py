@@ -1,6 +1,6 @@
 """HTML that every panel uses: style sheets, captions, tiles, legends, banner and status.
 
-Captions, tiles and labels are made here and nowhere else, so a link from a taught word to its definition belongs here.
+Captions, tiles and legends are made here and nowhere else; `with_terms` gives the glossary's words in them a tooltip.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from html import escape
 from importlib.resources import files
 
 import ipywidgets as w
+
+from .terms import with_terms
 
 SHEETS = ("style", "stream", "learning")
 MODEL_NAMES = {"smollm2": "SmolLM2-135M"}
@@ -48,21 +50,21 @@ def note_html(note: str, random: str = "") -> str:
 def caption_html(title: str, legend: str, sentence: str) -> str:
     """A picture's title, its legend (HTML) and one sentence (text) on what it shows."""
     return (
-        f'<div class="pp-cap"><div><b>{escape(title)}</b><span class="pp-legend">{legend}</span></div>'
-        f'<p title="{escape(sentence)}">{escape(sentence)}</p></div>'
+        f'<div class="pp-cap"><div><b>{with_terms(title)}</b><span class="pp-legend">{legend}</span></div>'
+        f'<p title="{escape(sentence)}">{with_terms(sentence)}</p></div>'
     )
 
 
 def key(colour: str, word: str, line: bool = False) -> str:
     """One entry of a legend: a coloured square or line, and a word."""
-    return f'<span><i class="{"pp-line" if line else ""}" style="background:{colour}"></i>{word}</span>'
+    return f'<span><i class="{"pp-line" if line else ""}" style="background:{colour}"></i>{with_terms(word)}</span>'
 
 
 def cell(label: str, value: str, below: str, tip: str, extra: str = "") -> str:
     """One tile: a label, a value, a line below it, and a sentence as tooltip. `extra`: one more CSS class."""
     return (
-        f'<div class="pp-cell {extra}" title="{escape(tip)}"><span class="pp-label">{escape(label)}</span>'
-        f'<span class="pp-value">{escape(value)}</span><span class="pp-below">{escape(below)}</span></div>'
+        f'<div class="pp-cell {extra}" title="{escape(tip)}"><span class="pp-label">{with_terms(label)}</span>'
+        f'<span class="pp-value">{escape(value)}</span><span class="pp-below">{with_terms(below)}</span></div>'
     )
 
 

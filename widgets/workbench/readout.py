@@ -10,6 +10,7 @@ from proteus_playground.playground.views import LayerView, ModelView
 from ..parts.html import MODEL_NAMES, cell, key, note_html, tiles_html, title_html
 from ..parts.plot import GREY, OKABE_ITO
 from ..parts.sentences import milliseconds, quantity
+from ..parts.terms import with_terms
 
 TITLE = "Proteus workbench"
 SPLIT_COLOURS = {"window": "#0072B2", "own block": "#56B4E9", "anchors": "#E69F00", "rings": "#009E73",
@@ -67,10 +68,7 @@ def split_html(budget: dict, gates: int) -> str:
         f'<span style="flex-grow:{count};background:{SPLIT_COLOURS[name]}" title="{name}: {count}"></span>'
         for name, count in parts.items() if count
     )  # fmt: skip
-    words = "".join(
-        f'<span><i style="background:{SPLIT_COLOURS[name]}"></i>{name} {count}</span>'
-        for name, count in parts.items()
-    )  # fmt: skip
+    words = "".join(key(SPLIT_COLOURS[name], f"{name} {count}") for name, count in parts.items())
     ring = f"{budget['probes']} gates opened × {budget['ring']} keys" if budget["ring"] else "no keys from gates"
     return (
         f'<div class="pp-split-note">One query may read {budget["shortlist"]} keys and notes; '
@@ -81,11 +79,8 @@ def split_html(budget: dict, gates: int) -> str:
 
 def legend_html(counts: dict[int, int]) -> str:
     """A coloured square for each kind of key, and how many of them the row reads."""
-    names = {1: "local", 2: "anchor", 3: "DNA", 4: "note only"}
-    return "".join(
-        f'<span><i style="background:{OKABE_ITO[kind]}"></i>{name} {counts.get(kind, 0):,}</span>'
-        for kind, name in names.items()
-    )
+    names = {1: "window", 2: "anchors", 3: "rings", 4: "notes only"}
+    return "".join(key(OKABE_ITO[kind], f"{name} {counts.get(kind, 0):,}") for kind, name in names.items())
 
 
 def kind_counts(kind: np.ndarray) -> dict[int, int]:
@@ -107,10 +102,10 @@ def banner_html(probe, why_random: str) -> str:
 
 HEAT_LEGEND = '<span class="pp-cividis">0 <i></i> 1</span>' + key(GREY, "asleep or dropped")
 GATE_LEGEND = (
-    "<span>◇ prototype</span><span>◆ opened</span>"
+    f"<span>{with_terms('◇ prototype')}</span><span>◆ opened</span>"
     + key(OKABE_ITO[3], "fetched")
     + '<span style="color:#D55E00">★ this token</span>'
 )
 TEXT_LEGEND = key("#f6ee92", "salient") + "".join(
-    key(OKABE_ITO[kind], word, line=True) for kind, word in ((1, "local"), (2, "anchor"), (3, "DNA"), (4, "note"))
+    key(OKABE_ITO[kind], word, line=True) for kind, word in ((1, "window"), (2, "anchor"), (3, "ring"), (4, "note"))
 )
