@@ -37,7 +37,7 @@ class LazyCommand(TyperCommand):
     def make_context(self, *args, **options):
         module, function = self.target.split(":")
         command = typer.Typer(**PLAIN)
-        command.command(self.name)(find(vars(import_module(module)), function))
+        command.command(self.name)(getattr(import_module(module), function))
         return typer.main.get_command(command).make_context(*args, **options)
 
 
@@ -46,8 +46,4 @@ def docstring(target: str) -> str:
     module, function = target.split(":")
     package, _, file = module.rpartition(".")
     tree = ast.parse((files(package) / f"{file}.py").read_text(encoding="utf-8"))
-    return ast.get_docstring(find({node.name: node for node in tree.body if hasattr(node, "name")}, function))
-
-
-def find(names, function):  # until every command has its own name
-    return names[function] if function in names else names["command"]
+    return next(ast.get_docstring(node) for node in tree.body if getattr(node, "name", "") == function)
