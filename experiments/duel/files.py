@@ -69,7 +69,7 @@ def claim(
 
 
 def run_folder(out: str | Path) -> RunFolder:
-    return RunFolder(Path(out), SETTINGS, SCORES)
+    return RunFolder(Path(out), SETTINGS, SCORES, (ROWS, REPORT))
 
 
 def _fitting(settings: DuelSettings, tokens: Tensor, vocab_size: int, device: torch.device, precision: str) -> int:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ...common.machine import environment
 from ...common.options import choose_some, parse_lengths, pick_device
+from ...common.outputs import output_folder
 from ...common.progress import resumable
 from .pairs import load_pairs
 from .report import PAGE, sentences, write_report
@@ -49,7 +50,9 @@ Read = Annotated[int, typer.Option(help="Best tokens of a buffer that the model 
 Model = Annotated[str, typer.Option(help="A pulled model, or layer: a layer with random weights, for chance level.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 (twice as fast where AVX512-BF16 is) or float16.")]
-Out = Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on from what is there.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder; a run that was stopped goes on from what is there.", callback=output_folder)
+]
 
 
 def verify_command(

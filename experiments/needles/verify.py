@@ -11,6 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from time import perf_counter
 
+from ...common.files import check_folder
 from ...common.progress import Stop, check_stop
 from ...common.runs import RunFolder, as_json
 from ...streaming.buffer import StreamPlan
@@ -93,6 +94,7 @@ def verify(
     Raises `ValueError` where `out` holds a run with other settings or a document would not fit in memory, `Stopped`
     between chunks, `OSError`.
     """
+    check_folder(out, "out")
     enough, figures = fits(BYTES_PER_TOKEN * max(settings.lengths), None)
     if not enough:
         raise ValueError(f"lengths={max(settings.lengths)!r}: must fit in memory, of which {figures}")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ...attention import AttentionConfig, ProteusAttention
 from ...common import options
 from ...common.machine import environment, markdown
+from ...common.outputs import output_folder
 from ...streaming.buffer import StreamPlan
 from ...streaming.layer_scorer import LayerScorer
 from ...streaming.run import run
@@ -167,7 +168,9 @@ def bench_stream_command(
     device: options.Device = "cpu",
     repeats: Annotated[int, typer.Option(help="Runs of each pass.", min=1)] = 5,
     seed: options.Seed = 0,
-    folder: Annotated[str, typer.Option(help="Where the embeddings are written for a while.")] = "",
+    folder: Annotated[
+        str, typer.Option(help="Folder for the embeddings while it measures.", callback=output_folder)
+    ] = "",
     out: options.Out = "",
 ) -> None:
     """Both passes of the chunked shortlist over embeddings, and the memory they take."""

@@ -19,6 +19,7 @@ from ...attention import AttentionConfig
 from ...common import options
 from ...common.files import write_json
 from ...common.machine import environment
+from ...common.outputs import check_different, output_file
 from ...common.progress import resumable
 from ...common.runs import differences
 from .floor import measure_rates
@@ -145,10 +146,11 @@ def sweep_command(
     cap: options.Cap = 0,
     seed: options.Seed = 0,
     out: options.Out = "",
-    page: Annotated[str, typer.Option(help="HTML page to write.")] = "",
+    page: Annotated[str, typer.Option(help="HTML page to write.", callback=output_file)] = "",
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Add to the rows in --out, or start over.")] = True,
 ) -> None:
     """Our attention and rivals by length: time, memory, reads, floor. After Ctrl-C the same command goes on."""
+    check_different({"--out": out, "--page": page})
     dev, kind = options.pick_device(device), options.choose("--dtype", dtype, options.DTYPES)
     options.choose("--timing", timing, TIMINGS)
     axes = {

@@ -8,6 +8,8 @@ from typing import Annotated
 import torch
 import typer
 
+from .outputs import output_file
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 UNITS = {"k": 1024, "m": 1024**2}  # of token counts
 
@@ -24,7 +26,7 @@ Config = Annotated[str, typer.Option(help='Other fields of AttentionConfig as JS
 Cap = Annotated[float, typer.Option(help="Memory limit in GB (1e9 bytes) on CUDA; 0 sets none.")]
 Seed = Annotated[int, typer.Option(help="Seed of weights and inputs.")]
 Alpha = Annotated[float, typer.Option(help="Flux alpha, 0 to 1.")]
-Out = Annotated[str, typer.Option(help="JSON file to write.")]
+Out = Annotated[str, typer.Option(help="JSON file to write.", callback=output_file)]
 
 
 def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
