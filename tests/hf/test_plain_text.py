@@ -72,7 +72,9 @@ def test_a_document_never_holds_control_tokens(text, tokenizer, control, tmp_pat
 def test_text_without_control_tokens_is_split_as_before(text, tokenizer):
     plain = tokenizer(text)["input_ids"]
     assert text_ids(tokenizer, text) == plain and encoder(tokenizer)[0](text) == plain[1:]
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
     want = tokenizer(chat, add_special_tokens=False)["input_ids"]
     assert framed_ids(tokenizer, chat, chat.index(text.strip()), text) == want
     assert prompt_ids(tokenizer, text)[0].tolist() == want
