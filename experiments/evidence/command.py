@@ -98,7 +98,7 @@ def evidence_command(
 def _scale(preset: str, fields: str) -> Scale:
     base = choose("--preset", preset, PRESETS)
     try:
-        scale = replace(base, **parse_config(fields))
+        scale = replace(base, **parse_config(fields, "--scale"))
         (
             training_batches(scale, 0),
             training_recipe(scale, ALPHA, 0),

@@ -166,7 +166,7 @@ def _subject(scale: Scale, cell: Cell, models: Path, device: str, stop: Stop | N
     """The model that answers in a cell; gates are fitted where training did not fit them or their number changes."""
     kind, trained = cell.subject
     change = CHANGES[cell.change or AS_IT_IS]
-    fields, scale = in_training(change, scale.heads), replace(scale, **change.training_batches)
+    fields, scale = in_training(change, scale.heads), replace(scale, **change.lessons)
     for event in prepare(scale, kind, cell.seed, models, change=trained, device=device, stop=stop, **fields):
         if isinstance(event, Training):
             yield event

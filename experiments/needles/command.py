@@ -29,7 +29,9 @@ Tasks = Annotated[str, typer.Option(help=f"Of {EVERY_TASK}.")]
 Asked = Annotated[
     str, typer.Option(help="paraphrase: questions share no content word with the fact; literal: they use its words.")
 ]
-PairsFile = Annotated[Path | None, typer.Option(help="JSON file of facts and questions; ours if left out.")]
+PairsFile = Annotated[
+    Path | None, typer.Option(help="JSON file of facts and questions; ours if left out.", exists=True, dir_okay=False)
+]
 Source = Annotated[
     str, typer.Option(help="pydoc, jargon, bible, a file, several joined by +, or auto: all that are installed.")
 ]

@@ -28,6 +28,7 @@ from .tasks import ASKED, TASKS, World, cases
 
 CASES, SETTINGS = "cases.jsonl", "settings.json"
 FIELDS = ("task", "asked", "length", "depth", "in_order", "strengths", "recall", "replies")  # every row has them
+MOST = 10**6  # seeds, answers, tokens of a chunk
 BYTES_PER_TOKEN = 64  # memory for one token of the haystack, the stems of its words included
 
 
@@ -63,8 +64,8 @@ class VerifySettings:
         if not 1 <= self.per_chunk < inf:
             raise ValueError(f"per_chunk={self.per_chunk!r}: must be >= 1, or part of the buffer would stay empty")
         for name, low in (("seeds", 1), ("answers", 0), ("read_tokens", 1), ("chunk_tokens", 64)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be >= {low}")
+            if not low <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be >= {low} and at most {MOST:,}")
         if min(self.lengths) < 256:
             raise ValueError(f"lengths={min(self.lengths)!r}: must be >= 256 tokens")
         self.plan(min(self.lengths))

@@ -21,7 +21,7 @@ def exam_command(
     lengths: Annotated[str, typer.Option(help="Tokens of shelf and questions: 1k,4k; 1k..4k doubles.")] = "1k..4k",
     share: Annotated[int, typer.Option(help="L is the length divided by this.", min=1)] = 16,
     alphas: Annotated[str, typer.Option(help="Flux alphas.")] = "0,0.5,1",
-    questions: Annotated[int, typer.Option(help="Held-out questions per length.", min=1)] = 400,
+    questions: Annotated[int, typer.Option(help="Held-out questions per length.", min=1, max=10**6)] = 400,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of the shelves.", min=0)] = 0,
     out: Out = "",

@@ -179,6 +179,9 @@ def bench_stream_command(
     plan = StreamPlan(**sizes, nucleus=nucleus)
     options.pick_device(device)
     places, ways = options.choose_some("--storage", storage, STORAGE), options.choose_some("--by", by, BY)
+    for option, chosen in (("--storage", places), ("--by", ways)):
+        if not chosen:
+            raise typer.BadParameter("'': must have at least one entry", param_hint=option)
     rows = []
     for tokens in tqdm(options.parse_lengths(lengths), desc="lengths", disable=None):
         with tempfile.TemporaryDirectory(dir=folder or None) as place:

@@ -163,7 +163,8 @@ def sweep_command(
     }
     fields = {"d_model": d_model, "n_heads": heads, "head_dim": head_dim, "shortlist": shortlist, "backend": backend,
               "route_heads": False, **options.parse_config(config)}  # fmt: skip
-    cases = plan_cases(axes, fields, device=dev, dtype=kind, seed=seed)
+    with options.fields_of("--config"):
+        cases = plan_cases(axes, fields, device=dev, dtype=kind, seed=seed)
     settings = {**fields, "dtype": dtype, "seed": seed, "repeats": repeats, "budget_s": budget_s, "timing": timing,
                 "cap_gb": cap}  # fmt: skip
     report = {"benchmark": "sweep", **environment(dev), "settings": settings, "rates": {}, "rows": [], "left_out": []}

@@ -147,7 +147,11 @@ def main(args: list[str] | None = None) -> None:
         app(args, prog_name="proteus")
     except ValueError as err:
         _fail(err, 2)
-    except (OSError, ImportError, FloatingPointError) as err:
+    except (OSError, ImportError, FloatingPointError, MemoryError) as err:
+        _fail(err, 1)
+    except RuntimeError as err:  # torch has no narrower class for memory on a CPU
+        if "memory" not in str(err):
+            raise
         _fail(err, 1)
 
 

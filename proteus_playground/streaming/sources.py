@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,10 +55,10 @@ class TextRows:
     def text(self) -> Iterator[str]:
         """`ValueError` names a row without text."""
         for number, row in enumerate(self._checked_rows()):
-            if not isinstance(row.get(self.column), str):
-                raise ValueError(
-                    f"{self.name} has no text in column {self.column!r} of row {number}, only {sorted(row)}"
-                )
+            found = row.get(self.column)
+            if not isinstance(found, str):
+                what = f"only {sorted(row)}" if found is None else f"but {type(found).__name__}"
+                raise ValueError(f"{self.name} has no text in column {self.column!r} of row {number}, {what}")
             yield ("\n" if number else "") + row[self.column]
 
     def _checked_rows(self) -> Iterator[Mapping[str, object]]:
@@ -222,6 +223,11 @@ def _rows_of_file(path: Path) -> TextRows:
     from datasets import load_dataset
 
     recipe = file_recipe(path, Seen.now(path))
+    if path.suffix == ".jsonl":
+        with open(path, "rb") as file:
+            if file.read(BYTES_PER_READ).removeprefix(BOM_UTF8).lstrip()[:1] not in (b"{", b"[", b""):
+                # pyarrow ends the whole process for a first row of `null`
+                raise ValueError(f"{path} cannot be read as rows of text: its first row is no JSON object")
     try:
         rows = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
     except ValueError as err:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import json
 import os
 import re
@@ -11,16 +10,14 @@ import socket
 import stat
 import tempfile
 import typing
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import typer
+from every_option import EVERY
 
 import proteus_playground
 from proteus_playground.cli import app as cli
-from proteus_playground.cli.lazy import LazyCommand
 from proteus_playground.common import files, outputs
 
 PACKAGE = Path(proteus_playground.__file__).parent
@@ -32,31 +29,6 @@ INPUTS = {
 SPEAKS_OF_FILES = re.compile(r"\b(files?|folder|page)\b|\.npy", re.IGNORECASE)
 
 
-def commands(group=None, path=()):
-    """(words on the command line, function) of every command."""
-    for name, command in (group or typer.main.get_command(cli.app)).commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
-        elif isinstance(command, LazyCommand):
-            module, function = command.target.split(":")
-            yield (*path, name), getattr(import_module(module), function)
-        else:
-            yield (*path, name), inspect.unwrap(command.callback)
-
-
-def options():
-    """(words of the command, name as it is typed, declaration, type) of every option and argument of every command."""
-    for path, function in commands():
-        for name, hint in typing.get_type_hints(function, include_extras=True).items():
-            for info in getattr(hint, "__metadata__", ()):
-                words = name.replace("_", "-")
-                typed = f"--{words}" if isinstance(info, typer.models.OptionInfo) else words.upper()
-                declared = [info.default, *(info.param_decls or ())]  # typer takes the first name for a default
-                typed = next((text for text in declared if str(text).startswith("--")), typed).split("/")[0]
-                yield path, typed, info, typing.get_args(hint)[0]
-
-
-EVERY = list(options())
 CHECKED = {outputs.output_file: "file", outputs.report_file: "file", outputs.output_folder: "folder"}
 OUTPUTS = [(path, typed, info.callback) for path, typed, info, _ in EVERY if info.callback in CHECKED]
 
@@ -383,3 +355,43 @@ def test_a_cache_of_keys_refuses_what_is_no_file(node):
 
     with pytest.raises(OSError, match="cache cannot be written: it is a FIFO"):
         WindowCache(Path(node("FIFO")), "model", 8)
+
+
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+{make}
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    write(Path("out"))
+except OSError as err:
+    print("refused:", err)
+"""
+FILES = "from proteus_playground.common import files\n"
+WRITERS_OF_MUCH = {
+    "write_text": FILES + "write = lambda path: files.write_text(path, 'tea ' * 5000)",
+    "write_json": FILES + "write = lambda path: files.write_json(path, [1] * 5000)",
+    "append_lines": FILES + "write = lambda path: files.append_lines(path, [{'a': 1}] * 5000)",
+    "ProteusAttention.save": "from helpers import layer\nwrite = layer().save",
+}
+
+
+@pytest.mark.parametrize("name", WRITERS_OF_MUCH)
+def test_a_full_disk_leaves_the_earlier_file(name, node):
+    """A limit on file sizes stands in for a full disk: the system takes a part of a write, and then refuses."""
+    import subprocess
+    import sys
+
+    Path("out").write_text('{"earlier": 1}\n')
+    script = FULL.format(tests=str(Path(__file__).parent.parent), make=WRITERS_OF_MUCH[name])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "refused:" in done.stdout, done.stdout + done.stderr
+    if name == "append_lines":  # the lines before stay, and a next call goes on after them
+        assert files.read_lines(Path("out"))[0] == {"earlier": 1}
+        files.append_lines(Path("out"), [{"last": 1}])
+        assert files.read_lines(Path("out"))[-1] == {"last": 1}
+    else:
+        assert Path("out").read_text() == '{"earlier": 1}\n'
+    assert [path.name for path in Path().iterdir()] == ["out"]
