@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ...common.machine import markdown
 from ...common.options import choose, pick_device
+from ...common.outputs import output_folder
 from ...common.processes import together
 from ...common.progress import resumable
 from ...lm.shelf.tokenizer import ShelfTokenizer
@@ -37,7 +38,9 @@ Shortlist = Annotated[int | None, typer.Option(help="L, reads per query at alpha
 Tokenizer = Annotated[Path | None, typer.Option(help="A tokenizers JSON file; bytes if left out.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Out = Annotated[Path, typer.Option(help="Folder; a duel that was stopped goes on from what is there.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder; a duel that was stopped goes on from what is there.", callback=output_folder)
+]
 
 
 def duel_command(

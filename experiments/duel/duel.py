@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...common.files import check_folder
 from ...common.processes import place
 from ...common.progress import Stop
 from ...lm.training import Step, read_log, train
@@ -52,6 +53,7 @@ def duel(
     by default. Raises `ValueError` for a folder of another duel or a text that is too short, `Stopped`, `OSError`.
     """
     out, codec = Path(out), codec or Bytes()
+    check_folder(out, "out")
     text = pick_text(settings.text)
     tokens = torch.tensor(codec.encode(text.body), dtype=torch.int32)
     device = torch.device(device)

@@ -69,7 +69,7 @@ def claim(
 
 
 def run_folder(out: str | Path) -> RunFolder:
-    return RunFolder(Path(out), SETTINGS, SCORES)
+    return RunFolder(Path(out), SETTINGS, SCORES, (ROWS, REPORT))
 
 
 def _fitting(settings: DuelSettings, tokens: Tensor, vocab_size: int, device: torch.device, precision: str) -> int:
@@ -91,8 +91,11 @@ def add_scores(out: Path, scores: Iterable[Score]) -> None:
 
 
 def read_scores(out: str | Path) -> list[Score]:
-    """All scores of a folder's duel, one per arm, step and alpha."""
-    found = {(line["arm"], line["step"], line["alpha"]): Score(**line) for line in run_folder(out).rows()}
+    """All scores of a folder's duel, one per arm, step and alpha. Raises `ValueError` where a line is no score."""
+    try:
+        found = {(line["arm"], line["step"], line["alpha"]): Score(**line) for line in run_folder(out).rows()}
+    except (ValueError, TypeError, KeyError) as err:
+        raise ValueError(f"out={str(out)!r}: its {SCORES} is not of a duel ({err!r})") from err
     return list(found.values())
 
 

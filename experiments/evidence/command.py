@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ...common.files import cache_dir, check_place
+from ...common.files import cache_dir
 from ...common.options import choose, choose_some, parse_config, parse_lengths, pick_device
+from ...common.outputs import check_different, output_file, output_folder
 from ...common.progress import resumable
 from ...lm.recall.recipe import ALPHA, PRESETS, RELATED, Scale, training_batches, training_recipe
 from ...lm.recall.tasks import TASKS
@@ -42,12 +43,18 @@ Seeds = Annotated[
 ]
 Cases = Annotated[int | None, typer.Option(help="Least number of answers per cell and seed.")]
 Models = Annotated[
-    Path | None, typer.Option(help="Folder of the models; missing ones are trained. The cache folder if left out.")
+    Path | None,
+    typer.Option(
+        help="Folder of the models; missing ones are trained. The cache folder if left out.", callback=output_folder
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Out = Annotated[Path, typer.Option(help="JSON file; a run that was stopped goes on from what is there.")]
+Out = Annotated[
+    Path, typer.Option(help="JSON file; a run that was stopped goes on from what is there.", callback=output_file)
+]
 Page = Annotated[
-    Path | None, typer.Option(help="Markdown page; the tables go between its marks with the name of --out.")
+    Path | None,
+    typer.Option(help="Markdown page; the tables go between its marks with the name of --out.", callback=output_file),
 ]
 Report = Annotated[bool, typer.Option("--report", help="Print the tables of --out, measure nothing.")]
 
@@ -70,6 +77,7 @@ def evidence_command(
     report: Report = False,
 ) -> None:
     """Measure how much of dense attention's recall each way of choosing keys keeps, at equal keys per query."""
+    check_different({"--out": out, "--page": page})
     if report:
         return _show(out, page)
     with resumable(report=lambda: _show(out, page)):
@@ -90,8 +98,11 @@ def evidence_command(
 def _scale(preset: str, fields: str) -> Scale:
     base = choose("--preset", preset, PRESETS)
     try:
-        scale = replace(base, **parse_config(fields))
-        training_batches(scale, 0), training_recipe(scale, ALPHA, 0)  # raises now what would otherwise be raised after hours
+        scale = replace(base, **parse_config(fields, "--scale"))
+        (
+            training_batches(scale, 0),
+            training_recipe(scale, ALPHA, 0),
+        )  # raises now what would otherwise be raised after hours
         return scale
     except TypeError as err:
         raise typer.BadParameter(f"{fields!r}: must be fields of Scale ({err})", param_hint="--scale") from None
@@ -111,7 +122,6 @@ def _models_folder(scale: Scale) -> Path:
 
 def _run(scale: Scale, settings: StudySettings, out: Path, models: Path, device: str) -> None:
     """Run the study with a progress bar."""
-    check_place(out)
     with tqdm(total=len(cells(scale, settings)), unit="cell", dynamic_ncols=True) as bar:
         for event in study(scale, settings, out, models, device=device):
             if isinstance(event, CellResult):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...common.checks import whole_number
-from ...common.files import write_json
+from ...common.files import check_folder, check_place, write_json
 from ...common.machine import environment
 from ...common.progress import Stop, check_stop
 from ...common.runs import as_json, differences
@@ -135,6 +135,8 @@ def study(
     out: JSON file of all results so far. models: folder of the models, as `prepare` keeps them; a missing model is
     trained. Raises `ValueError` where `out` was measured at another scale, `Stopped`, `OSError`.
     """
+    check_place(out, "out")
+    check_folder(models, "models")
     known = {row.cell: row for row in load(out, scale)}
     wanted = cells(scale, settings)
     done = {cell for cell in wanted if cell in known and known[cell].cases >= settings.cases}
@@ -164,7 +166,7 @@ def _subject(scale: Scale, cell: Cell, models: Path, device: str, stop: Stop | N
     """The model that answers in a cell; gates are fitted where training did not fit them or their number changes."""
     kind, trained = cell.subject
     change = CHANGES[cell.change or AS_IT_IS]
-    fields, scale = in_training(change, scale.heads), replace(scale, **change.training_batches)
+    fields, scale = in_training(change, scale.heads), replace(scale, **change.lessons)
     for event in prepare(scale, kind, cell.seed, models, change=trained, device=device, stop=stop, **fields):
         if isinstance(event, Training):
             yield event

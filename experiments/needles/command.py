@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ...common.machine import environment
 from ...common.options import choose_some, parse_lengths, pick_device
+from ...common.outputs import output_folder
 from ...common.progress import resumable
 from .pairs import load_pairs
 from .report import PAGE, sentences, write_report
@@ -28,7 +29,9 @@ Tasks = Annotated[str, typer.Option(help=f"Of {EVERY_TASK}.")]
 Asked = Annotated[
     str, typer.Option(help="paraphrase: questions share no content word with the fact; literal: they use its words.")
 ]
-PairsFile = Annotated[Path | None, typer.Option(help="JSON file of facts and questions; ours if left out.")]
+PairsFile = Annotated[
+    Path | None, typer.Option(help="JSON file of facts and questions; ours if left out.", exists=True, dir_okay=False)
+]
 Source = Annotated[
     str, typer.Option(help="pydoc, jargon, bible, a file, several joined by +, or auto: all that are installed.")
 ]
@@ -49,7 +52,9 @@ Read = Annotated[int, typer.Option(help="Best tokens of a buffer that the model 
 Model = Annotated[str, typer.Option(help="A pulled model, or layer: a layer with random weights, for chance level.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 (twice as fast where AVX512-BF16 is) or float16.")]
-Out = Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on from what is there.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder; a run that was stopped goes on from what is there.", callback=output_folder)
+]
 
 
 def verify_command(

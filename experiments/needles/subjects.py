@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...hf.plain_text import text_ids
 from ...streaming.pipeline import Scorer
 from .answers import Reader
 from .haystacks import Words
@@ -94,4 +95,4 @@ class _Words:
         self.vocabulary = tokenizer.batch_decode(every, clean_up_tokenization_spaces=False)
 
     def encode(self, body: str) -> np.ndarray:
-        return np.array(self._tokenizer(body, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+        return np.array(text_ids(self._tokenizer, body, add_special_tokens=False), np.int32)

@@ -11,6 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from time import perf_counter
 
+from ...common.files import check_folder
 from ...common.progress import Stop, check_stop
 from ...common.runs import RunFolder, as_json
 from ...streaming.buffer import StreamPlan
@@ -27,6 +28,7 @@ from .tasks import ASKED, TASKS, World, cases
 
 CASES, SETTINGS = "cases.jsonl", "settings.json"
 FIELDS = ("task", "asked", "length", "depth", "in_order", "strengths", "recall", "replies")  # every row has them
+MOST = 10**6  # seeds, answers, tokens of a chunk
 BYTES_PER_TOKEN = 64  # memory for one token of the haystack, the stems of its words included
 
 
@@ -62,8 +64,8 @@ class VerifySettings:
         if not 1 <= self.per_chunk < inf:
             raise ValueError(f"per_chunk={self.per_chunk!r}: must be >= 1, or part of the buffer would stay empty")
         for name, low in (("seeds", 1), ("answers", 0), ("read_tokens", 1), ("chunk_tokens", 64)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be >= {low}")
+            if not low <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be >= {low} and at most {MOST:,}")
         if min(self.lengths) < 256:
             raise ValueError(f"lengths={min(self.lengths)!r}: must be >= 256 tokens")
         self.plan(min(self.lengths))
@@ -93,6 +95,7 @@ def verify(
     Raises `ValueError` where `out` holds a run with other settings or a document would not fit in memory, `Stopped`
     between chunks, `OSError`.
     """
+    check_folder(out, "out")
     enough, figures = fits(BYTES_PER_TOKEN * max(settings.lengths), None)
     if not enough:
         raise ValueError(f"lengths={max(settings.lengths)!r}: must fit in memory, of which {figures}")

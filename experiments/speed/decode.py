@@ -130,7 +130,8 @@ def decode_command(
     dev, kind = options.pick_device(device), options.choose("--dtype", dtype, DTYPES)
     fields = {"d_model": heads * head_dim, "n_heads": heads, "n_kv_heads": groups, "head_dim": head_dim}
     fields |= {"shortlist": shortlist, "flux_alpha": 1.0, "rope_theta": 100_000.0, "route_heads": False}
-    cfg = AttentionConfig(**fields | options.parse_config(config))
+    with options.fields_of("--config"):
+        cfg = AttentionConfig(**fields | options.parse_config(config))
     contexts = options.parse_lengths(lengths)
     with torch.inference_mode():
         gates = Gates(cfg.n_kv_heads, cfg.gates_per_group, cfg.head_dim).to(dev)

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ...common.files import check_place
 from ...common.machine import environment, markdown
 from ...common.options import Device, Out, parse_alphas, parse_lengths, pick_device
 from ...lm.model import ProteusLM
@@ -22,7 +21,7 @@ def exam_command(
     lengths: Annotated[str, typer.Option(help="Tokens of shelf and questions: 1k,4k; 1k..4k doubles.")] = "1k..4k",
     share: Annotated[int, typer.Option(help="L is the length divided by this.", min=1)] = 16,
     alphas: Annotated[str, typer.Option(help="Flux alphas.")] = "0,0.5,1",
-    questions: Annotated[int, typer.Option(help="Held-out questions per length.", min=1)] = 400,
+    questions: Annotated[int, typer.Option(help="Held-out questions per length.", min=1, max=10**6)] = 400,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of the shelves.", min=0)] = 0,
     out: Out = "",
@@ -31,8 +30,6 @@ def exam_command(
     dev = pick_device(device)
     if None in parse_alphas(alphas):
         raise typer.BadParameter(f"{alphas!r}: must be numbers in [0, 1]", param_hint="--alphas")
-    if out:
-        check_place(out)
     lm = ProteusLM.load(model, str(dev)).eval() if model else load_shipped("shelf-mini", str(dev))[0]
     asked, rows = tuple(parse_alphas(alphas)), []
     for tokens in parse_lengths(lengths):

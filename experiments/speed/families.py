@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import warnings
 from inspect import signature
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -19,7 +18,9 @@ import typer
 
 from ...attention import AttentionConfig, Gates
 from ...attention.adapter import ProteusLayer
+from ...common.files import write_text
 from ...common.machine import environment, markdown
+from ...common.outputs import output_file
 from .measure import publish
 
 SECONDS = 180  # a family that takes longer is reported as such
@@ -259,7 +260,9 @@ def families_command(
     family: Annotated[list[str] | None, typer.Option(help="Only this family; may be given again.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     out: Annotated[str, typer.Option(help="Write the numbers as JSON.")] = "",
-    page: Annotated[str, typer.Option(help="Write the table as Markdown, as docs/model-families.md.")] = "",
+    page: Annotated[
+        str, typer.Option(help="Write the table as Markdown, as docs/model-families.md.", callback=output_file)
+    ] = "",
 ) -> None:
     """Show which families of causal language models the patch and the cache serve exactly."""
     import transformers
@@ -273,7 +276,7 @@ def families_command(
     report = {"benchmark": "families", **environment(torch.device("cpu")), **about, "rows": rows}
     publish(report, families_table(report), out)
     if page:
-        Path(page).write_text(families_page(report))
+        write_text(page, families_page(report))
 
 
 def run_all(names: list[str], jobs: int) -> list[dict]:

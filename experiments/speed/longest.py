@@ -44,7 +44,7 @@ def longest_command(
     cap: options.Cap = 0,
     start: Annotated[str, typer.Option(help="First length tried.")] = "64k",
     last: Annotated[str, typer.Option(help="Longest length tried.")] = "8m",
-    halvings: Annotated[int, typer.Option(help="Lengths tried between two powers of two.", min=0)] = 1,
+    halvings: Annotated[int, typer.Option(help="Lengths tried between two powers of two.", min=0, max=20)] = 1,
     d_model: options.Width = 512,
     heads: options.Heads = 8,
     groups: options.Groups = "2,8",
@@ -66,7 +66,10 @@ def longest_command(
     names = [OURS, *options.choose_some("--rivals", rivals, LABELS)]
     fields = {"d_model": d_model, "n_heads": heads, "head_dim": head_dim, "shortlist": shortlist, "backend": backend,
               "flux_alpha": alpha, "route_heads": False, **options.parse_config(config)}  # fmt: skip
-    configs = [AttentionConfig(**{**fields, "n_kv_heads": kv}) for kv in options.parse_lengths(groups, "--groups")]
+    if first > end:
+        raise typer.BadParameter(f"{start!r}: must be at most --last {last}", param_hint="--start")
+    with options.fields_of("--config"):
+        configs = [AttentionConfig(**{**fields, "n_kv_heads": kv}) for kv in options.parse_lengths(groups, "--groups")]
     options.hold_to(cap, dev)
     report = {"benchmark": "longest", **environment(dev), "dtype": dtype, "seed": seed, "cap_gb": cap,
               "config": fields, "rows": []}  # fmt: skip

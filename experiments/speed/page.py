@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ...common.outputs import check_different, output_file
 from .. import pages
 from .rivals import LABELS, OURS
 from .table import HEAD, about, case_name, cells, sections, sweep_tables
@@ -103,9 +104,10 @@ def _table(rows: list[dict]) -> str:
 
 def page_command(
     report: Annotated[Path, typer.Argument(help="What `proteus bench sweep --out` wrote.", exists=True)],
-    page: Annotated[Path, typer.Argument(help="HTML page to write.")],
+    page: Annotated[Path, typer.Argument(help="HTML page to write.", callback=output_file)],
 ) -> None:
     """Print a sweep's tables and write its page, wherever it was measured."""
+    check_different({"REPORT": report, "PAGE": page})
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
         text = sweep_tables(found)

@@ -111,7 +111,8 @@ def profile_command(
     options.choose("--scope", scope, [*SCOPES])
     options.choose("--passes", passes, [*PASSES])
     length = options.parse_lengths(tokens, "--tokens")[0]
-    case = BenchCase(scope, passes, length, who, AttentionConfig(**fields), dev, kind, seed)
+    with options.fields_of("--config"):
+        case = BenchCase(scope, passes, length, who, AttentionConfig(**fields), dev, kind, seed)
     try:
         entry = enter(case)
         with torch.set_grad_enabled(passes == "training"), entry.context():

@@ -23,6 +23,7 @@ import typer
 
 from ...common.files import shipped_notebooks, write_json
 from ...common.machine import markdown
+from ...common.outputs import output_file
 
 RESULTS = Path("experiments", "results")  # in a clone
 
@@ -77,7 +78,7 @@ def slider_command(
     presses: Annotated[int, typer.Option(help="Arrow keys on each of the four sliders.", min=3, max=1000)] = 30,
     out: Annotated[
         Path | None,
-        typer.Option(help="JSON file; slider.json if left out, in a clone's results folder.", dir_okay=False),
+        typer.Option(help="JSON file; slider.json if left out, in a clone's results folder.", callback=output_file),
     ] = None,
 ) -> None:
     """Time from a key on a slider to the painted picture; prints a table and writes JSON."""

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ...attention import AttentionConfig, ProteusAttention
 from ...common import options
 from ...common.machine import environment, markdown
+from ...common.outputs import output_folder
 from ...streaming.buffer import StreamPlan
 from ...streaming.layer_scorer import LayerScorer
 from ...streaming.run import run
@@ -167,7 +168,9 @@ def bench_stream_command(
     device: options.Device = "cpu",
     repeats: Annotated[int, typer.Option(help="Runs of each pass.", min=1)] = 5,
     seed: options.Seed = 0,
-    folder: Annotated[str, typer.Option(help="Where the embeddings are written for a while.")] = "",
+    folder: Annotated[
+        str, typer.Option(help="Folder for the embeddings while it measures.", callback=output_folder)
+    ] = "",
     out: options.Out = "",
 ) -> None:
     """Both passes of the chunked shortlist over embeddings, and the memory they take."""
@@ -176,6 +179,9 @@ def bench_stream_command(
     plan = StreamPlan(**sizes, nucleus=nucleus)
     options.pick_device(device)
     places, ways = options.choose_some("--storage", storage, STORAGE), options.choose_some("--by", by, BY)
+    for option, chosen in (("--storage", places), ("--by", ways)):
+        if not chosen:
+            raise typer.BadParameter("'': must have at least one entry", param_hint=option)
     rows = []
     for tokens in tqdm(options.parse_lengths(lengths), desc="lengths", disable=None):
         with tempfile.TemporaryDirectory(dir=folder or None) as place:

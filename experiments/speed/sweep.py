@@ -19,6 +19,7 @@ from ...attention import AttentionConfig
 from ...common import options
 from ...common.files import write_json
 from ...common.machine import environment
+from ...common.outputs import check_different, output_file
 from ...common.progress import resumable
 from ...common.runs import differences
 from .floor import measure_rates
@@ -145,10 +146,11 @@ def sweep_command(
     cap: options.Cap = 0,
     seed: options.Seed = 0,
     out: options.Out = "",
-    page: Annotated[str, typer.Option(help="HTML page to write.")] = "",
+    page: Annotated[str, typer.Option(help="HTML page to write.", callback=output_file)] = "",
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Add to the rows in --out, or start over.")] = True,
 ) -> None:
     """Our attention and rivals by length: time, memory, reads, floor. After Ctrl-C the same command goes on."""
+    check_different({"--out": out, "--page": page})
     dev, kind = options.pick_device(device), options.choose("--dtype", dtype, options.DTYPES)
     options.choose("--timing", timing, TIMINGS)
     axes = {
@@ -161,7 +163,8 @@ def sweep_command(
     }
     fields = {"d_model": d_model, "n_heads": heads, "head_dim": head_dim, "shortlist": shortlist, "backend": backend,
               "route_heads": False, **options.parse_config(config)}  # fmt: skip
-    cases = plan_cases(axes, fields, device=dev, dtype=kind, seed=seed)
+    with options.fields_of("--config"):
+        cases = plan_cases(axes, fields, device=dev, dtype=kind, seed=seed)
     settings = {**fields, "dtype": dtype, "seed": seed, "repeats": repeats, "budget_s": budget_s, "timing": timing,
                 "cap_gb": cap}  # fmt: skip
     report = {"benchmark": "sweep", **environment(dev), "settings": settings, "rates": {}, "rows": [], "left_out": []}

@@ -19,7 +19,6 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ...common.checks import whole_number
-from ...common.files import check_place
 from ...common.machine import environment, markdown
 from ...common.options import Alpha, Device, Out, Seed, pick_device
 from ...lm.model import ProteusLM
@@ -116,8 +115,6 @@ def top_a_command(
 ) -> None:
     """Text written with and without Top-A: repetition, agreement of the heads, likelihood under dense attention."""
     dev, tokenizer = pick_device(device), ShelfTokenizer()
-    if out:
-        check_place(out)
     lm = ProteusLM.load(model, str(dev)).eval() if model else load_shipped("shelf-mini", str(dev))[0]
     lm.set_flux_alpha(alpha)
     begun = [shelf(HELD_OUT + seed * 1000 + i, 60).text for i in range(prompts)]

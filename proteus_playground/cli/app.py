@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from proteus_playground.cli.lazy import PLAIN, LazyGroup
+from proteus_playground.common.outputs import output_folder
 
 
 class Proteus(LazyGroup):
@@ -59,7 +60,8 @@ ModelName = Annotated[str, typer.Argument(help="A known model: smollm2.")]
 def play(
     port: Annotated[str | None, typer.Option(metavar="PORT", help="1 to 65535; by default a free one.")] = None,
     directory: Annotated[
-        Path, typer.Option("--dir", help="Folder for your copies of the notebooks.", file_okay=False)
+        Path,
+        typer.Option("--dir", help="Folder for your copies of the notebooks.", file_okay=False, callback=output_folder),
     ] = Path("proteus-notebooks"),
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
     as_app: Annotated[bool, typer.Option("--app", help="Show only the playground, without code (Voila).")] = False,
@@ -145,7 +147,11 @@ def main(args: list[str] | None = None) -> None:
         app(args, prog_name="proteus")
     except ValueError as err:
         _fail(err, 2)
-    except (OSError, ImportError, FloatingPointError) as err:
+    except (OSError, ImportError, FloatingPointError, MemoryError) as err:
+        _fail(err, 1)
+    except RuntimeError as err:  # torch has no narrower class for memory on a CPU
+        if "memory" not in str(err):
+            raise
         _fail(err, 1)
 
 

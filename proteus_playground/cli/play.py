@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..common.files import shipped_notebooks, whole, write_json
+from ..common.files import file_place, shipped_notebooks, whole, write_json
 
 FIRST = "00_start_here.ipynb"
 HOST = "127.0.0.1"
@@ -37,10 +37,10 @@ def notebooks_folder(directory: Path, say: Say = print) -> Path:
 def copy_notebooks(shipped: Path, directory: Path, say: Say = print) -> None:
     """Copy new notebooks, replace those that the user has not changed, and keep the others."""
     directory.mkdir(parents=True, exist_ok=True)
-    ledger = directory / LEDGER
-    ours = json.loads(ledger.read_text(encoding="utf-8")) if ledger.is_file() else {}
+    ledger = file_place(directory / LEDGER, "--dir")
+    ours = _read_ledger(ledger)
     for notebook in sorted(shipped.glob("*.ipynb")):
-        content, copy = notebook.read_bytes(), directory / notebook.name
+        content, copy = notebook.read_bytes(), file_place(directory / notebook.name, "--dir")
         if copy.exists() and _sha256(copy.read_bytes()) not in {ours.get(notebook.name), _sha256(content)}:
             say(f"Kept your {copy}; the one that came with this version is {notebook}.")
             continue
@@ -49,6 +49,15 @@ def copy_notebooks(shipped: Path, directory: Path, say: Say = print) -> None:
         ours[notebook.name] = _sha256(content)
     write_json(ledger, ours)
     say(f"Your notebooks are in {directory.resolve()}.")
+
+
+def _read_ledger(path: Path) -> dict[str, str]:
+    """The hashes of the copies that we made. A damaged file counts as empty: then every notebook that differs stays."""
+    try:
+        ours = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        ours = {}
+    return ours if isinstance(ours, dict) else {}
 
 
 def free_port(port: str | None = None) -> int:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..common import files
 from ..common.machine import environment
 from ..common.options import choose, parse_size, pick_device
+from ..common.outputs import check_different, output_file, output_folder, report_file
 from ..common.processes import own_path, together
 from ..common.progress import resumable
 from ..streaming.buffer import StreamPlan
@@ -35,16 +36,22 @@ def stream_command(
     ram_limit: Annotated[
         str, typer.Option(help="Memory for the document, such as 2GB; by default half the free.")
     ] = "",
-    cache: Annotated[str, typer.Option(help="Folder for token ids and checkpoints.")] = "",
+    cache: Annotated[str, typer.Option(help="Folder for token ids and checkpoints.", callback=output_folder)] = "",
     workers: Annotated[int, typer.Option(help="Threads that tokenise.", min=1)] = 1,
-    checkpoint: Annotated[str, typer.Option(help="File to resume from; by default a temporary one in the cache.")] = "",
+    checkpoint: Annotated[
+        str, typer.Option(help="File to resume from; by default a temporary one in the cache.", callback=output_file)
+    ] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the checkpoint and begin again.")] = False,
     positions: Annotated[
         str, typer.Option(help=f"In pass 2: {' or '.join(POSITIONS)}; '' lets the model choose.")
     ] = "",
     answer: Annotated[bool, typer.Option(help="Run pass 2.")] = True,
-    json_file: Annotated[str, typer.Option("--json", help="JSON file for the report; - for standard output.")] = "",
-    events: Annotated[str, typer.Option(help="File for promotions and evictions, as JSON lines.")] = "",
+    json_file: Annotated[
+        str, typer.Option("--json", help="JSON file for the report; - for standard output.", callback=report_file)
+    ] = "",
+    events: Annotated[
+        str, typer.Option(help="File for promotions and evictions, as JSON lines.", callback=output_file)
+    ] = "",
     seed: Annotated[
         int, typer.Option(help="Seed of the layer's weights and of a random document.", min=0, max=TOP_ID)
     ] = 0,
@@ -58,15 +65,13 @@ def stream_command(
     """
     if (file is None) == (not generated):
         raise typer.BadParameter("give a FILE or --generated N, one of the two", param_hint="FILE")
+    check_different({"FILE": file, "--json": json_file, "--events": events, "--checkpoint": checkpoint})
     if positions:
         choose("--positions", positions, POSITIONS)
     sizes = {"chunk_tokens": chunk_tokens, "buffer_tokens": buffer_tokens, "per_chunk_budget": per_chunk_budget}
     sizes = {name: parse_size(text, f"--{name.replace('_', '-')}") for name, text in sizes.items()}
     plan = StreamPlan(**sizes, nucleus=nucleus, neighbours=neighbours)
     limit = _bytes(ram_limit)
-    for option, path in (("--json", json_file), ("--events", events), ("--checkpoint", checkpoint)):
-        if path and (option, path) != ("--json", "-"):
-            _check_place(option, path)
     without = " without --fresh" if fresh else ""
     with resumable(f"The same command{without} goes on from here."), together(pick_device(device)) as (rank, _):
         silent = _silent(progress, rank)
@@ -100,13 +105,6 @@ def _bytes(ram_limit: str) -> int | None:
         raise typer.BadParameter(str(err), param_hint="--ram-limit") from None
 
 
-def _check_place(option: str, path: str) -> None:
-    try:
-        files.check_place(path)
-    except OSError as err:
-        raise type(err)(err.errno, f"{option} cannot be written there: {err.strerror}", path) from err
-
-
 def _open(file: str, model: Model, limit: int | None, cache: str, workers: int, silent: bool | None) -> Store:
     with tqdm(bar_format="{desc}", leave=False, disable=silent) as line:
         return open_document(
@@ -121,7 +119,7 @@ def _open(file: str, model: Model, limit: int | None, cache: str, workers: int, 
 
 
 def _default_checkpoint(cache: str, store: Store, scorer: Scorer, plan: StreamPlan) -> Path:
-    folder = Path(cache).expanduser() if cache else files.cache_dir()
+    folder = Path(cache) if cache else files.cache_dir()
     return folder / "streams" / f"{digest(store.fingerprint, scorer.fingerprint, plan)[:24]}.safetensors"
 
 

@@ -101,8 +101,11 @@ class EventLog:
         """Rewrite the file with only its complete lines of chunks before `first`."""
         lines = []
         if first and self._path.is_file():
-            with self._path.open(encoding="utf-8") as old:
-                lines = list(takewhile(lambda line: line.endswith("\n") and json.loads(line)["chunk"] < first, old))
+            try:
+                with self._path.open(encoding="utf-8") as old:
+                    lines = list(takewhile(lambda line: line.endswith("\n") and json.loads(line)["chunk"] < first, old))
+            except (ValueError, TypeError, KeyError) as err:
+                raise ValueError(f"--events {self._path}: holds no events, so it is left as it is ({err})") from err
         files.write_text(self._path, "".join(lines))
 
 

@@ -11,7 +11,9 @@ import typer
 from tqdm import tqdm
 
 from ..common.checks import real_number
+from ..common.files import check_place
 from ..common.options import choose, pick_device
+from ..common.outputs import output_folder
 from ..common.processes import together
 from ..common.progress import Stopped
 from ..lm.model import ProteusLM
@@ -20,7 +22,7 @@ from ..lm.training import Job, Step, read_log, train
 MODEL = "model.safetensors"
 
 Name = Annotated[str, typer.Argument(help="A shipped model; a wrong name prints the list.")]
-Out = Annotated[Path, typer.Option(help="Folder of the run; one that was stopped continues.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run; one that was stopped continues.", callback=output_folder)]
 Steps = Annotated[int | None, typer.Option(help="Stop after so many steps in all; the same command goes on.", min=1)]
 Minutes = Annotated[float | None, typer.Option(help="Stop after so many minutes; the same command goes on.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
@@ -48,6 +50,7 @@ def train_command(
     from ..lm.shipped import RECIPES
 
     make, where = choose("NAME", name, RECIPES), pick_device(device)
+    check_place(out / MODEL, "--out")
     with together(where) as (rank, _):
         job = make()
         if rank == 0:

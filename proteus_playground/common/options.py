@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import torch
 import typer
 
+from .outputs import output_file
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 UNITS = {"k": 1024, "m": 1024**2}  # of token counts
+LARGEST = 2**31 - 1  # of heads, features and tokens that an option takes as a plain number
+LARGEST_LENGTH = 2**40  # tokens: more than any machine holds
 
 Lengths = Annotated[str, typer.Option(help="Token counts: 4k,1m is a list; 4k..1m doubles; 4k..1m/4 multiplies by 4.")]
-Width = Annotated[int, typer.Option(help="Model width D.")]
-Heads = Annotated[int, typer.Option(help="Query heads.")]
+Width = Annotated[int, typer.Option(help="Model width D.", max=LARGEST)]
+Heads = Annotated[int, typer.Option(help="Query heads.", max=LARGEST)]
 Groups = Annotated[str, typer.Option(help="Numbers of KV groups, comma-separated; each must divide heads.")]
-HeadDim = Annotated[int, typer.Option(help="Features per head.")]
-Shortlist = Annotated[int, typer.Option(help="L: keys read per query.")]
+HeadDim = Annotated[int, typer.Option(help="Features per head.", max=LARGEST)]
+Shortlist = Annotated[int, typer.Option(help="L: keys read per query.", max=LARGEST)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 Backend = Annotated[str, typer.Option(help="Backend of ours; auto chooses one for the device.")]
 Config = Annotated[str, typer.Option(help='Other fields of AttentionConfig as JSON, such as {"keep_ratio": 0.5}.')]
 Cap = Annotated[float, typer.Option(help="Memory limit in GB (1e9 bytes) on CUDA; 0 sets none.")]
-Seed = Annotated[int, typer.Option(help="Seed of weights and inputs.")]
+Seed = Annotated[int, typer.Option(help="Seed of weights and inputs.", min=0, max=2**63 - 1)]
 Alpha = Annotated[float, typer.Option(help="Flux alpha, 0 to 1.")]
-Out = Annotated[str, typer.Option(help="JSON file to write.")]
+Out = Annotated[str, typer.Option(help="JSON file to write.", callback=output_file)]
 
 
 def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
@@ -37,7 +43,7 @@ def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
         if None in numbers or numbers[1] < numbers[0] or numbers[2] < 2 or (slash and not dots):
             raise typer.BadParameter(
                 f"{part!r}: must be whole numbers >= 1 separated by commas, such as 1k,4096,1m, or a range that "
-                "doubles, 4k..1m, or multiplies, 4k..1m/4",
+                "doubles, 4k..1m, or multiplies, 4k..1m/4; at most 2**40",
                 param_hint=option,
             )
         tokens, last, factor = numbers
@@ -51,13 +57,17 @@ def parse_size(text: str, option: str) -> int:
     """'64k' -> 65536; option: named in the error."""
     number = _number(text.lower())
     if number is None:
-        raise typer.BadParameter(f"{text!r}: must be a whole number >= 1, such as 500, 64k or 1m", param_hint=option)
+        raise typer.BadParameter(
+            f"{text!r}: must be a whole number >= 1, at most 2**40, such as 500, 64k or 1m", param_hint=option
+        )
     return number
 
 
 def _number(text: str) -> int | None:
     digits, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1)
-    return int(digits) * unit if digits.isdecimal() and int(digits) >= 1 else None
+    if not digits.isdecimal() or len(digits) > 15:
+        return None
+    return int(digits) * unit if 1 <= int(digits) * unit <= LARGEST_LENGTH else None
 
 
 def parse_alphas(text: str) -> list[float | None]:
@@ -74,15 +84,24 @@ def parse_alphas(text: str) -> list[float | None]:
     return alphas
 
 
-def parse_config(text: str) -> dict:
+def parse_config(text: str, option: str = "--config") -> dict:
     """A JSON object of `AttentionConfig` fields; their values are checked when the config is made."""
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
-        raise typer.BadParameter(f"{text!r}: must be a JSON object", param_hint="--config")
+        raise typer.BadParameter(f"{text[:200]!r}: must be a JSON object", param_hint=option)
     return fields
+
+
+@contextmanager
+def fields_of(option: str) -> Iterator[None]:
+    """Names `option` where the fields that it holds have unknown names or values of another type."""
+    try:
+        yield
+    except TypeError as err:
+        raise typer.BadParameter(str(err), param_hint=option) from err
 
 
 def choose(option: str, value: str, allowed):

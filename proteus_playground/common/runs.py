@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import append_lines, read_lines, write_json
+from .files import append_lines, check_folder, file_place, read_lines, write_json
 
 
 def as_json(values: object) -> object:
@@ -45,14 +45,21 @@ def refuse_other(where: str, now: Mapping, there: Mapping, kind: str = "run") ->
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder of one run: a JSON file of settings, and a file with one row of JSON per line."""
+    """A folder of one run: a JSON file of settings, a file with one row of JSON per line, and files written later."""
 
     folder: Path
     settings_name: str
     rows_name: str
+    report_names: tuple[str, ...] = ()
 
     def settings(self) -> dict | None:
-        """The settings of the run in the folder; None where there is none, {} where the file holds no settings."""
+        """The settings of the run in the folder; None where there is none, {} where the file holds no settings.
+
+        Raises `OSError` where the folder, or a file of the run, cannot be written.
+        """
+        check_folder(self.folder, "out")
+        for name in (self.settings_name, self.rows_name, *self.report_names):
+            file_place(self.folder / name, "out")
         path = self.folder / self.settings_name
         if not path.is_file():
             return None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
 from torch import Tensor
 
@@ -17,7 +19,15 @@ from .files import whole
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], about: dict) -> Path:
     """Write `tensors` and `about`, which JSON must be able to hold, all of it or nothing. Raises `OSError`."""
     with whole(path) as part:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"about": json.dumps(about)})
+        try:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"about": json.dumps(about)}
+            )
+        except SafetensorError as err:  # what the system said is only in its words, such as "(os error 28)"
+            code = re.search(r"os error (\d+)", str(err))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from err
     return Path(path)
 
 

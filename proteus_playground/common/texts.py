@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from proteus_playground.common import hub
+from proteus_playground.common.encodings import decoded
 
 STORY, BOOK, TOPICS, HUB = "humble token", "commonplace book", "python topics", "hub:"
 SHIPPED = {
@@ -99,10 +100,7 @@ def _from_file(name: str) -> Text:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"name={name!r} holds {path.stat().st_size:,} bytes: allowed is up to {MAX_BYTES:,}")
     try:
-        body = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as err:
-        byte = f"byte {err.start} is {err.object[err.start]:#04x}"
-        raise ValueError(f"name={name!r} is not UTF-8 text ({byte}): allowed is a UTF-8 file") from err
+        body = "".join(decoded([path.read_bytes()], f"name={name!r}", path))
     except OSError as err:
         raise ValueError(f"name={name!r} cannot be read ({err.strerror}): {allowed}") from err
     if not body.strip():

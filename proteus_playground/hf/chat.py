@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .patch import handed
+from .plain_text import framed_ids
 
 BEFORE, AFTER = "These passages were taken from a long document:\n\n", "\n\nAnswer in a few words, from the passages. "
 REPLY = 32  # tokens of an answer
@@ -37,7 +38,8 @@ class ChatReader:
         mark = "\N{OBJECT REPLACEMENT CHARACTER}"
         ask = [{"role": "user", "content": BEFORE + mark + AFTER + prompt}]
         chat = self._tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
-        head, tail = (self._ids(part) for part in chat.split(mark, 1))
+        head, tail = chat.split(mark, 1)
+        head, tail = self._ids(head), framed_ids(self._tokenizer, tail, 0, AFTER + prompt)
         if self._compact:
             tokens = _with_breaks(tokens, positions, self._ids("\n"))
             positions = np.arange(len(tokens))

@@ -30,6 +30,7 @@ class PulledWords:
         self.model, self.name = name, "input embeddings"
         # Not AutoTokenizer: importing transformers takes longer than everything else here.
         self._tokenizer = Tokenizer.from_file(str(info.path / "tokenizer.json"))
+        self._tokenizer.encode_special_tokens = True  # splits them as text
         with safe_open(info.path / "model.safetensors", framework="pt") as file:
             found = [key for key in file.keys() if key.endswith("embed_tokens.weight")]  # noqa: SIM118 - no mapping
             if not found:
@@ -39,5 +40,5 @@ class PulledWords:
         self.vocabulary = self._tokenizer.decode_batch(every, skip_special_tokens=False)
 
     def encode(self, body: str) -> np.ndarray:
-        """Token ids `(n,)` int32, without special tokens."""
+        """Token ids `(n,)` int32, without special tokens; those in the text stay text."""
         return np.array(self._tokenizer.encode(body, add_special_tokens=False).ids, np.int32)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..attention.captured import half
+from ..common.files import file_place
 from ..common.progress import Stop, check_stop
 from ..common.tensors import fingerprint
 from .patch import AttentionCall, full_attention_layers, layer_shape, patched
@@ -130,6 +131,7 @@ class WindowCache:
     """
 
     def __init__(self, path: Path, fingerprint: str, values: int):
+        path = file_place(path, "cache")
         path.parent.mkdir(parents=True, exist_ok=True)
         if _is_old_format(path, fingerprint):
             path.unlink()

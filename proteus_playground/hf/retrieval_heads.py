@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common.progress import Progress, Stop, check_stop, tell
 from .key_reader import Head, first_layers
 from .patch import full_attention_layers
+from .plain_text import framed_ids, text_ids
 
 RADIUS = 8  # tokens on either side over which a prompt row looks for its best match
 WINDOW, WINDOWS = 256, 32  # the calibration text: tokens per window, and windows
@@ -52,7 +53,7 @@ def calibration_pairs() -> list[dict]:
 def prompt_ids(tokenizer, prompt: str) -> tuple[Tensor, int, int]:
     """Token ids `(R,)` of a prompt in its chat frame, and where in them the prompt's own words begin and end."""
     if getattr(tokenizer, "chat_template", None) is None:
-        ids = tokenizer(prompt, verbose=False)["input_ids"]
+        ids = text_ids(tokenizer, prompt)
         return torch.tensor(ids, dtype=torch.long), 0, len(ids)
     ids, other = (_rendered(tokenizer, text) for text in (prompt, "?" if prompt.strip() != "?" else "!"))
     begin = _shared(ids, other)
@@ -65,10 +66,14 @@ def _shared(a: list[int], b: list[int]) -> int:
 
 
 def _rendered(tokenizer, text: str) -> list[int]:
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+    chat, marked = (
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        for content in (text, mark)
     )
-    return tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
+    return framed_ids(tokenizer, chat, marked.index(mark), text)
 
 
 def prompt_queries(model, tokenizer, prompt: str, layers: tuple[int, ...]) -> tuple[dict[int, Tensor], Tensor]:
@@ -127,7 +132,7 @@ def find_heads(
     text that is too short.
     """
     layers = tuple(i for i in full_attention_layers(model) if last_layer is None or i <= last_layer)
-    hay = torch.tensor(tokenizer(text[: WINDOW * WINDOWS * 20], verbose=False)["input_ids"][: WINDOW * WINDOWS])
+    hay = torch.tensor(text_ids(tokenizer, text[: WINDOW * WINDOWS * 20])[: WINDOW * WINDOWS])
     if len(hay) < WINDOW * WINDOWS:
         raise ValueError(f"text has {len(hay):,} tokens: calibration needs {WINDOW * WINDOWS:,}")
     hay, pairs = hay.view(WINDOWS, WINDOW), calibration_pairs()

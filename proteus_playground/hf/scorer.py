@@ -26,6 +26,7 @@ from torch import Tensor
 from ..common.progress import Stop
 from ..common.texts import BOOK, load_text
 from .key_reader import Head, KeyReader
+from .plain_text import text_ids
 from .retrieval_heads import RADIUS, calibration_queries, find_heads, known_heads, match, mean_queries, prompt_queries
 
 SENTENCE = re.compile(r"(?<=[.?!])\s+")
@@ -128,7 +129,7 @@ class Asker:
         self._layers = tuple(sorted({head.layer for head in self.heads}))
         self.reader = KeyReader(model, self.heads, cache)
         self._centre = mean_queries(calibration_queries(model, tokenizer, self._layers))
-        ordinary = tokenizer(load_text(BOOK).body, verbose=False)["input_ids"]
+        ordinary = text_ids(tokenizer, load_text(BOOK).body)
         self._ordinary = self.reader.read(np.array(ordinary, np.int32))
 
     @property
@@ -138,7 +139,7 @@ class Asker:
 
     def ask(self, prompt: str) -> ModelScorer:
         """A scorer for `prompt`. Raises `ValueError` for a prompt without words or with more than `LONGEST` tokens."""
-        size = len(self._tokenizer(prompt, verbose=False)["input_ids"])
+        size = len(text_ids(self._tokenizer, prompt))
         if size > LONGEST:
             raise ValueError(f"prompt={prompt[:40]!r}... has {size:,} tokens: must be at most {LONGEST:,}")
         sentences = [part for part in SENTENCE.split(prompt) if part.strip()] or [prompt]

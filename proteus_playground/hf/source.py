@@ -16,6 +16,7 @@ from ..attention.captured import CapturedLayer
 from ..common.tensors import fingerprint
 from .families import survey
 from .patch import Attend, capture, find_decoder, full_attention_layers, layer_shape, patched
+from .plain_text import text_ids
 
 NLL_ROWS = 256  # rows of logits turned into float32 probabilities at a time
 
@@ -42,8 +43,8 @@ class ModelSource:
         self._lock = RLock()  # a pass goes through the patch of whoever patched last, so one pass at a time
 
     def encode(self, body: str) -> list[int]:
-        """Token ids, with whatever the tokenizer puts in front of a text."""
-        return self._tokenizer(body, verbose=False)["input_ids"]
+        """Token ids, with whatever the tokenizer puts in front of a text. Control tokens in the text stay text."""
+        return text_ids(self._tokenizer, body)
 
     def ids(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens)

@@ -10,6 +10,7 @@ import torch
 from ..common.checks import whole_number
 from ..lm.sampling import Sampling
 from .patch import handed
+from .plain_text import text_ids
 
 TOKENS_PER_STEP = 512  # tokens of a prompt that go through the model at a time
 
@@ -26,12 +27,14 @@ def stream_text(
     top_k: int | None = None,
     top_p: float = 0.95,
     seed: int = 0,
+    chat: bool = False,
 ) -> Iterator[str]:
     """Continue `prompt` and yield the text in parts, until the model emits an end token.
 
     cache: a transformers cache of one text, empty or with what came before; a `ProteusCache` does not grow. At each
     yield it holds the prompt and all tokens so far, so that another call can continue with another prompt.
-    max_new_tokens: None sets no limit. temperature, top_k, top_p, seed: see `Sampling`. The tokenizer must be a fast
+    max_new_tokens: None sets no limit. temperature, top_k, top_p, seed: see `Sampling`. chat: the prompt is a rendered
+    chat template, so control tokens such as <|im_end|> count; otherwise they stay text. The tokenizer must be a fast
     one. Raises `TypeError` or `ValueError` naming the argument.
     """
     from tokenizers.decoders import DecodeStream
@@ -39,7 +42,8 @@ def stream_text(
     choose = Sampling(temperature, top_k, top_p, seed)
     if max_new_tokens is not None:
         whole_number("max_new_tokens", max_new_tokens, 1)
-    ids = torch.tensor([tokenizer(prompt, verbose=False)["input_ids"]], device=model.device)
+    ids = tokenizer(prompt, verbose=False)["input_ids"] if chat else text_ids(tokenizer, prompt)
+    ids = torch.tensor([ids], device=model.device)
     if not ids.numel():
         raise ValueError(f"prompt={prompt!r}: must have at least one token")
     ends = model.generation_config.eos_token_id

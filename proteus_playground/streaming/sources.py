@@ -5,10 +5,10 @@ Axes: `T` rows of a document, `D` width of an embedding.
 
 from __future__ import annotations
 
-import codecs
 import errno
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ import numpy as np
 
 from ..common import texts
 from ..common.checks import whole_number
+from ..common.encodings import decoded, encoding_of
 from ..common.files import cache_dir
 from ..common.progress import Progress, Stop, check_stop, tell
 from . import tokenising
@@ -54,10 +55,10 @@ class TextRows:
     def text(self) -> Iterator[str]:
         """`ValueError` names a row without text."""
         for number, row in enumerate(self._checked_rows()):
-            if not isinstance(row.get(self.column), str):
-                raise ValueError(
-                    f"{self.name} has no text in column {self.column!r} of row {number}, only {sorted(row)}"
-                )
+            found = row.get(self.column)
+            if not isinstance(found, str):
+                what = f"only {sorted(row)}" if found is None else f"but {type(found).__name__}"
+                raise ValueError(f"{self.name} has no text in column {self.column!r} of row {number}, {what}")
             yield ("\n" if number else "") + row[self.column]
 
     def _checked_rows(self) -> Iterator[Mapping[str, object]]:
@@ -72,7 +73,7 @@ class TextRows:
 
 @dataclass(frozen=True)
 class TextFile:
-    """A UTF-8 file, with or without a byte order mark, read in blocks."""
+    """A file of UTF-8, or of UTF-16 or UTF-32 with a byte order mark, read in blocks."""
 
     path: Path
     seen: Seen
@@ -81,32 +82,30 @@ class TextFile:
     def name(self) -> str:
         return str(self.path)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        return self.seen.size
+        """At most; a sign of two bytes in UTF-16 may have three in UTF-8."""
+        with open(self.path, "rb") as file:
+            codec, _ = encoding_of(file.read(4))
+        return self.seen.size * 3 // 2 if codec.startswith("utf-16") else self.seen.size
 
     @cached_property
     def recipe(self) -> dict[str, object]:
         return file_recipe(self.path, self.seen)
 
     def text(self) -> Iterator[str]:
-        """ValueError names the byte that is not UTF-8."""
-        decoder = codecs.getincrementaldecoder("utf-8")()
+        """`ValueError` names the byte that is not text, and what the file looks like."""
+        yield from decoded(self._blocks(), self.name, self.path)
+
+    def _blocks(self) -> Iterator[bytes]:
         with open(self.path, "rb") as file:
             self.seen.check(os.fstat(file.fileno()), self.path)
-            has_mark = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
-            file.seek(len(codecs.BOM_UTF8) if has_mark else 0)
             more = True
             while more:
-                at = file.tell() - len(decoder.getstate()[0])
                 block = file.read(BYTES_PER_READ)
                 self.seen.check(os.fstat(file.fileno()), self.path)
                 more = bool(block)
-                try:
-                    yield decoder.decode(block, final=not more)
-                except UnicodeDecodeError as err:
-                    byte = f"byte {at + err.start} is {err.object[err.start]:#04x}"
-                    raise ValueError(f"{self.path} is not UTF-8 text ({byte}): allowed is a UTF-8 file") from err
+                yield block
 
     def check(self) -> None:
         self.seen.check(os.stat(self.path), self.path)
@@ -224,6 +223,11 @@ def _rows_of_file(path: Path) -> TextRows:
     from datasets import load_dataset
 
     recipe = file_recipe(path, Seen.now(path))
+    if path.suffix == ".jsonl":
+        with open(path, "rb") as file:
+            if file.read(BYTES_PER_READ).removeprefix(BOM_UTF8).lstrip()[:1] not in (b"{", b"[", b""):
+                # pyarrow ends the whole process for a first row of `null`
+                raise ValueError(f"{path} cannot be read as rows of text: its first row is no JSON object")
     try:
         rows = load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
     except ValueError as err:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.files import whole, write_json
+from ..common.files import file_place, whole, write_json
 from ..common.progress import check_stop, tell
 from .arrays import npy_rows
 from .stores import ChangedFile, FileRows
@@ -37,6 +37,8 @@ class TokenCache:
     def find(self) -> tuple[FileRows, str] | None:
         """The ids and the sha256 of their bytes, or None if there is no complete, unchanged file of this recipe."""
         try:
+            if not all(self._path(suffix).is_file() for suffix in (".json", ".npy")):
+                return None  # also for a FIFO, which a reader would wait for
             record = json.loads(self._path(".json").read_text(encoding="utf-8"))
             rows = npy_rows(self._path(".npy"))
             if record["recipe"] != self.recipe or (rows.stored, rows.shape) != (IDS, (record["tokens"],)):
@@ -70,6 +72,8 @@ class TokenCache:
         key = self.folder / f".{self.stem}.lock"
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
+            for place in (key, self._path(".json"), self._path(".npy")):
+                file_place(place, "cache")
             key.touch()  # FileLock cannot tell a file without permission from a lock that another process holds
         lock = FileLock(key)
         while not lock.is_locked:
@@ -84,7 +88,8 @@ class TokenCache:
             lock.release()
 
     def _write(self, work: Work) -> None:
-        for leftover in (self._path(".npy"), self._path(".json"), *self.folder.glob(f"*{self.stem}*.part")):
+        ours = [file_place(self._path(suffix)) for suffix in (".npy", ".json")]
+        for leftover in (*ours, *self.folder.glob(f"*{self.stem}*.part")):
             leftover.unlink(missing_ok=True)  # changed, of another recipe, or of a run that was killed
         tokens, sha = 0, sha256()
         with whole(self._path(".npy")) as part, open(part, "wb", buffering=0) as file:

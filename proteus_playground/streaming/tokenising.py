@@ -44,7 +44,8 @@ class TextSource(Protocol):
 
 
 def encoder(tokenizer) -> tuple[Encode, str]:
-    """`encode` and `fingerprint` of a fast Hugging Face tokenizer, for `open_document`. It adds no special tokens.
+    """`encode` and `fingerprint` of a fast Hugging Face tokenizer, for `open_document`. It adds no special tokens, and
+    those that are spelled out in a text stay text.
 
     It uses a copy of the tokenizer, and `encode_batch_fast`, because `encode` holds Python's global lock, so that
     several threads would be no faster than one.
@@ -53,9 +54,10 @@ def encoder(tokenizer) -> tuple[Encode, str]:
     own = type(fast).from_str(fast.to_str())
     own.no_truncation()
     own.no_padding()
+    own.encode_special_tokens = True  # splits them as text
     return (
         lambda piece: own.encode_batch_fast([piece], add_special_tokens=False)[0].ids,
-        sha256(own.to_str().encode()).hexdigest(),
+        sha256((own.to_str() + " special tokens as text").encode()).hexdigest(),  # the setting is not in the JSON
     )
 
 

@@ -238,6 +238,7 @@ CONFIG_CASES = [
 
 
 @pytest.mark.parametrize(("name", "value"), CONFIG_CASES, ids=lambda x: str(x))
+@pytest.mark.bad_input
 def test_config_refuses(name, value):
     base = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "gates_per_group": 6}
     if (name, value) == ("d_model", 30):

@@ -163,6 +163,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("named", REFUSED)
+@pytest.mark.bad_input
 def test_refused(named):
     given_, kind = REFUSED[named]
     with pytest.raises(kind, match=named):
@@ -170,6 +171,7 @@ def test_refused(named):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.bad_input
 def test_a_measurement_that_is_none_is_refused(value):
     with pytest.raises(ValueError, match="measured="):
         SparseHeadController(layer(), density=0.5).update(value)

@@ -87,6 +87,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("line", "message"), BAD)
+@pytest.mark.bad_input
 def test_bad_usage_exits_2_and_names_the_argument(run, tmp_path, line, message):
     (tmp_path / "a_file").write_text("")
     code, out, err = run(*("" if word == "''" else word for word in line.split()))

@@ -23,6 +23,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1]", "nonsense"])
+@pytest.mark.bad_input
 def test_a_file_that_holds_no_settings_is_another_run(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):

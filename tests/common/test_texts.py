@@ -96,6 +96,7 @@ def _huge(folder: Path) -> Path:
         (lambda folder: folder, "is a folder"),
     ],
 )
+@pytest.mark.bad_input
 def test_a_bad_file_is_named(tmp_path, make, message):
     path = str(make(tmp_path))
     with pytest.raises(ValueError, match=re.escape(f"name={path!r} {message}")):
@@ -125,6 +126,7 @@ def test_bad_input_names_the_argument(call, error, message):
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
+@pytest.mark.bad_input
 def test_the_hub_is_not_asked_when_switched_off(monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
     with pytest.raises(ConnectionError, match=rf"name='hub:a/b' .* \({variable} is set\): allowed .* 'humble token'"):

@@ -32,6 +32,7 @@ def test_lengths(text, lengths):
 
 
 @pytest.mark.parametrize("text", ["", "0", "4k..", "..4k", "8k..4k", "4k..8k/1", "4k/2", "1.5k", "1k,,2k", "k", "-1"])
+@pytest.mark.bad_input
 def test_bad_lengths(text):
     with pytest.raises(typer.BadParameter, match="whole numbers >= 1"):
         options.parse_lengths(text)

@@ -164,6 +164,7 @@ def test_auto_text_is_the_manual_offline(monkeypatch):
         ({"heads": 3}, "kv_heads"),
     ],
 )
+@pytest.mark.bad_input
 def test_what_does_not_fit_is_named(changes, names):
     with pytest.raises(ValueError, match=names):
         replace(TINY, **changes)

@@ -120,6 +120,7 @@ def test_many_values_may_come_in_any_order_but_not_twice():
 
 
 @pytest.mark.parametrize("task", TINY, ids=NAMES)
+@pytest.mark.bad_input
 def test_a_text_too_short_is_refused_and_the_shortest_works(task):
     task.batch(0, 3, task.min_length())
     with pytest.raises(ValueError, match="length="):

@@ -117,6 +117,7 @@ def test_answers_are_given_by_the_fact_alone():
         (lambda rows: rows.clear(), "at least one object"),
     ],
 )
+@pytest.mark.bad_input
 def test_bad_pairs_are_named(tmp_path, change, complaint):
     rows = [{"id": i, "fact": "It is red.", "question": "Which hue?", "literal_question": "Is it red or blue?",
              "answers": ["red"], "distractors": []} for i in "ab"]  # fmt: skip

@@ -63,6 +63,7 @@ def test_frequencies_that_change_with_the_length_are_refused(ids):
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
+@pytest.mark.bad_input
 def test_a_mask_must_go_on_as_it_began(llama, ids, layers):
     mask = torch.ones_like(ids)
     mask[1, :17] = 0

@@ -91,6 +91,7 @@ def test_a_family_is_served_exactly(kind, ids, mask):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.bad_input
 def test_a_family_is_refused_in_words(kind, ids):
     extra, reason = REFUSED[kind]
     model = family(kind, **SIZES | extra)

@@ -157,6 +157,7 @@ def test_an_interrupted_pull_from_the_hub_goes_on_with_what_arrived(tiny, hub_fi
 
 
 @pytest.mark.parametrize("broken", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.bad_input
 def test_a_file_that_arrives_changed_is_refused(tiny, hub_files, monkeypatch, broken):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with tiny_model.fake_hub(hub_files, broken=broken) as address:
@@ -258,6 +259,7 @@ def test_bad_input_names_the_argument(tiny, case):
         ("device", 1.5, ValueError),
     ],
 )
+@pytest.mark.bad_input
 def test_bad_load_arguments_are_named(tiny, argument, value, error):
     models.pull("tiny", progress=False)
     with pytest.raises(error, match=f"{argument}={value!r}: allowed is"):

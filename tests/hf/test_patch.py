@@ -234,6 +234,7 @@ def test_a_mask_that_is_not_causal_with_padding_is_refused(llama, ids):
         ({0: 1.0}, TypeError, r"layers\[0\]"),
     ],
 )
+@pytest.mark.bad_input
 def test_layers_that_are_none(llama, layers, error, said):
     with pytest.raises(error, match=said), patched(llama, layers):
         pass
@@ -288,6 +289,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.bad_input
 def test_masks_that_are_refused(llama, ids, kind):
     mask, said = MASKS[kind]
     mask = mask[None] if mask.dim() == 3 else mask[None, None]

@@ -216,6 +216,7 @@ def test_heads_of_a_model_nobody_calibrated(net):
 
 
 @pytest.mark.parametrize("rows", [[], [[1]], [1.0], [-1], [10**6]])
+@pytest.mark.bad_input
 def test_what_are_no_ids_of_the_model_are_refused(net, rows):
     with pytest.raises(ValueError, match="rows "):
         Asker(*net, "tiny", heads=HEADS).ask("soup").score(np.array(rows))

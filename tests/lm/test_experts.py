@@ -139,6 +139,7 @@ def test_load_evens_out_and_prototypes_follow_the_tokens():
 
 @pytest.mark.parametrize("given_, named", [((0, 1, 1.0), "n_experts=0"), ((4, 5, 1.0), "experts_awake=5"),
                                            ((4, 2, 0.0), "expert_top_p=0.0")])  # fmt: skip
+@pytest.mark.bad_input
 def test_refused(given_, named):
     with pytest.raises(ValueError, match=named):
         model(*given_)

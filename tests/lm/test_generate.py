@@ -203,6 +203,7 @@ def test_a_file_of_another_kind_or_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("saved, read", [(0, 3), (3, 0), (3, 8)])
+@pytest.mark.bad_input
 def test_a_state_is_refused_by_a_model_with_another_convolution(tmp_path, saved, read):
     torch.manual_seed(0)
     one, other = (ProteusLM(ModelConfig(V, 2, config(), taps=taps)).eval() for taps in (saved, read))

@@ -50,6 +50,7 @@ def test_every_question_is_answered_by_one_sentence_and_one_alone(seed):
 
 
 @pytest.mark.parametrize("argument", [{"seed": -1, "sentences": 3}, {"seed": 0, "sentences": 0}])
+@pytest.mark.bad_input
 def test_a_shelf_of_nothing_is_refused(argument):
     with pytest.raises(ValueError, match="seed|sentences"):
         shelf(**argument)
@@ -130,6 +131,7 @@ def test_an_exam_leaves_each_layer_its_alpha_and_refuses_what_it_cannot_grade():
 
 
 @pytest.mark.parametrize("content", ["", "{}"])
+@pytest.mark.bad_input
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
     (tmp_path / "other.json").write_text(content)
     with pytest.raises(ValueError, match="other.json"):

@@ -149,6 +149,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.bad_input
 def test_refused(name):
     run, kind = REFUSED[name]
     with pytest.raises(kind, match=name.split(":")[0].replace(".", r"\.") + "="):

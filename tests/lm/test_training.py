@@ -1,8 +1,10 @@
 """Training: the loop against a bare one, resuming against not stopping, ranks against one process."""
 
 import os
+import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,6 +246,7 @@ def test_draws_follow_the_stage():
         (lambda: train(model(), Echo(), recipe(), precision="half"), ValueError, "precision='half'"),
     ],
 )  # fmt: skip
+@pytest.mark.bad_input
 def test_what_does_not_fit_is_named(make, error, names):
     with pytest.raises(error, match=names):
         make()
@@ -292,6 +295,26 @@ def test_a_run_killed_while_it_writes_goes_on(tmp_path, finished):
     assert [step.step for step in read_log(tmp_path)] == list(range(1, 13))
 
 
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path, finished):
+    """Every process but the last is killed within its first steps, while it reads, computes or writes."""
+    draw, kills, reached = random.Random(0), 0, set()
+    while True:
+        child = subprocess.Popen([sys.executable, HERE / "training_run.py", "slow", tmp_path], stdout=subprocess.PIPE)
+        if child.stdout.readline() == b"ready\n" and kills < 20:
+            time.sleep(draw.uniform(0, 0.4))
+            child.kill()
+        if child.wait() == 0:
+            break
+        kills += 1
+        reached.add(len(read_log(tmp_path)))
+    lm = model(seed=3)
+    assert kills == 20, "the run is too short for twenty kills"
+    assert len(reached) > 3, "hardly any of them came in the middle"
+    assert not list(train(lm, Echo(), recipe(), folder=tmp_path)) and same(lm, finished[0])
+    assert [step.step for step in read_log(tmp_path)] == list(range(1, 13))
+
+
 def test_a_half_line_is_no_step(tmp_path):
     steps = train(model(), Echo(), recipe(), folder=tmp_path, save_seconds=0)
     for _ in range(3):
@@ -322,6 +345,7 @@ def test_stop_saves(tmp_path, finished):
         (lambda folder: train(model(), Echo(), recipe(), folder=folder, precision="bfloat16"), "dtype"),
     ],
 )
+@pytest.mark.bad_input
 def test_another_run_in_the_folder_is_refused_by_name(tmp_path, other, names):
     next(steps := train(model(), Echo(), recipe(), folder=tmp_path))
     steps.close()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -56,6 +57,21 @@ def hang_while_writing(folder: Path, saves: int) -> None:
     list(train(model(), Echo(), recipe(), folder=folder, save_seconds=0))
 
 
+def slowly(folder: Path) -> None:
+    """Train with a pause in every step and a save after it; says so when the first step begins."""
+    batch, begun = Echo.batch, []
+
+    def late(self, *sizes):
+        if not begun:
+            print("ready", flush=True)
+        begun.append(sizes)
+        time.sleep(0.25)
+        return batch(self, *sizes)
+
+    Echo.batch = late
+    list(train(model(), Echo(), recipe(), folder=folder, save_seconds=0, every=4))
+
+
 def rank(folder: Path) -> None:
     """Train with half of the tokens a step; the first process writes the weights it ends with."""
     with together(torch.device("cpu")) as (number, _):
@@ -66,4 +82,7 @@ def rank(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    hang_while_writing(Path(sys.argv[2]), int(sys.argv[3])) if sys.argv[1] == "hang" else rank(Path(sys.argv[2]))
+    if sys.argv[1] == "hang":
+        hang_while_writing(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        {"slow": slowly, "rank": rank}[sys.argv[1]](Path(sys.argv[2]))

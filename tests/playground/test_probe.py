@@ -285,6 +285,7 @@ BAD_SETTINGS = [
 
 
 @pytest.mark.parametrize("name, value", BAD_SETTINGS)
+@pytest.mark.bad_input
 def test_settings_out_of_range_name_themselves(tiny, name, value):
     with pytest.raises((ValueError, TypeError), match=rf"{name}={value!r}"):
         tiny.view(0, replace(SMALL, **{name: value}))
@@ -310,12 +311,14 @@ BAD_CALLS = [
 
 
 @pytest.mark.parametrize("call, said", BAD_CALLS, ids=[said for _, said in BAD_CALLS])
+@pytest.mark.bad_input
 def test_bad_calls_name_the_argument(tiny, call, said):
     with pytest.raises((ValueError, TypeError), match=said):
         call(tiny)
 
 
 @pytest.mark.parametrize("value", [7, 513, 20.0, "all", True])
+@pytest.mark.bad_input
 def test_lengths_that_do_not_fit(net, value):
     with pytest.raises((ValueError, TypeError), match=f"max_tokens={value!r}"):
         open_probe(net, text=story(600), max_tokens=value)

@@ -150,6 +150,7 @@ def test_rows_files_and_names_are_documents(tmp_path, small):
 
 
 @pytest.mark.parametrize(("name", "body"), [("rows.jsonl", b'{"text": "tea"}\n{"te'), ("rows.parquet", b"no")])
+@pytest.mark.bad_input
 def test_broken_rows_name_their_file(tmp_path, name, body):
     pytest.importorskip("datasets")
     (tmp_path / name).write_bytes(body)
@@ -227,6 +228,7 @@ def test_sizes_are_read(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "2XB", "1e9", "2 G B", "nan"])
+@pytest.mark.bad_input
 def test_other_sizes_are_refused(text):
     with pytest.raises(ValueError, match="is no size: allowed is"):
         parse_bytes(text)
@@ -304,6 +306,7 @@ def test_generated_rows_are_the_same_in_any_slice(width):
     [({"tokens": 0}, ValueError), ({"tokens": 1.5}, TypeError), ({"tokens": 9, "width": 0}, ValueError)]
     + [({"tokens": 9, "seed": -1}, ValueError), ({"tokens": 9, "vocabulary": True}, TypeError)],
 )
+@pytest.mark.bad_input
 def test_what_cannot_be_generated(options, error):
     with pytest.raises(error, match=f"{list(options)[-1]}="):
         generated(**options)
@@ -324,6 +327,7 @@ def test_what_cannot_be_generated(options, error):
         (np.zeros(4, bool), "bool"),
     ],
 )
+@pytest.mark.bad_input
 def test_arrays_that_are_no_document(tmp_path, array, said):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(ValueError, match=said):
@@ -351,6 +355,7 @@ def test_broken_arrays_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [None, 0])
+@pytest.mark.bad_input
 def test_broken_and_empty_text(tmp_path, limit, small):
     path = tmp_path / "a.txt"
     for broken, byte in ((b"\xff", 0xFF), (b"\xe8\xaa", 0xE8), (b"\xe8\xaa ", 0xE8)):
@@ -389,6 +394,7 @@ def test_what_is_no_file(tmp_path):
         ({"encode": lambda text: []}, ValueError, "is empty"),
     ],
 )
+@pytest.mark.bad_input
 def test_arguments_that_are_not_allowed(tmp_path, book, options, error, said):
     with pytest.raises(error, match=said):
         open_document(book, **({"encode": encode, "fingerprint": "words", "cache": tmp_path / "cache"} | options))
@@ -431,6 +437,7 @@ def test_no_permission(tmp_path, book):
 
 @pytest.mark.parametrize("how", ["shrank", "grew", "was written to"])
 @pytest.mark.parametrize("limit", [None, 0])
+@pytest.mark.bad_input
 def test_text_that_changes_while_it_is_tokenised(tmp_path, book, small, how, limit):
     raw = book.read_bytes()
 

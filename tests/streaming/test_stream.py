@@ -218,6 +218,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_why(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x08\0\0\0\0\0\0\0{}      "])
+@pytest.mark.bad_input
 def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / "c.safetensors"
     path.write_bytes(content)
@@ -238,6 +239,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
         lambda arrays, about: arrays.update(position=arrays["position"].flip(0)),
     ],
 )
+@pytest.mark.bad_input
 def test_a_checkpoint_that_holds_no_buffer_is_refused(tmp_path, harm):
     store, path = Array.random(), tmp_path / "c.safetensors"
     final(store, prompted(), PLAN, checkpoint=path)
@@ -509,6 +511,7 @@ def test_embeddings_and_generated_documents(proteus, tmp_path):
         (["--generated", "2k", "--model", "layer", "--prompt", "tea"], "must be .npy rows (P, D=512)"),
     ],
 )
+@pytest.mark.bad_input
 def test_what_cannot_be_done_is_said(proteus, args, problem):
     code, _, err = proteus("stream", *args)
     assert code in (1, 2) and problem in err and "Traceback" not in err
@@ -526,6 +529,7 @@ def test_what_cannot_be_done_is_said(proteus, args, problem):
         (np.ones((100, 8), np.float32), np.array([{}], object), "prompt.npy"),
     ],
 )
+@pytest.mark.bad_input
 def test_arrays_that_are_no_document_or_prompt_are_refused(proteus, tmp_path, rows, prompt, problem):
     np.save(tmp_path / "rows.npy", rows)
     if not isinstance(prompt, str):
@@ -558,12 +562,14 @@ def test_what_is_shown_is_one_line_of_plain_text(proteus, tmp_path):
     [([1, np.nan], "token 71 is nan"), ([np.inf, 1], "token 70 is inf"), ([1e39, 1], "inf"), ([[1, 2]], "(1, 2)"),
      ([1, 2, 3], "(3,)")],
 )  # fmt: skip
+@pytest.mark.bad_input
 def test_scores_that_cannot_be_ranked_are_refused(score, problem):
     with pytest.raises(ValueError, match="score .*" + re.escape(problem)):
         choose(np.array(score, float), np.zeros(2, np.int32), 70, PLAN)
 
 
 @pytest.mark.parametrize("given", [3, 200])
+@pytest.mark.bad_input
 def test_a_scorer_that_miscounts_is_refused(given):
     scorer = prompted()
     scorer.score = lambda rows: (np.zeros(given, np.float32), np.zeros(given, np.int32))

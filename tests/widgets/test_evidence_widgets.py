@@ -162,6 +162,7 @@ def test_an_install_without_studies_says_so():
 
 
 @pytest.mark.parametrize("cases", [0, "many", True])
+@pytest.mark.bad_input
 def test_a_bad_number_of_cases_is_refused(cases):
     with pytest.raises((ValueError, TypeError), match="cases"):
         evidence_panel([], cases=cases)

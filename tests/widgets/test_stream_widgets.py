@@ -267,6 +267,7 @@ BAD = [{"chunk_tokens": 3}, {"buffer_tokens": 0}, {"neighbours": -1}, {"page": 0
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.bad_input
 def test_a_bad_setting_is_refused_by_name_and_changes_nothing(bad):
     (name,) = bad
     state = StreamState()

@@ -79,6 +79,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("saved,name", BAD, ids=lambda v: str(v)[:30])
+@pytest.mark.bad_input
 def test_a_bad_state_is_refused_by_name_and_changes_nothing(saved, name):
     state = PlayState()
     with pytest.raises((ValueError, TypeError), match=name):

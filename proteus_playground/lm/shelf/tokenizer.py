@@ -24,9 +24,11 @@ class ShelfTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            return Tokenizer.from_str(self._json)
+            tokenizer = Tokenizer.from_str(self._json)
         except Exception as err:  # the library raises no narrower class
             raise ValueError(f"path={str(self.path)!r}: must be a tokenizers JSON file ({err})") from None
+        tokenizer.encode_special_tokens = True  # control tokens that are spelled out in a text stay text
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:

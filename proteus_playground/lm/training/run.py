@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...common.checks import whole_number
-from ...common.files import check_place, read_lines
+from ...common.files import check_folder, check_place, read_lines
 from ...common.processes import place
 from ...common.progress import Stop, Stopped
 from .. import losses
@@ -82,11 +82,13 @@ def train(
     run = Run(model, batches, recipe, torch.device(device or model.embed.weight.device), precision, workers)
     store = None
     if folder is not None:
+        check_folder(folder, "folder")
         store = Store(folder, run.about())
+        for name in (STATE, LOG):
+            check_place(store.folder / name, "folder")
         saved = store.load()
         if saved is not None:
             run.restore(saved)
-        check_place(store.folder / STATE)
     distributed.same_start(model)
     return _steps(run, store, every, save_seconds, stop)
 

@@ -67,4 +67,7 @@ class Store:
             kept = [line for line in read_lines(self.folder / LOG) if line["step"] <= step]
         except (ValueError, TypeError, KeyError) as err:
             raise ValueError(f"folder={str(self.folder)!r}: its {LOG} is not of a training run ({err!r})") from err
+        if len(kept) != step:
+            problem = f"its {LOG} has {len(kept):,} of the {step:,} steps that {STATE} was saved after"
+            raise ValueError(f"folder={str(self.folder)!r}: {problem}, so it has lost lines: allowed is a whole run")
         write_text(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,0 +1,92 @@
+"""Bytes of a file into text: UTF-8, or UTF-16 and UTF-32 with a byte order mark. Everything else is named and refused.
+
+Without a mark no encoding but UTF-8 can be told for sure, so the error says which one it looks like and how to convert.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+MARKS = (  # of UTF-32 first, because its mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"), (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+)  # fmt: skip
+KINDS = (
+    (b"%PDF-", "a PDF"), (b"PK\x03\x04", "a ZIP archive, such as .docx or .epub"), (b"\x1f\x8b", "a gzip archive"),
+    (b"{\\rtf", "a document in Rich Text Format"), (b"\xd0\xcf\x11\xe0", "an old Office document"),
+    (b"\x89PNG", "a picture"), (b"\xff\xd8\xff", "a picture"), (b"SQLite format 3\x00", "an SQLite database"),
+    (b"\x7fELF", "a program"),
+)  # fmt: skip
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+HEAD = 4096  # bytes at the beginning that are looked at before any is decoded
+SAMPLE = 1 << 16  # bytes on either side of a wrong one that a guess is made from
+
+
+def encoding_of(head: bytes) -> tuple[str, int]:
+    """The codec that the first bytes of a file name, and the length of their byte order mark; UTF-8 without one."""
+    return next(((codec, len(mark)) for mark, codec in MARKS if head.startswith(mark)), ("utf-8", 0))
+
+
+def decoded(blocks: Iterable[bytes], name: str, path: object) -> Iterator[str]:
+    """The text of a file in parts. Raises `ValueError`, which begins with `name`, for bytes that are not text."""
+    blocks, head = iter(blocks), b""
+    while len(head) < HEAD and (block := next(blocks, b"")):
+        head += block
+    kind = next((kind for start, kind in KINDS if head.startswith(start)), None)
+    if kind is not None:
+        raise ValueError(f"{name} is {kind}: allowed is plain text, so save or export it as UTF-8 text first")
+    (codec, at), before = encoding_of(head), b""  # bytes before the block, and the block before
+    if codec == "utf-8" and _is_no_utf_8(head):
+        raise ValueError(_problem(name, path, codec, 0, head, CONTROL.search(head).start()))
+    decoder = codecs.getincrementaldecoder(codec)()
+    for block, last in chain([(head[at:], False)], ((block, False) for block in blocks), [(b"", True)]):
+        waiting = len(decoder.getstate()[0])  # bytes of a character that the block before began
+        try:
+            yield decoder.decode(block, last)
+        except UnicodeDecodeError as err:
+            before = before[: len(before) - waiting]
+            data, wrong = before + err.object, len(before) + err.start
+            raise ValueError(_problem(name, path, codec, at - waiting - len(before), data, wrong)) from err
+        at, before = at + len(block), block
+
+
+def _is_no_utf_8(head: bytes) -> bool:
+    """Whether these are other data, although they can be decoded as UTF-8, in which a NUL is a character too."""
+    return _utf_16(head) is not None or 8 <= head.count(0) > len(head) // 10
+
+
+def _utf_16(sample: bytes) -> str | None:
+    """The byte order in which every second byte is below 8, as in UTF-16 from Latin to Arabic."""
+    for order, high, low in (("LE", sample[1::2], sample[::2]), ("BE", sample[::2], sample[1::2])):
+        high, low = (sum(half.count(byte) for byte in range(8)) / max(3, len(half)) for half in (high, low))
+        if high > 0.4 and low < 0.1:
+            return order
+    return None
+
+
+def _problem(name: str, path: object, codec: str, at: int, data: bytes, wrong: int) -> str:
+    """What is wrong with `data[wrong]`; `at` bytes of the file come before `data`."""
+    found = f"byte {at + wrong} is {data[wrong]:#04x}"
+    if codec != "utf-8":
+        return f"{name} is not {codec[:-3].upper()} text ({found}), although its byte order mark says so: it is damaged"
+    advice = _advice(data[max(0, wrong - SAMPLE) : wrong + SAMPLE], str(path))
+    return f"{name} is not UTF-8 text ({found}): allowed is a UTF-8 file; {advice}"
+
+
+def _advice(sample: bytes, path: str) -> str:
+    """What bytes that are not UTF-8 look like, and what to do about it."""
+    if (order := _utf_16(sample)) is not None:
+        return _convert(f"UTF-16{order}", "UTF-16 without a byte order mark", path)
+    if b"\0" in sample or len(CONTROL.findall(sample)) > len(sample) // 50:
+        return "this one is binary, or text in an encoding without a byte order mark"
+    if any(ord(sign) > 127 for sign in sample.decode("utf-8", "ignore")):
+        return "this one is UTF-8 elsewhere, so it is damaged or cut off there"
+    return _convert("WINDOWS-1252", "Latin-1 or Windows-1252", path)
+
+
+def _convert(codec: str, words: str, path: str) -> str:
+    return f"this one looks like {words}, so convert it: iconv -f {codec} -t UTF-8 {shlex.quote(path)} > utf8.txt"
