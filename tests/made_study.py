@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-
 from proteus_playground.experiments.evidence.arms import ARMS, calibrate
 from proteus_playground.experiments.evidence.study import OURS, Cell, CellResult, save
+
 from proteus_playground.lm.model import ProteusLM
 from proteus_playground.lm.recall.recipe import Scale
 from proteus_playground.lm.recall.task import Words

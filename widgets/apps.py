@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from proteus_playground.common.checks import whole_number
 from proteus_playground.experiments.evidence.committed import Study, committed
+
+from proteus_playground.common.checks import whole_number
 from proteus_playground.lm import shipped
 from proteus_playground.playground.bank_reading import BankReader
 from proteus_playground.playground.live import Live, open_live
@@ -130,6 +131,7 @@ def playground(
 def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:
     """A text as tokens of `model`, or as whole words with random vectors where it is not pulled."""
     from proteus_playground.experiments.needles.haystacks import build
+
     from proteus_playground.streaming.random_words import RandomWords
 
     why = "" if model == "random" else _why_not(model)
@@ -236,7 +238,6 @@ def duel_panel(
     from dataclasses import replace
 
     import torch
-
     from proteus_playground.experiments.duel.curve import held_out_curve
     from proteus_playground.experiments.duel.duel import PRESETS, duel
 

@@ -91,10 +91,7 @@ def _scale(preset: str, fields: str) -> Scale:
     base = choose("--preset", preset, PRESETS)
     try:
         scale = replace(base, **parse_config(fields))
-        (
-            training_batches(scale, 0),
-            training_recipe(scale, ALPHA, 0),
-        )  # raises now what would otherwise be raised after hours
+        training_batches(scale, 0), training_recipe(scale, ALPHA, 0)  # raises now what would otherwise be raised after hours
         return scale
     except TypeError as err:
         raise typer.BadParameter(f"{fields!r}: must be fields of Scale ({err})", param_hint="--scale") from None

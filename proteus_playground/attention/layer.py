@@ -352,7 +352,10 @@ class ProteusAttention(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> ProteusAttention:
-        """Rebuild a saved layer, in the precision that it was saved in. Raises `FileNotFoundError`, or `ValueError` when the file is not one of ours."""
+        """Rebuild a saved layer, in the precision that it was saved in.
+
+        Raises `FileNotFoundError`, or `ValueError` when the file is not one of ours.
+        """
         tensors, about = read_tensors(path, "ProteusAttention.save")
         try:
             attn = cls(AttentionConfig(**about)).to(tensors["k_proj.weight"].dtype)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import driver
 import pytest
 from notebook_page import notebook_page, traces
-
 from proteus_playground.experiments.evidence.committed import committed
+
 from proteus_playground.lm.shipped import shipped_models
 
 pytestmark = pytest.mark.slow

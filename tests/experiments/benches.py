@@ -6,7 +6,6 @@ import json
 
 import torch
 from helpers import config
-
 from proteus_playground.experiments.speed.rivals import OURS, BenchCase
 
 SMALL = ["--d-model", "32", "--heads", "4", "--head-dim", "8", "--shortlist", "32"]

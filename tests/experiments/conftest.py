@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from proteus_playground.experiments.speed import sweep
 
 from proteus_playground.cli import app as cli
-from proteus_playground.experiments.speed import sweep
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import pytest
 import torch
 import typer
 from benches import TINY, case, saved
+from proteus_playground.experiments.speed import floor, measure, rivals, row, sweep, table
+from proteus_playground.experiments.speed.rivals import OURS
 from torch.nn.attention.flex_attention import create_block_mask
 
 from proteus_playground.common import files, options
-from proteus_playground.experiments.speed import floor, measure, rivals, row, sweep, table
-from proteus_playground.experiments.speed.rivals import OURS
 
 # -- what is asked ---------------------------------------------------------------------------------------------
 

@@ -7,14 +7,14 @@ from itertools import islice
 
 import pytest
 import torch
-from typer.testing import CliRunner
-
-from proteus_playground.cli import app as cli
-from proteus_playground.common.texts import pasted
 from proteus_playground.experiments.duel import settings as duel_settings
 from proteus_playground.experiments.duel.command import report_lines, side_by_side
 from proteus_playground.experiments.duel.duel import PRESETS, DuelSettings, duel, read_scores
 from proteus_playground.experiments.duel.settings import start
+from typer.testing import CliRunner
+
+from proteus_playground.cli import app as cli
+from proteus_playground.common.texts import pasted
 from proteus_playground.lm.training import train
 from proteus_playground.lm.training.data import Bytes, TextBatches, windows
 

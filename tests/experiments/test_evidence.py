@@ -8,10 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from proteus_playground.attention import AttentionConfig
-from proteus_playground.cli import app as cli
-from proteus_playground.common.progress import Stopped
 from proteus_playground.experiments.evidence import arms, command
 from proteus_playground.experiments.evidence import report as reports
 from proteus_playground.experiments.evidence import study as studies
@@ -21,6 +17,10 @@ from proteus_playground.experiments.evidence.rings import attend_by_rings
 from proteus_playground.experiments.evidence.study import OURS, Cell, CellResult, StudySettings, cells, load, study
 from proteus_playground.experiments.evidence.subjects import Training
 from proteus_playground.experiments.intervals import over_seeds
+
+from proteus_playground.attention import AttentionConfig
+from proteus_playground.cli import app as cli
+from proteus_playground.common.progress import Stopped
 from proteus_playground.lm.losses import IGNORED
 from proteus_playground.lm.model import ModelConfig, ProteusLM
 from proteus_playground.lm.recall import copying, recall

@@ -11,9 +11,9 @@ import pytest
 import torch
 from benches import SMALL, saved
 from helpers import config
-
 from proteus_playground.experiments.speed import longest, profile, row, stream, top_a
 from proteus_playground.experiments.speed.top_a import continuations, repetition
+
 from proteus_playground.lm.model import ModelConfig, ProteusLM
 from proteus_playground.lm.sampling import TopA
 from proteus_playground.lm.shelf import ShelfTokenizer

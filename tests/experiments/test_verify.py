@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("bm25s", reason="the verify extra")
 
-from proteus_playground.cli import app as cli
-from proteus_playground.common.progress import Stopped
 from proteus_playground.experiments.intervals import over_cases
 from proteus_playground.experiments.needles import answers, bm25, haystacks, retrieval, summary, verify
 from proteus_playground.experiments.needles.cases import PlantedStore, Planter
@@ -20,6 +18,9 @@ from proteus_playground.experiments.needles.pairs import load_pairs
 from proteus_playground.experiments.needles.report import sentences, write_report
 from proteus_playground.experiments.needles.subjects import Subject, load
 from proteus_playground.experiments.needles.tasks import ASKED, FADES, REPEATS, TASKS, World, cases
+
+from proteus_playground.cli import app as cli
+from proteus_playground.common.progress import Stopped
 from proteus_playground.streaming.random_words import RandomWords
 
 PAIRS = load_pairs()

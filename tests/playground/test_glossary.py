@@ -6,10 +6,10 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from proteus_playground.widgets.parts.terms import term_html, with_terms
 
 from proteus_playground.attention.settings import CONTROLS
 from proteus_playground.playground.glossary import TERMS, by_code, by_word, markdown, sentence
-from proteus_playground.widgets.parts.terms import term_html, with_terms
 
 DOCS = Path(__file__).parents[2] / "docs"
 needs_docs = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the repository, not only the tests")

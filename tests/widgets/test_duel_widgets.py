@@ -6,14 +6,14 @@ import time
 
 import numpy as np
 import pytest
-
-from proteus_playground.common.progress import Stopped
 from proteus_playground.experiments.duel.curve import ALPHAS, Point, held_out_curve
 from proteus_playground.experiments.duel.duel import PRESETS, Score, Turn
-from proteus_playground.lm.training import Step
 from proteus_playground.widgets import duel_panel
 from proteus_playground.widgets.duel import words as words
 from proteus_playground.widgets.duel.record import MOST, Record
+
+from proteus_playground.common.progress import Stopped
+from proteus_playground.lm.training import Step
 
 TINY = {"text": "humble token", "minutes": None, "steps": 6, "length": 32, "tokens": 64, "width": 16, "layers": 1,
         "heads": 2, "groups": 1, "heads_awake": 1, "scored": 1, "held_out": 3, "sample": 4}  # fmt: skip

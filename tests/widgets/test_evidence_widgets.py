@@ -7,14 +7,14 @@ import time
 
 import made_study
 import pytest
-
-from proteus_playground.common.progress import Stopped
 from proteus_playground.experiments.evidence import committed as found
 from proteus_playground.experiments.evidence.arms import ARMS
 from proteus_playground.experiments.evidence.report import summarise
 from proteus_playground.experiments.evidence.study import OURS, measure_cell
-from proteus_playground.lm.recall.tasks import TASKS
 from proteus_playground.widgets import evidence_panel
+
+from proteus_playground.common.progress import Stopped
+from proteus_playground.lm.recall.tasks import TASKS
 
 
 @pytest.fixture(scope="module")

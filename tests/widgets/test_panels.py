@@ -15,18 +15,18 @@ import numpy as np
 import psutil
 import pytest
 from fake_probe import FakeProbe
-
-from proteus_playground.common.texts import load_text, pasted
 from proteus_playground.experiments.evidence import committed
 from proteus_playground.experiments.needles.haystacks import Haystack
-from proteus_playground.playground.bank_reading import RandomReader
-from proteus_playground.playground.live import random_bytes
-from proteus_playground.streaming.random_words import RandomWords
 from proteus_playground.widgets import bank_panel, duel_panel, evidence_panel, playground, prototype_panel, stream_panel
 from proteus_playground.widgets.parts import panel as panels
 from proteus_playground.widgets.parts.panel import Panel
 from proteus_playground.widgets.parts.worker import Worker
 from proteus_playground.widgets.stream.frames import Source
+
+from proteus_playground.common.texts import load_text, pasted
+from proteus_playground.playground.bank_reading import RandomReader
+from proteus_playground.playground.live import random_bytes
+from proteus_playground.streaming.random_words import RandomWords
 
 SENTENCE = " the cat of the house sat on a warm wall and looked at the garden all day."
 MARKUP = "<script>x</script> <b>bold</b>"

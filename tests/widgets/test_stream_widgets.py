@@ -9,22 +9,22 @@ import pytest
 from helpers import text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from proteus_playground.attention.bank.view import BankContents, GateContents
-from proteus_playground.common.texts import pasted
 from proteus_playground.experiments.needles.haystacks import Haystack, read
-from proteus_playground.playground.bank_reading import RandomReader
-from proteus_playground.streaming.buffer import StreamPlan
-from proteus_playground.streaming.pipeline import stream
-from proteus_playground.streaming.random_words import RandomWords
-from proteus_playground.streaming.replay import Document, Scores, empty_scores, fill, page_of, plant, replay, runs
-from proteus_playground.streaming.table_scorer import TableScorer
 from proteus_playground.widgets import bank_panel, stream_panel
 from proteus_playground.widgets.bank import words as bank_words
 from proteus_playground.widgets.stream import figure as stream_figure
 from proteus_playground.widgets.stream import words as stream_words
 from proteus_playground.widgets.stream.frames import Source
 from proteus_playground.widgets.stream.state import NUMBERS, StreamState, check
+
+from proteus_playground.attention.bank.view import BankContents, GateContents
+from proteus_playground.common.texts import pasted
+from proteus_playground.playground.bank_reading import RandomReader
+from proteus_playground.streaming.buffer import StreamPlan
+from proteus_playground.streaming.pipeline import stream
+from proteus_playground.streaming.random_words import RandomWords
+from proteus_playground.streaming.replay import Document, Scores, empty_scores, fill, page_of, plant, replay, runs
+from proteus_playground.streaming.table_scorer import TableScorer
 
 SENTENCE = " the cat of the house sat on a warm wall and looked at the garden all day."
 FACT, PROMPT = "The soup has horseradish.", "What has the soup?"

@@ -11,11 +11,6 @@ import numpy as np
 import pytest
 from fake_probe import FakeProbe
 from helpers import text_of
-
-from proteus_playground.attention import AttentionConfig
-from proteus_playground.attention.settings import CONTROLS, LayerShape, Settings, config_for, settings_of
-from proteus_playground.playground.glossary import by_code
-from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE
 from proteus_playground.widgets import PRESETS, PlayState, Workbench, playground
 from proteus_playground.widgets.apps import make_probe
 from proteus_playground.widgets.parts import raster, sentences
@@ -23,6 +18,11 @@ from proteus_playground.widgets.parts.controls import Knob, LayerControls, Switc
 from proteus_playground.widgets.parts.state import BY_NAME, KEYS, check, parse, preset_settings
 from proteus_playground.widgets.parts.worker import Worker
 from proteus_playground.widgets.workbench import figure, readout
+
+from proteus_playground.attention import AttentionConfig
+from proteus_playground.attention.settings import CONTROLS, LayerShape, Settings, config_for, settings_of
+from proteus_playground.playground.glossary import by_code
+from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE
 
 
 @pytest.fixture

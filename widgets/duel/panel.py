@@ -11,11 +11,10 @@ from tempfile import TemporaryDirectory
 
 import ipywidgets as w
 import torch
-from traitlets import Float, HasTraits
-
 from proteus_playground.experiments.duel.curve import Point
 from proteus_playground.experiments.duel.duel import PRESETS, DuelSettings, Turn
 from proteus_playground.experiments.duel.files import SETTINGS
+from traitlets import Float, HasTraits
 
 from ..parts.boxes import button, column, labelled, row
 from ..parts.controls import Knob, tip

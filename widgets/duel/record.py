@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from proteus_playground.experiments.duel.curve import Point
 from proteus_playground.experiments.duel.duel import ARMS, DuelSettings, Score, Turn
 

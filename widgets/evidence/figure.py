@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import plotly.graph_objects as go
-
 from proteus_playground.experiments.evidence.committed import named, order
 from proteus_playground.experiments.evidence.report import Entry
 from proteus_playground.experiments.evidence.study import CellResult

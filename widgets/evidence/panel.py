@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipywidgets as w
-
 from proteus_playground.experiments.evidence.committed import Study, can_repeat, named, order, repeat
 from proteus_playground.experiments.evidence.report import Entry, sentences
 from proteus_playground.experiments.evidence.study import OURS, CellResult

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-
 from proteus_playground.experiments.needles.haystacks import Haystack
+
 from proteus_playground.streaming.replay import Document, Replay, Scores, empty_scores, fill, plant, replay
 from proteus_playground.streaming.table_scorer import TableScorer
 

@@ -125,7 +125,7 @@ def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor | None) -> Tens
 
     x: `(B, T, N, d)`; positions: `(B, T)` or `(T,)`, in tokens, None for 0, 1, ...; inv_freq: `(d / 2,)`, radians per
     token, or None for no rotation. Angles are float64, reduced to one turn, so that they keep their precision at
-    any position below 2^53 / frequency; where a device has no float64 (MPS) they are float32, off by up to 6e-8 x angle.
+    any position below 2^53 / frequency; on MPS, without float64, they are float32, off by up to 6e-8 x angle.
     Cosine and sine are float32, or float64 for a float64 `x`. Negative positions undo a rotation.
     """
     if inv_freq is None:
