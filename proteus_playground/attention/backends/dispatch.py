@@ -124,8 +124,8 @@ def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor | None) -> Tens
     """Rotary position embedding: turn each feature pair of `x` by position x frequency.
 
     x: `(B, T, N, d)`; positions: `(B, T)` or `(T,)`, in tokens, None for 0, 1, ...; inv_freq: `(d / 2,)`, radians per
-    token, or None for no rotation. Angles are float64, reduced to one turn, so that they keep their precision at
-    any position below 2^53 / frequency; on MPS, without float64, they are float32, off by up to 6e-8 x angle.
+    token, or None for no rotation. Angles are float64, reduced to one turn: off by up to 2.5e-16 x angle,
+    which is 1e-6 at 2^31 radians. On MPS, which has no float64, they are float32, off by up to 6e-8 x angle.
     Cosine and sine are float32, or float64 for a float64 `x`. Negative positions undo a rotation.
     """
     if inv_freq is None:

@@ -25,7 +25,7 @@ def sharp_dot(x, p, acc):
 
 @triton.jit
 def angles(position, inv_freq, half, d):
-    """Cosine and sine of position x frequency, `(rows, HP)` float32, to 1e-6 at any position below 2^40.
+    """Cosine and sine of position x frequency, `(rows, HP)` float32, to 1e-6 at angles below 2^31.
 
     Products are float64 and reduced to an eighth of a turn, since float32 holds a large angle too coarsely. The
     library's functions use local memory for large angles and take ten times as long.
