@@ -54,6 +54,9 @@ def decide(
     keep = kept_tokens(cfg, gates, budget, k, real=real, before=before, training=training)
     if query is None:
         return TokenDecisions(budget, keep)
+    if real is not None:  # padding may hold any value, NaN included
+        query = query.masked_fill(~real[..., None, None], 0)
+        logits = None if logits is None else logits.masked_fill(~real[..., None, None], 0)
     awake, weight, gate_prob = route(
         query,
         gates,

@@ -153,6 +153,8 @@ def _keep(q, k, v, positions, keep, awake, trim: bool) -> Kept:
     if keep is None or (trim and keep.all()):
         return Kept(q, k, v, positions, awake, None, None)
     length = keep.sum(1)
+    dropped = ~keep[..., None, None]
+    q, k, v = (x.masked_fill(dropped, 0) for x in (q, k, v))  # padding may hold any value, NaN included
     index = (~keep).to(torch.int8).argsort(dim=1, stable=True)
     if trim:
         index = index[:, : max(1, int(length.max()))]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.checks import whole_number
+from .precision import at_least_float32
 
 OBSERVE_LIMIT = 1 << 13  # keys one training pass adds to the moving averages
 FIT_LIMIT = 1 << 16  # keys that k-means uses; more change a centroid by less than its own noise
@@ -96,10 +97,13 @@ class Gates(nn.Module):
             raise ValueError(f"{name} has shape {tuple(k.shape)}: must be (..., G={self.n_groups}, d={self.head_dim})")
 
     def cosines(self, x: Tensor) -> Tensor:
-        """Cosine of each vector to each prototype: `(..., G, d)` -> `(..., G, C)` float32, dead gates -inf."""
+        """Cosine of each vector to each prototype: `(..., G, d)` -> `(..., G, C)`, dead gates -inf.
+
+        float32, or float64 for a float64 x.
+        """
         with torch.autocast(x.device.type, enabled=False):
-            unit = F.normalize(x.float(), dim=-1)
-            cos = torch.einsum("...gd,gcd->...gc", unit, self.prototypes)
+            unit = F.normalize(at_least_float32(x), dim=-1)
+            cos = torch.einsum("...gd,gcd->...gc", unit, self.prototypes.to(unit.dtype))
             return cos.masked_fill(~self.alive, -torch.inf)
 
     @torch.no_grad()
@@ -140,7 +144,7 @@ class Gates(nn.Module):
                 f"keep_ratio={keep_ratio!r}: below 1 the gates need salience quantiles; "
                 "call calibrate(x) or fit(k), or train first"
             )
-        return self.salience(k) >= self._quantile(1 - keep_ratio)
+        return ~(self.salience(k) < self._quantile(1 - keep_ratio))  # NaN is kept, so that the loss shows it
 
     def keep_tokens(
         self, k: Tensor, keep_ratio: float, n_anchors: int, real: Tensor | None = None, before: Tensor | None = None
@@ -217,11 +221,13 @@ class Gates(nn.Module):
     def observe(self, k: Tensor, keep: Tensor) -> None:
         """Record the keys `(B, T, G, d)` of a training pass, where `keep` (B, T), for the next `fold`.
 
-        Changes no prototype. From a long text about OBSERVE_LIMIT evenly spaced tokens are taken.
+        Changes no prototype. From a long text about OBSERVE_LIMIT evenly spaced tokens are taken. If any kept key is
+        not finite, nothing is recorded.
         """
+        keep = keep & (k.isfinite().all(-1).all(-1) | ~keep).all()  # stays on the device
         step = -(-k.shape[0] * k.shape[1] // OBSERVE_LIMIT)
         keep = keep[:, ::step].flatten()
-        keys = F.normalize(k[:, ::step].detach().float(), dim=-1).flatten(0, 1)  # (N, G, d)
+        keys = F.normalize(k[:, ::step].detach().float(), dim=-1).flatten(0, 1).nan_to_num(0, 0, 0)  # (N, G, d)
         gate, best = self.lure(keys)
         count, total = self._per_gate_sums(gate, keys, keep)
         self.pending_count += count

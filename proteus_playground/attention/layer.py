@@ -7,7 +7,7 @@ per group, `K` slots for awake heads per group.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +75,7 @@ class ProteusAttention(nn.Module):
         if learning:
             self._fold()
         budget = plan_budget(self.cfg, x.shape[1]) if budget is None else budget
+        x = _without_padding(x, key_padding_mask)
         plain = key_padding_mask is None and not (self.training or return_stats or return_trace)
         if plain and (fast := self._fast_path(x, budget, positions)) is not None:
             return fast
@@ -99,7 +100,7 @@ class ProteusAttention(nn.Module):
         heads = weigh(result.out.unflatten(2, (self.cfg.n_kv_heads, -1)), rows.weight)
         y = self._project_out(heads, rows, decisions.keep)
         if learning:
-            self._observe(k, decisions)
+            self._observe(k, decisions, y)
         stats = stats_of(result, decisions, rows, key_padding_mask) if return_stats else None
         trace = trace_of(heads, decisions, rows, self.gates, q, k) if return_trace else None
         return LayerOutput(y, stats, trace).unwrap()
@@ -169,18 +170,23 @@ class ProteusAttention(nn.Module):
 
     def _fold(self) -> None:
         """Update prototypes and balance with what earlier training passes observed, never with this pass."""
-        self.gates.fold()
-        if self.router is not None:
-            self.router.fold()
+        with ordinary_tensors():
+            self.gates.fold()
+            if self.router is not None:
+                self.router.fold()
 
     @torch.no_grad()
-    def _observe(self, k: Tensor, decisions: TokenDecisions) -> None:
+    def _observe(self, k: Tensor, decisions: TokenDecisions, y: Tensor) -> None:
+        """Record this pass for the next `_fold`, unless the keys or the output y hold NaN or infinite values."""
         keep = decisions.keep
         if keep is None:
             keep = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
-        self.gates.observe(k, keep)
-        if decisions.awake is not None:
-            self.router.observe(decisions.awake.unflatten(2, (self.cfg.n_kv_heads, -1)), keep)
+        finite = (k.isfinite().all(-1).all(-1) | ~keep).all() & y.isfinite().all()  # stays on the device
+        keep = keep & finite
+        with ordinary_tensors():
+            self.gates.observe(k, keep)
+            if decisions.awake is not None:
+                self.router.observe(decisions.awake.unflatten(2, (self.cfg.n_kv_heads, -1)), keep)
 
     def kept(self, k: Tensor, budget: Budget, padding: Tensor | None) -> Tensor | None:
         """Tokens that take part, `(B, T)` bool; None for all. k: un-rotated keys; padding: True for padding."""
@@ -229,6 +235,7 @@ class ProteusAttention(nn.Module):
         """
         self._check(x, positions, key_padding_mask)
         self._refuse_training()
+        x = _without_padding(x, key_padding_mask)
         state = self.new_state(len(x), tokens, dtype=x.dtype)
         budget = state.budget
         if x.shape[1] > budget.tokens:
@@ -275,6 +282,7 @@ class ProteusAttention(nn.Module):
             raise TypeError(f"state={type(state).__name__}: expected KVBank, from new_state or prefill")
         if state.gates is not self.gates:
             raise ValueError("state is of another layer: must come from this layer's new_state or prefill")
+        x = _without_padding(x, key_padding_mask)
         k, v = self._keys_values(x)
         q, rows, decisions = self._decide(x, k, state.budget, key_padding_mask, state.count, return_trace)
         read = state.step if x.shape[1] == 1 else state.steps
@@ -295,8 +303,13 @@ class ProteusAttention(nn.Module):
 
     @property
     def inv_freq(self) -> Tensor | None:
-        """Rotary frequencies, `(d / 2,)` float32, radians per token."""
-        return None if self.rope is None else self.rope.inv_freq
+        """Rotary frequencies, `(d / 2,)`, radians per token: float64 in a float64 layer, else float32."""
+        if self.rope is None:
+            return None
+        weight = self.k_proj.weight
+        if self.rope.inv_freq.is_meta and not weight.is_meta:  # weights were assigned to a layer on the meta device
+            self.rope.fill(weight)
+        return self.rope.inv_freq
 
     def set_flux_alpha(self, value: float | None) -> None:
         """Pin alpha in [0, 1], or release it with None so that the length decides."""
@@ -339,10 +352,13 @@ class ProteusAttention(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> ProteusAttention:
-        """Rebuild a saved layer. Raises `FileNotFoundError`, or `ValueError` when the file is not one of ours."""
+        """Rebuild a saved layer, in the precision that it was saved in.
+
+        Raises `FileNotFoundError`, or `ValueError` when the file is not one of ours.
+        """
         tensors, about = read_tensors(path, "ProteusAttention.save")
         try:
-            attn = cls(AttentionConfig(**about))
+            attn = cls(AttentionConfig(**about)).to(tensors["k_proj.weight"].dtype)
             attn.load_state_dict(tensors)
         except Exception as problem:
             raise ValueError(
@@ -372,3 +388,13 @@ class ProteusAttention(nn.Module):
             raise TypeError(f"budget={type(budget).__name__}: expected Budget, from plan_budget")
         if budget is not None:
             check_budget(budget, x.shape[1], self.cfg.gates_per_group)
+
+
+def ordinary_tensors():
+    """A block whose results may be used by autograd later, even in `torch.inference_mode`."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def _without_padding(x: Tensor, padding: Tensor | None) -> Tensor:
+    """`x` with zeros at padding, which may hold any value, NaN included."""
+    return x if padding is None else x.masked_fill(padding[..., None], 0)

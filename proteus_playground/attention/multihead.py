@@ -14,7 +14,6 @@ from .budget import plan_budget
 from .config import AttentionConfig
 from .functional import prepare
 from .layer import ProteusAttention
-from .rope import rope_frequencies
 from .shortlist import everything
 
 
@@ -29,6 +28,8 @@ class CausalProteusMultiheadAttention(nn.Module):
     """
 
     in_proj_bias = None  # so that nn.TransformerEncoderLayer does not take its fused path, which would skip this layer
+
+    _qkv_same_embed_dim = False  # which nn.TransformerEncoder reads, so that it makes no nested tensors
 
     def __init__(
         self,
@@ -91,6 +92,8 @@ class CausalProteusMultiheadAttention(nn.Module):
             key_padding_mask = key_padding_mask[None]
         key_padding_mask = _as_padding(key_padding_mask, k)
         if is_self_attention:
+            if key_padding_mask is not None:
+                q = q.masked_fill(key_padding_mask[..., None], 0)  # padding may hold any value, NaN included
             _check_causal(attn_mask, q.shape[1])
             out = self.attn(q, key_padding_mask=key_padding_mask)
             shown = self._weights(q, key_padding_mask) if need_weights else None
@@ -109,8 +112,9 @@ class CausalProteusMultiheadAttention(nn.Module):
         attn, cfg = self.attn, self.attn.cfg
         q, k, v = (proj(x).unflatten(-1, (-1, cfg.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         budget = plan_budget(cfg, x.shape[1])
-        freq = None if cfg.rope_theta is None else rope_frequencies(cfg.head_dim, cfg.rope_theta, x.device)
-        ready = prepare(q, k, v, attn.gates, budget, inv_freq=freq, positions=None, keep=attn.kept(k, budget, padding))
+        ready = prepare(
+            q, k, v, attn.gates, budget, inv_freq=attn.inv_freq, positions=None, keep=attn.kept(k, budget, padding)
+        )
         p = attention_weights(ready.q, ready.k, ready.short or everything(ready.gate, cfg.n_heads), cfg.head_dim**-0.5)
         if ready.index is None:
             return p
@@ -124,6 +128,8 @@ class CausalProteusMultiheadAttention(nn.Module):
 
     def _cross(self, q, k, v, padding, attn_mask, is_causal, need_weights):
         attn, cfg = self.attn, self.attn.cfg
+        if padding is not None:
+            k, v = (x.masked_fill(padding[..., None], 0) for x in (k, v))
         mask = _merge_masks(q, k, padding, attn_mask, is_causal)
         qh, kh, vh = (
             proj(x).unflatten(-1, (-1, cfg.head_dim)).transpose(1, 2)

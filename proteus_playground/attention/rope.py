@@ -9,18 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from .backends.dispatch import rotate
+from .precision import wide_dtype
 
 __all__ = ["Frequencies", "rope_frequencies", "rotate"]
 
 
-def rope_frequencies(head_dim: int, theta: float, device=None) -> Tensor:
-    """Angular frequency per feature pair, radians per token: `(head_dim / 2,)` float32."""
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+def rope_frequencies(head_dim: int, theta: float, device=None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Angular frequency per feature pair, radians per token: `(head_dim / 2,)`."""
+    pairs = torch.arange(0, head_dim, 2, dtype=dtype, device=device)
     return theta ** (-pairs / head_dim)
 
 
 class Frequencies(nn.Module):
-    """`rope_frequencies` that follow a module between devices and stay float32."""
+    """`rope_frequencies` that follow a module between devices; float64 in a float64 module, else float32.
+
+    They are in no state dict, so every move computes them again: `to_empty` would leave them without values.
+    """
 
     def __init__(self, head_dim: int, theta: float):
         super().__init__()
@@ -29,6 +33,10 @@ class Frequencies(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32:
-            self.inv_freq = rope_frequencies(self.head_dim, self.theta, self.inv_freq.device)
+        self.fill(self.inv_freq)
         return self
+
+    def fill(self, like: Tensor) -> None:
+        """Compute the frequencies for the device and the precision of `like`."""
+        frequencies = rope_frequencies(self.head_dim, self.theta, "cpu", wide_dtype(like.dtype))
+        self.inv_freq = frequencies.to(like.device)

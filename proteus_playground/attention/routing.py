@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .precision import at_least_float32
+
 if TYPE_CHECKING:
     from .config import AttentionConfig
     from .gates import Gates
@@ -101,7 +103,7 @@ def gate_probability(
     if logits is None:
         return prior
     b = prior_max * cosine.amax(-1, keepdim=True).clamp(0, 1)
-    return (1 - b) * (logits.float() + log_share).masked_fill(dead, -torch.inf).softmax(-1) + b * prior
+    return (1 - b) * (at_least_float32(logits) + log_share).masked_fill(dead, -torch.inf).softmax(-1) + b * prior
 
 
 def head_probability(gate_prob: Tensor, head_of_gate: Tensor, heads_per_group: int) -> Tensor:

@@ -23,6 +23,7 @@ from ..budget import Budget
 from ..config import BACKENDS
 from ..gates import Gates
 from ..int8 import through_int8
+from ..precision import at_least_float32
 from ..shortlist import Shortlist, build_shortlist, everything
 
 SCORES_PER_STEP = 1 << 22  # scores held at a time while a dense log-sum-exp is computed
@@ -123,7 +124,9 @@ def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor | None) -> Tens
     """Rotary position embedding: turn each feature pair of `x` by position x frequency.
 
     x: `(B, T, N, d)`; positions: `(B, T)` or `(T,)`, in tokens, None for 0, 1, ...; inv_freq: `(d / 2,)`, radians per
-    token, or None for no rotation. Angles are float32 whatever the dtype of `x`. Negative positions undo a rotation.
+    token, or None for no rotation. Angles are float64, reduced to one turn: off by up to 2.5e-16 x angle,
+    which is 1e-6 at 2^31 radians. On MPS, which has no float64, they are float32, off by up to 6e-8 x angle.
+    Cosine and sine are float32, or float64 for a float64 `x`. Negative positions undo a rotation.
     """
     if inv_freq is None:
         return x
@@ -180,11 +183,11 @@ def _fastest(device: torch.device) -> list[SDPBackend] | None:
 def dense_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Log-sum-exp of causal scores, `(B, T, H)` float32, some rows at a time; for display, no gradient."""
     B, T, H, _ = q.shape
-    kh = k.repeat_interleave(H // k.shape[2], dim=2).permute(0, 2, 3, 1).float()  # (B, H, d, T)
+    kh = at_least_float32(k).repeat_interleave(H // k.shape[2], dim=2).permute(0, 2, 3, 1)  # (B, H, d, T)
     step = max(1, SCORES_PER_STEP // (B * H * T))
     at = torch.arange(T, device=q.device)
     parts = []
     for i in range(0, T, step):
-        score = q[:, i : i + step].float().transpose(1, 2) @ kh * scale
+        score = at_least_float32(q[:, i : i + step]).transpose(1, 2) @ kh * scale
         parts.append(score.masked_fill(at > at[i : i + step, None], -torch.inf).logsumexp(-1))
     return torch.cat(parts, dim=2).transpose(1, 2)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import at_least_float32
 from ..shortlist import Shortlist
 
 
@@ -63,7 +64,7 @@ def _last(inside: Tensor, count: int, order: Tensor | None) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> tuple[Tensor, Tensor]:
     """Rotated q `(B, T, H, d)`, rotated k and v `(B, T, G, d)` -> out like q, log-sum-exp `(B, T, H)` float32."""
     p, share, lse = _probabilities(q, k, short, scale)
-    vh = v.float().repeat_interleave(q.shape[2] // k.shape[2], dim=2).transpose(1, 2)
+    vh = at_least_float32(v).repeat_interleave(q.shape[2] // k.shape[2], dim=2).transpose(1, 2)
     T = q.shape[1]
     note_v = torch.einsum("bhtcs,bhsd->bhtcd", share, vh)
     out = p[..., :T] @ vh + torch.einsum("bhtc,bhtcd->bhtd", p[..., T:], note_v)
@@ -84,12 +85,12 @@ def _probabilities(q, k, short: Shortlist, scale: float):
     gate = short.gate.transpose(1, 2).repeat_interleave(H // k.shape[2], dim=1)[:, :, None, None]  # (B, H, 1, 1, T)
     gates = torch.arange(short.gates_per_group, device=gate.device)
     noted = read.notes[:, :, :, None] & (gate == gates[:, None])  # (B, H, T, C, T)
-    qh = q.float().transpose(1, 2)  # (B, H, T, d)
-    kh = k.float().repeat_interleave(H // k.shape[2], dim=2).transpose(1, 2)
+    qh = at_least_float32(q).transpose(1, 2)  # (B, H, T, d)
+    kh = at_least_float32(k).repeat_interleave(H // k.shape[2], dim=2).transpose(1, 2)
     count = noted.sum(-1)  # (B, H, T, C)
-    share = noted.float() / count.clamp(min=1)[..., None]
+    share = noted.to(qh.dtype) / count.clamp(min=1)[..., None]
     note_k = torch.einsum("bhtcs,bhsd->bhtcd", share, kh)
     score = (qh @ kh.transpose(-1, -2) * scale).masked_fill(~read.direct, -torch.inf)
-    note = torch.einsum("bhtd,bhtcd->bhtc", qh, note_k) * scale + count.clamp(min=1).log()
+    note = torch.einsum("bhtd,bhtcd->bhtc", qh, note_k) * scale + count.clamp(min=1).to(qh.dtype).log()
     both = torch.cat((score, note.masked_fill(count == 0, -torch.inf)), dim=-1)
     return both.softmax(-1), share, both.logsumexp(-1)

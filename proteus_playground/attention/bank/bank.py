@@ -34,7 +34,8 @@ class KVBank(Slots):
     """The bounded state of one attention layer for B sequences.
 
     Made by `KVBank.empty`; `extend` takes in a prefill, `step` one token per sequence and returns its output row.
-    Both change the bank in place, without autograd. Memory is fixed, whatever the length, unless `budget.dense`: then
+    Both change the bank in place, without autograd. A token whose key or value is NaN or infinite gets a row of NaN and
+    is not stored. Memory is fixed, whatever the length, unless `budget.dense`: then
     this is a plain KV cache that grows with its tokens. `count` `(B,)`: kept tokens; `seen` `(B,)`: tokens,
     dropped ones included; `tokens`: the same as a Python int (it does not change while a CUDA graph replays a step).
     """
@@ -104,6 +105,7 @@ class KVBank(Slots):
         self.gates.check_keys(k)
         check_inputs(k, k, v, self.gates, positions, keep, None, None)
         self._admit(k)
+        keep, _ = _finite(k, v, keep)
         size = max(1, ENTRIES_PER_STEP // self.retired.numel())
         with torch.autocast(k.device.type, enabled=False):
             for i in range(0, k.shape[1], size):
@@ -164,6 +166,7 @@ class KVBank(Slots):
     def _advance(self, q: Tensor, k: Tensor, v: Tensor, keep, awake, positions) -> Tensor:
         """Take in tokens that belong to one block of each sequence, and return their rows."""
         self._admit(k)
+        keep, finite = _finite(k, v, keep)
         at = self._positions(positions, k)
         with torch.autocast(q.device.type, enabled=False):
             rotated = rotate(torch.cat((q, k), dim=2), at, self.inv_freq)
@@ -172,6 +175,8 @@ class KVBank(Slots):
             out = dense_row(self, rotated_q) if self.budget.dense else sparse_row(self, q, rotated_q)
         if keep is not None:
             out = out.masked_fill(~keep[..., None, None], 0)
+        if finite is not None:
+            out = out.masked_fill(~finite[..., None, None], torch.nan)
         return out if awake is None else out.masked_fill(~awake[..., None], 0)
 
     def _admit(self, k: Tensor) -> None:
@@ -275,6 +280,17 @@ class KVBank(Slots):
         bank = cls.empty(budget, gates, batch, inv_freq=freq, scale=scale, device=device, **kind)
         bank.load_state_dict({"about": about, "tensors": tensors})
         return bank
+
+
+def _finite(k: Tensor, v: Tensor, keep: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The tokens to store, `(B, n)` bool or None for all, and which of the tokens that take part are finite.
+
+    A key or value that is NaN or infinite would spoil every later row. On a GPU the host does not wait for the answer.
+    """
+    if k.device.type == "cpu" and bool((k.sum() + v.sum()).isfinite()):
+        return keep, None
+    finite = (k.isfinite() & v.isfinite()).all(-1).all(-1)
+    return (finite, finite) if keep is None else (keep & finite, finite | ~keep)
 
 
 def fingerprint(gates: Gates) -> str:

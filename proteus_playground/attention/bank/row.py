@@ -25,7 +25,7 @@ def dense_row(bank: Slots, q: Tensor) -> Tensor:
 def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
     """Rows of q `(B, t, H, d)`: one softmax over window and anchors, rings of opened gates, and notes."""
     G, direct = bank.token.shape[1], bank.anchors + bank.window
-    tile = _by_group(rotated, G).float() * bank.scale  # (B, G, t r, d)
+    tile = _by_group(rotated, G).to(bank.sums.dtype) * bank.scale  # (B, G, t r, d)
     scales = bank.scales[:, :, :direct] if bank.int8 else None
     window = as_read(Keys(bank.rows[:, :, :direct], scales, None, None))
     parts = [(tile @ window[..., 0, :].mT).masked_fill(~_seen(bank, q, direct), -torch.inf)]
@@ -75,7 +75,7 @@ def _seen(bank: Slots, q: Tensor, slots: int) -> Tensor:
 
 def _held(bank: Slots) -> Tensor:
     """Number of keys in each sum, `(B, G, 1, 2 C)` float32: ALL of every gate, then REST."""
-    return torch.cat((bank.retired, (bank.retired - bank.ring).clamp(min=0)), dim=-1)[:, :, None].float()
+    return torch.cat((bank.retired, (bank.retired - bank.ring).clamp(min=0)), dim=-1)[:, :, None].to(bank.sums.dtype)
 
 
 def _skipped_notes(opened: Tensor | None, score: Tensor) -> Tensor:

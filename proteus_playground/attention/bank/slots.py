@@ -18,6 +18,7 @@ from torch import Tensor
 from ..budget import Budget
 from ..gates import Gates
 from ..int8 import quantize_rows
+from ..precision import at_least_float32, wide_dtype
 from ..rope import rotate
 
 DENSE_START = 64  # slots that a dense cache starts with
@@ -97,8 +98,8 @@ class Slots:
             "scales": ((batch, G, slots, 2 if dtype == torch.int8 else 0), torch.float32, 0),
             "token": ((batch, G, slots), torch.int64, -1),
             "gate": ((batch, G, slots), torch.int32, -1),
-            "sums": ((batch, G, 2, noted, 2, d), torch.float32, 0),
-            "rounding_error": ((batch, G, 2, noted, 2, d), torch.float32, 0),
+            "sums": ((batch, G, 2, noted, 2, d), wide_dtype(dtype), 0),
+            "rounding_error": ((batch, G, 2, noted, 2, d), wide_dtype(dtype), 0),
             "retired": ((batch, G, C), torch.int64, 0),
             **dict.fromkeys(("count", "seen", "next_position"), ((batch,), torch.int64, 0)),
         }
@@ -207,7 +208,7 @@ class Slots:
                 displaced = as_read(replaced).masked_fill((replaced.token < 0)[..., None, None], 0)
                 added_to_rest = torch.where(rings[..., None, None], displaced, added_to_all)
             added = torch.stack((added_to_all, added_to_rest), dim=2).flatten(-2)
-            self._add((hot.float()[:, :, None] @ added).view_as(self.sums))  # (B, G, 2, C, 2, d)
+            self._add((hot.to(added.dtype)[:, :, None] @ added).view_as(self.sums))  # (B, G, 2, C, 2, d)
         self._put(keys, slot, stays)
         self.retired += arrived
 
@@ -252,5 +253,5 @@ class Slots:
 
 def as_read(keys: Keys) -> Tensor:
     """Keys and values `(..., 2, d)` as a row reads them, float32."""
-    rows = keys.rows.float()
+    rows = at_least_float32(keys.rows)
     return rows if keys.scales is None else rows * keys.scales[..., None]

@@ -25,19 +25,19 @@ def sharp_dot(x, p, acc):
 
 @triton.jit
 def angles(position, inv_freq, half, d):
-    """Cosine and sine of position x frequency, `(rows, HP)` float32, to 1e-6 up to angles of a few million.
+    """Cosine and sine of position x frequency, `(rows, HP)` float32, to 1e-6 at angles below 2^31.
 
-    The library's functions use local memory for large angles and take ten times as long.
+    Products are float64 and reduced to an eighth of a turn, since float32 holds a large angle too coarsely. The
+    library's functions use local memory for large angles and take ten times as long.
     """
-    angle = position.to(tl.float32)[:, None] * tl.load(inv_freq + half, mask=half < d // 2, other=0.0)[None, :]
-    turns = tl.floor(angle * 0.6366197723675814 + 0.5)  # quarter turns; pi / 2 is subtracted in parts of few bits
-    x = tl.fma(turns, -1.5703125, angle)
-    x = tl.fma(turns, -0.0004837512969970703, x)
-    x = tl.fma(turns, -7.549789948768648e-08, x)
+    frequency = tl.load(inv_freq + half, mask=half < d // 2, other=0.0).to(tl.float64)
+    angle = position.to(tl.float64)[:, None] * frequency[None, :]
+    turns = tl.floor(angle * 0.6366197723675814 + 0.5)  # quarter turns
+    x = (angle - turns * 1.5707963267948966).to(tl.float32)
     y = x * x
     sine = x + x * y * (-0.16666654611 + y * (0.0083321608736 + y * -0.00019515295891))
     cosine = 1 - 0.5 * y + y * y * (0.04166664568298827 + y * (-0.001388731625493765 + y * 2.443315711809948e-05))
-    quarter = turns.to(tl.int32)
+    quarter = (turns.to(tl.int64) & 3).to(tl.int32)
     swap = (quarter & 1) == 1
     cos, sin = tl.where(swap, sine, cosine), tl.where(swap, cosine, sine)
     return tl.where(((quarter + 1) & 2) == 2, -cos, cos), tl.where((quarter & 2) == 2, -sin, sin)

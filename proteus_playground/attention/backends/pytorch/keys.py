@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...precision import wide_dtype
 from ...shortlist import Shortlist
 from .tile import take_rows
 
@@ -70,16 +71,17 @@ def running_means(keys: SortedKeys, extra: Tensor) -> Tensor:
     pieces = rows.view(-1, chunk, width)
     at = torch.arange(R // chunk, device=rows.device)
     first = torch.minimum(keys.first // chunk, at)  # chunk in which this chunk's gate starts
-    total = pieces.sum(1, dtype=torch.float32).double().nan_to_num_(0, 0, 0)
+    wide = wide_dtype(rows.dtype)
+    total = pieces.sum(1, dtype=wide).double().nan_to_num_(0, 0, 0)
     before = total.t().contiguous().cumsum(1).t() - total
-    carry = (before - before[first]).float()  # (R / chunk, 2 d)
+    carry = (before - before[first]).to(wide)  # (R / chunk, 2 d)
     rank = (at - first)[:, None] * chunk + torch.arange(1, chunk + 1, device=rows.device)
-    share = rank.float().reciprocal_()[..., None]  # (R / chunk, chunk, 1)
+    share = rank.to(wide).reciprocal_()[..., None]  # (R / chunk, chunk, 1)
     tail = torch.cat((extra.new_zeros(1, width), extra))
     step = max(1, MEAN_ROWS // chunk)
 
     def means(i: int, out: Tensor | None = None) -> Tensor:
-        sums = pieces[i : i + step].to(torch.float32, copy=True)
+        sums = pieces[i : i + step].to(wide, copy=True)
         sums[:, 0] += carry[i : i + step]
         return torch.mul(sums.cumsum(1), share[i : i + step], out=out)
 

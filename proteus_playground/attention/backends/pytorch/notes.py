@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...precision import wide_dtype
 from ...shortlist import Shortlist
 from .keys import SortedKeys, running_means
 from .tile import attend_tile, take_rows
@@ -32,7 +33,7 @@ class Notes:
     def __init__(self, kv: Tensor, keys: SortedKeys | None, short: Shortlist):
         B, T, G, width = kv.shape
         N, A = short.retired.shape[2], min(short.anchors, T)
-        device, self.d, self.anchors = kv.device, width // 2, A
+        device, wide, self.d, self.anchors = kv.device, wide_dtype(kv.dtype), width // 2, A
         anchors = kv[:, :A].reshape(-1, width)
         self.means = running_means(keys, anchors) if short.notes else pad(anchors, (0, 0, 1, 0))
         none = len(self.means) - len(anchors) - 1  # the row of zeros
@@ -40,10 +41,10 @@ class Notes:
         at = torch.arange(A, device=device)
         anchor = none + 1 + (torch.arange(B, device=device)[:, None] * A + at)[:, None] * G
         anchor = (anchor + torch.arange(G, device=device)[:, None])[:, None].expand(B, N, G, A)
-        unread = torch.full((B, N, G, 1), -torch.inf, device=device)
+        unread = torch.full((B, N, G, 1), -torch.inf, dtype=wide, device=device)
         nothing = torch.full_like(unread, torch.finfo(kv.dtype).min / 4)
         retired = short.retired.transpose(1, 2)  # (B, N, G, C)
-        top = retired.amax(-1, keepdim=True).clamp(min=1).float().log().round()
+        top = retired.amax(-1, keepdim=True).clamp(min=1).to(wide).log().round()
         seen = torch.where(at < edge[:, None], 0.0, -torch.inf)[None, :, None] - top
         rows, bias = [unread.new_full((B, N, G, 1), none), anchor], [nothing, seen]
         self.rest = None
@@ -52,9 +53,9 @@ class Notes:
             newest = keys.newest
             scratch = newest.new_full((B, N, G, 1), none)
             rows += [scratch, newest, scratch, (newest - short.ring).where(beyond > 0, none)]
-            rest = torch.cat((unread, beyond.float().log() - top), dim=-1).to(kv.dtype)
-            closed = torch.full_like(retired, -torch.inf, dtype=torch.float32)
-            bias += [unread, retired.float().log() - top, unread, closed]
+            rest = torch.cat((unread, beyond.to(wide).log() - top), dim=-1).to(kv.dtype)
+            closed = torch.full_like(retired, -torch.inf, dtype=wide)
+            bias += [unread, retired.to(wide).log() - top, unread, closed]
             self.rest = rest.flatten(0, 1)
         cols = sum(x.shape[-1] for x in rows)
         self.rows = pad(torch.cat([x.int() for x in rows], dim=-1), (0, -cols % 8), value=none).flatten(0, 1)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...precision import at_least_float32
+
 _FUSED_CPU = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FUSED_CUDA = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
 HALVES = (torch.float16, torch.bfloat16)
@@ -28,7 +30,7 @@ def attend_tile(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: flo
             return out, lse[..., : q.shape[2]]
         if _FUSED_CPU and q.device.type == "cpu" and q.dtype == torch.float32:
             return _FUSED_CPU(q, k, v, is_causal=bias is None, attn_mask=bias, scale=scale)
-    score = (q @ k.transpose(-1, -2)).float() * scale
+    score = at_least_float32(q @ k.transpose(-1, -2)) * scale
     if bias is None:
         bias = score.new_full(score.shape[2:], -torch.inf).triu(1)
     score = score + bias

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from ...precision import wide_dtype
 from ...shortlist import Shortlist
 from .keys import sort_keys
 from .notes import Notes
@@ -47,7 +48,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> 
         parts = [checkpoint(work.run, cut, use_reentrant=False, preserve_rng_state=False) for cut in cuts]
         out, lse = (torch.cat([x[0].new_zeros(head, *x[0].shape[1:]), *x]) for x in zip(*parts, strict=True))
     else:
-        out, lse = q.new_empty(total, b, H, d), q.new_empty(total, b, H, dtype=torch.float32)
+        out, lse = q.new_empty(total, b, H, d), q.new_empty(total, b, H, dtype=wide_dtype(q.dtype))
         for cut in cuts:
             work.run(cut, out[cut], lse[cut])
     out, lse = out.view(B, N * b, H, d)[:, :T], lse.view(B, N * b, H)[:, :T]
