@@ -16,6 +16,7 @@ CYRILLIC = "Скромный токен ждал на пятой страниц�
 
 def readers():
     from proteus_playground.experiments.duel.settings import pick_text
+
     from proteus_playground.streaming.sources import open_document
 
     def stream(path):

@@ -115,9 +115,9 @@ def test_a_template_that_rewrites_control_tokens_is_named(tokenizer):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("text", BAD)
 def test_every_other_reader_of_texts(text, tokenizer, control, tmp_path):
+    from proteus_playground.experiments.needles.subjects import _Words
     from tiny_llama import build
 
-    from proteus_playground.experiments.needles.subjects import _Words
     from proteus_playground.hf.source import ModelSource
 
     tokenizer.save_pretrained(tmp_path)

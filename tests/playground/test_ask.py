@@ -12,6 +12,11 @@ import tiny_shelf
 from fake_probe import FakeProbe
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proteus_playground.widgets import PlayState, apps, playground
+from proteus_playground.widgets.parts.controls import ModelChoice
+from proteus_playground.widgets.parts.state import SHELF, opening, preset_settings
+from proteus_playground.widgets.workbench import workbench
+from proteus_playground.widgets.workbench.ask_box import OWN, fact_sentence, reply_html
 
 from proteus_playground.attention.settings import Settings
 from proteus_playground.common.progress import Stopped
@@ -19,11 +24,6 @@ from proteus_playground.common.texts import load_text, pasted
 from proteus_playground.lm.shelf import shelf
 from proteus_playground.playground.shelf_probe import ROOM, open_shelf
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL
-from proteus_playground.widgets import PlayState, apps, playground
-from proteus_playground.widgets.parts.controls import ModelChoice
-from proteus_playground.widgets.parts.state import SHELF, opening, preset_settings
-from proteus_playground.widgets.workbench import workbench
-from proteus_playground.widgets.workbench.ask_box import OWN, fact_sentence, reply_html
 
 OWN_SETTINGS = Settings(shortlist=48, gates=8)
 

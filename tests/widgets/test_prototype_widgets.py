@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from proteus_playground.widgets import prototype_panel
+from proteus_playground.widgets.parts.painted import Room
+from proteus_playground.widgets.prototypes import words as words
+from proteus_playground.widgets.prototypes.figure import trails
 
 from proteus_playground.common.texts import load_text
 from proteus_playground.lm.model import ModelConfig, ProteusLM
 from proteus_playground.playground.gate_story import OPERATIONS, TOKENS_PER_UPDATE, GateStory
 from proteus_playground.playground.live import RANDOM, Live, open_live, random_bytes
-from proteus_playground.widgets import prototype_panel
-from proteus_playground.widgets.parts.painted import Room
-from proteus_playground.widgets.prototypes import words as words
-from proteus_playground.widgets.prototypes.figure import trails
 
 EXACT = 1e-5  # relative: rounding
 

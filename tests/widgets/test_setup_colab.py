@@ -2,7 +2,6 @@ import sys
 import types
 
 import pytest
-
 from proteus_playground.widgets import colab
 
 
