@@ -1,4 +1,4 @@
-"""Every notebook as it lies in the repository: what Colab needs, no outputs, and its link to itself."""
+"""Every notebook as it is stored in the repository: it has what Colab needs, no outputs, and a link to itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def test_the_notebook_says_what_colab_needs_and_carries_no_outputs(name):
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     source = "".join("".join(cell["source"]) for cell in code)
-    assert source.count("enable_custom_widget_manager()") == 1
+    assert source.count("import setup_colab\n\nsetup_colab()") == 1  # it lets widgets draw: see test_setup_colab.py
+    assert source.index("setup_colab()") < source.index("display(")
     assert all(f"display({shown})" in source for shown in SHOWN[name])
     assert "torch==" not in source and "install torch" not in source
     first = "".join(book["cells"][0]["source"])
