@@ -194,7 +194,7 @@ def spelled_out(trace, attn, rows: range) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["slots", "no router", "dropped"])
 def test_the_opening_loss_is_what_it_says(name, monkeypatch):
-    monkeypatch.setattr(losses, "ROWS", 10)
+    monkeypatch.setattr(losses, "ROWS_PER_TEXT", 10)
     lm, ids = model(layers=1, **CASES[name]).train(), text()
     lm.blocks[0].attn.calibrate(torch.randn(2, 40, 32))
     traces = lm(ids, return_trace=True)[1]
