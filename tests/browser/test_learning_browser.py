@@ -135,6 +135,8 @@ def test_a_click_on_a_bar_follows_that_gate(gates):
           return [box.x + xaxis2._offset + xaxis2.d2p(bars.x[most]), box.y + yaxis2._offset + yaxis2.d2p(1), most];
         }"""
     )
+    gates.page.mouse.move(spot[0], spot[1] - 3)  # plotly looks for what is under the mouse when it has come to rest
+    gates.page.wait_for_timeout(300)
     gates.after(lambda: gates.page.mouse.click(spot[0], spot[1] - 3), f"What gate {spot[2]} lures")
 
 
