@@ -126,7 +126,7 @@ class ProteusCache(Cache):
         settings: default `Settings()`. layers: which get a bank, default all that read the whole past. name: under
         which the gates are kept, default the model's class. calibration: the text, default one that comes with the
         package. folder: default the user's cache. The first time takes one pass over 2,048 tokens. reach: "auto" is
-        half the model's trained context where the text may go on for ever (flux alpha 1, no `tokens`), else None.
+        half the trained context where the text has no limit (flux alpha 1, no `tokens`), else None: no bound.
         """
         settings = settings or Settings()
         source = ModelSource(model, tokenizer, name or type(model).__name__)
