@@ -426,7 +426,11 @@ def test_no_permission(tmp_path, book):
         with pytest.raises(OSError, match="cache folder, or name another"):
             unprivileged(
                 lambda folder=folder: open_document(
-                    "humble token", encode=encode, fingerprint="words", ram_limit=0, cache=folder
+                    sources.TextRows("rows", [{"text": WORDS}], "1"),
+                    encode=encode,
+                    fingerprint="words",
+                    ram_limit=0,
+                    cache=folder,
                 )
             )
     assert list(locked.iterdir()) == []
