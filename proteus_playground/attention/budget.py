@@ -37,7 +37,12 @@ class Budget:
     anchors: int  # first keys always read
     probes: int  # gates a row opens
     ring: int  # m, newest keys read per opened gate
-    notes: bool  # whether notes are read (the mean key and value of a gate's keys that are not read one by one)
+    notes: int  # gates whose note a row reads (the mean key and value of a gate's keys not read one by one)
+
+    @property
+    def ranked(self) -> int:
+        """Gates that a row ranks: the best `probes` of them are opened, and the notes of the best `notes` are read."""
+        return max(self.probes, self.notes)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -81,7 +86,14 @@ def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = No
         heads_awake_max=max(cfg.heads_awake_max, floor(r ** (1 - alpha) * cfg.heads_awake_max**alpha + 0.5)),
         head_top_p=cfg.head_top_p**alpha,
         dense=cap >= tokens,
-        **split_shortlist(cap, cfg.dna_fraction, cfg.n_anchors, cfg.probes, cfg.gates_per_group, cfg.notes),
+        **split_shortlist(
+            cap,
+            cfg.dna_fraction,
+            cfg.n_anchors,
+            cfg.probes,
+            cfg.gates_per_group,
+            cfg.max_notes if cfg.notes else 0,
+        ),
     )
 
 
@@ -94,12 +106,11 @@ def check_alpha(alpha) -> float:
     return float(alpha)
 
 
-def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: bool) -> dict:
+def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: int) -> dict:
     """Divide `cap` reads per row between window, anchors, rings and notes: fields of `Budget`.
 
-    A row reads at most window + block local keys, `anchors` anchors, probes x ring keys of opened gates and one note
-    per gate. Where notes would take more than half of the gates' share there are none; where there are fewer reads
-    than probes, fewer gates are opened.
+    A row reads at most window + block local keys, `anchors` anchors, probes x ring keys of opened gates and `notes`
+    notes, those of the gates that it ranks highest.
     """
     gate_reads = min(floor(dna_fraction * cap + 1e-9), cap - 1)  # rounded down: a row always reads itself
     other_reads = cap - gate_reads
@@ -108,8 +119,7 @@ def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, 
     block = 1
     while block * 4 <= other_reads and block * 2 <= local and block < MAX_BLOCK:
         block *= 2
-    notes = notes and gate_reads >= 2 * gates  # with smaller rings, more is lost than notes bring: docs/log.md
-    probes = min(probes, gates, gate_reads)
-    ring_reads = gate_reads - gates if notes else gate_reads
-    ring = ring_reads // probes if probes else 0
+    notes = min(notes, gates, gate_reads // 2)
+    probes = min(probes, gates, gate_reads - notes)
+    ring = (gate_reads - notes) // probes if probes else 0
     return {"window": local - block, "block": block, "anchors": anchors, "probes": probes, "ring": ring, "notes": notes}

@@ -96,8 +96,10 @@ class AttentionConfig:
     n_anchors: int = knob(4, 0, unit="tokens")
     """First tokens that every query reads (attention sinks), >= 0."""
     notes: bool = True
-    """Whether a query also reads each gate's note, the mean key and value of those keys that it does not read one by
-    one. Notes are left out where all of them would take more than half of the gates' share of L."""
+    """Whether a query also reads the notes of the gates that match it best: the mean key and value of those of their
+    keys that it does not read one by one."""
+    max_notes: int = knob(16, 0, unit="notes")
+    """Most notes that a query reads, >= 0; they never take more than half of the gates' share of L."""
     rope_theta: float | None = knob(10_000.0, 0.0, open_low=True, none="for no rotation")
     """Base of the rotary embedding, > 0. None leaves queries and keys un-rotated."""
     prior_max: float = knob(0.5, 0.0, 1.0)

@@ -197,11 +197,9 @@ def check_budget(budget: Budget, tokens: int, gates_per_group: int) -> None:
     """Raise `ValueError` when a budget was planned for a shorter text or fewer gates, and could be exceeded."""
     if tokens > budget.tokens:
         raise ValueError(f"budget was planned for {budget.tokens} tokens: must be planned for at least {tokens}")
-    planned = budget.window + budget.block + budget.anchors + budget.probes * budget.ring
-    if not budget.dense and planned + budget.notes * gates_per_group > budget.shortlist:
+    if not budget.dense and budget.ranked > gates_per_group:
         raise ValueError(
-            f"budget has no room for the notes of {gates_per_group} gates: plan it with "
-            f"gates_per_group={gates_per_group}"
+            f"budget ranks {budget.ranked} gates of {gates_per_group}: plan it with gates_per_group={gates_per_group}"
         )
 
 

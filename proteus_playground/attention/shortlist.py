@@ -1,11 +1,13 @@
 """Which keys each query row may read, as small index tables that every backend shares.
 
 Everything but the causal diagonal ticks once per block of `b` rows: a key has left the window of a row when it is more
-than `w` tokens older than the first row of the block. Such a key is *retired*, and read through its gate: the newest
-`m` retired keys of an opened gate one by one (its ring), the others through the gate's note.
+than `w` tokens older than the first row of the block. Such a key is *retired*, and read through its gate, if at all. A
+row ranks the gates by q.p. It opens the first `n` of them and reads the newest `m` retired keys of each one by one (the
+gate's ring). It reads the notes of the first `e`: each is the mean of the gate's retired keys that it does not read one
+by one.
 
 Axes: `B` batch, `T` tokens (after dropped tokens have been taken out), `H` query heads, `G` KV groups, `C` gates per
-group, `N` blocks, `n` probes.
+group, `N` blocks, `n` probes, `e` notes.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ class Shortlist:
     block: int
     anchors: int
     ring: int
-    notes: bool
     gate: Tensor  # (B, T, G) int64, gate of each key; -1 for anchors and padding
     retired: Tensor  # (B, G, N, C) int64, keys of a gate that have left the window at a block's tick
-    probes: Tensor  # (B, T, H, n) int64, gates a row opens; -1 where there is nothing to open
+    probes: Tensor  # (B, T, H, n) int64, gates a row opens, the best first; -1 where there is nothing to open
+    noted: Tensor  # (B, T, H, e) int64, gates whose notes a row reads, the best first; -1 where there is none
 
     @property
     def gates_per_group(self) -> int:
@@ -57,10 +59,9 @@ def build_shortlist(gate: Tensor, q: Tensor, gates: Gates, budget: Budget, lengt
         in_no_gate = in_no_gate | (at >= length[:, None])[..., None]
     gate = gate.masked_fill(in_no_gate, -1)
     retired = _count_retired(gate, gates.gates_per_group, window, block)
-    opened = gate.new_full((*q.shape[:3], 0), -1)
-    if budget.probes and budget.ring:
-        opened = open_gates(q, gates.prototypes, gates.alive, retired, block, budget.probes)
-    return Shortlist(window, block, budget.anchors, budget.ring, budget.notes, gate, retired, opened)
+    ranked = rank_gates(q, gates.prototypes, gates.alive, retired, block, budget.ranked)
+    opened, noted = ranked[..., : budget.probes], ranked[..., : budget.notes]
+    return Shortlist(window, block, budget.anchors, budget.ring, gate, retired, opened, noted)
 
 
 def everything(gate: Tensor, heads: int) -> Shortlist:
@@ -71,34 +72,35 @@ def everything(gate: Tensor, heads: int) -> Shortlist:
         block=1,
         anchors=0,
         ring=0,
-        notes=False,
         gate=torch.full_like(gate, -1),
         retired=gate.new_zeros(B, G, T, 1),
         probes=gate.new_full((B, T, heads, 0), -1),
+        noted=gate.new_full((B, T, heads, 0), -1),
     )
 
 
-def open_gates(q: Tensor, prototypes: Tensor, alive: Tensor, retired: Tensor, block: int, probes: int) -> Tensor:
-    """The live gates with the largest q.p among those that hold a key at the row's tick: `(B, T, H, n)`, -1 for none.
+def rank_gates(q: Tensor, prototypes: Tensor, alive: Tensor, retired: Tensor, block: int, count: int) -> Tensor:
+    """The `count` live gates with the largest q.p among those that hold a key at the row's tick: `(B, T, H, count)`.
 
-    An empty gate is never opened, because there is nothing to read in it.
+    The best come first, of equal ones that with the lower index; -1 where no gate is left. An empty gate is never
+    ranked, because there is nothing to read in it.
     """
     B, T, H, _ = q.shape
     G, C = alive.shape
-    usable = ((retired > 0) & alive[:, None]).transpose(2, 3)  # (B, G, C, N)
-    heads = prototypes.repeat_interleave(H // G, dim=0)  # (H, C, d)
+    if not count:
+        return torch.empty(B, T, H, 0, dtype=torch.int64, device=q.device)
+    usable = (retired > 0) & alive[:, None]  # (B, G, N, C)
+    heads = prototypes.repeat_interleave(H // G, dim=0).transpose(1, 2)  # (H, d, C)
     held = SCORES_PER_STEP if q.device.type == "cpu" else SCORES_PER_STEP_GPU
     step = max(1, held // (B * H * C * block)) * block
-    opened = torch.empty(B, T, H, probes, dtype=torch.int64, device=q.device)
+    ranked = torch.empty(B, T, H, count, dtype=torch.int64, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for i in range(0, T, step):
-            rows = q[:, i : i + step].float().permute(0, 2, 3, 1)  # (B, H, d, t)
-            score = torch.matmul(heads, rows)  # (B, H, C, t): the maximum runs over whole vectors of rows
-            here = usable[..., i // block : (i + step - 1) // block + 1].repeat_interleave(block, dim=3)
-            score.unflatten(1, (G, H // G)).masked_fill_(~here[:, :, None, :, : rows.shape[3]], -torch.inf)
-            for pick, slot in zip(_top(score, probes), opened[:, i : i + step].unbind(3), strict=True):
-                slot.copy_(pick.transpose(1, 2))
-    return opened
+            score = torch.matmul(q[:, i : i + step].float().transpose(1, 2), heads)  # (B, H, t, C)
+            here = usable[:, :, i // block : (i + step - 1) // block + 1].repeat_interleave(block, dim=2)
+            score.unflatten(1, (G, H // G)).masked_fill_(~here[:, :, None, : score.shape[2]], -torch.inf)
+            ranked[:, i : i + step] = _largest(score, count).transpose(1, 2)
+    return ranked
 
 
 def _count_retired(gate: Tensor, C: int, window: int, block: int) -> Tensor:
@@ -114,39 +116,37 @@ def _count_retired(gate: Tensor, C: int, window: int, block: int) -> Tensor:
     return counts.transpose(2, 3).contiguous()
 
 
-def _top(score: Tensor, n: int) -> list[Tensor]:
-    """Indices of the n largest along the axis before the last, ties to the lower index, -1 where the score is -inf."""
-    size = score.shape[-2]
-    low_first = torch.arange(size, 0, -1, dtype=score.dtype, device=score.device)[:, None]
-    picks = []
-    for i in range(n):
-        if score.device.type == "cpu":  # takes half the time of a maximum that also returns its index
-            best = score.amax(dim=-2, keepdim=True)
-            index = size - torch.where(score == best, low_first, 0).amax(dim=-2, keepdim=True).long()
-            index = index.clamp(max=size - 1)  # a NaN equals nothing: its own row becomes NaN, no other does
-        else:
-            best, index = score.max(dim=-2, keepdim=True)
-        picks.append(index.masked_fill(best == -torch.inf, -1)[..., 0, :])
-        if i < n - 1:
-            score.scatter_(-2, index, -torch.inf)
-    return picks
+def _largest(score: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest along the last axis, ties to the lower index, -1 where the score is -inf.
+
+    Equal scores are told apart by sorting whole numbers: the bits of the score, in an order that whole numbers keep,
+    and below them the index. A NaN ranks first or last: its own row becomes NaN, no other does.
+    """
+    size = score.shape[-1]
+    bits = (score + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (key << 20) + torch.arange(size - 1, -1, -1, device=score.device)
+    best = key.topk(count, dim=-1).values
+    nothing = -0x7F800001  # what becomes of -inf
+    return ((size - 1) - (best & 0xFFFFF)).masked_fill_(best >> 20 == nothing, -1)
 
 
 def count_reads(short: Shortlist) -> Tensor:
     """Keys and notes each row reads: `(B, T, H)` int64."""
-    B, T, H, n = short.probes.shape
-    G, N, C = short.retired.shape[1:]
+    T = short.probes.shape[1]
     tick = short.row_tick(T)
     edge = (tick * short.block - short.window).clamp(min=0)  # first key still in the window
     direct = torch.arange(T, device=tick.device) - edge + 1 + edge.clamp(max=short.anchors)
-    gain = short.retired.clamp(max=short.ring)  # what opening a gate adds
-    always = torch.zeros_like(short.retired[..., 0])  # (B, G, N)
-    if short.notes:
-        filled = short.retired > 0
-        always = filled.sum(-1)
-        gain = gain - (filled & (short.retired <= short.ring)).long()  # its note is empty then
-    gain = torch.nn.functional.pad(gain, (1, 0)).flatten()
-    base = torch.arange(B * G, device=tick.device).view(B, 1, G, 1, 1) * N + tick.view(1, T, 1, 1, 1)
-    spot = short.probes.view(B, T, G, H // G, n) + (base * (C + 1) + 1)
-    reads = gain.index_select(0, spot.flatten()).view(spot.shape).sum(-1)
-    return (reads + (direct[:, None] + always.transpose(1, 2)[:, tick])[..., None]).flatten(2)
+    n = min(short.probes.shape[3], short.noted.shape[3])
+    opened, noted = _held(short, short.probes), _held(short, short.noted)
+    notes = (noted[..., :n] > short.ring).sum(-1) + (noted[..., n:] > 0).sum(-1)  # the first n are opened
+    return direct[:, None] + opened.clamp(max=short.ring).sum(-1) + notes
+
+
+def _held(short: Shortlist, gate: Tensor) -> Tensor:
+    """Retired keys of the gates `gate` `(B, T, H, n)` at the ticks of the rows: likewise, 0 for none."""
+    B, T, H, n = gate.shape
+    G, N, C = short.retired.shape[1:]
+    first = torch.arange(B * G, device=gate.device).view(B, 1, G, 1, 1) * N + short.row_tick(T).view(1, T, 1, 1, 1)
+    spot = gate.view(B, T, G, H // G, n).clamp(min=0) + first * C
+    return short.retired.flatten()[spot].view(gate.shape).masked_fill(gate < 0, 0)

@@ -20,7 +20,7 @@ class Memberships(NamedTuple):
     window: Tensor  # keys that have not left the row's window
     anchors: Tensor  # the first keys, once they have left it
     rings: Tensor  # keys read one by one because the row opened their gate
-    notes: Tensor  # keys read through the note of their gate
+    notes: Tensor  # keys read through the note of their gate; no row reads a key of the others, once it is retired
 
     @property
     def direct(self) -> Tensor:
@@ -46,7 +46,9 @@ def memberships(short: Shortlist, heads: int, rows: Tensor | None = None, order:
     for opened in short.probes[:, rows].transpose(1, 2).unbind(-1):  # (B, H, R), -1 for none
         inside = retired & (gate == opened[..., None]) & (opened >= 0)[..., None]
         rings |= _last(inside, short.ring, order)
-    notes = retired & (gate >= 0) & ~rings if short.notes else torch.zeros_like(rings)
+    notes = torch.zeros_like(rings)
+    for noted in short.noted[:, rows].transpose(1, 2).unbind(-1):
+        notes |= retired & (gate == noted[..., None]) & (noted >= 0)[..., None] & ~rings
     window = (key <= rows[:, None]) & ~retired
     return Memberships(window.expand(shape), anchor.expand(shape), rings, notes)
 

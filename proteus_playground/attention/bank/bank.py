@@ -266,14 +266,16 @@ class KVBank(Slots):
 
         Raises `FileNotFoundError`, or `ValueError` for other gates or when the file is not one of ours.
         """
+        if not isinstance(gates, Gates):
+            raise TypeError(f"gates={type(gates).__name__}: expected Gates")
         tensors, about = read_tensors(path, "KVBank.save")
         try:
+            if isinstance(about["budget"]["notes"], bool):  # files of before: notes of every gate, or of none
+                about["budget"]["notes"] *= gates.gates_per_group
             budget, dtype, batch = Budget(**about["budget"]), tensors["rows"].dtype, len(tensors["count"])
             scale, theirs, freq = about["scale"], about["gates"], tensors.pop("inv_freq", None)
         except (KeyError, TypeError) as problem:
             raise ValueError(f"path={str(path)!r}: not a file that KVBank.save wrote ({problem})") from problem
-        if not isinstance(gates, Gates):
-            raise TypeError(f"gates={type(gates).__name__}: expected Gates")
         if theirs != fingerprint(gates):
             raise ValueError(f"path={str(path)!r}: a bank of gates {theirs}: must be of gates {fingerprint(gates)}")
         kind = {"int8": True} if dtype == torch.int8 else {"dtype": dtype}

@@ -1,7 +1,7 @@
 """The rows of new tokens, read from a bank that holds them already. All belong to one block, so they share a tick.
 
 Axes: `B` sequences, `H` query heads, `G` KV groups, `r = H / G`, `C` gates per group, `d` head dim, `m` ring,
-`n` probes, `t` new tokens.
+`n` probes, `e` notes, `t` new tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shortlist import open_gates
+from ..shortlist import rank_gates
 from .slots import Keys, Slots, as_read
 
 
@@ -29,11 +29,11 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
     scales = bank.scales[:, :, :direct] if bank.int8 else None
     window = as_read(Keys(bank.rows[:, :, :direct], scales, None, None))
     parts = [(tile @ window[..., 0, :].mT).masked_fill(~_seen(bank, q, direct), -torch.inf)]
-    opened = None
+    gates, n = bank.gates, bank.budget.probes
+    ranked = rank_gates(q, gates.prototypes, gates.alive, bank.retired[:, :, None], q.shape[1], bank.budget.ranked)
+    ranked = _by_group(ranked, G)  # (B, G, t r, the larger of n and e)
     if bank.ring:
-        gates = bank.gates
-        opened = open_gates(q, gates.prototypes, gates.alive, bank.retired[:, :, None], q.shape[1], bank.budget.probes)
-        opened = _by_group(opened, G)  # (B, G, t r, n)
+        opened = ranked[..., :n]
         first = direct + opened[..., None] * bank.ring + torch.arange(bank.ring, device=q.device)
         slot = torch.where(opened[..., None] < 0, bank.scratch, first)  # (B, G, t r, n, m)
         keys = bank.keys_at(slot.flatten(2))
@@ -43,7 +43,7 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
     if bank.notes:
         notes, held = bank.sums.flatten(2, 3), _held(bank)
         score = tile @ notes[..., 0, :].mT / held.clamp(min=1) + held.log()
-        parts.append(score.masked_fill(_skipped_notes(opened, score), -torch.inf))
+        parts.append(score.masked_fill(~_read_notes(ranked[..., : bank.notes], n, score), -torch.inf))
     weight = torch.cat(parts, dim=-1).softmax(-1).split([x.shape[-1] for x in parts], dim=-1)
     out = weight[0] @ window[..., 1, :]
     if bank.ring:
@@ -78,14 +78,12 @@ def _held(bank: Slots) -> Tensor:
     return torch.cat((bank.retired, (bank.retired - bank.ring).clamp(min=0)), dim=-1)[:, :, None].to(bank.sums.dtype)
 
 
-def _skipped_notes(opened: Tensor | None, score: Tensor) -> Tensor:
-    """Mask of notes to skip, like `score`: two notes are kept per gate.
+def _read_notes(noted: Tensor, probes: int, score: Tensor) -> Tensor:
+    """Mask of the notes that rows read, like `score`; two notes are kept per gate.
 
-    A row that opened the gate reads its ring one by one, so it reads REST (keys beyond the ring); every other row reads
-    ALL.
+    noted: `(B, G, t r, e)`, -1 for none. A row that opened the gate, one of the first `probes`, reads its ring one by
+    one and so REST (keys beyond the ring); every other row reads ALL.
     """
-    C = score.shape[-1] // 2
-    is_open = torch.zeros(*score.shape[:-1], C, dtype=torch.bool, device=score.device)
-    if opened is not None:
-        is_open = (opened[..., None] == torch.arange(C, device=score.device)).any(-2)
-    return torch.cat((is_open, ~is_open), dim=-1)
+    column = noted + (torch.arange(noted.shape[-1], device=noted.device) < probes) * (score.shape[-1] // 2)
+    read = torch.zeros(*score.shape[:-1], score.shape[-1] + 1, dtype=torch.bool, device=score.device)
+    return read.scatter_(-1, column.masked_fill(noted < 0, score.shape[-1]), True)[..., :-1]

@@ -1,7 +1,7 @@
 """Notes and anchors: the keys that a block of rows reads besides its window and its rings.
 
 Axes: `B` batch, `T` tokens, `G` KV groups, `r` heads per group, `d` head dim, `N` blocks of `b` rows per sequence,
-`U` blocks of all sequences in a row, `C` gates, `n` probes.
+`U` blocks of all sequences in a row, `C` gates, `n` probes, `e` notes that a row reads.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class Notes:
         0           dummy: has no weight, but keeps the softmax defined
         1 .. A      anchors
         A + 1       scratch
-        next C      notes ALL, of gates that a row did not open
-        1           scratch
-        next C      notes REST (less the ring), of gates that it opened
+        next C      notes ALL, for rows that did not open the gate
+        next C      notes REST (less the ring), for rows that did
 
-    The scratch columns receive writes for probes that opened no gate. The bias of a note is log(count) less a whole
-    number near the largest, so that half precision holds it well.
+    A row reads a note only where its list of notes holds the gate. The scratch column receives writes for places of
+    that list that hold none. The bias of a note is log(count) less a whole number near the largest, so that half
+    precision holds it well.
     """
 
     def __init__(self, kv: Tensor, keys: SortedKeys | None, short: Shortlist):
@@ -35,7 +35,8 @@ class Notes:
         N, A = short.retired.shape[2], min(short.anchors, T)
         device, wide, self.d, self.anchors = kv.device, wide_dtype(kv.dtype), width // 2, A
         anchors = kv[:, :A].reshape(-1, width)
-        self.means = running_means(keys, anchors) if short.notes else pad(anchors, (0, 0, 1, 0))
+        reads_notes = short.noted.shape[3] > 0
+        self.means = running_means(keys, anchors) if reads_notes else pad(anchors, (0, 0, 1, 0))
         none = len(self.means) - len(anchors) - 1  # the row of zeros
         edge = torch.arange(N, device=device) * short.block - short.window  # first key in the window, by tick
         at = torch.arange(A, device=device)
@@ -47,34 +48,34 @@ class Notes:
         top = retired.amax(-1, keepdim=True).clamp(min=1).to(wide).log().round()
         seen = torch.where(at < edge[:, None], 0.0, -torch.inf)[None, :, None] - top
         rows, bias = [unread.new_full((B, N, G, 1), none), anchor], [nothing, seen]
-        self.rest = None
-        if short.notes:
+        self.size = None
+        if reads_notes:
             beyond = (retired - short.ring).clamp(min=0)
             newest = keys.newest
-            scratch = newest.new_full((B, N, G, 1), none)
-            rows += [scratch, newest, scratch, (newest - short.ring).where(beyond > 0, none)]
-            rest = torch.cat((unread, beyond.to(wide).log() - top), dim=-1).to(kv.dtype)
-            closed = torch.full_like(retired, -torch.inf, dtype=wide)
-            bias += [unread, retired.to(wide).log() - top, unread, closed]
-            self.rest = rest.flatten(0, 1)
+            rows += [newest.new_full((B, N, G, 1), none), newest, (newest - short.ring).where(beyond > 0, none)]
+            bias += [unread, *[torch.full_like(retired, -torch.inf, dtype=wide)] * 2]
+            sizes = [unread, retired.to(wide).log() - top, beyond.to(wide).log() - top]
+            self.size = torch.cat(sizes, dim=-1).to(kv.dtype).flatten(0, 1)  # (B N, G, 1 + 2 C), of the last columns
         cols = sum(x.shape[-1] for x in rows)
         self.rows = pad(torch.cat([x.int() for x in rows], dim=-1), (0, -cols % 8), value=none).flatten(0, 1)
         self.bias = pad(torch.cat(bias, dim=-1), (0, -cols % 8), value=-torch.inf).to(kv.dtype).flatten(0, 1)
         self.top = top.flatten(0, 1)
         self.columns = self.rows.shape[-1]
 
-    def attend(self, cut: slice, tiles: Tensor, opened: Tensor, scale: float):
-        """Attention of tiles `(U, G, b r, d)` over notes and anchors: out and lse. opened: `(U, b, G, r, n)`."""
-        U, b, G, r, n = opened.shape
+    def attend(self, cut: slice, tiles: Tensor, noted: Tensor, probes: int, scale: float):
+        """Attention of tiles `(U, G, b r, d)` over notes and anchors: out and lse.
+
+        noted: `(U, b, G, r, e)`, 0 for none, else 1 more than the gate; each row opened the first `probes` of them.
+        """
+        U, b, G, r, e = noted.shape
         kv = take_rows(self.means, self.rows[cut])  # (U, G, columns, 2 d)
         bias = self.bias[cut][:, :, None, None]
         bias = bias.expand(U, G, b, r, bias.shape[-1]).contiguous()
-        if self.rest is not None and n:
-            opened = opened.transpose(1, 2)
-            rest = self.rest[cut][:, :, None, None].expand(U, G, b, r, -1).gather(-1, opened)
-            spot = opened + (1 + self.anchors)
-            bias.scatter_(-1, spot, -torch.inf)
-            bias.scatter_(-1, spot + self.rest.shape[-1], rest)
+        if e:
+            rest = (torch.arange(e, device=noted.device) < probes) * (self.size.shape[-1] // 2)
+            column = torch.where(noted > 0, noted + rest, 0).transpose(1, 2)
+            size = self.size[cut][:, :, None, None].expand(U, G, b, r, -1).gather(-1, column)
+            bias.scatter_(-1, column + (1 + self.anchors), size)
         d = self.d
         out, lse = attend_tile(tiles, kv[..., :d], kv[..., d:], bias.view(*tiles.shape[:3], -1), scale)
         return out, lse + self.top[cut]

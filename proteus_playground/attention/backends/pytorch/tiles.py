@@ -80,18 +80,21 @@ class _Blocks:
         padded = (pad(x, (0, 0, 0, 0, 0, end)) if end else x.contiguous() for x in (q, k, v))
         shapes = ((b, G, r, d), (G, d), (G, d))
         self.q, self.k, self.v = (x.view(-1, *shape) for x, shape in zip(padded, shapes, strict=True))
-        probes = pad(short.probes, (0, 0, 0, 0, 0, end), value=-1) if end else short.probes
-        self.opened = probes.reshape(len(self.q), b, G, r, n) + 1  # 0 where nothing is opened
+        self.opened, self.noted = (
+            (pad(x, (0, 0, 0, 0, 0, end), value=-1) if end else x).reshape(len(self.q), b, G, r, -1) + 1  # 0 for none
+            for x in (short.probes, short.noted)
+        )
         self.mask = _window_mask(short.window, b, r, q)
         self.notes = self.rings = keys = None
         kv, wide = torch.cat((k, v), dim=-1), 1
         ring = min(short.ring, int(short.retired.max()) if q.device.type == "cpu" else T)  # no gate holds more
+        n = n if ring else 0
         column, width = key_columns(ring, r * n) if n else (CHUNK, 0)
-        if n or short.notes:
+        if n or self.noted.shape[-1]:
             keys = sort_keys(kv, short, max(column, CHUNK))
         if n:
             self.rings, wide = Rings(keys, ring, column, width), n * width
-        if short.anchors or short.notes:
+        if short.anchors or self.noted.shape[-1]:
             self.notes = Notes(kv, keys, short)
             wide = max(wide, self.notes.columns)
         self.step = max(1, min(BLOCKS_PER_STEP, _scores_per_step(q) // (b * H * wide)))
@@ -103,7 +106,7 @@ class _Blocks:
         tiles = q.transpose(1, 2).reshape(U, G, b * r, d)
         parts = [self._window(cut, tiles)]
         if self.notes:
-            parts.append(self.notes.attend(cut, tiles, opened, self.scale))
+            parts.append(self.notes.attend(cut, tiles, self.noted[cut], opened.shape[-1], self.scale))
         # From (U, G, b r, ...) to the axes of q.
         means, sizes = ([x.unflatten(2, (b, r)).transpose(1, 2) for x in part] for part in zip(*parts, strict=True))
         sizes, ring = [x[..., None] for x in sizes], None
