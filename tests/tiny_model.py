@@ -107,6 +107,7 @@ def fake_hub(folder: Path, broken: str | None = None, silent: float = 0.0):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
+    server.handle_error = lambda request, address: None  # a client that stopped reading is no error of a test
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
