@@ -44,7 +44,7 @@ def _rows(ready: Prepared, rows: Tensor, order: Tensor | None, scale: float) -> 
         return _mix(q, k, v, seen, [], scale), seen.sum(-1).float().mean(1)
     read = memberships(short, H, rows, order)
     gate = short.gate.repeat_interleave(H // short.gate.shape[2], dim=2).transpose(1, 2)[:, :, None]  # (B, H, 1, T)
-    notes = [read.notes & (gate == c) for c in range(short.gates_per_group)] if short.notes else []
+    notes = [read.notes & (gate == c) for c in range(short.gates_per_group)] if read.notes.any() else []
     reads = read.direct.sum(-1) + sum(note.any(-1).long() for note in notes)
     return _mix(q, k, v, read.direct, notes, scale), reads.float().mean(1)
 

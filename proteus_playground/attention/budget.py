@@ -87,12 +87,7 @@ def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = No
         head_top_p=cfg.head_top_p**alpha,
         dense=cap >= tokens,
         **split_shortlist(
-            cap,
-            cfg.dna_fraction,
-            cfg.n_anchors,
-            cfg.probes,
-            cfg.gates_per_group,
-            cfg.max_notes if cfg.notes else 0,
+            cap, cfg.dna_fraction, cfg.n_anchors, cfg.probes, cfg.gates_per_group, cfg.max_notes if cfg.notes else 0
         ),
     )
 
@@ -106,11 +101,12 @@ def check_alpha(alpha) -> float:
     return float(alpha)
 
 
-def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: int) -> dict:
+def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: int | None) -> dict:
     """Divide `cap` reads per row between window, anchors, rings and notes: fields of `Budget`.
 
     A row reads at most window + block local keys, `anchors` anchors, probes x ring keys of opened gates and `notes`
-    notes, those of the gates that it ranks highest.
+    notes, those of the gates that it ranks highest. None: those of all gates, as long as they take half of the gates'
+    share or less; with the smaller rings that more would leave, more is lost than notes bring (docs/log.md).
     """
     gate_reads = min(floor(dna_fraction * cap + 1e-9), cap - 1)  # rounded down: a row always reads itself
     other_reads = cap - gate_reads
@@ -119,7 +115,10 @@ def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, 
     block = 1
     while block * 4 <= other_reads and block * 2 <= local and block < MAX_BLOCK:
         block *= 2
-    notes = min(notes, gates, gate_reads // 2)
+    half = gate_reads // 2
+    if notes is None:
+        notes = gates if gates <= half else 0
+    notes = min(notes, gates, half)
     probes = min(probes, gates, gate_reads - notes)
     ring = (gate_reads - notes) // probes if probes else 0
     return {"window": local - block, "block": block, "anchors": anchors, "probes": probes, "ring": ring, "notes": notes}

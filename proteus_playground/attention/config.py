@@ -96,10 +96,11 @@ class AttentionConfig:
     n_anchors: int = knob(4, 0, unit="tokens")
     """First tokens that every query reads (attention sinks), >= 0."""
     notes: bool = True
-    """Whether a query also reads the notes of the gates that match it best: the mean key and value of those of their
-    keys that it does not read one by one."""
-    max_notes: int = knob(16, 0, unit="notes")
-    """Most notes that a query reads, >= 0; they never take more than half of the gates' share of L."""
+    """Whether a query also reads notes: the mean key and value of those keys of a gate that it does not read one by
+    one. See `max_notes` for how many."""
+    max_notes: int | None = knob(None, 1, unit="notes")
+    """Most notes that a query reads, >= 1: those of the gates that match it best. They never take more than half of the
+    gates' share of L. None: the notes of all gates, or none at all where they would take more than half."""
     rope_theta: float | None = knob(10_000.0, 0.0, open_low=True, none="for no rotation")
     """Base of the rotary embedding, > 0. None leaves queries and keys un-rotated."""
     prior_max: float = knob(0.5, 0.0, 1.0)

@@ -35,7 +35,7 @@ class Shortlist:
     gate: Tensor  # (B, T, G) int64, gate of each key; -1 for anchors and padding
     retired: Tensor  # (B, G, N, C) int64, keys of a gate that have left the window at a block's tick
     probes: Tensor  # (B, T, H, n) int64, gates a row opens, the best first; -1 where there is nothing to open
-    noted: Tensor  # (B, T, H, e) int64, gates whose notes a row reads, the best first; -1 where there is none
+    noted: Tensor | None  # (B, T, H, e) int64, gates whose notes a row reads, the best first, -1 for none; None: all
 
     @property
     def gates_per_group(self) -> int:
@@ -59,8 +59,10 @@ def build_shortlist(gate: Tensor, q: Tensor, gates: Gates, budget: Budget, lengt
         in_no_gate = in_no_gate | (at >= length[:, None])[..., None]
     gate = gate.masked_fill(in_no_gate, -1)
     retired = _count_retired(gate, gates.gates_per_group, window, block)
-    ranked = rank_gates(q, gates.prototypes, gates.alive, retired, block, budget.ranked)
-    opened, noted = ranked[..., : budget.probes], ranked[..., : budget.notes]
+    reads_all = budget.notes >= gates.gates_per_group
+    count = budget.probes if reads_all else budget.ranked
+    ranked = rank_gates(q, gates.prototypes, gates.alive, retired, block, count)
+    opened, noted = ranked[..., : budget.probes], None if reads_all else ranked[..., : budget.notes]
     return Shortlist(window, block, budget.anchors, budget.ring, gate, retired, opened, noted)
 
 
@@ -137,9 +139,14 @@ def count_reads(short: Shortlist) -> Tensor:
     tick = short.row_tick(T)
     edge = (tick * short.block - short.window).clamp(min=0)  # first key still in the window
     direct = torch.arange(T, device=tick.device) - edge + 1 + edge.clamp(max=short.anchors)
-    n = min(short.probes.shape[3], short.noted.shape[3])
-    opened, noted = _held(short, short.probes), _held(short, short.noted)
-    notes = (noted[..., :n] > short.ring).sum(-1) + (noted[..., n:] > 0).sum(-1)  # the first n are opened
+    opened = _held(short, short.probes)
+    if short.noted is None:
+        filled = (short.retired > 0).sum(-1).transpose(1, 2)[:, tick]  # (B, T, G)
+        notes = filled.repeat_interleave(short.probes.shape[2] // filled.shape[2], dim=2)
+        notes = notes - ((opened > 0) & (opened <= short.ring)).sum(-1)  # the note of such a gate is empty
+    else:
+        noted, n = _held(short, short.noted), opened.shape[-1]
+        notes = (noted[..., :n] > short.ring).sum(-1) + (noted[..., n:] > 0).sum(-1)  # the first n are opened
     return direct[:, None] + opened.clamp(max=short.ring).sum(-1) + notes
 
 

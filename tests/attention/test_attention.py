@@ -61,9 +61,11 @@ def test_set_flux_alpha_pins_and_releases():
 def test_notes_go_before_probes_when_the_share_is_small():
     roomy, tight = (plan_budget(config(shortlist=size), 1000) for size in (32, 12))
     assert roomy.notes and roomy.ring == 5
-    border, below = (split_shortlist(size, 1.0, 0, 2, 16, notes=True) for size in (33, 32))  # 32 and 31 for the gates
+    border, below = (split_shortlist(size, 1.0, 0, 2, 16, notes=None) for size in (33, 32))  # 32 and 31 for the gates
     assert border["notes"] and border["ring"] == 8 and not below["notes"] and below["ring"] == 15
     assert not tight.notes and tight.ring == 3
+    nearest = split_shortlist(32, 1.0, 0, 2, 16, notes=5)
+    assert (nearest["notes"], nearest["ring"]) == (5, 13)
 
 
 def test_stats_say_what_happened():
@@ -333,8 +335,8 @@ LAYER_CASES = {
     ),
     "budget: short": (lambda: call(budget=plan_budget(config(), 10)), "planned for 10 tokens"),
     "budget: gates": (
-        lambda: call(gates=Gates(2, 60, 8), budget=plan_budget(config(shortlist=18, gates_per_group=4), 20)),
-        "60 gates",
+        lambda: call(gates=Gates(2, 2, 8), budget=plan_budget(config(shortlist=18, gates_per_group=4), 20)),
+        "ranks 4 gates of 2",
     ),
     "positions: list": (lambda: call(positions=[1]), "positions=list"),
     "mha: query": (lambda: CausalProteusMultiheadAttention(32, 4)(torch.ones(3), None, None), "query"),

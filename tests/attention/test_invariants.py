@@ -150,17 +150,19 @@ def test_padding_changes_nothing(extra, side, rho, delta):
     alpha=st.sampled_from([0.4, 0.8, 1.0]),
     delta=DELTA,
     notes=st.booleans(),
+    most=st.sampled_from([None, 1, 3, 5]),
     heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]),
     probes=st.integers(1, 4),
     size=st.integers(4, 64),
     keep=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_torch_backend_agrees_with_the_reference(tokens, alpha, delta, notes, heads, probes, size, keep, seed):
+def test_torch_backend_agrees_with_the_reference(tokens, alpha, delta, notes, most, heads, probes, size, keep, seed):
     H, G = heads
     cfg = config(
-        n_heads=H, n_kv_heads=G, flux_alpha=alpha, dna_fraction=delta, notes=notes, probes=probes, shortlist=size
-    )
+        n_heads=H, n_kv_heads=G, flux_alpha=alpha, dna_fraction=delta, notes=notes, max_notes=most, probes=probes,
+        shortlist=size,
+    )  # fmt: skip
     q, k, v = qkv(tokens, H, G, seed=seed, grad=True)
     mask = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed)) > 0.3 if keep else None
     gates = Gates(G, 6, 8).fit(k.detach(), seed=seed)
@@ -298,10 +300,10 @@ def test_a_row_is_computed_from_its_prefix_alone(tokens, alpha, delta, row):
     size=st.integers(1, 80),
     anchors=st.integers(0, 8),
     probes=st.integers(1, 6),
-    notes=st.booleans(),
+    most=st.sampled_from([None, 1, 3, 5]),
 )
-def test_reads_never_exceed_the_budget(tokens, alpha, delta, size, anchors, probes, notes):
-    cfg = config(flux_alpha=alpha, dna_fraction=delta, shortlist=size, n_anchors=anchors, probes=probes, notes=notes)
+def test_reads_never_exceed_the_budget(tokens, alpha, delta, size, anchors, probes, most):
+    cfg = config(flux_alpha=alpha, dna_fraction=delta, shortlist=size, n_anchors=anchors, probes=probes, max_notes=most)
     q, k, v = qkv(tokens)
     budget = plan_budget(cfg, tokens)
     reads = attend(q, k, v, cfg).reads
@@ -316,7 +318,7 @@ def test_budgets_never_grow_with_alpha(tokens, low, high, size, rho):
     a, b = (plan_budget(cfg, tokens, x) for x in sorted((low, high)))
     for name in ("shortlist", "keep_ratio", "heads_awake_max", "head_top_p"):
         assert getattr(b, name) <= getattr(a, name) + 1e-12, name
-    assert b.window + b.block + b.anchors + b.probes * b.ring + b.notes * 6 <= b.shortlist
+    assert b.window + b.block + b.anchors + b.probes * b.ring + b.notes <= b.shortlist
 
 
 # 6. everything learns

@@ -30,7 +30,9 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
     window = as_read(Keys(bank.rows[:, :, :direct], scales, None, None))
     parts = [(tile @ window[..., 0, :].mT).masked_fill(~_seen(bank, q, direct), -torch.inf)]
     gates, n = bank.gates, bank.budget.probes
-    ranked = rank_gates(q, gates.prototypes, gates.alive, bank.retired[:, :, None], q.shape[1], bank.budget.ranked)
+    reads_all = bank.notes >= bank.retired.shape[2]
+    count = n if reads_all else bank.budget.ranked
+    ranked = rank_gates(q, gates.prototypes, gates.alive, bank.retired[:, :, None], q.shape[1], count)
     ranked = _by_group(ranked, G)  # (B, G, t r, the larger of n and e)
     if bank.ring:
         opened = ranked[..., :n]
@@ -43,7 +45,8 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
     if bank.notes:
         notes, held = bank.sums.flatten(2, 3), _held(bank)
         score = tile @ notes[..., 0, :].mT / held.clamp(min=1) + held.log()
-        parts.append(score.masked_fill(~_read_notes(ranked[..., : bank.notes], n, score), -torch.inf))
+        noted = None if reads_all else ranked[..., : bank.notes]
+        parts.append(score.masked_fill(~_read_notes(ranked[..., :n], noted, score), -torch.inf))
     weight = torch.cat(parts, dim=-1).softmax(-1).split([x.shape[-1] for x in parts], dim=-1)
     out = weight[0] @ window[..., 1, :]
     if bank.ring:
@@ -78,12 +81,19 @@ def _held(bank: Slots) -> Tensor:
     return torch.cat((bank.retired, (bank.retired - bank.ring).clamp(min=0)), dim=-1)[:, :, None].to(bank.sums.dtype)
 
 
-def _read_notes(noted: Tensor, probes: int, score: Tensor) -> Tensor:
+def _read_notes(opened: Tensor, noted: Tensor | None, score: Tensor) -> Tensor:
     """Mask of the notes that rows read, like `score`; two notes are kept per gate.
 
-    noted: `(B, G, t r, e)`, -1 for none. A row that opened the gate, one of the first `probes`, reads its ring one by
+    opened, noted: `(B, G, t r, n or e)`, -1 for none; noted None: all. A row that opened the gate reads its ring one by
     one and so REST (keys beyond the ring); every other row reads ALL.
     """
-    column = noted + (torch.arange(noted.shape[-1], device=noted.device) < probes) * (score.shape[-1] // 2)
-    read = torch.zeros(*score.shape[:-1], score.shape[-1] + 1, dtype=torch.bool, device=score.device)
-    return read.scatter_(-1, column.masked_fill(noted < 0, score.shape[-1]), True)[..., :-1]
+    C = score.shape[-1] // 2
+    is_open = _marked(opened, score, C)
+    read = torch.ones_like(is_open) if noted is None else _marked(noted, score, C)
+    return torch.cat((read & ~is_open, read & is_open), dim=-1)
+
+
+def _marked(gate: Tensor, like: Tensor, C: int) -> Tensor:
+    """Which of the C gates stand in `gate` (B, G, t r, n), -1 for none: `(B, G, t r, C)` bool."""
+    marks = torch.zeros(*like.shape[:-1], C + 1, dtype=torch.bool, device=like.device)
+    return marks.scatter_(-1, gate.masked_fill(gate < 0, C), True)[..., :C]

@@ -26,7 +26,7 @@ class BankContents:
     anchors: tuple[int, ...]  # first kept tokens, once they have left the window; oldest first
     window: tuple[int, ...]  # tokens every row reads one by one, oldest first
     gates: tuple[GateContents, ...]  # one per gate of the group, in order; () for a dense cache
-    notes: int  # gates whose note a row reads
+    notes: bool  # whether notes are read
 
 
 def view_of(bank: Slots, batch: int, group: int) -> BankContents:
@@ -44,5 +44,5 @@ def view_of(bank: Slots, batch: int, group: int) -> BankContents:
         anchors=tuple(t for t in token[: bank.anchors] if t >= 0),
         window=tuple(sorted(t for t in token[bank.anchors : first_ring] if t >= 0)),
         gates=tuple(gates),
-        notes=0 if budget.dense else budget.notes,
+        notes=budget.notes > 0 and not budget.dense,
     )

@@ -25,8 +25,8 @@ class Notes:
         next C      notes ALL, for rows that did not open the gate
         next C      notes REST (less the ring), for rows that did
 
-    A row reads a note only where its list of notes holds the gate. The scratch column receives writes for places of
-    that list that hold none. The bias of a note is log(count) less a whole number near the largest, so that half
+    A row reads a note only where its list of notes holds the gate; without such lists, those of all gates. The scratch
+    column receives writes for places of a list that hold no gate. The bias of a note is log(count) less a whole number near the largest, so that half
     precision holds it well.
     """
 
@@ -35,7 +35,8 @@ class Notes:
         N, A = short.retired.shape[2], min(short.anchors, T)
         device, wide, self.d, self.anchors = kv.device, wide_dtype(kv.dtype), width // 2, A
         anchors = kv[:, :A].reshape(-1, width)
-        reads_notes = short.noted.shape[3] > 0
+        self.every = short.noted is None
+        reads_notes = self.every or short.noted.shape[3] > 0
         self.means = running_means(keys, anchors) if reads_notes else pad(anchors, (0, 0, 1, 0))
         none = len(self.means) - len(anchors) - 1  # the row of zeros
         edge = torch.arange(N, device=device) * short.block - short.window  # first key in the window, by tick
@@ -52,9 +53,10 @@ class Notes:
         if reads_notes:
             beyond = (retired - short.ring).clamp(min=0)
             newest = keys.newest
-            rows += [newest.new_full((B, N, G, 1), none), newest, (newest - short.ring).where(beyond > 0, none)]
-            bias += [unread, *[torch.full_like(retired, -torch.inf, dtype=wide)] * 2]
             sizes = [unread, retired.to(wide).log() - top, beyond.to(wide).log() - top]
+            closed = torch.full_like(sizes[1], -torch.inf)
+            rows += [newest.new_full((B, N, G, 1), none), newest, (newest - short.ring).where(beyond > 0, none)]
+            bias += [unread, sizes[1] if self.every else closed, closed]
             self.size = torch.cat(sizes, dim=-1).to(kv.dtype).flatten(0, 1)  # (B N, G, 1 + 2 C), of the last columns
         cols = sum(x.shape[-1] for x in rows)
         self.rows = pad(torch.cat([x.int() for x in rows], dim=-1), (0, -cols % 8), value=none).flatten(0, 1)
@@ -62,20 +64,24 @@ class Notes:
         self.top = top.flatten(0, 1)
         self.columns = self.rows.shape[-1]
 
-    def attend(self, cut: slice, tiles: Tensor, noted: Tensor, probes: int, scale: float):
+    def attend(self, cut: slice, tiles: Tensor, opened: Tensor, noted: Tensor | None, scale: float):
         """Attention of tiles `(U, G, b r, d)` over notes and anchors: out and lse.
 
-        noted: `(U, b, G, r, e)`, 0 for none, else 1 more than the gate; each row opened the first `probes` of them.
+        opened and noted: `(U, b, G, r, n or e)`, 0 for none, else 1 more than the gate; the shorter begins the longer.
         """
-        U, b, G, r, e = noted.shape
+        U, b, G, r, n = opened.shape
         kv = take_rows(self.means, self.rows[cut])  # (U, G, columns, 2 d)
         bias = self.bias[cut][:, :, None, None]
         bias = bias.expand(U, G, b, r, bias.shape[-1]).contiguous()
-        if e:
-            rest = (torch.arange(e, device=noted.device) < probes) * (self.size.shape[-1] // 2)
-            column = torch.where(noted > 0, noted + rest, 0).transpose(1, 2)
-            size = self.size[cut][:, :, None, None].expand(U, G, b, r, -1).gather(-1, column)
-            bias.scatter_(-1, column + (1 + self.anchors), size)
+        if self.size is not None:
+            sizes = self.size[cut][:, :, None, None].expand(U, G, b, r, -1)
+            half, first = self.size.shape[-1] // 2, 1 + self.anchors
+            listed = opened if noted is None else noted
+            of_opened = torch.arange(listed.shape[-1], device=listed.device) < n
+            column = torch.where(listed > 0, listed + half * of_opened, 0).transpose(1, 2)
+            if noted is None:  # every note ALL is read, but for those of opened gates
+                bias.scatter_(-1, opened.transpose(1, 2) + first, -torch.inf)
+            bias.scatter_(-1, column + first, sizes.gather(-1, column))
         d = self.d
         out, lse = attend_tile(tiles, kv[..., :d], kv[..., d:], bias.view(*tiles.shape[:3], -1), scale)
         return out, lse + self.top[cut]

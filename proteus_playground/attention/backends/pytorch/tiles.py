@@ -77,11 +77,11 @@ class _Blocks:
         G, n, b, r = k.shape[2], short.probes.shape[3], short.block, H // k.shape[2]
         self.window, self.scale = short.window, scale
         end = short.retired.shape[2] * b - T
-        padded = (pad(x, (0, 0, 0, 0, 0, end)) if end else x.contiguous() for x in (q, k, v))
+        padded = (_padded(x, end, 0).contiguous() for x in (q, k, v))
         shapes = ((b, G, r, d), (G, d), (G, d))
         self.q, self.k, self.v = (x.view(-1, *shape) for x, shape in zip(padded, shapes, strict=True))
         self.opened, self.noted = (
-            (pad(x, (0, 0, 0, 0, 0, end), value=-1) if end else x).reshape(len(self.q), b, G, r, -1) + 1  # 0 for none
+            None if x is None else _padded(x, end, -1).reshape(len(self.q), b, G, r, x.shape[-1]) + 1  # 0 for none
             for x in (short.probes, short.noted)
         )
         self.mask = _window_mask(short.window, b, r, q)
@@ -90,11 +90,12 @@ class _Blocks:
         ring = min(short.ring, int(short.retired.max()) if q.device.type == "cpu" else T)  # no gate holds more
         n = n if ring else 0
         column, width = key_columns(ring, r * n) if n else (CHUNK, 0)
-        if n or self.noted.shape[-1]:
+        reads_notes = self.noted is None or self.noted.shape[-1] > 0
+        if n or reads_notes:
             keys = sort_keys(kv, short, max(column, CHUNK))
         if n:
             self.rings, wide = Rings(keys, ring, column, width), n * width
-        if short.anchors or self.noted.shape[-1]:
+        if short.anchors or reads_notes:
             self.notes = Notes(kv, keys, short)
             wide = max(wide, self.notes.columns)
         self.step = max(1, min(BLOCKS_PER_STEP, _scores_per_step(q) // (b * H * wide)))
@@ -106,7 +107,8 @@ class _Blocks:
         tiles = q.transpose(1, 2).reshape(U, G, b * r, d)
         parts = [self._window(cut, tiles)]
         if self.notes:
-            parts.append(self.notes.attend(cut, tiles, self.noted[cut], opened.shape[-1], self.scale))
+            noted = None if self.noted is None else self.noted[cut]
+            parts.append(self.notes.attend(cut, tiles, opened, noted, self.scale))
         # From (U, G, b r, ...) to the axes of q.
         means, sizes = ([x.unflatten(2, (b, r)).transpose(1, 2) for x in part] for part in zip(*parts, strict=True))
         sizes, ring = [x[..., None] for x in sizes], None
@@ -131,6 +133,11 @@ class _Blocks:
         span = slice(cut.start * b - w, cut.stop * b)
         k, v = (x[span].unfold(0, w + b, b).transpose(2, 3) for x in (self.k, self.v))  # (U, G, w + b, d)
         return attend_tile(tiles, k, v, self.mask.expand(U, G, M, w + b), self.scale)
+
+
+def _padded(x: Tensor, end: int, value: int) -> Tensor:
+    """`x` (B, T, heads, n) with `end` more tokens of `value`."""
+    return pad(x, (0, 0, 0, 0, 0, end), value=value) if end else x
 
 
 def _scores_per_step(q: Tensor) -> int:
