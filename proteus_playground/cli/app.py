@@ -39,6 +39,7 @@ class Bench(LazyGroup):
         "top-a": "proteus_playground.experiments.speed.top_a:top_a_command",
         "slider": "proteus_playground.experiments.speed.slider:slider_command",
         "families": "proteus_playground.experiments.speed.families:families_command",
+        "choice": "proteus_playground.experiments.quality.choice:choice_command",
     }
 
 

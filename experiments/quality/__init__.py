@@ -1,0 +1,1 @@
+"""What sparse attention costs a model in likelihood and in answers, by how keys are chosen."""
