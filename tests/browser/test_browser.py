@@ -137,6 +137,13 @@ def test_a_click_on_a_word_is_followed_by_the_figures(page):
     assert page.evaluate(TRACES) != before
 
 
+def test_the_tooltip_of_a_word_explains_the_words_that_it_uses(page):
+    token = page.locator('.pp-tok[data-i="300"]')
+    token.hover()
+    tooltip = token.get_attribute("title")
+    assert tooltip.startswith("token 300 · salience") and "\n\ngate: A gate collects keys" in tooltip
+
+
 def test_a_click_in_the_heat_map_is_followed_by_the_text(page):
     box = page.evaluate(AXES)[0]
     x, y = box["x"] + 0.5 * box["width"], box["y"] + 0.72 * box["height"]
