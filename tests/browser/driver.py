@@ -82,6 +82,7 @@ def jupyter_lab(folder: Path, env: dict[str, str] | None = None) -> Iterator[str
             path.write_text(json.dumps(setting))
         line = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ServerApp.ip=127.0.0.1", "--allow-root",
                 f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.token=",
+                "--ServerApp.disable_check_xsrf=True",
                 f"--ServerApp.root_dir={folder}", f"--LabApp.workspaces_dir={home}/workspaces",
                 f"--LabApp.user_settings_dir={home}/settings"]  # fmt: skip
         log = open(Path(home) / "log", "w+")  # noqa: SIM115 - closed below, after the server that writes to it

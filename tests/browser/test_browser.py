@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import driver
 import pytest
-from notebook_page import notebook_page, traces
+from notebook_page import traces
+
+from proteus_playground.lm.shipped import shipped_models
 
 pytestmark = pytest.mark.slow
 TRACES = traces(".pp-figure")
@@ -15,18 +17,70 @@ AXES = "[...document.querySelectorAll('.pp-figure .nsewdrag')].map((e) => e.getB
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The notebook, every cell run and SmolLM2 chosen; what the console complained about is in `page.complaints`."""
-    with notebook_page(tmp_path_factory.mktemp("lab")) as (page, address):
-        driver.run_all(page, address, f"notebooks/{driver.NOTEBOOK}")
-        page.locator('.pp-model button:has-text("SmolLM2")').click()
-        page.wait_for_function("() => !document.querySelector('.pp-title').innerText.includes('shelf-mini')",
+def notebook(lab):
+    """The notebook, every cell run."""
+    page, address = lab
+    driver.run_all(page, address, f"notebooks/{driver.NOTEBOOK}")
+    page.keyboard.press("Control+b")
+    page.wait_for_timeout(500)
+    page.locator(".pp-app").scroll_into_view_if_needed()
+    return page
+
+
+@pytest.fixture(scope="module")
+def shelf(notebook):
+    """As it opens, with the model that comes with the package."""
+    if "shelf-mini" not in shipped_models():
+        pytest.skip("the weights of shelf-mini are not in this checkout")
+    return notebook
+
+
+@pytest.fixture(scope="module")
+def asked(shelf) -> str:
+    """The first question is asked and answered; what the figure showed before."""
+    before = shelf.evaluate(TRACES)
+    shelf.locator('.pp-ask button:text-is("Ask")').click()
+    shelf.wait_for_selector(".pp-verdict", timeout=60_000)
+    driver.settle(shelf)
+    shelf.wait_for_timeout(300)
+    return before
+
+
+def test_a_question_is_answered_and_its_fact_shown(shelf, asked, shots):
+    said = shelf.locator(".pp-reply").inner_text()
+    assert "at these settings" in said and "dense" in said
+    assert shelf.evaluate(TRACES) != asked and shelf.locator(".pp-tok.pp-fact").count() > 3
+    chosen = shelf.locator(".pp-tok").count() - 1
+    assert int(shelf.locator(".pp-chosen").get_attribute("data-i")) == chosen
+    shelf.locator('button:has-text("show the fact")').click()
+    shelf.wait_for_timeout(300)
+    shelf.locator(".pp-app").screenshot(path=shots / "ask-the-shelf.png")
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_slider_asks_again(shelf):
+    reply = "document.querySelector('.pp-reply')"
+    shelf.evaluate(f"() => {{ window.ppOld = {reply}; }}")
+    handle = shelf.locator(".pp-knob-flux-alpha .noUi-handle")
+    for _ in range(20):
+        handle.press("ArrowLeft")
+    number = "document.querySelector('.pp-knob-flux-alpha input').value"  # the kernel's word that it heard every key
+    shelf.wait_for_function(f"() => {number} === '0.8'", timeout=30_000)
+    shelf.wait_for_function(f"() => {reply} !== window.ppOld && !{reply}.classList.contains('pp-old') "
+                            f"&& {reply}.querySelector('.pp-verdict')", timeout=60_000)  # fmt: skip
+    driver.settle(shelf)
+    shelf.locator(".pp-knob-flux-alpha .pp-undo").click()
+    driver.settle(shelf)
+
+
+@pytest.fixture(scope="module")
+def page(notebook):
+    """With SmolLM2."""
+    notebook.locator('.pp-model button:has-text("SmolLM2")').click()
+    notebook.wait_for_function("() => !document.querySelector('.pp-title').innerText.includes('shelf-mini')",
                                timeout=driver.READY_MS)  # fmt: skip
-        driver.settle(page, driver.READY_MS)
-        page.keyboard.press("Control+b")
-        page.wait_for_timeout(500)
-        page.locator(".pp-app").scroll_into_view_if_needed()
-        yield page
+    driver.settle(notebook, driver.READY_MS)
+    return notebook
 
 
 @pytest.mark.parametrize("name", driver.SLIDERS)
@@ -81,6 +135,13 @@ def test_a_click_on_a_word_is_followed_by_the_figures(page):
     page.wait_for_timeout(200)
     assert "(300)" in page.locator(".pp-at-row").inner_text() and "(300)" in page.locator(".pp-at-gates").inner_text()
     assert page.evaluate(TRACES) != before
+
+
+def test_the_tooltip_of_a_word_explains_the_words_that_it_uses(page):
+    token = page.locator('.pp-tok[data-i="300"]')
+    token.hover()
+    tooltip = token.get_attribute("title")
+    assert tooltip.startswith("token 300 · salience") and "\n\ngate: A gate collects keys" in tooltip
 
 
 def test_a_click_in_the_heat_map_is_followed_by_the_text(page):

@@ -9,7 +9,7 @@ import re
 
 import driver
 import pytest
-from notebook_page import notebook_page, traces
+from notebook_page import traces
 
 pytestmark = pytest.mark.slow
 READY_MS = 180_000
@@ -71,17 +71,6 @@ class Panel:
         label_is = self.page.locator(".pp-label", has_text=re.compile(f"^{re.escape(label)}$"))
         cell = self.found.locator(".pp-cell", has=label_is)
         return cell.locator(".pp-value").inner_text()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("lab")
-
-
-@pytest.fixture(scope="module")
-def lab(folder):
-    with notebook_page(folder) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import driver
 import pytest
-from notebook_page import notebook_page, traces
+from notebook_page import traces
 
 NOTEBOOK = "notebooks/04_million_tokens.ipynb"
 # What three keys to the left make of each.
@@ -28,18 +28,18 @@ IDLE = """() => document.querySelector('.jp-Notebook-ExecutionIndicator').datase
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    with notebook_page(tmp_path_factory.mktemp("lab")) as (page, address):
-        page.set_viewport_size({"width": 1400, "height": 1240})  # a whole panel fits
-        driver.start_all(page, address, NOTEBOOK)
-        page.keyboard.press("Control+b")
-        page.wait_for_function(IDLE, timeout=READY_MS)
-        for panel in (".pp-stream .pp-buffer[data-request]", ".pp-bank .pp-gates[data-request]"):
-            page.wait_for_selector(panel, state="attached", timeout=READY_MS)
-        page.wait_for_function("() => document.querySelectorAll('.pp-stream .pp-fresh').length === 2", timeout=READY_MS)
-        page.locator(".pp-stream").first.scroll_into_view_if_needed()
-        page.wait_for_timeout(500)
-        yield page
+def page(lab):
+    page, address = lab
+    page.set_viewport_size({"width": 1400, "height": 1240})  # a whole panel fits
+    driver.start_all(page, address, NOTEBOOK)
+    page.keyboard.press("Control+b")
+    page.wait_for_function(IDLE, timeout=READY_MS)
+    for panel in (".pp-stream .pp-buffer[data-request]", ".pp-bank .pp-gates[data-request]"):
+        page.wait_for_selector(panel, state="attached", timeout=READY_MS)
+    page.wait_for_function("() => document.querySelectorAll('.pp-stream .pp-fresh').length === 2", timeout=READY_MS)
+    page.locator(".pp-stream").first.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)
+    return page
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from kills import run_through_kills
 
 from proteus_playground.common.files import read_lines, write_json
 from proteus_playground.common.runs import RunFolder, differences, flat, refuse_other
@@ -47,47 +45,27 @@ def test_differences_are_named_in_order():
         refuse_other("folder='f'", flat(now), flat(there), "duel")
 
 
-def append_rows(folder: Path) -> None:
+def append_rows(folder: Path, step: Callable[[], None]) -> None:
     """As `proteus verify` and `proteus duel` go on: rows that are there are skipped, others are added."""
     run = RunFolder(folder, "settings.json", "rows.jsonl")
     run.claim({"seed": 1})
     for number in range(len(run.rows()), ROWS):
-        time.sleep(0.002)
+        step()
         run.append([{"number": number, "text": "tea " * 50}])
 
 
-def rewrite_rows(folder: Path) -> None:
+def rewrite_rows(folder: Path, step: Callable[[], None]) -> None:
     """As `proteus evidence` and `proteus bench sweep` go on: one JSON file with all rows so far."""
     path = folder / "rows.json"
     rows = json.loads(path.read_text()) if path.is_file() else []
     for number in range(len(rows), ROWS):
-        time.sleep(0.002)
+        step()
         rows.append({"number": number, "text": "tea " * 50})
         write_json(path, rows)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("work", [append_rows, rewrite_rows])
 def test_twenty_kills_leave_every_row_once(work, tmp_path):
-    draw, kills, reached = random.Random(0), 0, set()
-    while True:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                work(tmp_path)
-                code = 0
-            finally:
-                os._exit(code)
-        if kills < 20:
-            time.sleep(draw.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        if not os.WIFSIGNALED(status):
-            assert os.waitstatus_to_exitcode(status) == 0
-            break
-        kills += 1
-        reached.add(sum(path.stat().st_size for path in tmp_path.glob("rows.json*")))
+    run_through_kills(work, tmp_path, kills=20, span=6)
     rows = read_lines(tmp_path / "rows.jsonl") or json.loads((tmp_path / "rows.json").read_text())
-    assert kills == 20 and len(reached) > 5, "hardly any of them came in the middle"
     assert [row["number"] for row in rows] == list(range(ROWS)) and {row["text"] for row in rows} == {"tea " * 50}

@@ -1,17 +1,16 @@
 """Training: the loop against a bare one, resuming against not stopping, ranks against one process."""
 
 import os
-import random
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from training_run import LONG, Echo, model, recipe
+from kills import run_through_kills
+from training_run import LONG, Echo, model, recipe, train_long
 from typer.testing import CliRunner
 
 from proteus_playground.cli import app as cli
@@ -298,20 +297,9 @@ def test_a_run_killed_while_it_writes_goes_on(tmp_path, finished):
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     """Every process but the last is killed within a few steps, while it reads, computes or writes."""
+    run_through_kills(train_long, tmp_path, kills=20, span=2)
     alone, _ = whole_run(stages=LONG)
-    draw, kills, reached = random.Random(0), 0, set()
-    while True:
-        child = subprocess.Popen([sys.executable, HERE / "training_run.py", "slow", tmp_path], stdout=subprocess.PIPE)
-        if child.stdout.readline() == b"ready\n" and kills < 20:
-            time.sleep(draw.uniform(0, 0.25))
-            child.kill()
-        if child.wait() == 0:
-            break
-        kills += 1
-        reached.add(len(read_log(tmp_path)))
     lm = model(seed=3)
-    assert kills == 20, "the run is too short for twenty kills"
-    assert len(reached) > 3, "hardly any of them came in the middle"
     assert not list(train(lm, Echo(), recipe(stages=LONG), folder=tmp_path)) and same(lm, alone)
     assert [step.step for step in read_log(tmp_path)] == list(range(1, 71))
 

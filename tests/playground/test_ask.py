@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_shelf
 from fake_probe import FakeProbe
+from helpers import text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proteus_playground.widgets import PlayState, apps, playground
@@ -186,7 +187,7 @@ def test_ask_shows_answer_and_fact_and_follows_the_row_that_needs_it(bench):
     assert band.visible and (band.x0, band.x1) == (probe.fact[0] - 0.5, probe.fact[1] - 0.5)
     html = bench.ask_box.reply.value
     assert "at these settings" in html and "dense" in html and ("✓" in html or "✗" in html)
-    assert fact_sentence(probe, bench.reply) in html.replace("&#x27;", "'")
+    assert fact_sentence(probe, bench.reply) in text_of(html)
     bench.ask_box.show.click()
     assert bench.text.look[0] == probe.value[0]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from proteus_playground.widgets.parts.html import no_tiles_html, note_html, status_html, title_html
 from proteus_playground.widgets.parts.terms import term_html, with_terms
+from proteus_playground.widgets.parts.text_panel import TextPanel
 
 from proteus_playground.attention.settings import CONTROLS
 from proteus_playground.playground.glossary import TERMS, by_code, by_word, markdown, sentence
@@ -55,3 +58,19 @@ def test_each_taught_word_of_a_text_has_a_tooltip_once_and_quoted_tokens_have_no
         assert html.count(f">{shown}</span>") == 1
     assert html.count("pp-term") == 4 and "‘note’" in html and "&lt;b&gt;" in html
     assert with_terms("nothing taught, brings, integrated") == "nothing taught, brings, integrated"
+    assert with_terms("gates=3: allowed is 4") == "gates=3: allowed is 4"  # an argument of the code, not a word
+
+
+@pytest.mark.parametrize("html", [
+    note_html("one gate, <b>"), note_html("one gate, <b>", "It is random."), title_html("Panel", "one gate, <b>"),
+    status_html("busy", what="one gate, <b>"), no_tiles_html(1, "one gate, <b>"),
+], ids=["banner", "random banner", "title", "status", "no tiles"])  # fmt: skip
+def test_taught_words_have_a_tooltip_in_banner_title_and_status(html):
+    assert f"one {term_html('gate')}, &lt;b&gt;" in html
+
+
+def test_the_tooltip_of_a_token_brings_the_sentences_of_its_words():
+    panel = TextPanel()
+    taught = re.search(r"TAUGHT = \[null, (.*)\]", panel._esm)[1].replace('"', "").split(", ")
+    assert panel.terms == {word: sentence(word) for word in ["salience", "gate", *taught]}
+    panel.close()

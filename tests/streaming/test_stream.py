@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import layer
+from kills import run_through_kills
 
 from proteus_playground import AttentionConfig, ProteusAttention
 from proteus_playground.cli import app as cli
@@ -250,49 +251,31 @@ def test_a_checkpoint_that_holds_no_buffer_is_refused(tmp_path, harm):
         final(store, prompted(), PLAN, checkpoint=path)
 
 
-class Slow:
-    """A scorer that takes its time, and need not be a network: a forked child of a process with threads may not use
-    them."""
+class Sums:
+    """A scorer that is no network: a process that was forked from one with threads may not use one."""
 
-    fingerprint = "slow"
+    fingerprint = "sums"
+
+    def __init__(self, step: Callable[[], None] = lambda: None):
+        self.step = step  # called before each chunk
 
     def score(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        time.sleep(0.004)
+        self.step()
         return rows.sum(1), (rows[:, 0] > 0).astype(np.int32)
 
     def explain(self, reason: int) -> str:
         return str(reason)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, for fifty children that start at once")
+def stream(folder: Path, step: Callable[[], None]) -> None:
+    final(Array.random(60_000), Sums(step), PLAN, checkpoint=folder / "c.safetensors", every_s=0)
+
+
 def test_fifty_kills_leave_the_same_buffer(tmp_path):
-    # 600 chunks take 2.4 s at the very least, fifty lives 2 s at the most.
-    store, path = Array.random(60_000), tmp_path / "c.safetensors"
-    whole = final(store, Slow(), PLAN)
-    draw, kills, resumed = random.Random(0), 0, set()
-    while True:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                final(store, Slow(), PLAN, checkpoint=path, every_s=0)
-                code = 0
-            finally:
-                os._exit(code)
-        # The last child is left to finish; a kill falls anywhere within about ten chunks, reads and writes alike.
-        if kills < 50:
-            time.sleep(draw.uniform(0, 0.04))
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        if not os.WIFSIGNALED(status):
-            assert os.waitstatus_to_exitcode(status) == 0
-            break
-        kills += 1
-        if path.is_file():
-            resumed.add(_next_chunk(path))
-    assert kills == 50, "the document is too short for fifty kills"
-    assert len(resumed) > 10, "hardly any of them came in the middle"
-    assert same(final(store, Slow(), PLAN, checkpoint=path), whole)
+    run_through_kills(stream, tmp_path, kills=50, span=10)
+    store = Array.random(60_000)
+    assert _next_chunk(tmp_path / "c.safetensors") == 600
+    assert same(final(store, Sums(), PLAN, checkpoint=tmp_path / "c.safetensors"), final(store, Sums(), PLAN))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -301,7 +284,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_checkpoint_before(tmp_path):
     child = os.fork()
     if child == 0:
         try:
-            steps = run(store, Slow(), PLAN, checkpoint=path, every_s=0)
+            steps = run(store, Sums(), PLAN, checkpoint=path, every_s=0)
             for _ in range(5):
                 next(steps)
 
@@ -315,7 +298,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_checkpoint_before(tmp_path):
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert _next_chunk(path) == 5
-    assert same(final(store, Slow(), PLAN, checkpoint=path), final(store, Slow(), PLAN))
+    assert same(final(store, Sums(), PLAN, checkpoint=path), final(store, Sums(), PLAN))
 
 
 def _next_chunk(path: Path) -> int:

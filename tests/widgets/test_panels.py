@@ -59,8 +59,8 @@ def a_bank(text: str = SENTENCE * 12):
     return bank_panel(reading=RandomReader(pasted(text, "a test"), tokens=120, start=100), layer=0)
 
 
-def a_duel():
-    return duel_panel("small", run=lambda *a, **k: iter(()), curve=lambda *a, **k: iter(()))
+def a_duel(**settings):
+    return duel_panel("small", run=lambda *a, **k: iter(()), curve=lambda *a, **k: iter(()), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -209,27 +209,29 @@ def test_one_figure_message_per_picture(opened, name, act):
 # Text from outside
 
 
-def with_markup(name: str, live, study) -> Panel:
-    """A panel whose texts, notes and names hold markup."""
-    if name == "workbench":
-        probe = a_probe()
-        probe.tokens = [MARKUP] * 120
-        probe.note = probe.name = MARKUP
-        return playground(probe=probe)
-    if name == "stream":
-        return a_stream(a_source(MARKUP), needle=MARKUP + " soup")
-    if name == "bank":
-        return a_bank(SENTENCE + f" {MARKUP}" * 40)
-    if name == "prototypes":
-        return prototype_panel(live=replace(live, tokens=[MARKUP] * len(live.tokens), note=MARKUP))
-    if name == "duel":
-        return duel_panel("small", text=MARKUP, run=lambda *a, **k: iter(()), curve=lambda *a, **k: iter(()))
-    return evidence_panel([replace(study, note=MARKUP)])
+def marked_probe() -> FakeProbe:
+    probe = a_probe()
+    probe.tokens, probe.note, probe.name = [MARKUP] * 120, MARKUP, MARKUP
+    return probe
+
+
+@pytest.fixture
+def with_markup(live, study) -> dict[str, Callable[[], Panel]]:
+    """Panels whose texts, notes and names hold markup."""
+    marked = replace(live, tokens=[MARKUP] * len(live.tokens), note=MARKUP)
+    return {
+        "workbench": lambda: playground(probe=marked_probe()),
+        "stream": lambda: a_stream(a_source(MARKUP), needle=MARKUP + " soup"),
+        "bank": lambda: a_bank(SENTENCE + f" {MARKUP}" * 40),
+        "prototypes": lambda: prototype_panel(live=marked),
+        "duel": lambda: a_duel(text=MARKUP),
+        "evidence": lambda: evidence_panel([replace(study, note=MARKUP)]),
+    }
 
 
 @pytest.mark.parametrize("name", PANELS)
-def test_text_from_outside_cannot_become_markup(name, live, study):
-    panel = with_markup(name, live, study)
+def test_text_from_outside_cannot_become_markup(name, with_markup):
+    panel = with_markup[name]()
     wait(panel)
     shown = "".join(widget.value for widget in panels.held(panel) if isinstance(widget, ipywidgets.HTML))
     assert "<script>" not in shown and "<b>bold" not in shown
@@ -269,6 +271,14 @@ def test_twenty_panels_that_were_closed_leave_nothing(opened, name):
     assert leftovers() == (before, True)
     assert threading.active_count() <= threads
     assert memory().rss - resident < 60 << 20
+
+
+def test_parts_of_the_frame_that_a_panel_does_not_place_are_closed_too():
+    before = sorted(registry())
+    bare = Panel("Bare", {"picture": ""})
+    bare.place("pp-bare")
+    bare.close()
+    assert sorted(registry()) == before
 
 
 def test_a_closed_panel_no_longer_follows_its_state(opened):

@@ -204,10 +204,10 @@ def test_surgery_on_the_panel_is_drawn_and_told(panel):
     assert panel.run.past[-1].alive[panel.chosen]
     panel.do("prune", gate)
     rest(panel)
-    assert "not a live gate" in panel.said.value and panel.problem == ""
+    assert "not a live" in panel.said.value and panel.problem == ""
     panel.do("add head")
     rest(panel)
-    assert "new head, 3" in panel.said.value and list(panel.head.options) == [
+    assert "</span>, 3" in panel.said.value and list(panel.head.options) == [
         head for head in range(4) if head != panel.run.past[-1].head[panel.chosen]
     ]
 

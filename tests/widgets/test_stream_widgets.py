@@ -466,7 +466,7 @@ def test_a_bank_shows_words_as_text():
     tokens = ["<b>", "\n", " "]
     now = BankContents(3, 3, (), (0, 1, 2), (gate(0, (0, 1, 2), 3),), True)
     shown = bank_words.gates_html(1, now, tokens, bank_words.Moves({}, {})) + bank_words.near_html(now, tokens, 9)
-    assert "<b>gate 0</b>" in shown and "&lt;b&gt;" in shown and "↵" in shown and "␣" in shown
+    assert "gate</span> 0</b>" in shown and "&lt;b&gt;" in shown and "↵" in shown and "␣" in shown
 
 
 def test_the_readout_says_which_sizes_it_is_of(panel):

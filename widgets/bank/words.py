@@ -9,6 +9,7 @@ from proteus_playground.attention.bank.view import BankContents, GateContents
 
 from ..parts.html import cell, key, tiles_html
 from ..parts.sentences import listed, milliseconds, quantity
+from ..parts.terms import term_html, with_terms
 
 LEGEND = (
     key("#0072B2", "window") + key("#E69F00", "anchors") + key("#009E73", "ring: a gate's newest keys")
@@ -52,10 +53,11 @@ def near_html(now: BankContents, tokens: list[str], given: int) -> str:
     last = f'<b class="pp-newest">{_text(tokens, window[-1:])}</b>' if window else ""
     by = " · written by the model" if window and window[-1] >= given else ""
     where = f"tokens {window[0]:,} to {window[-1]:,}{by}" if window else "empty"
+    anchors = term_html("anchor", "anchors")
     return (
-        f'<div class="pp-near pp-near-anchors"><span>anchors: the first {len(now.anchors)}</span>'
+        f'<div class="pp-near pp-near-anchors"><span>{anchors}: the first {len(now.anchors)}</span>'
         f"<p>{_text(tokens, now.anchors)}</p></div>"
-        f'<div class="pp-near pp-near-window"><span>window: {where}</span>'
+        f'<div class="pp-near pp-near-window"><span>{term_html("window")}: {where}</span>'
         f"<p>{_text(tokens, window[:-1])}{last}</p></div>"
     )
 
@@ -69,15 +71,16 @@ def gate_html(gate: GateContents, tokens: list[str], moved: Moves, notes: bool) 
     )
     gone = "".join(f'<span class="pp-went" title="token {i:,}">{word(tokens, i)}</span>' for i in sorted(went))
     into = f" ← {gone}" if went else ""
-    kept = "note: mean of" if notes else "dropped:"
+    kept = f"{term_html('note')}: mean of" if notes else "dropped:"
     note = f'<p class="pp-summary">{kept} {gate.summarised:,}{into}</p>' if gate.summarised else ""
     kind = ("" if gate.count else " pp-empty-gate") + (" pp-moved" if came or went else "")
-    return f'<div class="pp-gate{kind}"><b>gate {gate.gate}</b><p>{ring or "no key yet"}</p>{note}</div>'
+    return f'<div class="pp-gate{kind}"><b>{term_html("gate")} {gate.gate}</b><p>{ring or "no key yet"}</p>{note}</div>'
 
 
 def gates_html(request: int, now: BankContents, tokens: list[str], moved: Moves) -> str:
     cards = "".join(gate_html(gate, tokens, moved, now.notes) for gate in now.gates)
-    empty = "" if now.gates else '<p class="pp-more">This layer is dense: it keeps every token and has no gates.</p>'
+    dense = with_terms("This layer is dense: it keeps every token and has no gates.")
+    empty = "" if now.gates else f'<p class="pp-more">{dense}</p>'
     return f'<div class="pp-gates" data-request="{request}" tabindex="0">{empty}{cards}</div>'
 
 

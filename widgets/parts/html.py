@@ -1,6 +1,6 @@
 """HTML that every panel uses: style sheets, captions, tiles, legends, banner and status.
 
-Captions, tiles and legends are made here and nowhere else; `with_terms` gives the glossary's words in them a tooltip.
+They are made here and nowhere else; `with_terms` gives the glossary's words in them a tooltip.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ def styles() -> w.HTML:
 
 def title_html(title: str, *parts: str) -> str:
     """The name of a panel, and what is shown in it."""
-    return (
-        f'<div class="pp-title"><b>{escape(title)}</b>{"".join(f"<span>{escape(part)}</span>" for part in parts)}</div>'
-    )
+    shown = "".join(f"<span>{with_terms(part)}</span>" for part in parts)
+    return f'<div class="pp-title"><b>{with_terms(title)}</b>{shown}</div>'
 
 
 def note_html(note: str, random: str = "") -> str:
     """One line on what is shown. `random`: a bold sentence in front, on yellow, where the numbers mean nothing."""
     if random:
-        return f'<div class="pp-random"><b>{escape(random)}</b> {escape(note)}</div>'
-    return f'<div class="pp-note">{escape(note)}</div>'
+        return f'<div class="pp-random"><b>{escape(random)}</b> {with_terms(note)}</div>'
+    return f'<div class="pp-note">{with_terms(note)}</div>'
 
 
 def caption_html(title: str, legend: str, sentence: str) -> str:
@@ -75,11 +74,11 @@ def tiles_html(request: int, cells: Iterable[str], extra: str = "") -> str:
 
 def no_tiles_html(request: int, why: str) -> str:
     """What stands in the place of the tiles while there are no numbers."""
-    return f'<div class="pp-readout pp-empty" data-request="{request}">{escape(why)}</div>'
+    return f'<div class="pp-readout pp-empty" data-request="{request}">{with_terms(why)}</div>'
 
 
 def status_html(state: str, share: float | None = None, what: str = "") -> str:
     """`state`: one of STATUS_WORDS, or busy, ready, done or error, with words in `what`; share 0..1 draws a bar."""
     words = STATUS_WORDS.get(state, what)
     bar = "" if share is None else f'<progress max="1" value="{share:.3f}"></progress>'
-    return f'<div class="pp-status pp-{state}" role="status"><i></i>{escape(words)}{bar}</div>'
+    return f'<div class="pp-status pp-{state}" role="status"><i></i>{with_terms(words)}{bar}</div>'

@@ -94,13 +94,18 @@ class Panel(w.VBox):
 
 
 def held(root: w.Widget) -> list[w.Widget]:
-    """Every open widget that the synchronised traits of `root` lead to: children, layouts, styles."""
+    """Every open widget that `root` leads to by an attribute, placed or not, or by a synchronised trait of any of them.
+
+    Such traits are children, layouts and styles.
+    """
     found, waiting = {root.model_id: root}, [root]
     while waiting:
         widget = waiting.pop()
-        for name in widget.keys:
-            value = getattr(widget, name, None)
-            for part in value if isinstance(value, (list, tuple)) else (value,):
+        values = [getattr(widget, name, None) for name in widget.keys]
+        values += vars(root).values() if widget is root else ()
+        for value in values:
+            parts = value.values() if isinstance(value, dict) else value
+            for part in parts if isinstance(value, (dict, list, tuple)) else (value,):
                 if isinstance(part, w.Widget) and part.comm is not None and part.model_id not in found:
                     found[part.model_id] = part
                     waiting.append(part)

@@ -6,7 +6,7 @@ import numpy as np
 
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, LayerView, RowView
 
-KIND_WORDS = {LOCAL: "the window", ANCHOR: "the anchors", DNA: "keys fetched through gates", NOTE: "notes"}
+KIND_WORDS = {LOCAL: "the window", ANCHOR: "the anchors", DNA: "rings", NOTE: "notes"}
 
 
 def shown(token: str) -> str:
@@ -65,14 +65,14 @@ def heads_sentence(view: LayerView, head: int) -> str:
 
 def gates_sentence(row: RowView, tokens: list[str]) -> str:
     if row.asleep or not row.gates_opened:
-        why = "reads nothing here" if row.asleep else "opened no gate, so it fetched no far keys"
+        why = "reads nothing here" if row.asleep else "opened no gate, so it reads no ring"
         return f"Row {token_name(tokens, row.token)} {why}."
     gates = [str(gate) for gate in row.gates_opened]
-    word = "gate" if len(gates) == 1 else "gates"
-    fetched = int((row.kind == DNA).sum())
+    word, rings = ("gate", "its ring") if len(gates) == 1 else ("gates", "their rings")
+    from_rings = int((row.kind == DNA).sum())
     notes = f", besides {row.notes_read} notes" if row.notes_read else ""
-    keys = f"{fetched} key" + ("" if fetched == 1 else "s")
-    return f"Row {token_name(tokens, row.token)} opened {word} {listed(gates)} and reads {keys} from them{notes}."
+    keys = f"{from_rings} key" + ("" if from_rings == 1 else "s")
+    return f"Row {token_name(tokens, row.token)} opened {word} {listed(gates)} and reads {keys} from {rings}{notes}."
 
 
 def row_sentence(row: RowView, tokens: list[str]) -> str:

@@ -10,8 +10,10 @@ from proteus_playground.playground import glossary
 
 LONGEST_FIRST = sorted(glossary.by_word(), key=len, reverse=True)
 BY_LOWER_CASE = {word.lower(): word for word in LONGEST_FIRST}
-# Quoted words come from the text that a model reads: they are matched first, and left as they are.
-QUOTED_OR_TERM = re.compile(rf"[‘“][^’”]*[’”]|\b({'|'.join(map(re.escape, LONGEST_FIRST))})(s|d)?\b", re.IGNORECASE)
+# Quoted words come from the text that a model reads, and `word=` names an argument: both are left as they are.
+QUOTED_OR_TERM = re.compile(
+    rf"[‘“][^’”]*[’”]|\b({'|'.join(map(re.escape, LONGEST_FIRST))})(s|d)?\b(?!=)", re.IGNORECASE
+)
 
 
 def term_html(word: str, shown: str | None = None) -> str:

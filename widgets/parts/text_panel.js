@@ -1,6 +1,7 @@
 // Tokens are laid out once; an update repaints only what changed, in the next animation frame.
 const KINDS = ["unseen", "local", "anchor", "dna", "note-only"]; // CSS classes, by the code of a key
-const WORDS = ["not read", "in the window", "an anchor", "fetched through a gate", "in a note only"];
+const WORDS = ["not read", "in the window", "an anchor", "in the ring of an opened gate", "in a note only"];
+const TAUGHT = [null, "window", "anchor", "ring", "note"]; // the glossary's word in each of WORDS
 const bytes = (view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
 
 function build(list, tokens) {
@@ -93,8 +94,11 @@ function render({ model, el }) {
     const values = model.get("raw");
     const raw = new Float32Array(values.buffer.slice(values.byteOffset, values.byteOffset + values.byteLength));
     const gate = gates[hovered] < 0 ? "no gate (an anchor or a dropped token)" : `gate ${gates[hovered]}`;
-    const seen = WORDS[bytes(model.get("kind"))[hovered]] || WORDS[0];
-    event.target.title = `token ${hovered} · salience ${(raw[hovered] || 0).toFixed(2)} · ${gate} · ${seen}`;
+    const kind = bytes(model.get("kind"))[hovered] || 0;
+    const facts = `token ${hovered} · salience ${(raw[hovered] || 0).toFixed(2)} · ${gate} · ${WORDS[kind]}`;
+    const terms = model.get("terms");
+    const taught = ["salience", "gate", TAUGHT[kind]].filter((word) => word).map((word) => `${word}: ${terms[word]}`);
+    event.target.title = [facts, ...taught].join("\n\n");
   };
 
   list.addEventListener("click", (event) => {

@@ -6,7 +6,11 @@ from importlib.resources import files
 
 import anywidget
 import numpy as np
-from traitlets import Bytes, Int, List, Unicode
+from traitlets import Bytes, Dict, Int, List, Unicode
+
+from proteus_playground.playground.glossary import sentence
+
+TAUGHT = ("salience", "gate", "window", "anchor", "ring", "note")  # words of a token's tooltip
 
 
 class TextPanel(anywidget.AnyWidget):
@@ -16,6 +20,7 @@ class TextPanel(anywidget.AnyWidget):
     The browser sets `painted` to the `request` that it has drawn.
     """
 
+    terms = Dict({word: sentence(word) for word in TAUGHT}).tag(sync=True)  # shown in a token's tooltip
     _esm = (files(__package__) / "text_panel.js").read_text(encoding="utf-8")
     tokens = List(Unicode()).tag(sync=True)
     marked = List([0, 0]).tag(sync=True)  # first and last + 1 of the tokens that hold the fact asked for

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from html import escape
 
 from proteus_playground.playground.gate_story import GateStory, Operation, Snapshot
 from proteus_playground.playground.live import Live
 
 from ..parts.html import note_html
+from ..parts.terms import with_terms
 from . import words
 from .board import PrototypeBoard
 from .figure import PrototypePictures
@@ -151,7 +151,7 @@ class PrototypePanel(PrototypeBoard):
         with self.pictures.widget.batch_update():
             self.pictures.draw(self.number, past, self.chosen, run.events)
         self.fill_surgery(now, self.chosen)
-        self.said.value = f'<div class="pp-said">{escape(run.said or "Choose a gate and operate on it.")}</div>'
+        self.said.value = f'<div class="pp-said">{with_terms(run.said or "Choose a gate and operate on it.")}</div>'
         self.numbers.value = words.numbers_html(self.number, past, run.last)
         self.text.value = words.text_html(self.number, now, self.chosen, tokens)
         where = f"Keys of layer {run.story.layer}, KV group {run.story.group}"

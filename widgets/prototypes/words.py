@@ -13,12 +13,14 @@ from proteus_playground.playground.gate_story import TOKENS_PER_UPDATE, Operatio
 
 from ..parts.html import cell, key, tiles_html
 from ..parts.sentences import listed, percent, shown
+from ..parts.terms import with_terms
 from .figure import FIT, MOVED, REVIVED
 
 NOTHING = 5e-6  # a smaller relative change of an output is rounding
 NAMED = 4  # words named in the sentence on a gate
 LEGENDS = {
-    "map": "<span>● a key, coloured by its gate</span><span>◆ prototype and its path</span>",
+    "map": f"<span>{with_terms('● a key, coloured by its gate')}</span>"
+    f"<span>{with_terms('◆ prototype and its path')}</span>",
     "bars": "<span>▁ confidence</span><span>○ free slot</span>",
     "curves": key(FIT, "fit", line=True) + key(MOVED, "changed gates", line=True)
     + f'<span style="color:{REVIVED}">▲ revived</span><span style="color:#D55E00">◆ surgery</span>',

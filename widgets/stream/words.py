@@ -11,6 +11,7 @@ from proteus_playground.streaming.replay import Document, Replay, Run, Scores, p
 
 from ..parts.html import MODEL_NAMES, cell, key, note_html, tiles_html
 from ..parts.sentences import listed
+from ..parts.terms import term_html
 from .figure import EVICTED, KEPT, NEEDLE, PROMOTED
 from .state import PLAN
 
@@ -79,7 +80,9 @@ def events_html(replay: Replay, step: int, document: Document, words: list[str],
             said = escape(f"{word_at(document, words, champion)}{others}, {score:.2f}, {scores.explain(reason)}")
             lines.append(f'<p class="pp-{kind}{mine}" title="{said}"><i></i>{said}</p>')
         if len(groups) > EVENTS:
-            lines.append(f'<p class="pp-{kind}"><i></i>and {len(groups) - EVENTS} more champions</p>')
+            lines.append(
+                f'<p class="pp-{kind}"><i></i>and {len(groups) - EVENTS} more {term_html("champion", "champions")}</p>'
+            )
         columns.append(f"<div>{''.join(lines)}</div>")
     return f'<div class="pp-events">{"".join(columns)}</div>'
 

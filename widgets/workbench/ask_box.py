@@ -13,6 +13,7 @@ from ..parts.boxes import button, row
 from ..parts.controls import tip
 from ..parts.sentences import percent, token_name
 from ..parts.state import MAX_LENGTH, PlayState
+from ..parts.terms import with_terms
 
 OWN = "choose a question, or type one"
 
@@ -103,7 +104,7 @@ def reply_html(probe: ShelfProbe, reply: Reply) -> str:
         f"<i>{MARKS[right][1]}</i></span>"
         for label, words, right in said
     )
-    return f'<div class="pp-reply">{cells}<p title="{LOOKED}">{escape(fact_sentence(probe, reply))}</p></div>'
+    return f'<div class="pp-reply">{cells}<p title="{LOOKED}">{with_terms(fact_sentence(probe, reply))}</p></div>'
 
 
 MARKS = {True: ("pp-right", "✓ right"), False: ("pp-wrong", "✗ wrong"), None: ("", "")}

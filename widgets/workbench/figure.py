@@ -136,7 +136,7 @@ class Pictures:
         self._hover.update(x=both[:, 0].astype(np.float32), y=both[:, 1].astype(np.float32), text=words)
 
     def _draw_lit(self, row: RowView, gate_map: GateMap) -> None:
-        """Marks the keys that this row fetched and the prototypes of the gates that it opened."""
+        """Marks the keys that this row reads from rings and the prototypes of the gates that it opened."""
         self._lit_index = np.flatnonzero(row.kind == DNA)
         at, opened = gate_map.keys[self._lit_index], list(row.gates_opened)
         protos = gate_map.prototypes[opened].reshape(-1, 2)
@@ -207,7 +207,7 @@ def _traces() -> list:
         # The keys are drawn as an image, which has no tooltips: this transparent line through them has.
         go.Scatter(mode="lines", line={"color": "rgba(0,0,0,0)", "width": 1, "simplify": False},
                    hovertemplate="%{text}<extra></extra>", showlegend=False, **second),
-        go.Scatter(mode="markers", marker=lit, hovertemplate="%{text} (%{customdata}) was fetched<extra></extra>",
+        go.Scatter(mode="markers", marker=lit, hovertemplate="%{text} (%{customdata}), read from a ring<extra></extra>",
                    showlegend=False, **second),
         go.Scatter(mode="markers+text", marker=opened, textfont={"color": "white", "size": 10}, **skip, **second),
         go.Scatter(mode="markers", marker=star, **skip, **second),

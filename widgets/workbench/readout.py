@@ -70,9 +70,9 @@ def split_html(budget: dict, gates: int) -> str:
     )  # fmt: skip
     words = "".join(key(SPLIT_COLOURS[name], f"{name} {count}") for name, count in parts.items())
     ring = f"{budget['probes']} gates opened × {budget['ring']} keys" if budget["ring"] else "no keys from gates"
+    said = f"One query may read {budget['shortlist']} keys and notes; the budget uses {total} ({ring})."
     return (
-        f'<div class="pp-split-note">One query may read {budget["shortlist"]} keys and notes; '
-        f"the budget uses {total} ({ring}).</div>"
+        f'<div class="pp-split-note">{with_terms(said)}</div>'
         f'<div class="pp-split">{bars}</div><div class="pp-legend">{words}</div>'
     )
 
@@ -103,7 +103,7 @@ def banner_html(probe, why_random: str) -> str:
 HEAT_LEGEND = '<span class="pp-cividis">0 <i></i> 1</span>' + key(GREY, "asleep or dropped")
 GATE_LEGEND = (
     f"<span>{with_terms('◇ prototype')}</span><span>◆ opened</span>"
-    + key(OKABE_ITO[3], "fetched")
+    + key(OKABE_ITO[3], "read from a ring")
     + '<span style="color:#D55E00">★ this token</span>'
 )
 TEXT_LEGEND = key("#f6ee92", "salient") + "".join(
