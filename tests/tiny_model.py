@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -100,7 +100,8 @@ def fake_hub(folder: Path, broken: str | None = None, silent: float = 0.0):
             self.send_header("X-Repo-Commit", REVISION)
             self.end_headers()
             if body:
-                self.wfile.write(content)
+                with suppress(ConnectionError):  # a client that has seen enough may be gone
+                    self.wfile.write(content)
 
         def log_message(self, *args):
             pass
