@@ -13,6 +13,7 @@ from pathlib import Path
 from proteus_playground.experiments.evidence.committed import Study, committed
 
 from proteus_playground.common.checks import whole_number
+from proteus_playground.hf.models import KNOWN, is_pulled
 from proteus_playground.lm import shipped
 from proteus_playground.playground.bank_reading import BankReader
 from proteus_playground.playground.live import Live, open_live
@@ -91,15 +92,14 @@ def _why_not(model: str) -> str:
             return "The weights of shelf-mini are not in this install: get proteus-playground again, or train them."
         return ""
     if find_spec("transformers") is None:
-        return "SmolLM2 needs the hf extra: pip install 'proteus-playground[hf]'."
-    from proteus_playground.hf.models import is_pulled
-
-    if not is_pulled(model):
-        return (
-            "SmolLM2 is not on this machine: run “proteus models pull smollm2” (98 MB), or press Pull under "
-            "More controls."
-        )
-    return ""
+        return f"{KNOWN[model].label} needs the hf extra: pip install 'proteus-playground[hf]'."
+    if is_pulled(model):
+        return ""
+    known = KNOWN[model]
+    return (
+        f"{known.label} is not on this machine: run “proteus models pull {model}” ({known.megabytes} MB), "
+        "or press Pull under More controls."
+    )
 
 
 def playground(

@@ -53,7 +53,7 @@ bench_app = typer.Typer(cls=Bench, help="Measure, and print the README's tables.
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 
-ModelName = Annotated[str, typer.Argument(help="A known model: smollm2.")]
+ModelName = Annotated[str, typer.Argument(help="A known model, such as smollm2.")]
 
 
 @app.command()

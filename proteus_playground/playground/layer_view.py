@@ -139,7 +139,7 @@ def _head_map(layer: LoadedLayer, run: LayerRun, keep: Tensor, awake: Tensor) ->
     if run.weight is not None:
         r, alpha = run.weight.shape[2] // layer.k.shape[2], run.budget.flux_alpha
         return run.weight[0] * keep[:, None] / (1 - alpha + alpha * r), "routing weight"
-    return (1 - _anchor_mass(layer, run, keep)) * awake, "attention off the anchors"
+    return (1 - _anchor_mass(layer, run, keep)) * awake, "attention to other keys than anchors"
 
 
 def _anchor_mass(layer: LoadedLayer, run: LayerRun, keep: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from traitlets import Unicode
 
 from proteus_playground.attention.settings import Control
+from proteus_playground.hf.models import KNOWN
 from proteus_playground.streaming.buffer import StreamPlan
 
 from ..parts.state import checked_traits, number
@@ -28,7 +29,7 @@ BY_NAME = {control.name: control for control in NUMBERS}
 PLAN = tuple(control.name for control in NUMBERS[:4])  # the fields of a `StreamPlan`
 NEEDLE = "The secret ingredient of Grandmother Odalys's potato soup is one spoonful of horseradish."
 PROMPT = "What is the secret ingredient of the potato soup?"
-CHOICES = {"model": ("smollm2", "random"), "judge": ("words", "layers")}
+CHOICES = {"model": (*KNOWN, "random"), "judge": ("words", "layers")}
 MAX_WORDS = 2000  # characters of a prompt or a needle
 
 
