@@ -17,6 +17,7 @@ from ...common.outputs import check_different, output_file, output_folder
 from ...common.progress import resumable
 from ...lm.recall.recipe import ALPHA, PRESETS, RELATED, Scale, training_batches, training_recipe
 from ...lm.recall.tasks import TASKS
+from ..pages import around, fill
 from . import report as reports
 from .arms import ARMS
 from .changes import CHANGES
@@ -51,6 +52,8 @@ def evidence_command(
 ) -> None:
     """Measure how much of dense attention's recall each way of choosing keys keeps, at equal keys per query."""
     check_different({"--out": out, "--page": page})
+    if page:
+        around(page, out.stem)  # raises now, and not after hours
     if report:
         return _show(out, page)
     with resumable(report=lambda: _show(out, page)):
@@ -115,4 +118,4 @@ def _show(out: Path, page: Path | None) -> None:
     text = "\n\n".join((reports.about(held, entries), reports.tables(entries), found))
     typer.echo(text)
     if page:
-        reports.fill(page, out.stem, text)
+        fill(page, out.stem, text)
