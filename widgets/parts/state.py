@@ -80,19 +80,36 @@ def preset_settings(name: str, model: str = "smollm2") -> dict:
     return {key: start[key] for key in SETTINGS} | PRESETS[name]
 
 
-def check(name: str, value):
-    """`value` as trait `name` holds it. ValueError or TypeError names the argument, the value and what is allowed."""
-    if name in BY_NAME:
-        return switch(BY_NAME[name], value) if BY_NAME[name].switch else number(BY_NAME[name], value)
-    if name not in WORDS:
-        raise ValueError(f"{name}={value!r} is not a setting: allowed is {', '.join(KEYS.values())}")
-    if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r}: allowed is a string")
-    if name == "model" and value not in MODELS:
-        raise ValueError(f"model={value!r}: allowed is {', '.join(map(repr, MODELS))}")
-    if len(value) > MAX_LENGTH.get(name, len(value)):
-        raise ValueError(f"{name} holds {len(value):,} characters: allowed is up to {MAX_LENGTH[name]:,}")
-    return value
+def checker(
+    numbers: Mapping[str, Control],
+    texts: Iterable[str],
+    choices: Mapping[str, tuple[str, ...]],
+    longest: Mapping[str, int],
+) -> Callable[[str, object], object]:
+    """A function `check(name, value)` that returns `value` as the trait `name` holds it.
+
+    numbers, texts: the traits; choices: what a text may be; longest: its most characters. `check` raises ValueError or
+    TypeError, which name the argument, the value and what is allowed.
+    """
+    known = (*numbers, *texts)
+
+    def check(name: str, value: object) -> object:
+        if name in numbers:
+            return switch(numbers[name], value) if numbers[name].switch else number(numbers[name], value)
+        if name not in known:
+            raise ValueError(f"{name}={value!r} is not a setting: allowed is {', '.join(known)}")
+        if not isinstance(value, str):
+            raise TypeError(f"{name}={value!r}: allowed is a string")
+        if name in choices and value not in choices[name]:
+            raise ValueError(f"{name}={value!r}: allowed is {', '.join(map(repr, choices[name]))}")
+        if len(value) > longest.get(name, len(value)):
+            raise ValueError(f"{name} holds {len(value):,} characters: allowed is up to {longest[name]:,}")
+        return value
+
+    return check
+
+
+check = checker(BY_NAME, WORDS, {"model": MODELS}, MAX_LENGTH)
 
 
 def switch(control: Control, value) -> bool:

@@ -10,7 +10,7 @@ from proteus_playground.attention.settings import Control
 from proteus_playground.hf.models import KNOWN
 from proteus_playground.streaming.buffer import StreamPlan
 
-from ..parts.state import checked_traits, number
+from ..parts.state import checked_traits, checker
 
 NUMBERS = (
     Control("chunk_tokens", "chunk", "chunk", 512, 65_536, 4096,
@@ -40,21 +40,7 @@ TEXTS = {
     "model": Unicode("smollm2"),
     "judge": Unicode("words"),  # what scores: "words" alone, at once, or the model's "layers", in context
 }
-
-
-def check(name: str, value):
-    """`value` as trait `name` holds it. ValueError or TypeError names the argument, the value and what is allowed."""
-    if name in BY_NAME:
-        return number(BY_NAME[name], value)
-    if name not in TEXTS:
-        raise ValueError(f"{name}={value!r} is no setting: allowed is {', '.join((*BY_NAME, *TEXTS))}")
-    if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r}: allowed is a string")
-    if name in CHOICES and value not in CHOICES[name]:
-        raise ValueError(f"{name}={value!r}: allowed is {', '.join(map(repr, CHOICES[name]))}")
-    if name in ("prompt", "needle") and len(value) > MAX_WORDS:
-        raise ValueError(f"{name} holds {len(value):,} characters: allowed is up to {MAX_WORDS:,}")
-    return value
+check = checker(BY_NAME, TEXTS, CHOICES, dict.fromkeys(("prompt", "needle"), MAX_WORDS))
 
 
 class StreamState(checked_traits(NUMBERS, check, **TEXTS)):
