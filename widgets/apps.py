@@ -52,14 +52,9 @@ def _ask_shelf(source: Mapping, stop, progress):
 
     written = source["text"] == SHELF and not source["pasted"]
     probe = open_shelf(
-        *_shipped(source["model"]),
-        None if written else _text(source),
-        number=source["shelf"],
-        question=source["question"],
-        max_tokens=source["length"],
-        progress=progress,
-        stop=stop,
-    )
+        *_shipped(source["model"]), None if written else _text(source), number=source["shelf"],
+        question=source["question"], max_tokens=source["length"], progress=progress, stop=stop,
+    )  # fmt: skip
     probe.start = probe.finder(source["settings"])  # computed here, because it would hold up the thread that draws
     return probe
 
