@@ -1,4 +1,4 @@
-"""HTML pages that need no network: their style, tables and figures."""
+"""HTML pages that need no network: their style, tables and figures; and the tables that a Markdown page holds."""
 
 from __future__ import annotations
 
@@ -59,3 +59,18 @@ def figure(plot: Figure, first: bool) -> str:
     """A plotly figure; the first one of a page brings plotly's script."""
     buttons = {"displaylogo": False, "showSendToCloud": False}
     return plot.to_html(full_html=False, include_plotlyjs=first, config=buttons)
+
+
+def around(page: Path, name: str) -> tuple[str, str]:
+    """What stands before and after the part of a Markdown page that `fill` writes. ValueError without its marks."""
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    held = page.read_text(encoding="utf-8")
+    if held.count(begin) != 1 or held.count(end) != 1:
+        raise ValueError(f"page={str(page)!r}: must hold {begin.strip()} and {end} once each")
+    return held[: held.index(begin) + len(begin)], held[held.index(end) :]
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Replace what is between the page's marks of that name by `text`."""
+    head, rest = around(page, name)
+    write_text(page, f"{head}{text}\n{rest}")

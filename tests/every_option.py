@@ -18,8 +18,7 @@ def commands(group=None, path=()):
         if hasattr(command, "commands"):
             yield from commands(command, (*path, name))
         elif isinstance(command, LazyCommand):
-            module, function = command.target.split(":")
-            yield (*path, name), getattr(import_module(module), function)
+            yield (*path, name), getattr(import_module(command.module), command.function)
         else:
             yield (*path, name), inspect.unwrap(command.callback)
 

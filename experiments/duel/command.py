@@ -13,8 +13,7 @@ import typer
 from tqdm import tqdm
 
 from ...common.machine import markdown
-from ...common.options import choose, pick_device
-from ...common.outputs import output_folder
+from ...common.options import Device, Folder, Precision, choose, pick_device
 from ...common.processes import together
 from ...common.progress import resumable
 from ...lm.shelf.tokenizer import ShelfTokenizer
@@ -22,39 +21,21 @@ from ...lm.training.data import Bytes, Codec
 from .duel import PRESETS, DuelSettings, duel
 from .files import REPORT, ROWS, write_report
 
-Preset = Annotated[str, typer.Option(help=f"Of {', '.join(PRESETS)}; other options override its values.")]
-TextName = Annotated[
-    str, typer.Option(help="auto (Shakespeare, or Python's manual offline), a UTF-8 file, or hub:owner/dataset.")
-]
-Seeds = Annotated[
-    str, typer.Option(help="Comma-separated; each seed is a duel of its own, in OUT/seed-N if there are several.")
-]
-Steps = Annotated[int | None, typer.Option(help="Most steps of each arm.", min=1)]
-Minutes = Annotated[
-    float | None, typer.Option(help="Time for both arms; the number of steps is lowered to fit. 0: no limit.")
-]
-Length = Annotated[int | None, typer.Option(help="Tokens per text.", min=2)]
-Shortlist = Annotated[int | None, typer.Option(help="L, reads per query at alpha 1; length / 16 if left out.", min=1)]
-Tokenizer = Annotated[Path | None, typer.Option(help="A tokenizers JSON file; bytes if left out.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
-Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Out = Annotated[
-    Path, typer.Option(help="Folder; a duel that was stopped goes on from what is there.", callback=output_folder)
-]
-
 
 def duel_command(
-    preset: Preset = "small",
-    text: TextName = "auto",
-    seeds: Seeds = "0",
-    steps: Steps = None,
-    minutes: Minutes = None,
-    length: Length = None,
-    shortlist: Shortlist = None,
-    tokenizer: Tokenizer = None,
+    preset: Annotated[str, typer.Option(help=f"Of {', '.join(PRESETS)}; other options override its values.")] = "small",
+    text: Annotated[
+        str, typer.Option(help="auto (Shakespeare; offline: Python's manual), a file, or hub:...")
+    ] = "auto",
+    seeds: Annotated[str, typer.Option(help="Comma-separated; several seeds are duels in OUT/seed-N.")] = "0",
+    steps: Annotated[int | None, typer.Option(help="Most steps of each arm.", min=1)] = None,
+    minutes: Annotated[float | None, typer.Option(help="For both arms; fewer steps if need be. 0: no limit.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per text.", min=2)] = None,
+    shortlist: Annotated[int | None, typer.Option(help="L at alpha 1; length / 16 if left out.", min=1)] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizers JSON file; bytes if left out.")] = None,
     device: Device = "cpu",
     precision: Precision = "auto",
-    out: Out = Path("proteus-duel"),
+    out: Folder = Path("proteus-duel"),
 ) -> None:
     """Train a dense and a Proteus model on the same text and compare them; under torchrun on several devices."""
     base = choose("--preset", preset, PRESETS)

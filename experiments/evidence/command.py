@@ -17,67 +17,43 @@ from ...common.outputs import check_different, output_file, output_folder
 from ...common.progress import resumable
 from ...lm.recall.recipe import ALPHA, PRESETS, RELATED, Scale, training_batches, training_recipe
 from ...lm.recall.tasks import TASKS
+from ..pages import around, fill
 from . import report as reports
 from .arms import ARMS
 from .changes import CHANGES
 from .study import CellResult, StudySettings, cells, load, study
 
-EVERY = tuple(TASKS)
+MODELS = "Folder of the models, by default in the cache; missing ones are trained."
+PAGE = "Markdown page; the tables go between its marks with the name of --out."
 SETTINGS = {
     "small": StudySettings(),
     "full": StudySettings(("mqar", *RELATED), (256, 512, 1024, 2048, 4096), (16, 64, 256)),
 }
 
-Preset = Annotated[str, typer.Option(help="small: minutes on one core; full: hours on a GPU.")]
-ScaleFields = Annotated[str, typer.Option("--scale", help='Other fields of Scale as JSON, such as {"width": 96}.')]
-Tasks = Annotated[
-    str | None, typer.Option(help=f"Of {', '.join(EVERY)}; by default those that the models are trained on.")
-]
-Lengths = Annotated[str | None, typer.Option(help="Token counts: 256,1k; 256..4k doubles.")]
-Pairs = Annotated[str | None, typer.Option(help="Numbers of planted pairs, or of tokens to repeat.")]
-Arms = Annotated[str, typer.Option(help=f"Of {', '.join(ARMS)}; or all, or none.")]
-Changes = Annotated[str, typer.Option(help=f"Ablations, one change at a time: all, none, or of {', '.join(CHANGES)}.")]
-Shares = Annotated[str | None, typer.Option(help="L is the length divided by this; several by commas.")]
-Seeds = Annotated[
-    int, typer.Option(help="Number of seeds, each with its own models and texts; use 3 or more for intervals.")
-]
-Cases = Annotated[int | None, typer.Option(help="Least number of answers per cell and seed.")]
-Models = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder of the models; missing ones are trained. The cache folder if left out.", callback=output_folder
-    ),
-]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Out = Annotated[
-    Path, typer.Option(help="JSON file; a run that was stopped goes on from what is there.", callback=output_file)
-]
-Page = Annotated[
-    Path | None,
-    typer.Option(help="Markdown page; the tables go between its marks with the name of --out.", callback=output_file),
-]
-Report = Annotated[bool, typer.Option("--report", help="Print the tables of --out, measure nothing.")]
-
 
 def evidence_command(
-    preset: Preset = "small",
-    scale: ScaleFields = "{}",
-    tasks: Tasks = None,
-    lengths: Lengths = None,
-    pairs: Pairs = None,
-    arms: Arms = "all",
-    changes: Changes = "none",
-    shares: Shares = None,
-    seeds: Seeds = 3,
-    cases: Cases = None,
-    models: Models = None,
-    device: Device = "cpu",
-    out: Out = Path("evidence.json"),
-    page: Page = None,
-    report: Report = False,
+    preset: Annotated[str, typer.Option(help="small: minutes on one core; full: hours on a GPU.")] = "small",
+    scale: Annotated[str, typer.Option("--scale", help='Other fields of Scale as JSON, such as {"width": 96}.')] = "{}",
+    tasks: Annotated[str | None, typer.Option(help=f"Of {', '.join(TASKS)}; those trained on if left out.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Token counts: 256,1k; 256..4k doubles.")] = None,
+    pairs: Annotated[str | None, typer.Option(help="Numbers of planted pairs, or of tokens to repeat.")] = None,
+    arms: Annotated[str, typer.Option(help=f"Of {', '.join(ARMS)}; or all, or none.")] = "all",
+    changes: Annotated[str, typer.Option(help=f"Ablations: all, none, or of {', '.join(CHANGES)}.")] = "none",
+    shares: Annotated[str | None, typer.Option(help="L is the length divided by this; several by commas.")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds, each with models and texts of its own; intervals need 3.")] = 3,
+    cases: Annotated[int | None, typer.Option(help="Least number of answers per cell and seed.")] = None,
+    models: Annotated[Path | None, typer.Option(help=MODELS, callback=output_folder)] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="JSON file; a stopped run goes on.", callback=output_file)] = Path(
+        "evidence.json"
+    ),
+    page: Annotated[Path | None, typer.Option(help=PAGE, callback=output_file)] = None,
+    report: Annotated[bool, typer.Option("--report", help="Print the tables of --out, measure nothing.")] = False,
 ) -> None:
     """Measure how much of dense attention's recall each way of choosing keys keeps, at equal keys per query."""
     check_different({"--out": out, "--page": page})
+    if page:
+        around(page, out.stem)  # raises now, and not after hours
     if report:
         return _show(out, page)
     with resumable(report=lambda: _show(out, page)):
@@ -142,4 +118,4 @@ def _show(out: Path, page: Path | None) -> None:
     text = "\n\n".join((reports.about(held, entries), reports.tables(entries), found))
     typer.echo(text)
     if page:
-        reports.fill(page, out.stem, text)
+        fill(page, out.stem, text)

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from statistics import mean
 
-from ...common.files import write_text
 from ...common.machine import markdown
 from .. import intervals
 from .arms import ARMS, DENSE_ARMS
@@ -124,13 +122,3 @@ def about(held: dict, entries: list[Entry]) -> str:
         f"{', '.join(scale['tasks'])}: {stages} tokens, {scale['tokens']:,} tokens a step. Seeds per cell: {seeds}; "
         f"at least {min(entry.cases // entry.seeds for entry in entries):,} answers a seed."
     )
-
-
-def fill(page: Path, name: str, text: str) -> None:
-    """Replace what is between the page's marks of that name by `text`. ValueError where the marks are missing."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    held = page.read_text(encoding="utf-8")
-    if held.count(begin) != 1 or held.count(end) != 1:
-        raise ValueError(f"page={str(page)!r}: must hold {begin} and {end} once each")
-    head, rest = held.split(begin)
-    write_text(page, f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")

@@ -11,8 +11,7 @@ import typer
 from tqdm import tqdm
 
 from ...common.machine import environment
-from ...common.options import choose_some, parse_lengths, pick_device
-from ...common.outputs import output_folder
+from ...common.options import Device, Folder, Lengths, choose_some, parse_lengths, pick_device
 from ...common.progress import resumable
 from .pairs import load_pairs
 from .report import PAGE, sentences, write_report
@@ -23,58 +22,33 @@ from .verify import VerifySettings, read_rows, run_folder, verify
 EVERY_TASK, BOTH_WAYS = ",".join(TASKS), ",".join(ASKED)
 LIBRARIES = ("numpy", "transformers", "bm25s", "snowballstemmer", "scipy")
 
-Lengths = Annotated[str, typer.Option(help="Token counts: 4k,1m; 4k..1m doubles; 4k..1m/4 goes in steps of 4.")]
-Depths = Annotated[str, typer.Option(help="Depths of the grid, shares in [0, 1].")]
-Tasks = Annotated[str, typer.Option(help=f"Of {EVERY_TASK}.")]
-Asked = Annotated[
-    str, typer.Option(help="paraphrase: questions share no content word with the fact; literal: they use its words.")
-]
-PairsFile = Annotated[
-    Path | None, typer.Option(help="JSON file of facts and questions; ours if left out.", exists=True, dir_okay=False)
-]
-Source = Annotated[
-    str, typer.Option(help="pydoc, jargon, bible, a file, several joined by +, or auto: all that are installed.")
-]
-Share = Annotated[float, typer.Option(help="Tokens kept, as a share of the document.")]
-Chunk = Annotated[int, typer.Option(help="Tokens per chunk.")]
-PerChunk = Annotated[
-    float, typer.Option(help="Tokens one chunk may promote, as a multiple of its fair share of the buffer.")
-]
-Neighbours = Annotated[int, typer.Option(help="Tokens on either side of a champion that are kept with it.")]
-Seeds = Annotated[
-    int,
-    typer.Option(
-        help="Number of seeds; each plants other facts in other places. Live fire asks for every fact once per seed."
-    ),
-]
-Answers = Annotated[int, typer.Option(help="Cases per task, length and way of asking that the model also answers.")]
-Read = Annotated[int, typer.Option(help="Best tokens of a buffer that the model reads to answer.")]
-Model = Annotated[str, typer.Option(help="A pulled model, or layer: a layer with random weights, for chance level.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 (twice as fast where AVX512-BF16 is) or float16.")]
-Out = Annotated[
-    Path, typer.Option(help="Folder; a run that was stopped goes on from what is there.", callback=output_folder)
-]
-
 
 def verify_command(
     lengths: Lengths = "4k..64k/4",
-    depths: Depths = "0,0.25,0.5,0.75,1",
-    tasks: Tasks = EVERY_TASK,
-    asked: Asked = BOTH_WAYS,
-    pairs: PairsFile = None,
-    haystack: Source = "auto",
-    buffer_share: Share = 0.03,
-    chunk: Chunk = 4096,
-    per_chunk: PerChunk = 4.0,
-    neighbours: Neighbours = 12,
-    seeds: Seeds = 3,
-    answers: Answers = 0,
-    read: Read = 1024,
-    model: Model = "smollm2",
+    depths: Annotated[str, typer.Option(help="Depths of the grid, shares in [0, 1].")] = "0,0.25,0.5,0.75,1",
+    tasks: Annotated[str, typer.Option(help=f"Of {EVERY_TASK}.")] = EVERY_TASK,
+    asked: Annotated[
+        str, typer.Option(help="paraphrase: in other words than the fact. literal: in its words.")
+    ] = BOTH_WAYS,
+    pairs: Annotated[
+        Path | None, typer.Option(help="JSON of facts and questions; ours if left out.", exists=True, dir_okay=False)
+    ] = None,
+    haystack: Annotated[
+        str, typer.Option(help="pydoc, jargon, bible, files; joined by +; auto: all of them.")
+    ] = "auto",
+    buffer_share: Annotated[float, typer.Option(help="Tokens kept, as a share of the document.")] = 0.03,
+    chunk: Annotated[int, typer.Option(help="Tokens per chunk.")] = 4096,
+    per_chunk: Annotated[float, typer.Option(help="A chunk may fill so many times its share of the buffer.")] = 4.0,
+    neighbours: Annotated[int, typer.Option(help="Tokens on either side of a champion that are kept with it.")] = 12,
+    seeds: Annotated[int, typer.Option(help="Number of seeds; each plants other facts in other places.")] = 3,
+    answers: Annotated[int, typer.Option(help="Cases of each kind that the model also answers.")] = 0,
+    read: Annotated[int, typer.Option(help="Best tokens of a buffer that the model reads to answer.")] = 1024,
+    model: Annotated[str, typer.Option(help="A pulled model, or layer: random weights, for chance level.")] = "smollm2",
     device: Device = "cpu",
-    dtype: Dtype = "float32",
-    out: Out = Path("proteus-verify"),
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16, twice as fast with AVX512-BF16.")
+    ] = "float32",
+    out: Folder = Path("proteus-verify"),
 ) -> None:
     """Plant facts in long documents of real English and see whether they are found."""
     settings = VerifySettings(

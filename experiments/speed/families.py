@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import warnings
 from inspect import signature
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -18,9 +19,9 @@ import typer
 
 from ...attention import AttentionConfig, Gates
 from ...attention.adapter import ProteusLayer
-from ...common.files import write_text
 from ...common.machine import environment, markdown
 from ...common.outputs import output_file
+from ..pages import around, fill
 from .measure import publish
 
 SECONDS = 180  # a family that takes longer is reported as such
@@ -261,8 +262,8 @@ def families_command(
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     out: Annotated[str, typer.Option(help="Write the numbers as JSON.")] = "",
     page: Annotated[
-        str, typer.Option(help="Write the table as Markdown, as docs/model-families.md.", callback=output_file)
-    ] = "",
+        Path | None, typer.Option(help="Markdown page; the table goes between its marks.", callback=output_file)
+    ] = None,
 ) -> None:
     """Show which families of causal language models the patch and the cache serve exactly."""
     import transformers
@@ -271,12 +272,14 @@ def families_command(
     unknown = sorted(set(family or ()) - set(names))
     if unknown:
         raise typer.BadParameter(f"{unknown[0]}: not among {', '.join(names)}", param_hint="--family")
+    if page:
+        around(page, "families")  # raises now, and not after minutes
     rows = run_all(family or names, jobs)
     about = {"transformers": transformers.__version__, "dtype": "float32", "seed": 0}
     report = {"benchmark": "families", **environment(torch.device("cpu")), **about, "rows": rows}
     publish(report, families_table(report), out)
     if page:
-        write_text(page, families_page(report))
+        fill(page, "families", families_table(report))
 
 
 def run_all(names: list[str], jobs: int) -> list[dict]:
@@ -309,33 +312,3 @@ def families_table(report: dict) -> str:
     counts = {result: sum(row["result"] == result for row in report["rows"]) for result in RESULTS}
     said = ", ".join(f"{count} {result}" for result, count in counts.items() if count)
     return f"transformers {report['transformers']}, torch {report['torch']}: {said}\n\n{markdown(head, lines)}"
-
-
-INTRODUCTION = """# Model families
-
-Which causal language models of transformers `hf.patch.patched` and `hf.cache.ProteusCache` serve. The table is written
-by `proteus bench families --page docs/model-families.md`; it takes a few minutes and downloads nothing.
-
-Each family is built with tiny sizes and random weights. Its layers are looked at as they run: what a layer gives to its
-attention has to be RoPE of what it had before, half-split or interleaved, over the whole head or a part of it, or no
-rotation at all; and dense attention over what a patched layer is given has to equal what the layer computed.
-
-* **exact**: all is served. *Full layers served* counts the layers that read the whole past; layers with a sliding
-  window and layers without softmax attention stay native. *Worst error* is the largest difference of logits from the
-  model's own, as a share of the largest logit: flux alpha 0 with padding on the left, token by token beside the model's
-  own cache, and flux alpha 1 token by token beside the patched pass over the whole text. Beams give the same text.
-  *bf16 error / its own* compares a patched bfloat16 pass with the model's own bfloat16 pass; 1 means as exact.
-* **exact but no cache**: a patched pass is exact; a `ProteusCache` is refused, with the reason.
-* **refused**: an error says why, and the model is left as it was.
-* **no full attention**: no layer reads the whole past by softmax attention, so there is nothing to replace.
-* **not built**: the family cannot be built with small sizes from its config alone, so nothing is claimed.
-
-What is refused within a family that is served: masks that are not causal with padding (packed sequences, windows), that
-add values or differ between heads; transformers' own caches; `output_attentions`; training through a `ProteusCache`.
-`torch.compile` changes nothing: a patched pass runs in eager mode.
-
-"""
-
-
-def families_page(report: dict) -> str:
-    return INTRODUCTION + families_table(report) + "\n"

@@ -61,7 +61,7 @@ def heads_added_mb(heads: int, awake: int, tokens: int, d_model: int) -> float:
 def heads_command(
     heads: Annotated[str, typer.Option(help="Comma-separated head counts, multiples of 8.")] = "64,2048",
     awake: Annotated[int, typer.Option(help="Heads awake per token, a multiple of 8.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Tokens.", min=1, max=options.LARGEST)] = 1024,
+    tokens: Annotated[int, typer.Option(help="Tokens.", min=1, callback=options.no_huge_number)] = 1024,
     d_model: options.Width = 512,
     device: options.Device = "cpu",
     repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 7,

@@ -154,7 +154,7 @@ def write_embeddings(path: Path, tokens: int, width: int, seed: int, step: int =
             store.read(start, min(start + step, tokens)).tofile(file)
 
 
-def bench_stream_command(
+def stream_command(
     lengths: options.Lengths = "1m",
     storage: Annotated[str, typer.Option(help=f"Of {', '.join(STORAGE)}.")] = "ram,disk",
     by: Annotated[str, typer.Option(help=f"What scores: of {', '.join(BY)}.")] = "prompt,salience",

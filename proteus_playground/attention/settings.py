@@ -47,7 +47,7 @@ class Settings:
     probes: int = offered("probes", "probes", "probes", high=8, tip="How many gates each query opens.")
     gates: int = offered(
         "gates_per_group", "gates", "gates", low=4, high=128,
-        tip="How many gates each KV group has; another number takes a moment, because prototypes are fitted first.",
+        tip="How many gates each KV group has; a change takes a moment, because prototypes are fitted anew.",
     )  # fmt: skip
     notes: bool = offered(
         "notes", "notes", "read notes",
@@ -58,11 +58,11 @@ class Settings:
     )
     route_heads: bool = offered(
         "route_heads", "route", "route heads", default=False,
-        tip="Whether heads may sleep; a model that was not trained for it gets worse.",
+        tip="Lets heads sleep at tokens that do not need them; a model that was not trained with this gets worse.",
     )  # fmt: skip
     head_top_p: float = offered(
         "head_top_p", "top_p", "Top-P", low=0.05, default=0.9,
-        tip="Where heads are routed, they wake until their probabilities add up to this.",
+        tip="Where heads are routed, they wake, the most probable first, until their probabilities add up to this.",
     )  # fmt: skip
 
 

@@ -15,32 +15,24 @@ from proteus_playground.cli.lazy import PLAIN, LazyGroup
 from proteus_playground.common.outputs import output_folder
 
 
+EXPERIMENTS = "proteus_playground.experiments"
+SPEED = ("sweep", "page", "longest", "profile", "layer", "heads", "decode", "stream", "exam", "top-a", "slider",
+         "families")  # fmt: skip
+
+
 class Proteus(LazyGroup):
-    targets = {
-        "stream": "proteus_playground.cli.stream:stream_command",
-        "verify": "proteus_playground.experiments.needles.command:verify_command",
-        "duel": "proteus_playground.experiments.duel.command:duel_command",
-        "train": "proteus_playground.cli.train:train_command",
-        "evidence": "proteus_playground.experiments.evidence.command:evidence_command",
+    modules = {
+        "stream": "proteus_playground.cli.stream",
+        "verify": f"{EXPERIMENTS}.needles.command",
+        "duel": f"{EXPERIMENTS}.duel.command",
+        "train": "proteus_playground.cli.train",
+        "evidence": f"{EXPERIMENTS}.evidence.command",
     }
 
 
 class Bench(LazyGroup):
-    targets = {
-        "sweep": "proteus_playground.experiments.speed.sweep:sweep_command",
-        "page": "proteus_playground.experiments.speed.page:page_command",
-        "longest": "proteus_playground.experiments.speed.longest:longest_command",
-        "profile": "proteus_playground.experiments.speed.profile:profile_command",
-        "layer": "proteus_playground.experiments.speed.layer:layer_command",
-        "heads": "proteus_playground.experiments.speed.heads:heads_command",
-        "decode": "proteus_playground.experiments.speed.decode:decode_command",
-        "stream": "proteus_playground.experiments.speed.stream:bench_stream_command",
-        "exam": "proteus_playground.experiments.speed.exam:exam_command",
-        "top-a": "proteus_playground.experiments.speed.top_a:top_a_command",
-        "slider": "proteus_playground.experiments.speed.slider:slider_command",
-        "families": "proteus_playground.experiments.speed.families:families_command",
-        "choice": "proteus_playground.experiments.quality.choice:choice_command",
-    }
+    modules = {name: f"{EXPERIMENTS}.speed.{name.replace('-', '_')}" for name in SPEED}
+    modules["choice"] = f"{EXPERIMENTS}.quality.choice"
 
 
 app = typer.Typer(
@@ -54,7 +46,7 @@ bench_app = typer.Typer(cls=Bench, help="Measure, and print the README's tables.
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 
-ModelName = Annotated[str, typer.Argument(help="A known model: smollm2.")]
+ModelName = Annotated[str, typer.Argument(help="A known model, such as smollm2.")]
 
 
 @app.command()

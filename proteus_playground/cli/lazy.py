@@ -17,33 +17,31 @@ PLAIN = {
 
 
 class LazyGroup(TyperGroup):
-    """A group with the commands of `targets` besides its own: name -> "package.module:function"."""
+    """A group with the commands of `modules` besides its own: name -> the module that holds `name_command`."""
 
-    targets: dict[str, str] = {}
+    modules: dict[str, str] = {}
 
     def __init__(self, **options):
         super().__init__(**options)
-        for name, target in self.targets.items():
-            self.add_command(LazyCommand(name, target))
+        for name, module in self.modules.items():
+            self.add_command(LazyCommand(name, module))
 
 
 class LazyCommand(TyperCommand):
     """Listed with the first sentence of the function's docstring; replaced by the real command when it is called."""
 
-    def __init__(self, name: str, target: str):
-        super().__init__(name, help=docstring(target))
-        self.target = target
+    def __init__(self, name: str, module: str):
+        self.module, self.function = module, f"{name.replace('-', '_')}_command"
+        super().__init__(name, help=docstring(module, self.function))
 
     def make_context(self, *args, **options):
-        module, function = self.target.split(":")
         command = typer.Typer(**PLAIN)
-        command.command(self.name)(getattr(import_module(module), function))
+        command.command(self.name)(getattr(import_module(self.module), self.function))
         return typer.main.get_command(command).make_context(*args, **options)
 
 
-def docstring(target: str) -> str:
-    """The docstring of "package.module:function", read from the file without importing the module."""
-    module, function = target.split(":")
+def docstring(module: str, function: str) -> str:
+    """The docstring of a function, read from the file without importing the module."""
     package, _, file = module.rpartition(".")
     tree = ast.parse((files(package) / f"{file}.py").read_text(encoding="utf-8"))
     return next(ast.get_docstring(node) for node in tree.body if getattr(node, "name", "") == function)

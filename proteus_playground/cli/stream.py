@@ -108,14 +108,10 @@ def _bytes(ram_limit: str) -> int | None:
 def _open(file: str, model: Model, limit: int | None, cache: str, workers: int, silent: bool | None) -> Store:
     with tqdm(bar_format="{desc}", leave=False, disable=silent) as line:
         return open_document(
-            file,
-            encode=model.encode,
-            fingerprint=model.fingerprint,
-            ram_limit=limit,
-            cache=Path(cache) / "documents" if cache else None,
-            workers=workers,
+            file, encode=model.encode, fingerprint=model.fingerprint, ram_limit=limit,
+            cache=Path(cache) / "documents" if cache else None, workers=workers,
             progress=lambda _, sentence: line.set_description_str(sentence),
-        )
+        )  # fmt: skip
 
 
 def _default_checkpoint(cache: str, store: Store, scorer: Scorer, plan: StreamPlan) -> Path:

@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from ..common.checks import real_number
 from ..common.files import check_place
-from ..common.options import choose, pick_device
-from ..common.outputs import output_folder
+from ..common.options import Device, Folder, Precision, choose, pick_device
 from ..common.processes import together
 from ..common.progress import Stopped
 from ..lm.model import ProteusLM
@@ -21,27 +20,19 @@ from ..lm.training import Job, Step, read_log, train
 
 MODEL = "model.safetensors"
 
-Name = Annotated[str, typer.Argument(help="A shipped model; a wrong name prints the list.")]
-Out = Annotated[Path, typer.Option(help="Folder of the run; one that was stopped continues.", callback=output_folder)]
-Steps = Annotated[int | None, typer.Option(help="Stop after so many steps in all; the same command goes on.", min=1)]
-Minutes = Annotated[float | None, typer.Option(help="Stop after so many minutes; the same command goes on.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
-Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Start = Annotated[Path | None, typer.Option(help="Model file whose weights to begin with, instead of random ones.")]
-Workers = Annotated[int, typer.Option(help="Processes that prepare texts; useful on a GPU.", min=0)]
-Every = Annotated[int, typer.Option(help="Steps between measurements of gates and heads.", min=1)]
-
 
 def train_command(
-    name: Name,
-    out: Out,
-    steps: Steps = None,
-    minutes: Minutes = None,
+    name: Annotated[str, typer.Argument(help="A shipped model; a wrong name prints the list.")],
+    out: Folder,
+    steps: Annotated[
+        int | None, typer.Option(help="Stop after so many steps; the same command goes on.", min=1)
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes; the same command goes on.")] = None,
     device: Device = "cpu",
     precision: Precision = "auto",
-    every: Every = 50,
-    start: Start = None,
-    workers: Workers = 0,
+    every: Annotated[int, typer.Option(help="Steps between measurements of gates and heads.", min=1)] = 50,
+    start: Annotated[Path | None, typer.Option(help="Model file to begin with, instead of random weights.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that prepare texts; useful on a GPU.", min=0)] = 0,
 ) -> None:
     """Train a shipped model by its recipe.
 

@@ -13,14 +13,10 @@ def environment(device: torch.device) -> dict:
     """Device, versions, threads and date, as a report records them beside its figures."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
-        "device": name,
-        "device_type": device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
+        "device": name, "device_type": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
         "date": time.strftime("%Y-%m-%d"),
-    }
+    }  # fmt: skip
 
 
 def _cpu_name() -> str:

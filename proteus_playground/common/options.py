@@ -5,32 +5,44 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from .outputs import output_file
+from .outputs import output_file, output_folder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 UNITS = {"k": 1024, "m": 1024**2}  # of token counts
 LARGEST = 2**31 - 1  # of heads, features and tokens that an option takes as a plain number
+LARGEST_SEED = 2**63 - 1
 LARGEST_LENGTH = 2**40  # tokens: more than any machine holds
 
+
+def no_huge_number(param: typer.CallbackParam, value: int) -> int:
+    """The callback of a number that no machine could hold if it were larger; so its help needs to show no range."""
+    if value > (most := LARGEST_SEED if param.name == "seed" else LARGEST):
+        raise typer.BadParameter(f"{value}: must be at most {most}")
+    return value
+
+
 Lengths = Annotated[str, typer.Option(help="Token counts: 4k,1m is a list; 4k..1m doubles; 4k..1m/4 multiplies by 4.")]
-Width = Annotated[int, typer.Option(help="Model width D.", max=LARGEST)]
-Heads = Annotated[int, typer.Option(help="Query heads.", max=LARGEST)]
+Width = Annotated[int, typer.Option(help="Model width D.", callback=no_huge_number)]
+Heads = Annotated[int, typer.Option(help="Query heads.", callback=no_huge_number)]
 Groups = Annotated[str, typer.Option(help="Numbers of KV groups, comma-separated; each must divide heads.")]
-HeadDim = Annotated[int, typer.Option(help="Features per head.", max=LARGEST)]
-Shortlist = Annotated[int, typer.Option(help="L: keys read per query.", max=LARGEST)]
+HeadDim = Annotated[int, typer.Option(help="Features per head.", callback=no_huge_number)]
+Shortlist = Annotated[int, typer.Option(help="L: keys read per query.", callback=no_huge_number)]
+Precision = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 Backend = Annotated[str, typer.Option(help="Backend of ours; auto chooses one for the device.")]
 Config = Annotated[str, typer.Option(help='Other fields of AttentionConfig as JSON, such as {"keep_ratio": 0.5}.')]
 Cap = Annotated[float, typer.Option(help="Memory limit in GB (1e9 bytes) on CUDA; 0 sets none.")]
-Seed = Annotated[int, typer.Option(help="Seed of weights and inputs.", min=0, max=2**63 - 1)]
+Seed = Annotated[int, typer.Option(help="Seed of weights and inputs.", min=0, callback=no_huge_number)]
 Alpha = Annotated[float, typer.Option(help="Flux alpha, 0 to 1.")]
 Out = Annotated[str, typer.Option(help="JSON file to write.", callback=output_file)]
+Folder = Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on there.", callback=output_folder)]
 
 
 def parse_lengths(text: str, option: str = "--lengths") -> list[int]:

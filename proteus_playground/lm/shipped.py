@@ -26,17 +26,9 @@ def shelf_mini() -> Job:
 
     batches = ShelfBatches(ShelfTokenizer(), seed=1, copies=0.1)
     attention = AttentionConfig(
-        d_model=128,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=32,
-        shortlist=256,
-        dna_fraction=0.75,
-        gates_per_group=128,
-        probes=2,
-        head_top_p=0.8,
-        rope_theta=None,
-    )
+        d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, shortlist=256, dna_fraction=0.75, gates_per_group=128,
+        probes=2, head_top_p=0.8, rope_theta=None,
+    )  # fmt: skip
     sparse = {"alpha": RANDOM, "top_share": 0.5, "share": 16}
     stages = (
         Stage((128, 256), 1 << 16, 400, 0.0),

@@ -139,20 +139,12 @@ class GateStory:
         prototypes, alive = gates.prototypes[g], gates.alive[g]
         like = (prototypes @ prototypes.T).fill_diagonal_(-torch.inf).masked_fill(~alive, -torch.inf)
         return Snapshot(
-            update=self.update,
-            gate=gate.numpy(),
-            lured=torch.bincount(gate, minlength=len(alive)).numpy(),
-            prototypes=((prototypes - self._centre) @ self._axes.T).numpy(),
-            alive=alive.numpy().copy(),
-            confidence=gates.confidence[g].numpy().copy(),
-            usage=gates.usage[g].numpy().copy(),
-            head=gates.head_of_gate[g].numpy().copy(),
-            nearest=like.argmax(1).numpy(),
-            heads=self.attn.cfg.heads_per_group,
-            fit=float(cosine.mean()),
-            moved=self._moved,
-            revived=self._revived,
-        )
+            update=self.update, gate=gate.numpy(), lured=torch.bincount(gate, minlength=len(alive)).numpy(),
+            prototypes=((prototypes - self._centre) @ self._axes.T).numpy(), alive=alive.numpy().copy(),
+            confidence=gates.confidence[g].numpy().copy(), usage=gates.usage[g].numpy().copy(),
+            head=gates.head_of_gate[g].numpy().copy(), nearest=like.argmax(1).numpy(),
+            heads=self.attn.cfg.heads_per_group, fit=float(cosine.mean()), moved=self._moved, revived=self._revived,
+        )  # fmt: skip
 
     def operate(self, what: str, gate: int = 0, other: int | None = None) -> Operation:
         """One of OPERATIONS on `gate`; other: the slot to merge with it, or the head to move it to.

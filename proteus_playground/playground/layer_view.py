@@ -64,19 +64,10 @@ def load_layer(index: int, captured: CapturedLayer, source: Source, watch: Stopw
         )
     q_rotated, k_rotated = rotate(q, at, inv_freq), rotate(k, at, inv_freq)
     return LoadedLayer(
-        index,
-        q,
-        k,
-        v,
-        q_rotated[0],
-        k_rotated[0],
-        inv_freq,
-        captured.scale,
-        dense,
-        float(dense.norm()),
+        index, q, k, v, q_rotated[0], k_rotated[0], inv_freq, captured.scale, dense, float(dense.norm()),
         dense_lse(q_rotated, k_rotated, captured.scale)[0],
         None if captured.logits is None else captured.logits.to(device, dtype)[None],
-    )
+    )  # fmt: skip
 
 
 def layer_view(
@@ -111,27 +102,14 @@ def layer_view(
     dense_flops, dense_moved = predicted_cost(T * (T + 1) // 2 * H, T * H, T, 0, shape, itemsize)
     head_map, kind = _head_map(layer, run, keep, awake)
     return LayerView(
-        layer=layer.index,
-        settings=settings,
-        head_map=_array(head_map.clamp(0, 1)),
-        head_map_kind=kind,
-        awake=_array(awake),
-        kept=_array(keep),
-        salience=_array(runner.gates.salience(layer.k)[0]),
-        gate_of_key=_array(result.gate_of_key[0]),
-        reads=_array(reads),
-        error=float((out - layer.dense).norm()) / max(layer.dense_norm, 1e-9),
-        latency_ms=latency_ms,
-        dense_ms=watch.median("dense", None),
-        flops=flops,
-        dense_flops=dense_flops,
-        bytes=moved,
-        dense_bytes=dense_moved,
-        budget=run.budget.to_dict(),
-        backend=result.backend,
-        backend_reason=result.backend_reason,
-        device=str(device),
-    )
+        layer=layer.index, settings=settings, head_map=_array(head_map.clamp(0, 1)), head_map_kind=kind,
+        awake=_array(awake), kept=_array(keep), salience=_array(runner.gates.salience(layer.k)[0]),
+        gate_of_key=_array(result.gate_of_key[0]), reads=_array(reads),
+        error=float((out - layer.dense).norm()) / max(layer.dense_norm, 1e-9), latency_ms=latency_ms,
+        dense_ms=watch.median("dense", None), flops=flops, dense_flops=dense_flops, bytes=moved,
+        dense_bytes=dense_moved, budget=run.budget.to_dict(), backend=result.backend,
+        backend_reason=result.backend_reason, device=str(device),
+    )  # fmt: skip
 
 
 def _head_map(layer: LoadedLayer, run: LayerRun, keep: Tensor, awake: Tensor) -> tuple[Tensor, str]:
@@ -139,7 +117,7 @@ def _head_map(layer: LoadedLayer, run: LayerRun, keep: Tensor, awake: Tensor) ->
     if run.weight is not None:
         r, alpha = run.weight.shape[2] // layer.k.shape[2], run.budget.flux_alpha
         return run.weight[0] * keep[:, None] / (1 - alpha + alpha * r), "routing weight"
-    return (1 - _anchor_mass(layer, run, keep)) * awake, "attention off the anchors"
+    return (1 - _anchor_mass(layer, run, keep)) * awake, "attention to other keys than anchors"
 
 
 def _anchor_mass(layer: LoadedLayer, run: LayerRun, keep: Tensor) -> Tensor:

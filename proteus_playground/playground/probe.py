@@ -119,47 +119,19 @@ class LayerProbe:
         tell(progress, 0.0, f"loading {model}")
         check_stop(stop)
         net, tokenizer = load(model, device, fast_dtype(torch.device(device)))
-        return cls(
-            ModelSource(net, tokenizer, model),
-            text,
-            max_tokens=max_tokens,
-            cache=cache_dir() / "gates",
-            progress=progress,
-            stop=stop,
-        )
+        source, kept = ModelSource(net, tokenizer, model), cache_dir() / "gates"
+        return cls(source, text, max_tokens=max_tokens, cache=kept, progress=progress, stop=stop)
 
     @classmethod
-    def from_model(
-        cls,
-        model,
-        tokenizer,
-        text,
-        *,
-        name: str,
-        max_tokens: int = 1024,
-        calibration: Text | None = None,
-        calibration_tokens: int = CALIBRATION_TOKENS,
-        cache: Path | None = None,
-        progress: Progress | None = None,
-        stop: Stop | None = None,
-    ) -> LayerProbe:
+    def from_model(cls, model, tokenizer, text, *, name: str, max_tokens: int = 1024, **options) -> LayerProbe:
         """A probe of any model that `hf.patch` supports, on the device it is on.
 
-        calibration: the text that prototypes are fitted on, None for one that is not `text`; cache: a folder for the
-        prototypes, None for memory only.
+        options: as of `LayerProbe` itself: calibration, the text that prototypes are fitted on, None for one that is
+        not `text`; cache, a folder for the prototypes, None for memory only; calibration_tokens, progress, stop.
         """
         from ..hf.source import ModelSource
 
-        return cls(
-            ModelSource(model, tokenizer, name),
-            text,
-            max_tokens=max_tokens,
-            calibration=calibration,
-            calibration_tokens=calibration_tokens,
-            cache=cache,
-            progress=progress,
-            stop=stop,
-        )
+        return cls(ModelSource(model, tokenizer, name), text, max_tokens=max_tokens, **options)
 
     @classmethod
     def random_layer(cls, text, *, max_tokens: int = 512, seed: int = 0) -> LayerProbe:

@@ -22,7 +22,7 @@ class LayerView:
     layer: int
     settings: Settings
     head_map: np.ndarray  # (T, H) float32 in [0, 1]: see head_map_kind
-    head_map_kind: str  # "routing weight" or "attention off the anchors"
+    head_map_kind: str  # "routing weight" or "attention to other keys than anchors"
     awake: np.ndarray  # (T, H) bool: the head was awake at this token
     kept: np.ndarray  # (T,) bool: the token was not dropped by the keep ratio
     salience: np.ndarray  # (T,) float32

@@ -71,12 +71,6 @@ def _is_buffer(found: dict[str, np.ndarray]) -> bool:
 def recipe(store, scorer, plan: StreamPlan, rank: int, ranks: int) -> dict[str, object]:
     """Everything that decides the final buffer of a run, under names that an error message can show."""
     return {
-        "document": store.fingerprint,
-        "tokens": len(store),
-        "scorer": scorer.fingerprint,
-        **asdict(plan),
-        "rank": rank,
-        "ranks": ranks,
-        "version": __version__,
-        "format": FORMAT,
-    }
+        "document": store.fingerprint, "tokens": len(store), "scorer": scorer.fingerprint, **asdict(plan), "rank": rank,
+        "ranks": ranks, "version": __version__, "format": FORMAT,
+    }  # fmt: skip

@@ -167,17 +167,10 @@ def replay(scores: Scores, plan: StreamPlan, needle: range = range(0), stop: Sto
     at = np.flatnonzero(entered_at < NEVER)
     ever = Champions(at, rank[at], champion[at], scores.reason[champion[at]])
     return Replay(
-        plan=plan,
-        tokens=size,
-        chunks=chunks,
-        steps=ready,
-        ever=ever,
-        entered_at=entered_at[at],
-        evicted_at=evicted_at[at],
-        bar=np.array(bar, np.float32),
-        held=np.array(held, np.int32),
+        plan=plan, tokens=size, chunks=chunks, steps=ready, ever=ever, entered_at=entered_at[at],
+        evicted_at=evicted_at[at], bar=np.array(bar, np.float32), held=np.array(held, np.int32),
         recall=np.array(recall, np.float32),
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

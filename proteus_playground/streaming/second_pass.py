@@ -83,17 +83,9 @@ class LayerAnswer:
             total = np.zeros(len(self.rows), np.float32)
             for head in weight.nonzero()[:, 0].tolist():
                 seen = row_reads(
-                    q,
-                    k,
-                    v,
-                    attn.gates,
-                    budget,
-                    token=token,
-                    head=head,
-                    inv_freq=attn.inv_freq,
-                    positions=self.positions,
-                    keep=keep,
-                )
+                    q, k, v, attn.gates, budget, token=token, head=head, inv_freq=attn.inv_freq,
+                    positions=self.positions, keep=keep,
+                )  # fmt: skip
                 total += seen.weight * float(weight[head])
         return (total / max(float(weight.sum()), 1e-12))[: len(self.rows) - P]
 

@@ -87,15 +87,15 @@ def write(model, ids, cache, n=60, **more):
 def test_decoding_is_the_full_patched_pass(kind, alpha, ids):
     model = built(kind)
     cache, layers = cache_of(model, alpha=alpha)
-    out = write(model, ids, cache, 90)
+    out = write(model, ids, cache, 45)
     with patched(model, layers):
         full = logits(model, out.sequences)
     assert_close(torch.stack(out.logits, 1), full[:, T - 1 : -1], atol=1e-4, rtol=0)
     if alpha == 0:
-        assert torch.equal(out.sequences, write(model, ids, DynamicCache(config=model.config), 90).sequences)
+        assert torch.equal(out.sequences, write(model, ids, DynamicCache(config=model.config), 45).sequences)
     else:
         bank = next(iter(cache.banks.values()))
-        assert bank.tokens == T + 89 and max(gate.count for gate in bank.contents().gates) > bank.ring > 0
+        assert bank.tokens == T + 44 and max(gate.count for gate in bank.contents().gates) > bank.ring > 0
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_left_padding_with_some_layers_native(llama, ids, layers, alpha):
     mask = torch.ones_like(ids)
     mask[1, :17] = 0
     cache, patch = cache_of(llama, layers, alpha)
-    out = write(llama, ids, cache, 70, attention_mask=mask)
-    mask = torch.cat((mask, mask.new_ones(2, 70)), 1)
+    out = write(llama, ids, cache, 30, attention_mask=mask)
+    mask = torch.cat((mask, mask.new_ones(2, 30)), 1)
     at = (mask.cumsum(1) - 1).clamp(min=0)
     with patched(llama, patch):
         full = logits(llama, out.sequences, attention_mask=mask, position_ids=at)
     assert_close(torch.stack(out.logits, 1), full[:, T - 1 : -1], atol=1e-4, rtol=0)
     short, _ = cache_of(llama, layers, alpha)
-    alone = write(llama, ids[1:, 17:], short, 70)
+    alone = write(llama, ids[1:, 17:], short, 30)
     assert torch.equal(alone.sequences[0, T - 17 :], out.sequences[1, T:])
 
 
@@ -271,14 +271,14 @@ def test_another_thread_is_refused_and_harms_nothing(llama, ids):
 @pytest.mark.parametrize("layers", [(1,), (0, 1, 2)])
 def test_saved_forked_and_copied_caches_go_on_alike(llama, ids, layers, tmp_path):
     cache, _ = cache_of(llama, layers)
-    begun = write(llama, ids, cache, 80).sequences
+    begun = write(llama, ids, cache, 40).sequences
     others = [cache.fork(), copy.deepcopy(cache), ProteusCache.load(cache.save(tmp_path / "it.safetensors"), llama)]
-    expected = write(llama, begun, cache, 30).sequences
+    expected = write(llama, begun, cache, 15).sequences
     for other in others:
-        assert torch.equal(write(llama, begun, other, 30).sequences, expected)
+        assert torch.equal(write(llama, begun, other, 15).sequences, expected)
     empty, _ = cache_of(llama, layers)
     again = ProteusCache.load(empty.save(tmp_path / "empty.safetensors"), llama)
-    assert torch.equal(write(llama, ids, again, 80).sequences, begun)
+    assert torch.equal(write(llama, ids, again, 40).sequences, begun)
 
 
 def test_a_sliding_window_is_saved_too(ids, tmp_path):

@@ -17,7 +17,7 @@ from proteus_playground.hf.cache import ProteusCache  # noqa: E402
 from proteus_playground.hf.families import survey  # noqa: E402
 from proteus_playground.hf.patch import find_decoder, full_attention_layers, handed, layer_shape, patched  # noqa: E402
 
-T, NEW = 40, 30
+T, NEW = 40, 12
 FULL = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 16}
 MLA = dict(num_key_value_heads=6, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
            head_dim=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,

@@ -209,6 +209,15 @@ def test_nothing_reachable_says_so(tiny, monkeypatch):
     assert leftovers() == []
 
 
+def test_a_model_that_only_the_hub_has_says_so(tiny, monkeypatch):
+    monkeypatch.setattr(models, "KNOWN", {"tiny": replace(tiny_model.KNOWN, pypi="")})
+    with pytest.raises(
+        models.Unreachable, match="did not deliver someone/tiny .HF_HUB_OFFLINE is set., its only source"
+    ):
+        models.pull("tiny", progress=False)
+    assert leftovers() == []
+
+
 def test_remove(tiny):
     path = models.pull("tiny", progress=False)
     (info,) = models.list_models()

@@ -1,14 +1,15 @@
 """A model's own queries and keys find what a prompt asks for: exactly, window by window, from a cache or not."""
 
 import hashlib
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kills import run_through_kills
 from tiny_llama import build
 
 pytest.importorskip("transformers")
@@ -84,27 +85,28 @@ def test_the_cache_pays_for_new_windows_only(net, tokens, tmp_path, monkeypatch)
     assert sum(seen) == sum(begin <= 300 < end for begin, _, end in spans(700))
 
 
+def window(number: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.full(256, number), np.full(1000, number, np.float16)
+
+
+def write_windows(folder: Path, step: Callable[[], None]) -> None:
+    """Adds windows eight at a time, until there are 640. Those that were added before have to be there, and whole."""
+    cache, there, done = WindowCache(folder / "keys", "model", 1000), 0, folder / "done"
+    while (found := cache.get(window(there)[0])) is not None:
+        assert found.tolist() == [there] * 1000
+        there += 1
+    assert there >= (done.stat().st_size if done.is_file() else 0)
+    for number in range(there, 640, 8):
+        step()
+        cache.put([window(number + k) for k in range(8)])
+        done.write_bytes(bytes(number + 8))
+
+
 def test_a_writer_that_is_killed_leaves_whole_windows(tmp_path):
-    code = """
-import sys, numpy as np
-from pathlib import Path
-from proteus_playground.hf.key_reader import WindowCache
-cache = WindowCache(Path(sys.argv[1]), "model", 1000)
-for i in range(10_000):
-    cache.put([(np.full(256, i + k), np.full(1000, i + k, np.float16)) for k in range(8)])
-    print(i, flush=True)
-"""
-    file, rounds = tmp_path / "keys", 0
-    while rounds < 3:
-        writer = subprocess.Popen([sys.executable, "-c", code, file], stdout=subprocess.PIPE, text=True)
-        done = [int(writer.stdout.readline()) for _ in range(5 + rounds)]
-        writer.kill()
-        writer.wait()
-        writer.stdout.close()
-        cache, rounds = WindowCache(file, "model", 1000), rounds + 1
-        for i in done:
-            assert cache.get(np.full(256, i)).tolist() == [i] * 1000
-        assert cache.get(np.full(256, -1)) is None
+    run_through_kills(write_windows, tmp_path, kills=10, span=6)
+    cache = WindowCache(tmp_path / "keys", "model", 1000)
+    assert all(cache.get(window(i)[0]).tolist() == [i] * 1000 for i in range(640))
+    assert cache.get(np.full(256, -1)) is None
 
 
 def test_a_cache_of_the_old_format_is_made_again_and_other_files_are_kept(net, tokens, tmp_path):

@@ -92,7 +92,7 @@ def test_every_combination_of_the_switches_runs(source, request):
         assert view.kept.shape == view.salience.shape == (size,) and view.gate_of_key.shape == (size, one.n_groups)
         assert view.reads.max() <= view.budget["shortlist"]
         assert ((view.reads > 0) == view.awake).all() and not view.awake[~view.kept].any()
-        assert view.head_map_kind == ("routing weight" if route else "attention off the anchors")
+        assert view.head_map_kind == ("routing weight" if route else "attention to other keys than anchors")
         assert view.settings == settings and view.latency_ms > 0 and view.dense_ms > 0
         assert view.flops > 0 and view.bytes > 0
         if rho == 1 or alpha == 0:

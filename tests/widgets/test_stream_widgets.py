@@ -516,7 +516,7 @@ def test_playing_ends_with_the_text_and_can_be_paused(reading_text):
     made.player.play.value = True
     made.worker.wait()
     assert len(made.reading.tokens) == 150 and not made.player.play.value
-    assert "at its end" in made.status.value and made.past[-1].tokens_seen == 150
+    assert "end of the text" in made.status.value and made.past[-1].tokens_seen == 150
     moved = bank_words.moves(made.past[0], made.past[-1])
     assert moved.into_ring
     made.close()

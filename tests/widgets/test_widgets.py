@@ -266,7 +266,7 @@ def test_the_whole_model_runs_with_progress_and_grows_old(bench):
     assert "3.700" in bench.numbers.value and "NLL (perplexity)" in bench.numbers.value
     bench.state.flux_alpha = 0.2
     rest(bench)
-    assert "at other settings" in bench.numbers.value
+    assert "earlier settings" in bench.numbers.value
 
 
 def test_a_change_of_settings_ends_a_whole_model_run():

@@ -126,7 +126,7 @@ class BankPanel(Panel):
     def _rested(self, _: int, more: bool) -> None:
         if not more:
             self.player.pause()
-            self.say("done", what="the text is at its end")
+            self.say("done", what="the end of the text is reached")
 
     def _show(self, at: int) -> None:
         self.at, self.number = at, self.number + 1

@@ -87,7 +87,7 @@ def gates_html(request: int, now: BankContents, tokens: list[str], moved: Moves)
 def move_sentence(now: BankContents, tokens: list[str], moved: Moves) -> str:
     """Which tokens left the window for which gate, and which moved from a ring to a note."""
     if not moved.into_ring:
-        return "No key left the window with this token: keys leave it in whole blocks."
+        return "No key left the window with this token, because keys leave it in blocks of several."
     flat = [(index, gate) for gate, some in moved.into_ring.items() for index in sorted(some)]
     some = [f"“{tokens[i].strip() or '↵'}” to gate {gate}" for i, gate in sorted(flat)[:SHOWN]]
     more = f" and {len(flat) - SHOWN} others" if len(flat) > SHOWN else ""
@@ -106,11 +106,11 @@ def numbers_html(request: int, now: BankContents, seconds: float, nbytes: int, l
     cells = [
         cell("tokens read", f"{now.tokens_seen:,}", "so far", "Tokens that the model has read."),
         cell("in the window", f"{len(now.window) + len(now.anchors):,}", f"{len(now.anchors)} of them anchors",
-              "Tokens that every row reads one by one."),
+              "Tokens of the window and the anchors: every query reads them one by one."),
         cell("in rings", f"{in_rings:,}", f"at {sum(1 for gate in now.gates if gate.ring)} of {len(now.gates)} gates",
-              "Tokens in the rings of the gates: a row that opens a gate reads its ring one by one."),
+              "Tokens in the rings of the gates: a query that opens a gate reads its ring one by one."),
         cell("in notes only", f"{in_notes:,}", "one note per gate",
-              "Tokens that have left their ring: only the mean of their gate still holds them."),
+              "Tokens that have left their ring: they count only in the mean of their gate, its note."),
         cell("memory", quantity(nbytes, "B"), f"all {layers} layers, for any length",
               "Bytes of all banks together; they do not grow with the text."),
         cell("last token", milliseconds(1000 * seconds), "on this machine", "Measured time to read the last token."),

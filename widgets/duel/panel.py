@@ -75,11 +75,11 @@ class DuelPanel(Panel):
         self.minutes = w.BoundedFloatText(value=self.settings.minutes or 60, min=0.1, max=600, step=0.5,
                                           layout={"width": "70px"})  # fmt: skip
         tip(self.preset, "The size of both models and the length of their texts")
-        tip(self.text, "auto: Shakespeare, or Python's manual without a network. Else the name or the path of a text")
         tip(
-            self.minutes,
-            "Time limit for both models together: fewer steps are taken where all of them would take longer",
+            self.text,
+            "auto: Shakespeare, or Python's manual if there is no network; otherwise the name or the path of a text",
         )
+        tip(self.minutes, "Time limit for both models together; if all steps would take longer, fewer are taken")
         self.start = button("Start", "Train both models from the beginning", self.begin, button_style="info")
         self.stop = button("Stop", "Stop after this step; the models are saved", self.halt)
         self.resume = button("Resume", "Go on from the step at which it was stopped", self._go)
@@ -190,7 +190,7 @@ class DuelPanel(Panel):
 
     def _say_curve(self) -> None:
         said = words.slider_sentence(self.record, self.state.flux_alpha)
-        self.caption("curve", "Held-out loss along the slider", said)
+        self.caption("curve", "Loss on unseen text along the slider", said)
 
     def _note(self) -> str:
         """Which models are trained on which text; the text as the duel's own file names it, once there is one."""
@@ -199,8 +199,8 @@ class DuelPanel(Panel):
             text = json.loads((self._folder / SETTINGS).read_text("utf-8"))["asked"]["text_from"]
         return (
             f"Two models of {s.layers} layers, width {s.width}, {s.heads} heads, learn {text}, byte by byte, "
-            f"in pieces of {s.length:,}, on the {self.device.upper()}. One is dense. Proteus starts dense "
-            f"and then trains at an α drawn for every step, with a shortlist of {s.shortlist} at α = 1."
+            f"in pieces of {s.length:,}, on the {self.device.upper()}. One is dense. The other, Proteus, is "
+            f"dense at first and then trains at a random α in every step; at α = 1 its shortlist is {s.shortlist}."
         )
 
     def _failed(self, _: int, err: BaseException) -> None:

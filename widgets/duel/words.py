@@ -46,7 +46,7 @@ def numbers_html(request: int, record: Record) -> str:
               "Training steps of each model."),
         cell("tokens", last(dense.tokens, ",d"), "the same for both", "Tokens that each model was trained on."),
         cell("loss", last(dense.calm_loss, ".3f"), f"Proteus {last(proteus.calm_loss, '.3f')}",
-              "Training loss in nats per token, smoothed. Proteus's loss is at the α drawn for each step."),
+              "Loss on the training text in nats per token, smoothed. For Proteus, each step draws its α at random."),
         cell("tokens/s", last(dense.calm_speed, ",.0f"), f"Proteus {last(proteus.calm_speed, ',.0f')}",
               "Tokens per second in training, measured on this machine."),
         held_out("dense", "perplexity, reads all", f"The dense model's perplexity per token {held}."),
@@ -67,7 +67,7 @@ def verdict(record: Record) -> str:
     """Both perplexities on text that training never saw, compared."""
     newest = record.newest()
     if len(newest) < 3:
-        return "A few times during training both models read held-out text and write a sample."
+        return "A few times during training, both models read text that training never uses, and write a sample."
     dense, _, sparse = newest
     off = sparse.perplexity / dense.perplexity - 1
     where = "as good as dense" if abs(off) < 0.0005 else f"{abs(off):.1%} {'worse' if off > 0 else 'better'} than dense"

@@ -19,7 +19,7 @@ CASES = 400  # answers that the button asks for
 VIEWS = (("arms", False), ("one change at a time", True))
 LEGEND = (
     '<div class="pp-legend">' + key(INK, "dense", line=True) + key(RED, "chosen", line=True)
-    + key(MID, "every other") + f'<span style="color:{BLUE}">◆ measured here</span>'
+    + key(MID, "other ways") + f'<span style="color:{BLUE}">◆ measured here</span>'
     + "<span>bars: 95% intervals over seeds</span></div>"
 )  # fmt: skip
 
@@ -28,9 +28,9 @@ NO_STUDY = "No study is in this install: run “proteus evidence” in a checkou
 CHOICES = {  # name: (label, tooltip)
     "study": ("study", ""),
     "task": ("task", ""),
-    "things": ("planted", "Number of pairs or values that are planted in a text"),
-    "share": ("L", "Number of keys that a row may read"),
-    "arm": ("arm", "How a row chooses the keys that it reads"),
+    "things": ("planted", "How many pairs or values are planted in a text"),
+    "share": ("L", "How many keys a query may read"),
+    "arm": ("arm", "How a query chooses the keys that it reads"),
     "length": ("length", "Length of a text in tokens"),
 }
 
@@ -49,7 +49,7 @@ class EvidencePanel(Panel):
         self.choices = {name: w.Dropdown(layout={"width": "auto", "flex": "1 1 120px"}) for name in CHOICES}
         for choice in (self.view, *self.choices.values()):
             choice.observe(lambda _: self._chosen(), "value")
-        self.run = button("Measure it here", "Ask the small model of this package the same questions, now",
+        self.run = button("Measure it here", "Ask the small model of this package new questions of this kind, now",
                           self._measure, button_style="info")  # fmt: skip
         self.cancel = button("Cancel", "Stop measuring", self.stop, disabled=True)
         self.place("pp-evidence", self.banner, self._controls(), self.numbers, w.HTML(LEGEND), self.pictures.widget,
@@ -181,16 +181,17 @@ def numbers_html(number: int, entry: Entry | None, here: CellResult | None, entr
     dense = next((e for e in entries if e.arm == "dense" and e.length == entry.length), None)
     share = f"{entry.accuracy / dense.accuracy:.3f}" if dense and dense.accuracy else "–"
     tiles = [
-        ("right answers", f"{entry.accuracy:.3f}", spread, "Committed: the mean over seeds and its 95% interval."),
+        ("right answers", f"{entry.accuracy:.3f}", spread,
+         "Stored result: the mean over several trained models (seeds), with its 95% interval."),
         ("of dense", share, f"dense {dense.accuracy:.3f}" if dense else "dense was not measured",
-         "Right answers, divided by those of dense."),
-        ("keys per row", f"{entry.keys:,.0f}", f"at most {entry.shortlist:,} of {entry.length:,}",
-         "Keys and notes that a row reads, averaged over the rows that answer."),
-        ("comparisons to choose", f"{entry.looks:,.0f}", "per row",
-         "Prototypes, block means or bounds that a row is compared with before it reads; not counted as keys."),
-        ("answers asked", f"{entry.cases:,}", "all seeds together", "Answers that the result is the mean of."),
+         "Share of right answers, divided by that of dense attention."),
+        ("keys per query", f"{entry.keys:,.0f}", f"at most {entry.shortlist:,} of {entry.length:,}",
+         "Keys and notes that a query reads, averaged over the queries that have to answer."),
+        ("comparisons to choose", f"{entry.looks:,.0f}", "per query",
+         "Prototypes, block means or bounds that a query is first compared with; they do not count as keys."),
+        ("answers asked", f"{entry.cases:,}", "all seeds together", "How many answers the result is the mean of."),
         ("measured here", f"{here.accuracy:.3f}" if here else "–",
          f"{here.cases:,} answers, {here.seconds:.1f} s" if here else "press the button",
-         "The recall-mini model of this install, on newly made texts.", "pp-here"),
+         "Measured now by recall-mini, the small model of this package, on new texts.", "pp-here"),
     ]  # fmt: skip
     return tiles_html(number, (cell(*tile) for tile in tiles))

@@ -9,6 +9,7 @@ import ipywidgets as w
 from traitlets import HasTraits
 
 from proteus_playground.attention.settings import CONTROLS, Control
+from proteus_playground.hf.models import KNOWN
 
 from .boxes import labelled
 from .state import BY_NAME, MAX_LENGTH, PRESET_TIPS, PRESETS, SETTINGS, SHELF, PlayState, opening, preset_settings
@@ -160,10 +161,17 @@ def _grid(knobs, least: int) -> w.GridBox:
 class ModelChoice(w.HBox):
     """Which model is shown; another one opens at once, with its own text, layer and question."""
 
-    NAMES = (("shelf-mini", "shelf-mini"), ("SmolLM2", "smollm2"), ("random layer", "random"))
+    NAMES = (
+        ("shelf-mini", "shelf-mini"),
+        *((known.label, name) for name, known in KNOWN.items()),
+        ("random layer", "random"),
+    )
     TIPS = (
         "A small model that comes with the package and was trained with the slider; it answers at once.",
-        "A model of 135 million parameters that was trained without the slider; 98 MB, downloaded once.",
+        *(
+            f"A language model that was trained without the slider; {known.megabytes} MB are downloaded once."
+            for known in KNOWN.values()
+        ),
         "A layer of random weights over whole words; it needs no download and has learned nothing.",
     )
 
@@ -199,8 +207,7 @@ class SourceControls(w.VBox):
         self._numbered = labelled("number", self.number)
         self.read = w.Button(description="Read it", button_style="info", tooltip="Run the model on this text")
         wide = w.Layout(width="auto")
-        once = "Download the model, once, into your cache folder"
-        self.pull = w.Button(description="Pull SmolLM2 (98 MB)", tooltip=once, layout=wide)
+        self.pull = w.Button(tooltip="Download the model, once, into your cache folder", layout=wide)
         self.read.on_click(lambda _: self._apply())
         self.pull.on_click(lambda _: on_pull())
         self.kind.observe(lambda _: self._show(), "value")
@@ -210,6 +217,12 @@ class SourceControls(w.VBox):
             w.HBox([labelled("tokens", self.length), self.read, self.pull]),
         ])  # fmt: skip
         self._show()
+
+    def offer_pull(self, name: str | None) -> None:
+        """Shows a button that downloads the model `name`; None hides it."""
+        self.pull.layout.display = "none" if name is None else ""
+        if name is not None:
+            self.pull.description = f"Pull {KNOWN[name].label} ({KNOWN[name].megabytes} MB)"
 
     def _kind_of_state(self) -> str:
         if self._state.pasted:

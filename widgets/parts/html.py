@@ -12,10 +12,12 @@ from importlib.resources import files
 
 import ipywidgets as w
 
+from proteus_playground.hf.models import KNOWN
+
 from .terms import with_terms
 
 SHEETS = ("style", "stream", "learning")
-MODEL_NAMES = {"smollm2": "SmolLM2-135M"}
+MODEL_NAMES = {name: known.label for name, known in KNOWN.items()}
 STATUS_WORDS = {"fresh": "up to date", "stale": "computing …", "stopped": "stopped"}
 
 

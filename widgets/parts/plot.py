@@ -10,14 +10,8 @@ from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE
 
 OKABE_ITO = {LOCAL: "#0072B2", ANCHOR: "#E69F00", DNA: "#009E73", NOTE: "#CC79A7"}
 GATE_COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#B5A900",
-)  # gate g has colour g mod 7
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B5A900",
+)  # gate g has colour g mod 7  # fmt: skip
 INK, GREY = "#1b1f24", "#d4d8dd"
 CONFIG = {"displayModeBar": False, "showSendToCloud": False, "displaylogo": False, "doubleClick": False,
           "scrollZoom": False, "responsive": True}  # fmt: skip

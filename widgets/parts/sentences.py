@@ -58,21 +58,22 @@ def heads_sentence(view: LayerView, head: int) -> str:
     away = np.where(rows, view.head_map, 0).sum(0) / np.maximum(rows.sum(0), 1)
     most, least = int(away.argmax()), int(away.argmin())
     return (
-        f"Head {head} puts {percent(away[head])} of its attention off the anchors; "
-        f"head {most} most ({percent(away[most])}), head {least} least ({percent(away[least])})."
+        f"Head {head} gives {percent(away[head])} of its attention to keys other than anchors; "
+        f"head {most} gives most ({percent(away[most])}), head {least} least ({percent(away[least])})."
     )
 
 
 def gates_sentence(row: RowView, tokens: list[str]) -> str:
     if row.asleep or not row.gates_opened:
         why = "reads nothing here" if row.asleep else "opened no gate, so it reads no ring"
-        return f"Row {token_name(tokens, row.token)} {why}."
+        return f"The query of {token_name(tokens, row.token)} {why}."
     gates = [str(gate) for gate in row.gates_opened]
     word, rings = ("gate", "its ring") if len(gates) == 1 else ("gates", "their rings")
     from_rings = int((row.kind == DNA).sum())
-    notes = f", besides {row.notes_read} notes" if row.notes_read else ""
+    notes = f", and {row.notes_read} notes" if row.notes_read else ""
     keys = f"{from_rings} key" + ("" if from_rings == 1 else "s")
-    return f"Row {token_name(tokens, row.token)} opened {word} {listed(gates)} and reads {keys} from {rings}{notes}."
+    name = token_name(tokens, row.token)
+    return f"The query of {name} opened {word} {listed(gates)}. It reads {keys} from {rings}{notes}."
 
 
 def row_sentence(row: RowView, tokens: list[str]) -> str:
@@ -84,7 +85,7 @@ def row_sentence(row: RowView, tokens: list[str]) -> str:
     most = int(row.weight.argmax())
     where = listed([f"{percent(share)} to {word}" for share, word in shares])
     top = f"{token_name(tokens, most)}, {percent(row.weight[most])}"
-    return f"Head {row.head} at {name} gives {where}; most to {top}."
+    return f"At {name}, head {row.head} gives {where}. The key with most attention is {top}."
 
 
 def text_sentence(view: LayerView, row: RowView, tokens: list[str]) -> str:

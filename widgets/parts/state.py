@@ -14,12 +14,13 @@ from urllib.parse import parse_qsl, quote, urlencode
 from traitlets import Bool, Float, HasTraits, Int, TraitType, Unicode, validate
 
 from proteus_playground.attention.settings import CONTROLS, Control, Settings, settings_of
+from proteus_playground.hf.models import KNOWN
 
 NUMBERS = (
     *(control for control in CONTROLS if not control.switch),
     Control("layer", "layer", "layer", 0, 511, 12, "Which attention layer of the model is shown."),
     Control("head", "head", "head", 0, 511, 3, "Which head's row is followed."),
-    Control("token", "token", "token", 0, 1_000_000, 0, "Which token is the query that every panel follows."),
+    Control("token", "token", "token", 0, 1_000_000, 0, "The token whose query every picture shows."),
     Control("length", "length", "length", 64, 4096, 1024, "How many tokens of the text the model reads.", "tokens"),
     Control("shelf", "shelf", "shelf", 0, 999_999, 1, "The number of the shelf; every number is another text."),
 )
@@ -27,7 +28,7 @@ BY_NAME = {control.name: control for control in (*NUMBERS, *CONTROLS)}
 WORDS = {"text": "text", "model": "model", "pasted": "pasted", "question": "ask"}  # trait -> key
 KEYS = {control.key: name for name, control in BY_NAME.items()} | {key: name for name, key in WORDS.items()}
 SHELF = "a shelf"  # the text that is written anew for every number
-MODELS = ("shelf-mini", "smollm2", "random")
+MODELS = ("shelf-mini", *KNOWN, "random")
 SETTINGS = tuple(control.name for control in CONTROLS)
 MAX_LENGTH = {"pasted": 200_000, "question": 300}  # characters
 
@@ -40,11 +41,11 @@ PRESETS: dict[str, dict] = {
 }
 PRESET_TIPS = {
     "dense": "Every query reads every earlier token: ordinary attention.",
-    "window + anchors": "Queries read near tokens and the first few only, as StreamingLLM does.",
-    "gates": "Half of the shortlist goes to keys, near or far, from the gates that each query opens.",
-    "gates with notes": "As “gates”, and queries also read notes: the mean of each gate's keys not read one by "
-    "one. Notes are left out where they would take more than half of the gates' share.",
-    "tiny budget": "Thirty-two reads per query: watch what breaks first.",
+    "window + anchors": "A query reads only the nearest tokens and the first few of the text, as in StreamingLLM.",
+    "gates": "Half of the shortlist goes to keys of the gates that a query opens, at any distance.",
+    "gates with notes": "As “gates”, and a query also reads notes: for each gate the mean of those keys that it "
+    "does not read one by one. If notes would take more than half of the gates' share, they are left out.",
+    "tiny budget": "A query reads only 32 keys and notes: this shows what fails first.",
 }
 
 
@@ -79,19 +80,36 @@ def preset_settings(name: str, model: str = "smollm2") -> dict:
     return {key: start[key] for key in SETTINGS} | PRESETS[name]
 
 
-def check(name: str, value):
-    """`value` as trait `name` holds it. ValueError or TypeError names the argument, the value and what is allowed."""
-    if name in BY_NAME:
-        return switch(BY_NAME[name], value) if BY_NAME[name].switch else number(BY_NAME[name], value)
-    if name not in WORDS:
-        raise ValueError(f"{name}={value!r} is no part of the state: allowed is {', '.join(KEYS.values())}")
-    if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r}: allowed is a string")
-    if name == "model" and value not in MODELS:
-        raise ValueError(f"model={value!r}: allowed is {', '.join(map(repr, MODELS))}")
-    if len(value) > MAX_LENGTH.get(name, len(value)):
-        raise ValueError(f"{name} holds {len(value):,} characters: allowed is up to {MAX_LENGTH[name]:,}")
-    return value
+def checker(
+    numbers: Mapping[str, Control],
+    texts: Iterable[str],
+    choices: Mapping[str, tuple[str, ...]],
+    longest: Mapping[str, int],
+) -> Callable[[str, object], object]:
+    """A function `check(name, value)` that returns `value` as the trait `name` holds it.
+
+    numbers, texts: the traits; choices: what a text may be; longest: its most characters. `check` raises ValueError or
+    TypeError, which name the argument, the value and what is allowed.
+    """
+    known = (*numbers, *texts)
+
+    def check(name: str, value: object) -> object:
+        if name in numbers:
+            return switch(numbers[name], value) if numbers[name].switch else number(numbers[name], value)
+        if name not in known:
+            raise ValueError(f"{name}={value!r} is not a setting: allowed is {', '.join(known)}")
+        if not isinstance(value, str):
+            raise TypeError(f"{name}={value!r}: allowed is a string")
+        if name in choices and value not in choices[name]:
+            raise ValueError(f"{name}={value!r}: allowed is {', '.join(map(repr, choices[name]))}")
+        if len(value) > longest.get(name, len(value)):
+            raise ValueError(f"{name} holds {len(value):,} characters: allowed is up to {longest[name]:,}")
+        return value
+
+    return check
+
+
+check = checker(BY_NAME, WORDS, {"model": MODELS}, MAX_LENGTH)
 
 
 def switch(control: Control, value) -> bool:

@@ -118,7 +118,7 @@ function render({ model, el }) {
     hovered = -1;
     queue();
   });
-  // Plotly notices only a resized window, so it is told when the box beside the text is resized.
+  // Plotly reacts only to a resized window, so the resizing of this box is passed on as such an event.
   let width = 0;
   const room = new ResizeObserver(() => {
     const app = el.closest(".pp-panels") || el;

@@ -55,7 +55,11 @@ class PrototypeBoard(Panel):
         raise NotImplementedError
 
     def _make_boxes(self) -> None:
-        tips = "Take one update after another", "One moving average over the next keys", ""
+        tips = (
+            "Take one update after another",
+            "Move each prototype towards the keys that it lures among the next ones",
+            "",
+        )
         self.player = Player(SECONDS, self.toggle, lambda: self.do("step"), tips=tips)
         self.start = w.ToggleButtons(options=[("scattered", True), ("the model's own", False)], value=True)
         self.layer, self.group, self.gate, self.other, self.head = (w.Dropdown(layout=SMALL) for _ in range(5))
@@ -76,7 +80,9 @@ class PrototypeBoard(Panel):
     def _travel(self) -> w.HBox:
         decay = Knob(self.settings, DECAY, live=True)
         decay.layout.flex = "0 0 230px"
-        reset = button("reset", "Back to the model as it was loaded, with the prototypes of the beginning", self.load)
+        reset = button(
+            "reset", "Undo everything: the model as it was loaded, and the prototypes at their first places", self.load
+        )
         return row("pp-actions", *self.player.buttons, reset, decay, labelled("begin", self.start, "46px"))
 
     def _surgery(self) -> w.HBox:

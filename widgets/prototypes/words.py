@@ -70,8 +70,8 @@ def operation_sentence(done: Operation) -> str:
         "prune": f"Gate {done.gate} was pruned; its keys were lured to their next nearest gates",
         "merge": f"Gate {done.other} was merged into gate {done.gate}",
         "move": f"Gate {done.gate} was moved to head {done.other}",
-        "add head": f"Every group has a new head, {done.gate}. Its output is zero until it is trained, but where heads "
-        "are routed it takes half of the busiest gate's probability at once",
+        "add head": f"Every group has a new head, {done.gate}. Its output is zero until it is trained. Where heads are "
+        "routed, it takes half of the busiest gate's probability at once",
     }[done.what]
     before, after = done.nll
     effect = "did not change" if done.change < NOTHING else f"changed by {amount(done.change)}"
@@ -108,8 +108,8 @@ def numbers_html(request: int, past: Sequence[Snapshot], last: Operation | None)
         cell("revived", f"{sum(len(snap.revived) for snap in past):,}", "gates, so far",
               "Gates that lured too few keys, so that their prototypes were moved to the keys that fitted worst."),
         cell("output change", effect, "by the last surgery",
-              "Change of this layer's output on this text, relative to its size; measured at flux α = 1."),
+              "How much this layer's output on this text changed, as a share of its size, at flux α = 1."),
         cell("loss", loss, "" if last is None else f"before surgery {last.nll[0]:.3f}",
-              "The model's mean loss per token of this text, in nats, every layer at flux α = 1."),
+              "The model's mean loss per token of this text, in nats, with every layer at flux α = 1."),
     ]  # fmt: skip
     return tiles_html(request, cells)

@@ -38,8 +38,11 @@ class StreamBoard(Panel):
         self.events, self.buffer, self.answer = w.HTML(), w.HTML(), w.HTML()
         self.transport = Transport(on_step, "to the needle", "Go to the step that reads the needle")
         self.buttons = Buttons(
-            button("Score in context", "SmolLM2's own queries and keys score every token: once, minutes on a CPU"),
-            button("Answer", "SmolLM2 answers the prompt from the tokens in the buffer and nothing else"),
+            button(
+                "Score in context",
+                "Score every token by the language model's own queries and keys; the first time takes minutes on a CPU",
+            ),
+            button("Answer", "The language model answers the prompt from the tokens in the buffer alone"),
             w.ToggleButton(description="Another document", icon="file-text-o", layout=AUTO),
         )
         self.cancel = button("Cancel", "Stop what is running; the scores so far are kept", disabled=True)

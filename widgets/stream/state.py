@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from traitlets import Unicode
 
 from proteus_playground.attention.settings import Control
+from proteus_playground.hf.models import KNOWN
 from proteus_playground.streaming.buffer import StreamPlan
 
-from ..parts.state import checked_traits, number
+from ..parts.state import checked_traits, checker
 
 NUMBERS = (
     Control("chunk_tokens", "chunk", "chunk", 512, 65_536, 4096,
@@ -28,7 +29,7 @@ BY_NAME = {control.name: control for control in NUMBERS}
 PLAN = tuple(control.name for control in NUMBERS[:4])  # the fields of a `StreamPlan`
 NEEDLE = "The secret ingredient of Grandmother Odalys's potato soup is one spoonful of horseradish."
 PROMPT = "What is the secret ingredient of the potato soup?"
-CHOICES = {"model": ("smollm2", "random"), "judge": ("words", "layers")}
+CHOICES = {"model": (*KNOWN, "random"), "judge": ("words", "layers")}
 MAX_WORDS = 2000  # characters of a prompt or a needle
 
 
@@ -39,21 +40,7 @@ TEXTS = {
     "model": Unicode("smollm2"),
     "judge": Unicode("words"),  # what scores: "words" alone, at once, or the model's "layers", in context
 }
-
-
-def check(name: str, value):
-    """`value` as trait `name` holds it. ValueError or TypeError names the argument, the value and what is allowed."""
-    if name in BY_NAME:
-        return number(BY_NAME[name], value)
-    if name not in TEXTS:
-        raise ValueError(f"{name}={value!r} is no setting: allowed is {', '.join((*BY_NAME, *TEXTS))}")
-    if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r}: allowed is a string")
-    if name in CHOICES and value not in CHOICES[name]:
-        raise ValueError(f"{name}={value!r}: allowed is {', '.join(map(repr, CHOICES[name]))}")
-    if name in ("prompt", "needle") and len(value) > MAX_WORDS:
-        raise ValueError(f"{name} holds {len(value):,} characters: allowed is up to {MAX_WORDS:,}")
-    return value
+check = checker(BY_NAME, TEXTS, CHOICES, dict.fromkeys(("prompt", "needle"), MAX_WORDS))
 
 
 class StreamState(checked_traits(NUMBERS, check, **TEXTS)):

@@ -125,8 +125,9 @@ def numbers_html(request: int, replay: Replay, step: int, document: Document, sc
         cell("in the buffer", f"{kept:,} of {replay.plan.buffer_tokens:,}",
               f"{kept / max(1, read):.1%} of what was read",
               "Tokens that are kept, of those that the buffer can hold."),
-        cell("score to enter", f"{bar:.2f}" if full else "none", "in the buffer" if full else "buffer not full yet",
-             "Lowest score in the full buffer; a new token must beat it."),
+        cell("score to enter", f"{bar:.2f}" if full else "none",
+              "lowest in the buffer" if full else "buffer not full yet",
+             "Lowest score in the full buffer: a new token must have a higher one."),
         cell("added, removed", f"{len(replay.promoted(step)):,}, {len(replay.evicted(step)):,}", "by this chunk",
              "Tokens that the last chunk added to the buffer, and those that were removed to make room."),
         cell("the needle", f"{found} of {size}" if size else "none", "of its tokens are kept",
@@ -144,8 +145,8 @@ def banner_html(source, judge: str, asked: list[str], subject) -> str:
     if judge == "words":
         whose = "" if words.random else f"{MODEL_NAMES.get(words.model, words.model)}'s "
         names = listed([f"“{word}”" for word in asked[:12]])
-        how = (f"The score of a token is its cosine similarity (of {whose}{words.name}) to the nearest of {names}, "
-               "times how rare its word is in this document. The words around it do not count.")  # fmt: skip
+        how = (f"Each token is compared with {names}: its score is the similarity (cosine of {whose}{words.name}) "
+               "times the rarity of that word here; the best counts. The words around a token do not.")  # fmt: skip
     else:
         how = "The score of a token says how well its keys, in context, match the model's queries for the prompt. "
         how += (
@@ -159,6 +160,6 @@ def banner_html(source, judge: str, asked: list[str], subject) -> str:
 
 def answer_html(answer: str, chunks: int, tokens: int, old: bool) -> str:
     """The model's answer; grey where the buffer on show is not the one that it was given."""
-    when = f"After {chunks:,} chunks, from {tokens:,} tokens of the buffer and nothing else, the model answers:"
+    when = f"Answer after {chunks:,} chunks, from {tokens:,} tokens of the buffer alone:"
     kind = " pp-old" if old else ""
     return f'<div class="pp-answer{kind}"><span>{escape(when)}</span> <b>{escape(answer or "(no answer)")}</b></div>'

@@ -31,13 +31,16 @@ class AskBox(w.VBox):
                           button_style="info", layout={"width": "90px"})  # fmt: skip
         self.another = button(
             "another shelf",
-            "Write another text with other facts",
+            "Make another text with other facts",
             lambda: state.update({"shelf": (state.shelf + 1) % 1_000_000, "question": ""}),
         )
         self.show = button("show the fact", "Scroll the text to the words that hold the answer",
                            lambda: on_show(self.probe.value[0]))  # fmt: skip
         tip(self.pick, "Questions that the text answers")
-        tip(self.question, "Any question; only an answer to a question of the list can be marked right or wrong")
+        tip(
+            self.question,
+            "Type any question; an answer can be marked right or wrong only if the question is in the list",
+        )
         self.reply = w.HTML()
         self.pick.observe(lambda change: self._picked(change["new"]), "value")
         self.question.observe(lambda _: self._typed(), "value")
@@ -92,7 +95,7 @@ class AskBox(w.VBox):
 
 HINT = "Press Ask: the model answers from the text that it has read, and again whenever a slider moves."
 LOOKED = (
-    "The pictures run one layer at a time on top of dense layers. The answer above runs every layer at these settings."
+    "The pictures show one layer at these settings, with dense layers below it. For the answer, all layers run at them."
 )
 
 
@@ -111,7 +114,7 @@ MARKS = {True: ("pp-right", "✓ right"), False: ("pp-wrong", "✗ wrong"), None
 
 
 def fact_sentence(probe: ShelfProbe, reply: Reply) -> str:
-    """How many heads read the fact as a key of its own, and which one gives it most attention."""
+    """How many heads read the fact's key one by one, and which head gives it most attention."""
     if not reply.rows:
         return "The text does not answer this question, so no answer can be marked right or wrong."
     best = max(range(len(reply.rows)), key=reply.weight)
@@ -120,5 +123,5 @@ def fact_sentence(probe: ShelfProbe, reply: Reply) -> str:
     most = f"most attention: {percent(reply.weight(best))}, by head {head} of layer {layer}"
     count = reply.readers()
     if not count:
-        return f"“{probe.asked.fact}” is in no head's shortlist: {value} is read through notes only, or not at all."
-    return f"“{probe.asked.fact}” {count} of {len(reply.rows)} heads read {value} as a key of its own; {most}."
+        return f"“{probe.asked.fact}”: no head reads {value} one by one; it is read through notes, or not at all."
+    return f"“{probe.asked.fact}”: {count} of {len(reply.rows)} heads read {value} one by one; {most}."

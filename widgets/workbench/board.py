@@ -59,7 +59,10 @@ class Board(Panel):
         super().__init__(readout.TITLE, LEGENDS)
         self.state, self.drawn = state, None
         self.model_view: ModelView | None = None
-        self.run_model = button("Run the whole model", "Every layer at these settings, compared with dense")
+        self.run_model = button(
+            "Run the whole model",
+            "Run every layer at these settings, and compare the model's loss with that of dense attention",
+        )
         self.cancel = button("Cancel", "Stop what is running")
         self.more = w.ToggleButton(description="More controls", icon="sliders", layout={"width": "auto"})
         self.more.observe(lambda change: self._show_more(change["new"]), "value")
@@ -79,7 +82,9 @@ class Board(Panel):
             self.numbers, self.beside([pictures, *over], [self.captions["text"], text]),
         )  # fmt: skip
         self._show_more(False)
-        self._show_empty("The model is being loaded and reads the text once. After that, one layer runs at a time.")
+        self._show_empty(
+            "The model is loaded and reads the text once. From then on, only the layer that is shown runs again."
+        )
 
     def _draw_words(self, frame: Frame, probe, timed: LayerView, runs: int) -> None:
         view, row, tokens = frame.view, frame.row, probe.tokens

@@ -13,8 +13,7 @@ from ..parts.sentences import milliseconds, quantity
 from ..parts.terms import with_terms
 
 TITLE = "Proteus workbench"
-SPLIT_COLOURS = {"window": "#0072B2", "own block": "#56B4E9", "anchors": "#E69F00", "rings": "#009E73",
-                 "notes": "#CC79A7"}  # fmt: skip
+SPLIT_COLOURS = {"window": "#0072B2", "anchors": "#E69F00", "rings": "#009E73", "notes": "#CC79A7"}
 
 
 def readout_html(request: int, view: LayerView, runs: int, model: ModelView | None, settings: Settings) -> str:
@@ -23,6 +22,7 @@ def readout_html(request: int, view: LayerView, runs: int, model: ModelView | No
     rows = view.awake & view.kept[:, None]
     reads = float(view.reads[rows].mean()) if rows.any() else 0.0
     kept = int(view.kept.sum())
+    timed = "one run" if runs == 1 else f"the median of {runs} runs"
     cells = [
         cell("keys per query", f"{reads:,.0f}", f"of {(size + 1) / 2:,.0f} when dense",
               "Keys and notes that one query reads, averaged over all rows that were computed."),
@@ -30,28 +30,28 @@ def readout_html(request: int, view: LayerView, runs: int, model: ModelView | No
         cell("heads awake", f"{view.awake[view.kept].sum(1).mean() if kept else 0:.1f}", f"of {heads}",
               "Heads that computed a row, averaged over the tokens that take part."),
         cell("latency", milliseconds(view.latency_ms), f"dense {milliseconds(view.dense_ms)}",
-              f"Measured: the median time of {'one run' if runs == 1 else f'{runs} runs'} of this layer's attention at "
-              "these settings, without the first one. Dense is PyTorch's fused attention on the same tensors."),
+              f"Measured time of this layer's attention at these settings, {timed} after a warm-up run. "
+              "Dense is PyTorch's fused attention on the same tensors."),
         cell("work, predicted", quantity(view.flops, "FLOP"), f"dense {quantity(view.dense_flops, 'FLOP')}",
-              "Floating-point operations at these settings, counted by formula and not measured. "
-              "Compare them with the measured latency."),
+              "Additions and multiplications at these settings. They are calculated, not measured; the latency beside "
+              "them is measured."),
         cell("bytes, predicted", quantity(view.bytes, "B"), f"dense {quantity(view.dense_bytes, 'B')}",
-              "Bytes of queries, keys and values that are moved at these settings, counted by formula, not measured."),
+              "Bytes of queries, keys and values that are moved at these settings. They are calculated, not measured."),
         cell("output error", f"{view.error:.1%}" if view.error >= 5e-4 else "none", "relative to dense",
-              f"Distance of this layer's output from dense attention's, relative to the latter: {view.error:.2e}."),
+              f"How far this layer's output is from that of dense attention, as a share of it: {view.error:.2e}."),
         _model_cell(model, settings),
     ]  # fmt: skip
     return tiles_html(request, cells)
 
 
 def _model_cell(model: ModelView | None, settings: Settings) -> str:
-    tip = "Mean negative log-likelihood per token with every layer at these settings; lower is better."
+    tip = "How badly the model predicts the next token, in nats (mean negative log-likelihood); lower is better."
     if model is None:
         return cell("whole model", "–", "not run yet", tip)
     old = model.settings != settings
     tip = f"{tip} {model.scored_tokens:,} tokens, {model.seconds:.1f} s; dense took {model.dense_seconds:.1f} s."
     below = f"dense {model.dense_nll:.3f} ({model.dense_perplexity:.1f})"
-    label = "NLL at other settings" if old else "NLL (perplexity)"
+    label = "NLL, earlier settings" if old else "NLL (perplexity)"
     return cell(label, f"{model.nll:.3f} ({model.perplexity:.1f})", below, tip, "pp-old" if old else "")
 
 
@@ -60,7 +60,7 @@ def split_html(budget: dict, gates: int) -> str:
     if budget.get("dense"):
         return '<div class="pp-split-note">Dense: a query reads every earlier token, so no budget is divided.</div>'
     parts = {
-        "window": budget["window"], "own block": budget["block"], "anchors": budget["anchors"],
+        "window": budget["window"] + budget["block"], "anchors": budget["anchors"],
         "rings": budget["probes"] * budget["ring"], "notes": gates if budget["notes"] else 0,
     }  # fmt: skip
     total = max(1, sum(parts.values()))
@@ -70,7 +70,7 @@ def split_html(budget: dict, gates: int) -> str:
     )  # fmt: skip
     words = "".join(key(SPLIT_COLOURS[name], f"{name} {count}") for name, count in parts.items())
     ring = f"{budget['probes']} gates opened × {budget['ring']} keys" if budget["ring"] else "no keys from gates"
-    said = f"One query may read {budget['shortlist']} keys and notes; the budget uses {total} ({ring})."
+    said = f"One query may read {budget['shortlist']} keys and notes. The parts below come to {total} ({ring})."
     return (
         f'<div class="pp-split-note">{with_terms(said)}</div>'
         f'<div class="pp-split">{bars}</div><div class="pp-legend">{words}</div>'

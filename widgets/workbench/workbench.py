@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from proteus_playground.attention.settings import Settings
+from proteus_playground.hf.models import KNOWN, pull
 from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
 from proteus_playground.playground.views import LayerView, ModelView
 
@@ -99,7 +100,7 @@ class Workbench(Board):
         if (wanted.layer, wanted.settings.gates) in self._fitted:
             self.say("stale")
         else:
-            words = f"fitting {wanted.settings.gates} prototypes per group, once for this layer …"
+            words = f"fitting {wanted.settings.gates} prototypes per KV group, once for this layer …"
             self.say("busy", what=words)
 
     def _shown(self) -> Wanted | None:
@@ -171,7 +172,7 @@ class Workbench(Board):
         self._fitted.clear()
         self.banner.value = readout.banner_html(probe, why)
         self.run_model.disabled = probe.random
-        self.source_controls.pull.layout.display = "" if why and state.model == "smollm2" else "none"
+        self.source_controls.offer_pull(state.model if why and state.model in KNOWN else None)
         self.layer_controls.knobs["layer"].limit(probe.n_layers - 1)
         self.layer_controls.knobs["head"].limit(probe.n_heads - 1)
         shelf = probe if isinstance(probe, ShelfProbe) else None
@@ -233,10 +234,10 @@ class Workbench(Board):
         self.worker.submit("repeat", again, show, lambda number, err: None)
 
     def _pull(self) -> None:
-        from proteus_playground.hf.models import pull
-
-        self.say("busy", 0.0, "fetching SmolLM2, 98 MB; this cannot be cancelled")
-        self.worker.submit("load", lambda stop, progress: pull("smollm2", progress=False), lambda n, path: self._load(),
+        model = self.state.model
+        known = KNOWN[model]
+        self.say("busy", 0.0, f"fetching {known.label}, {known.megabytes} MB; this cannot be cancelled")
+        self.worker.submit("load", lambda stop, progress: pull(model, progress=False), lambda n, path: self._load(),
                            self._failed, self._progress)  # fmt: skip
 
     def stop(self) -> None:

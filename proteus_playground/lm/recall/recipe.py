@@ -82,16 +82,10 @@ class Scale:
     def model_config(self, **changes) -> ModelConfig:
         """changes: other fields of `AttentionConfig`."""
         shape = {
-            "d_model": self.width,
-            "n_heads": self.heads,
-            "route_heads": False,
-            "gates_per_group": self.gates,
-            "probes": self.probes,
-            "dna_fraction": self.dna_fraction,
-            "rope_theta": self.rope_theta,
-            "flux_alpha": 1.0,
+            "d_model": self.width, "n_heads": self.heads, "route_heads": False, "gates_per_group": self.gates,
+            "probes": self.probes, "dna_fraction": self.dna_fraction, "rope_theta": self.rope_theta, "flux_alpha": 1.0,
             "shortlist": self.shortlist(max(length for length, _ in self.stages), self.share),
-        }
+        }  # fmt: skip
         attention = AttentionConfig(**{**shape, **changes})
         return ModelConfig(self.words.size, self.layers, attention, hidden=2 * self.width, taps=self.taps)
 
@@ -102,15 +96,9 @@ class Scale:
 RELATED = ("induction", "multi-key", "multi-query")  # tasks that a model trained on mqar and repetition can do
 SMALL = Scale()
 FULL = Scale(
-    gates=128,
-    dna_fraction=0.875,
-    opening=0.3,
-    things=(4, 16, 64, 128),
-    tokens=32768,
-    lr=3e-3,
-    top_share=0.5,
+    gates=128, dna_fraction=0.875, opening=0.3, things=(4, 16, 64, 128), tokens=32768, lr=3e-3, top_share=0.5,
     stages=((64, 400), (128, 400), (256, 600), (512, 600), (1024, 1000)),
-)
+)  # fmt: skip
 PRESETS = {"small": SMALL, "full": FULL}
 
 

@@ -161,18 +161,9 @@ class Run:
             if measured:
                 figures |= asdict(look(self.model, batch.ids[:1].to(self.device)))
         return Step(
-            step=position.step,
-            stage=stage,
-            length=length,
-            alpha=alpha,
-            loss=loss,
-            lr=rate,
-            tokens=position.tokens,
-            seconds=position.seconds,
-            tokens_per_second=tokens / seconds,
-            grad_norm=norm,
-            **figures,
-        )
+            step=position.step, stage=stage, length=length, alpha=alpha, loss=loss, lr=rate, tokens=position.tokens,
+            seconds=position.seconds, tokens_per_second=tokens / seconds, grad_norm=norm, **figures,
+        )  # fmt: skip
 
     def _batch(self) -> tuple[Batch, float]:
         """The next step's batch, and the sum of its targets' weights over all ranks."""
