@@ -44,6 +44,10 @@ class Budget:
         """Gates that a row ranks: the best `probes` of them are opened, and the notes of the best `notes` are read."""
         return max(self.probes, self.notes)
 
+    def reads_some_notes(self, gates: int) -> bool:
+        """Whether a row reads the notes of some, but not all, of `gates` gates per group."""
+        return not self.dense and 0 < self.notes < gates
+
     def to_dict(self) -> dict:
         return asdict(self)
 

@@ -100,7 +100,8 @@ class AttentionConfig:
     one. See `max_notes` for how many."""
     max_notes: int | None = knob(None, 1, unit="notes")
     """Most notes that a query reads, >= 1: those of the gates that match it best. They never take more than half of the
-    gates' share of L. None: the notes of all gates, or none at all where they would take more than half."""
+    gates' share of L. None: the notes of all gates, or none at all where they would take more than half. The Triton
+    backend reads all or none."""
     rope_theta: float | None = knob(10_000.0, 0.0, open_low=True, none="for no rotation")
     """Base of the rotary embedding, > 0. None leaves queries and keys un-rotated."""
     prior_max: float = knob(0.5, 0.0, 1.0)

@@ -85,7 +85,8 @@ def proteus_attention(
     """
     check_inputs(q, k, v, gates, positions, keep, awake, inv_freq)
     check_budget(budget, q.shape[1], gates.gates_per_group)
-    name, why = choose_backend(q.device, backend, q.shape[-1], q.dtype)
+    some_notes = budget.reads_some_notes(gates.gates_per_group)
+    name, why = choose_backend(q.device, backend, q.shape[-1], q.dtype, some_notes)
     if int8 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("int8=True: int8 keys and values have no gradient; call under torch.no_grad()")
     if budget.dense and name != "reference":

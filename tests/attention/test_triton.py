@@ -315,3 +315,10 @@ def test_without_a_gpu_it_is_refused(monkeypatch):
             dispatch.choose_backend("cpu", "triton", head_dim=512)
     finally:
         dispatch.probe_triton.cache_clear()
+
+
+def test_notes_of_some_gates_are_refused():
+    q, k, v = qkv(70)
+    with pytest.raises(ValueError, match="backend='triton'.*max_notes needs PyTorch tiles.*'torch'"):
+        attend(q, k, v, config(max_notes=1), "triton")
+    assert attend(q, k, v, config(max_notes=1), "auto").backend == "torch"

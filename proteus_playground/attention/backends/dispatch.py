@@ -31,11 +31,15 @@ SCORES_PER_STEP = 1 << 22  # scores held at a time while a dense log-sum-exp is 
 
 @torch.compiler.assume_constant_result
 def choose_backend(
-    device: torch.device | str, wanted: str = "auto", head_dim: int = 64, dtype: torch.dtype = torch.float16
+    device: torch.device | str,
+    wanted: str = "auto",
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float16,
+    some_notes: bool = False,
 ) -> tuple[str, str]:
     """The backend for a device, head dim and precision, and one sentence saying why.
 
-    A backend asked for by name is used or refused, never replaced by another. Raises `ValueError` for an unknown name,
+    some_notes: whether rows read the notes of some gates only (`max_notes`), which Triton's kernels cannot. A backend asked for by name is used or refused, never replaced by another. Raises `ValueError` for an unknown name,
     and for 'triton' where its kernels do not run or would be slow.
     """
     if wanted not in BACKENDS:
@@ -44,6 +48,8 @@ def choose_backend(
         return wanted, "asked for by name"
     device = torch.device(device)
     fits, why = probe_triton(device, head_dim, dtype)
+    if fits and some_notes:
+        fits, why = False, "the Triton kernels read the notes of all gates or of none, so max_notes needs PyTorch tiles"
     if wanted == "triton":
         if not fits:
             raise ValueError(f"backend='triton': {why}; must be 'auto', 'torch' or 'reference' here")

@@ -58,10 +58,10 @@ def _shortlist(q: Tensor, k: Tensor, v: Tensor, lookup: GateLookup, awake: Tenso
         block=plan.block,
         anchors=plan.anchors,
         ring=plan.ring,
-        notes=plan.notes,
         gate=keys.gate.view(B, G, T).transpose(1, 2).long(),
         retired=retired.view(B, G, -1, C).long(),
         probes=rows.probes.long(),
+        noted=None if plan.notes else rows.probes.new_empty(B, T, q.shape[2], 0, dtype=torch.int64),
     )
 
 

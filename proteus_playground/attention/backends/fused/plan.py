@@ -79,7 +79,7 @@ def sizes_of(budget: Budget, heads_per_group: int, head_dim: int, gates_per_grou
         anchors=budget.anchors,
         probes=budget.probes,
         ring=budget.ring,
-        notes=int(budget.notes),
+        notes=int(budget.notes > 0),
         heads_per_group=heads_per_group,
         head_dim=head_dim,
         gates_per_group=gates_per_group,
