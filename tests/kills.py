@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -50,12 +51,14 @@ def _all_lives(work: Callable, folder, kills: int, span: int, seed: int) -> None
 def _live(work: Callable, folder, here: Connection, there: Connection, moment: int | None) -> None:
     """Runs the work and tells of each step. After step `moment` + 1 the process waits to be killed."""
     here.close()
-    taken = 0
+    taken, one_at_a_time = 0, threading.Lock()
 
     def step() -> None:
         nonlocal taken
-        taken += 1
-        if moment is not None:
+        if moment is None:
+            return
+        with one_at_a_time:
+            taken += 1
             if taken > moment + 1:
                 there.poll(None)  # returns only if the process at the other end is gone
                 raise EOFError("the test has ended")
