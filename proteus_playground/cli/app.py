@@ -34,12 +34,8 @@ class Bench(LazyGroup):
     modules = {name: f"{EXPERIMENTS}.speed.{name.replace('-', '_')}" for name in SPEED}
 
 
-app = typer.Typer(
-    cls=Proteus,
-    help="Attention with a slider: see what sparsity does to a real language model.",
-    no_args_is_help=True,
-    **PLAIN,
-)
+ABOUT = "Attention with a slider: see what sparsity does to a real language model."
+app = typer.Typer(cls=Proteus, help=ABOUT, no_args_is_help=True, **PLAIN)
 models_app = typer.Typer(help="Fetch, list and remove language models.", no_args_is_help=True, **PLAIN)
 bench_app = typer.Typer(cls=Bench, help="Measure, and print the README's tables.", no_args_is_help=True, **PLAIN)
 app.add_typer(models_app, name="models")

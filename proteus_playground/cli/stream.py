@@ -15,7 +15,6 @@ from ..common.outputs import check_different, output_file, output_folder, report
 from ..common.processes import own_path, together
 from ..common.progress import resumable
 from ..streaming.buffer import StreamPlan
-from ..streaming.pipeline import Scorer
 from ..streaming.second_pass import POSITIONS
 from ..streaming.sources import open_document
 from ..streaming.stores import TOP_ID, Store, digest, parse_bytes
@@ -74,16 +73,17 @@ def stream_command(
     limit = _bytes(ram_limit)
     without = " without --fresh" if fresh else ""
     with resumable(f"The same command{without} goes on from here."), together(pick_device(device)) as (rank, _):
-        silent = _silent(progress, rank)
+        silent = True if rank else None if progress is None else not progress  # None: a bar only in a terminal
         reader = make_model(model, prompt or None, file, seed, device)
         if generated:
             store = reader.generated(parse_size(generated, "--generated"))
         else:
             store = _open(file, reader, limit, cache, workers, silent)
         task = reader.on(store)
+        name = f"{digest(store.fingerprint, task.scorer.fingerprint, plan)[:24]}.safetensors"
         job = Job(
             plan=plan,
-            checkpoint=Path(checkpoint) if checkpoint else _default_checkpoint(cache, store, task.scorer, plan),
+            checkpoint=Path(checkpoint or (Path(cache) if cache else files.cache_dir()) / "streams" / name),
             fresh=fresh,
             events=Path(events) if events else None,
             positions=positions or reader.positions,
@@ -112,15 +112,3 @@ def _open(file: str, model: Model, limit: int | None, cache: str, workers: int, 
             cache=Path(cache) / "documents" if cache else None, workers=workers,
             progress=lambda _, sentence: line.set_description_str(sentence),
         )  # fmt: skip
-
-
-def _default_checkpoint(cache: str, store: Store, scorer: Scorer, plan: StreamPlan) -> Path:
-    folder = Path(cache) if cache else files.cache_dir()
-    return folder / "streams" / f"{digest(store.fingerprint, scorer.fingerprint, plan)[:24]}.safetensors"
-
-
-def _silent(progress: bool | None, rank: int) -> bool | None:
-    """The value of tqdm's `disable`; None shows the bar only in a terminal. Only rank 0 shows one."""
-    if rank:
-        return True
-    return None if progress is None else not progress
