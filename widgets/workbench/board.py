@@ -49,13 +49,9 @@ class Board(Panel):
     """The widgets in their places. `drawn` is the last `Frame` shown and `number` its request."""
 
     def __init__(
-        self,
-        state: PlayState,
-        pictures: w.DOMWidget,
-        text: w.DOMWidget,
-        on_pull: Callable[[], None],
+        self, state: PlayState, pictures: w.DOMWidget, text: w.DOMWidget, on_pull: Callable[[], None],
         on_show: Callable[[int], None],
-    ):
+    ):  # fmt: skip
         super().__init__(readout.TITLE, LEGENDS)
         self.state, self.drawn = state, None
         self.model_view: ModelView | None = None
