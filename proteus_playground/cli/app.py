@@ -14,7 +14,6 @@ import typer
 from proteus_playground.cli.lazy import PLAIN, LazyGroup
 from proteus_playground.common.outputs import output_folder
 
-
 EXPERIMENTS = "proteus_playground.experiments"
 SPEED = ("sweep", "page", "longest", "profile", "layer", "heads", "decode", "stream", "exam", "top-a", "slider",
          "families")  # fmt: skip
