@@ -5,13 +5,6 @@ from .parts.state import PRESETS, PlayState
 from .workbench.workbench import Workbench
 
 __all__ = [
-    "PRESETS",
-    "PlayState",
-    "Workbench",
-    "bank_panel",
-    "duel_panel",
-    "evidence_panel",
-    "playground",
-    "prototype_panel",
+    "PRESETS", "PlayState", "Workbench", "bank_panel", "duel_panel", "evidence_panel", "playground", "prototype_panel",
     "stream_panel",
-]
+]  # fmt: skip

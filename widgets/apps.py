@@ -7,16 +7,27 @@ that the cell made before.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+from proteus_playground.experiments.duel.curve import held_out_curve
+from proteus_playground.experiments.duel.duel import PRESETS, duel
 from proteus_playground.experiments.evidence.committed import Study, committed
+from proteus_playground.experiments.needles import haystacks, subjects
 
 from proteus_playground.common.checks import whole_number
+from proteus_playground.common.texts import load_text, pasted
 from proteus_playground.hf.models import KNOWN, is_pulled
 from proteus_playground.lm import shipped
-from proteus_playground.playground.bank_reading import BankReader
+from proteus_playground.lm.shelf import shelf
+from proteus_playground.playground.bank_reading import BankReader, open_reading
 from proteus_playground.playground.live import Live, open_live
+from proteus_playground.playground.probe import LayerProbe
+from proteus_playground.playground.shelf_probe import open_shelf
+from proteus_playground.streaming.random_words import RandomWords
 
 from .bank.panel import BankPanel
 from .duel.panel import DuelPanel
@@ -35,8 +46,6 @@ def make_probe(source: Mapping, stop, progress) -> tuple:
 
     source: the traits that `workbench.SOURCE` names, and the `settings`. Only shelf-mini answers the question.
     """
-    from proteus_playground.playground.probe import LayerProbe
-
     model, length = source["model"], source["length"]
     why = "" if model == "random" else _why_not(model)
     if model == "shelf-mini" and not why:
@@ -48,8 +57,6 @@ def make_probe(source: Mapping, stop, progress) -> tuple:
 
 
 def _ask_shelf(source: Mapping, stop, progress):
-    from proteus_playground.playground.shelf_probe import open_shelf
-
     written = source["text"] == SHELF and not source["pasted"]
     probe = open_shelf(
         *_shipped(source["model"]), None if written else _text(source), number=source["shelf"],
@@ -60,9 +67,6 @@ def _ask_shelf(source: Mapping, stop, progress):
 
 
 def _text(source: Mapping):
-    from proteus_playground.common.texts import load_text, pasted
-    from proteus_playground.lm.shelf import shelf
-
     if source["pasted"]:
         return pasted(source["pasted"])
     if source["text"] != SHELF:
@@ -78,8 +82,6 @@ def _shipped(name: str) -> tuple:
 
 def _why_not(model: str) -> str:
     """Empty if `model` can be loaded, else a sentence that says what to do."""
-    from importlib.util import find_spec
-
     if model == "shelf-mini":
         try:
             _shipped(model)
@@ -125,10 +127,6 @@ def playground(
 
 def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:
     """A text as tokens of `model`, or as whole words with random vectors where it is not pulled."""
-    from proteus_playground.experiments.needles.haystacks import build
-
-    from proteus_playground.streaming.random_words import RandomWords
-
     why = "" if model == "random" else _why_not(model)
     if model == "random" or why:
         words = RandomWords()
@@ -137,14 +135,12 @@ def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:
 
         words = PulledWords(model)
     progress(0.3, f"reading {tokens:,} tokens of {text}")
-    return Source(words, build(text, tokens, words), why)
+    return Source(words, haystacks.build(text, tokens, words), why)
 
 
 def make_subject(model: str, folder: str):
     """The model, ready to score in context and to answer; the keys that it computes are kept in `folder`."""
-    from proteus_playground.experiments.needles.subjects import load
-
-    return load(model, cache=Path(folder) / f"{model}.keys")
+    return subjects.load(model, cache=Path(folder) / f"{model}.keys")
 
 
 def stream_panel(
@@ -187,9 +183,6 @@ def bank_panel(
     before the model goes on writing, the first `start` of them at once; layer, group: whose bank is shown first;
     reading: a ready `BankReader` instead. A model that is not pulled is replaced by a random layer.
     """
-    from proteus_playground.common.texts import load_text
-    from proteus_playground.playground.bank_reading import open_reading
-
     check_stream("model", model)
 
     def make() -> tuple[BankReader, str]:
@@ -230,12 +223,6 @@ def duel_panel(
     deleted when the panel closes; settings: any field of `DuelSettings`, such as `text="humble token"` or `minutes=2`;
     run, curve: instead of `duel` and `held_out_curve`. ValueError or TypeError names an argument that is not allowed.
     """
-    from dataclasses import replace
-
-    import torch
-    from proteus_playground.experiments.duel.curve import held_out_curve
-    from proteus_playground.experiments.duel.duel import PRESETS, duel
-
     preset = preset or ("t4" if torch.cuda.is_available() else "small")
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: allowed is {', '.join(map(repr, PRESETS))}")

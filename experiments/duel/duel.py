@@ -39,14 +39,9 @@ class Turn:
 
 
 def duel(
-    settings: DuelSettings,
-    out: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    precision: str = "auto",
-    codec: Codec | None = None,
-    stop: Stop | None = None,
-) -> Iterator[Turn]:
+    settings: DuelSettings, out: str | Path, *, device: str | torch.device = "cpu", precision: str = "auto",
+    codec: Codec | None = None, stop: Stop | None = None,
+) -> Iterator[Turn]:  # fmt: skip
     """Train both arms in turns, each step of dense followed by the same step of Proteus. Known steps come first.
 
     out: a folder; the same call goes on there after a stop or a kill, and at the end it holds both models. codec: bytes

@@ -122,10 +122,8 @@ def _summary(log: list[Step]) -> dict:
     """Steps, speed, memory and final loss of an arm's training."""
     last = log[-max(1, len(log) // 20) :]
     return {
-        "steps": log[-1].step,
-        "tokens": log[-1].tokens,
-        "seconds": log[-1].seconds,
+        "steps": log[-1].step, "tokens": log[-1].tokens, "seconds": log[-1].seconds,
         "tokens_per_second": median(step.tokens_per_second for step in log),
         "memory_bytes": max(step.memory_bytes or 0 for step in log),
         "loss_of_last_steps": mean(step.loss for step in last),
-    }
+    }  # fmt: skip

@@ -26,16 +26,9 @@ class Training:
 
 
 def prepare(
-    scale: Scale,
-    kind: str,
-    seed: int,
-    folder: Path,
-    *,
-    change: str = "",
-    device: str = "cpu",
-    stop: Stop | None = None,
-    **changes,
-) -> Iterator[Training | ProteusLM]:
+    scale: Scale, kind: str, seed: int, folder: Path, *, change: str = "", device: str = "cpu",
+    stop: Stop | None = None, **changes,
+) -> Iterator[Training | ProteusLM]:  # fmt: skip
     """Load the model of a kind and seed from `folder`, or train it and save it there. Yields it last.
 
     kind: DENSE, trained at alpha 0, or ALPHA, trained at a random alpha in every step. change: a name for `changes`,

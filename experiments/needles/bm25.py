@@ -45,7 +45,8 @@ class WindowIndex:
         changed = {at // STRIDE for start, ids in case.written for at in range(start, start + len(ids))}
         changed |= {at - 1 for at in changed} | {total - 2, total - 1}  # the last windows end with the document
         changed = sorted(at for at in changed if 0 <= at < total)
-        fresh = stems([read(store.read(*_span(at, case.length)), self._words) for at in changed])
+        spans = [(at * STRIDE, min(at * STRIDE + WINDOW, case.length)) for at in changed]
+        fresh = stems([read(store.read(*span), self._words) for span in spans])
         for at, text in zip(changed, fresh, strict=True):
             texts[at] = text
         index, asked = bm25s.BM25(), stems([case.prompt])[0]
@@ -54,10 +55,6 @@ class WindowIndex:
         tie = np.random.default_rng(seed).permutation(total)
         order = np.lexsort((np.where(score > 0, np.arange(total), tie), -score))
         return _positions(order, case.length)
-
-
-def _span(window: int, length: int) -> tuple[int, int]:
-    return window * STRIDE, min(window * STRIDE + WINDOW, length)
 
 
 def _positions(order: np.ndarray, length: int) -> np.ndarray:

@@ -48,13 +48,9 @@ class _Draw:
         return self.pairs[:count]
 
     def case(
-        self,
-        planter: Planter,
-        pairs: list[Pair],
-        needles: list[Needle],
-        depth: float | None = None,
+        self, planter: Planter, pairs: list[Pair], needles: list[Needle], depth: float | None = None,
         decoys: list[Needle] | None = None,
-    ) -> NeedleCase:
+    ) -> NeedleCase:  # fmt: skip
         prompt = " ".join(pair.asked(self.asked) for pair in pairs)
         answers = pairs[0].answers if len(pairs) == 1 else ()
         return NeedleCase(self.task, self.asked, self.length, depth, self.seed, prompt, answers, tuple(needles),

@@ -261,9 +261,7 @@ def families_command(
     family: Annotated[list[str] | None, typer.Option(help="Only this family; may be given again.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     out: Annotated[str, typer.Option(help="Write the numbers as JSON.")] = "",
-    page: Annotated[
-        Path | None, typer.Option(help="Markdown page; the table goes between its marks.", callback=output_file)
-    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Markdown page with marks for it.", callback=output_file)] = None,
 ) -> None:
     """Show which families of causal language models the patch and the cache serve exactly."""
     import transformers

@@ -20,13 +20,9 @@ OOM_SIGNS = (OOM, "can't allocate", "cublas_status_alloc_failed")
 
 
 def attempt(
-    case: BenchCase,
-    repeats: int,
-    budget_s: float,
-    timing: str = "eager",
-    rates: dict | None = None,
+    case: BenchCase, repeats: int, budget_s: float, timing: str = "eager", rates: dict | None = None,
     memory: bool = False,
-) -> dict:
+) -> dict:  # fmt: skip
     """A row: the case's key, a `status` ("ok", or the reason why it did not run) and the measurements.
 
     Never raises an `Exception`, so one case that cannot run does not end a table. repeats: timed calls after the first

@@ -76,10 +76,7 @@ def slider_table(times: dict[str, list[float]], about: dict[str, str]) -> str:
 
 def slider_command(
     presses: Annotated[int, typer.Option(help="Arrow keys on each of the four sliders.", min=3, max=1000)] = 30,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="JSON file; slider.json if left out, in a clone's results folder.", callback=output_file),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file, by default slider.json.", callback=output_file)] = None,
 ) -> None:
     """Time from a key on a slider to the painted picture; prints a table and writes JSON."""
     driver = browser_driver()

@@ -168,9 +168,7 @@ def stream_command(
     device: options.Device = "cpu",
     repeats: Annotated[int, typer.Option(help="Runs of each pass.", min=1)] = 5,
     seed: options.Seed = 0,
-    folder: Annotated[
-        str, typer.Option(help="Folder for the embeddings while it measures.", callback=output_folder)
-    ] = "",
+    folder: Annotated[str, typer.Option(help="Folder for the embeddings meanwhile.", callback=output_folder)] = "",
     out: options.Out = "",
 ) -> None:
     """Both passes of the chunked shortlist over embeddings, and the memory they take."""

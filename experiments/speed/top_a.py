@@ -47,17 +47,10 @@ class Continuation:
 
 
 def continuations(
-    model: ProteusLM,
-    prompts: Sequence[Tensor],
-    dense: ProteusLM | None = None,
-    *,
-    arms: dict[str, TopA | None] = ARMS,
-    new_tokens: int = 128,
-    seeds: Sequence[int] = (0, 1, 2),
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 0.95,
-) -> Iterator[Continuation]:
+    model: ProteusLM, prompts: Sequence[Tensor], dense: ProteusLM | None = None, *,
+    arms: dict[str, TopA | None] = ARMS, new_tokens: int = 128, seeds: Sequence[int] = (0, 1, 2),
+    temperature: float = 1.0, top_k: int | None = None, top_p: float = 0.95,
+) -> Iterator[Continuation]:  # fmt: skip
     """Continue every prompt, `(T,)` int64 on the model's device, by every arm and seed.
 
     dense: the model that computes likelihoods; by default the same weights at alpha 0. The model writes at its own

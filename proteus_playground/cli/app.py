@@ -14,7 +14,6 @@ import typer
 from proteus_playground.cli.lazy import PLAIN, LazyGroup
 from proteus_playground.common.outputs import output_folder
 
-
 EXPERIMENTS = "proteus_playground.experiments"
 SPEED = ("sweep", "page", "longest", "profile", "layer", "heads", "decode", "stream", "exam", "top-a", "slider",
          "families")  # fmt: skip
@@ -35,12 +34,8 @@ class Bench(LazyGroup):
     modules["choice"] = f"{EXPERIMENTS}.quality.choice"
 
 
-app = typer.Typer(
-    cls=Proteus,
-    help="Attention with a slider: see what sparsity does to a real language model.",
-    no_args_is_help=True,
-    **PLAIN,
-)
+ABOUT = "Attention with a slider: see what sparsity does to a real language model."
+app = typer.Typer(cls=Proteus, help=ABOUT, no_args_is_help=True, **PLAIN)
 models_app = typer.Typer(help="Fetch, list and remove language models.", no_args_is_help=True, **PLAIN)
 bench_app = typer.Typer(cls=Bench, help="Measure, and print the README's tables.", no_args_is_help=True, **PLAIN)
 app.add_typer(models_app, name="models")

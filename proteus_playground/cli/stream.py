@@ -10,12 +10,11 @@ from tqdm import tqdm
 
 from ..common import files
 from ..common.machine import environment
-from ..common.options import choose, parse_size, pick_device
+from ..common.options import Device, choose, parse_size, pick_device
 from ..common.outputs import check_different, output_file, output_folder, report_file
 from ..common.processes import own_path, together
 from ..common.progress import resumable
 from ..streaming.buffer import StreamPlan
-from ..streaming.pipeline import Scorer
 from ..streaming.second_pass import POSITIONS
 from ..streaming.sources import open_document
 from ..streaming.stores import TOP_ID, Store, digest, parse_bytes
@@ -33,29 +32,17 @@ def stream_command(
     per_chunk_budget: Annotated[str, typer.Option(help="Tokens one chunk may promote.")] = "4k",
     nucleus: Annotated[float, typer.Option(help="Share of softmax(scores) a chunk's champions hold, in (0, 1].")] = 1.0,
     neighbours: Annotated[int, typer.Option(help="Tokens on either side that a champion brings along.")] = 8,
-    ram_limit: Annotated[
-        str, typer.Option(help="Memory for the document, such as 2GB; by default half the free.")
-    ] = "",
+    ram_limit: Annotated[str, typer.Option(help="Memory for the document, such as 2GB; else half the free.")] = "",
     cache: Annotated[str, typer.Option(help="Folder for token ids and checkpoints.", callback=output_folder)] = "",
     workers: Annotated[int, typer.Option(help="Threads that tokenise.", min=1)] = 1,
-    checkpoint: Annotated[
-        str, typer.Option(help="File to resume from; by default a temporary one in the cache.", callback=output_file)
-    ] = "",
+    checkpoint: Annotated[str, typer.Option(help="File to resume from; else in the cache.", callback=output_file)] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Ignore the checkpoint and begin again.")] = False,
-    positions: Annotated[
-        str, typer.Option(help=f"In pass 2: {' or '.join(POSITIONS)}; '' lets the model choose.")
-    ] = "",
+    positions: Annotated[str, typer.Option(help=f"In pass 2: {' or '.join(POSITIONS)}; '' for the model's own.")] = "",
     answer: Annotated[bool, typer.Option(help="Run pass 2.")] = True,
-    json_file: Annotated[
-        str, typer.Option("--json", help="JSON file for the report; - for standard output.", callback=report_file)
-    ] = "",
-    events: Annotated[
-        str, typer.Option(help="File for promotions and evictions, as JSON lines.", callback=output_file)
-    ] = "",
-    seed: Annotated[
-        int, typer.Option(help="Seed of the layer's weights and of a random document.", min=0, max=TOP_ID)
-    ] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    json_file: Annotated[str, typer.Option("--json", help="JSON report; - prints it.", callback=report_file)] = "",
+    events: Annotated[str, typer.Option(help="JSON lines of promotions, evictions.", callback=output_file)] = "",
+    seed: Annotated[int, typer.Option(help="Seed of weights and of a random document.", min=0, max=TOP_ID)] = 0,
+    device: Device = "cpu",
     progress: Annotated[bool | None, typer.Option(help="Show progress; by default only in a terminal.")] = None,
 ) -> None:
     """Read a document of any length and answer a question about it.
@@ -74,16 +61,17 @@ def stream_command(
     limit = _bytes(ram_limit)
     without = " without --fresh" if fresh else ""
     with resumable(f"The same command{without} goes on from here."), together(pick_device(device)) as (rank, _):
-        silent = _silent(progress, rank)
+        silent = True if rank else None if progress is None else not progress  # None: a bar only in a terminal
         reader = make_model(model, prompt or None, file, seed, device)
         if generated:
             store = reader.generated(parse_size(generated, "--generated"))
         else:
             store = _open(file, reader, limit, cache, workers, silent)
         task = reader.on(store)
+        name = f"{digest(store.fingerprint, task.scorer.fingerprint, plan)[:24]}.safetensors"
         job = Job(
             plan=plan,
-            checkpoint=Path(checkpoint) if checkpoint else _default_checkpoint(cache, store, task.scorer, plan),
+            checkpoint=Path(checkpoint or (Path(cache) if cache else files.cache_dir()) / "streams" / name),
             fresh=fresh,
             events=Path(events) if events else None,
             positions=positions or reader.positions,
@@ -112,15 +100,3 @@ def _open(file: str, model: Model, limit: int | None, cache: str, workers: int, 
             cache=Path(cache) / "documents" if cache else None, workers=workers,
             progress=lambda _, sentence: line.set_description_str(sentence),
         )  # fmt: skip
-
-
-def _default_checkpoint(cache: str, store: Store, scorer: Scorer, plan: StreamPlan) -> Path:
-    folder = Path(cache) if cache else files.cache_dir()
-    return folder / "streams" / f"{digest(store.fingerprint, scorer.fingerprint, plan)[:24]}.safetensors"
-
-
-def _silent(progress: bool | None, rank: int) -> bool | None:
-    """The value of tqdm's `disable`; None shows the bar only in a terminal. Only rank 0 shows one."""
-    if rank:
-        return True
-    return None if progress is None else not progress

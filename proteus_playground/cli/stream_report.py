@@ -35,13 +35,8 @@ def best_champions(
         at = kept.position[i]
         near = np.flatnonzero((runs == runs[i]) & (np.abs(kept.position - at) <= AROUND))
         seen[near] = True
-        yield {
-            "token": int(at),
-            "page": page_of(at),
-            "score": float(kept.score[i]),
-            "why": scorer.explain(int(kept.reason[i])),
-            "text": text(gather(store, kept.position[near])),
-        }
+        why, said = scorer.explain(int(kept.reason[i])), text(gather(store, kept.position[near]))
+        yield {"token": int(at), "page": page_of(at), "score": float(kept.score[i]), "why": why, "text": said}
         shown += 1
         if shown == SHOWN:
             return

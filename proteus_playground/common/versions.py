@@ -36,7 +36,8 @@ def judge(package: str, found: str | None) -> Finding:
     if found is None:
         remedy = f"pip install 'proteus-playground[{extra}]'" if extra else f"pip install '{wanted}'"
         return Finding(package, "not installed", f"For {purpose}: {remedy}", ok=bool(extra))
-    fits = Version(low) <= Version(found) and (high is None or Version(found) < Version(high))
+    release = Version(found).release
+    fits = Version(low).release <= release and (high is None or release < Version(high).release)
     remedy = "." if fits else f": pip install '{wanted}'"
     return Finding(package, found, f"For {purpose}{remedy}", fits)
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
@@ -56,13 +57,8 @@ def prompt_ids(tokenizer, prompt: str) -> tuple[Tensor, int, int]:
         ids = text_ids(tokenizer, prompt)
         return torch.tensor(ids, dtype=torch.long), 0, len(ids)
     ids, other = (_rendered(tokenizer, text) for text in (prompt, "?" if prompt.strip() != "?" else "!"))
-    begin = _shared(ids, other)
-    return torch.tensor(ids), begin, len(ids) - _shared(ids[begin:][::-1], other[begin:][::-1])
-
-
-def _shared(a: list[int], b: list[int]) -> int:
-    """Number of equal ids at the beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    begin = len(commonprefix([ids, other]))
+    return torch.tensor(ids), begin, len(ids) - len(commonprefix([ids[begin:][::-1], other[begin:][::-1]]))
 
 
 def _rendered(tokenizer, text: str) -> list[int]:

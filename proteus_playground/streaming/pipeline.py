@@ -67,14 +67,9 @@ class ChunkStep:
 
 
 def stream(
-    store,
-    scorer: Scorer,
-    plan: StreamPlan,
-    *,
-    buffer: Champions | None = None,
-    chunks: range | None = None,
+    store, scorer: Scorer, plan: StreamPlan, *, buffer: Champions | None = None, chunks: range | None = None,
     stop: Stop | None = None,
-) -> Iterator[ChunkStep]:
+) -> Iterator[ChunkStep]:  # fmt: skip
     """Read `store` and yield a step per chunk; the last step's `buffer` is the result.
 
     store: has `len(store)` rows and `store.read(start, stop)`. buffer, chunks: the champions so far and the chunks to

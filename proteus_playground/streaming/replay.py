@@ -82,14 +82,9 @@ def empty_scores(tokens: int, explain: Callable[[int], str] = str) -> Scores:
 
 
 def fill(
-    scores: Scores,
-    document: Document,
-    scorer: Scorer,
-    piece: int,
-    *,
-    progress: Progress | None = None,
+    scores: Scores, document: Document, scorer: Scorer, piece: int, *, progress: Progress | None = None,
     stop: Stop | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Score the remaining tokens, `piece` tokens at a time. Raises `Stopped`; the pieces scored before that stay."""
     total = len(document)
     while not scores.done:

@@ -22,15 +22,9 @@ from .pipeline import ChunkStep, Scorer, stream
 
 
 def run(
-    store,
-    scorer: Scorer,
-    plan: StreamPlan,
-    *,
-    checkpoint: str | os.PathLike | None = None,
-    fresh: bool = False,
-    every_s: float = 1.0,
-    stop: Stop | None = None,
-) -> Iterator[ChunkStep]:
+    store, scorer: Scorer, plan: StreamPlan, *, checkpoint: str | os.PathLike | None = None, fresh: bool = False,
+    every_s: float = 1.0, stop: Stop | None = None,
+) -> Iterator[ChunkStep]:  # fmt: skip
     """Yield a step for each chunk that this process still has to read, then a closing step with the result.
 
     The closing step has `index == chunks`, reads nothing, and its `buffer` is the result, the same on every rank. It is

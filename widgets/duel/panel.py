@@ -39,13 +39,9 @@ class DuelPanel(Panel):
     """What `duel_panel` returns. `record` holds the results so far of the duel on show."""
 
     def __init__(
-        self,
-        preset: str | None,
-        settings: DuelSettings,
-        run: Callable[..., Iterator[Turn]],
-        curve: Callable[..., Iterator[Point]],
-        out: Path | None = None,
-    ):
+        self, preset: str | None, settings: DuelSettings, run: Callable[..., Iterator[Turn]],
+        curve: Callable[..., Iterator[Point]], out: Path | None = None,
+    ):  # fmt: skip
         """preset: the button that is marked; run, curve: as `duel` and `held_out_curve`; out: folder of the runs."""
         super().__init__("Duel", words.LEGENDS)
         self.settings, self.record = settings, Record(settings)

@@ -11,7 +11,7 @@ from traitlets import HasTraits
 from proteus_playground.attention.settings import CONTROLS, Control
 from proteus_playground.hf.models import KNOWN
 
-from .boxes import labelled
+from .boxes import button, labelled
 from .state import BY_NAME, MAX_LENGTH, PRESET_TIPS, PRESETS, SETTINGS, SHELF, PlayState, opening, preset_settings
 from .terms import control_html
 
@@ -55,12 +55,12 @@ class Knob(w.VBox):
         self._state, self._control = state, control
         self.slider = self._make_slider(control.high if high is None else high, live)
         self.number = self._make_number(control.high if high is None else high)
-        self.undo = w.Button(description="↺", tooltip="Back to the first value", layout=w.Layout(width="30px"))
+        back = "Back to the first value"
+        self.undo = button("↺", back, lambda: setattr(state, control.name, self._first()), layout={"width": "30px"})
         self.undo.add_class("pp-undo")
         label = w.HTML(control_html(control), layout=w.Layout(flex="1 1 auto"))
         bind(state, control.name, self.slider, self._rounded, float if control.octave_step else lambda v: v)
         bind(state, control.name, self.number, self._rounded)
-        self.undo.on_click(lambda _: setattr(state, control.name, self._first()))
         head = w.HBox([label, self.number, self.undo], layout=w.Layout(align_items="center"))
         super().__init__([head, self.slider])
         self.add_class("pp-knob")
@@ -119,22 +119,22 @@ class Presets(w.HBox):
     def __init__(self, state: PlayState):
         self._buttons = {}
         for name in PRESETS:
-            button = w.Button(description=name, tooltip=PRESET_TIPS[name], layout=w.Layout(width="auto"))
-            button.on_click(lambda _, name=name: state.update(preset_settings(name, state.model)))
-            self._buttons[name] = button
+            self._buttons[name] = button(
+                name, PRESET_TIPS[name], lambda name=name: state.update(preset_settings(name, state.model))
+            )
         super().__init__(list(self._buttons.values()), layout=w.Layout(flex_flow="row wrap"))
         self.add_class("pp-presets")
         state.observe(lambda _: self._mark(state.preset()), [*SETTINGS, "model"])
         self._mark(state.preset())
 
     def _mark(self, now: str | None) -> None:
-        for name, button in self._buttons.items():
-            button.button_style = "info" if name == now else ""
+        for name, made in self._buttons.items():
+            made.button_style = "info" if name == now else ""
 
 
 def main_knobs(state: PlayState) -> w.GridBox:
     """The knobs that are always in sight; the pictures follow them while they are dragged."""
-    return _grid([Knob(state, control, live=True) for control in CONTROLS if control.main], 210)
+    return grid([Knob(state, control, live=True) for control in CONTROLS if control.main], 210)
 
 
 class LayerControls(w.VBox):
@@ -146,11 +146,11 @@ class LayerControls(w.VBox):
         self.knobs = {name: Knob(state, BY_NAME[name], live=False, high=highest.get(name)) for name in (*WHERE, *rest)}
         switches = w.HBox([Switch(state, control) for control in CONTROLS if control.switch])
         self.split = w.HTML()
-        super().__init__([_grid(self.knobs.values(), 150), switches, self.split])
+        super().__init__([grid(self.knobs.values(), 150), switches, self.split])
         self.add_class("pp-layer-controls")
 
 
-def _grid(knobs, least: int) -> w.GridBox:
+def grid(knobs, least: int) -> w.GridBox:
     """Knobs side by side, each at least `least` pixels wide."""
     columns = f"repeat(auto-fit, minmax({least}px, 1fr))"
     box = w.GridBox(list(knobs), layout=w.Layout(grid_template_columns=columns))
@@ -205,11 +205,8 @@ class SourceControls(w.VBox):
         tip(self.length, BY_NAME["length"].tip)
         tip(self.number, BY_NAME["shelf"].tip)
         self._numbered = labelled("number", self.number)
-        self.read = w.Button(description="Read it", button_style="info", tooltip="Run the model on this text")
-        wide = w.Layout(width="auto")
-        self.pull = w.Button(tooltip="Download the model, once, into your cache folder", layout=wide)
-        self.read.on_click(lambda _: self._apply())
-        self.pull.on_click(lambda _: on_pull())
+        self.read = button("Read it", "Run the model on this text", self._apply, button_style="info")
+        self.pull = button("", "Download the model, once, into your cache folder", on_pull)
         self.kind.observe(lambda _: self._show(), "value")
         state.observe(lambda _: self._follow(), ["text", "pasted", "length", "shelf"])
         super().__init__([
@@ -257,11 +254,10 @@ class ShareControls(w.VBox):
         self._state = state
         self.cell = w.Text(layout=w.Layout(width="auto"))
         self.json = w.Textarea(layout=w.Layout(width="auto", height="96px"))
-        self.restore = w.Button(description="Restore", tooltip="Set every control to the state in the box above")
+        self.restore = button("Restore", "Set every control to the state in the box above", self._restore)
         self.message = w.HTML()
         tip(self.cell, "In a notebook cell, this line opens the workbench as it is now.")
         tip(self.json, "The state of every control; paste another one, or a short string, and press Restore.")
-        self.restore.on_click(lambda _: self._restore())
         state.observe(lambda _: self._write(), list(state.to_dict()))
         super().__init__([
             w.HTML('<span class="pp-knob-name">This workbench in a cell</span>'), self.cell,

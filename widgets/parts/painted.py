@@ -1,6 +1,6 @@
-"""An invisible widget: it tells plotly when its box is resized, and the kernel which picture the browser has painted.
+"""An invisible widget that passes on two events: that its box was resized, and which picture the browser has painted.
 
-Plotly itself notices only a resized window.
+Plotly reacts only to a resized window, so the first goes to plotly as such; the second goes to the kernel.
 """
 
 from __future__ import annotations

@@ -28,13 +28,9 @@ class Player:
     """
 
     def __init__(
-        self,
-        seconds: dict[str, float],
-        on_play: Callable[[bool], None],
-        on_step: Callable[[], None],
-        on_back: Callable[[], None] | None = None,
-        tips: tuple[str, str, str] = ("", "", ""),
-    ):
+        self, seconds: dict[str, float], on_play: Callable[[bool], None], on_step: Callable[[], None],
+        on_back: Callable[[], None] | None = None, tips: tuple[str, str, str] = ("", "", ""),
+    ):  # fmt: skip
         self._seconds, self._on_play = seconds, on_play
         self.play = w.ToggleButton(description="play", icon="play", layout=AUTO, tooltip=tips[0])
         self.forward = button("step ▶", tips[1], on_step)

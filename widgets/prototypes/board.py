@@ -26,7 +26,7 @@ class Settings(HasTraits):
 
 
 class PrototypeBoard(Panel):
-    """The widgets in their places. Buttons call `do`, the other controls `load`, `toggle` and `choose`."""
+    """The widgets in their places. Buttons call `do`, other controls `load`, `toggle` and `choose`, of the subclass."""
 
     def __init__(self, figure: w.DOMWidget):
         super().__init__("Gates and prototypes", LEGENDS)
@@ -37,22 +37,6 @@ class PrototypeBoard(Panel):
         over = [self.captions[name] for name in ("map", "bars", "curves")]
         panels = self.beside([self.room, figure, *over], [self.captions["text"], self.text])
         self.place("pp-prototypes", self.banner, top, self.numbers, panels)
-
-    def do(self, what: str, *operands: int) -> None:
-        """Takes a step or operates on a gate."""
-        raise NotImplementedError
-
-    def load(self) -> None:
-        """Starts from the beginning."""
-        raise NotImplementedError
-
-    def toggle(self, on: bool) -> None:
-        """Plays or pauses."""
-        raise NotImplementedError
-
-    def choose(self, gate: int) -> None:
-        """Follows another gate."""
-        raise NotImplementedError
 
     def _make_boxes(self) -> None:
         tips = (

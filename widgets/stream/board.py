@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ipywidgets as w
 
 from ..parts.boxes import AUTO, button, column, labelled, row
-from ..parts.controls import Knob, bind, tip
+from ..parts.controls import Knob, bind, grid, tip
 from ..parts.painted import Room
 from ..parts.panel import Panel
 from ..parts.transport import Transport
@@ -48,7 +48,7 @@ class StreamBoard(Panel):
         self.cancel = button("Cancel", "Stop what is running; the scores so far are kept", disabled=True)
         drawer = _source(state, on_read)
         self.buttons.more.observe(lambda c: setattr(drawer.layout, "display", "" if c["new"] else "none"), "value")
-        top = column("pp-top", _knobs(state), self._asking())
+        top = column("pp-top", grid([Knob(state, BY_NAME[name], live=True) for name in PLAN], 210), self._asking())
         panels = self.beside(
             [Room(), figure, self.captions["sky"], self.captions["curves"]], [self.captions["text"], self.buffer]
         )
@@ -75,13 +75,6 @@ class StreamBoard(Panel):
         second = row("pp-actions", labelled("needle", needle), labelled("on page", page, "76px"), self.buttons.more,
                       self.cancel)  # fmt: skip
         return w.VBox([first, second])
-
-
-def _knobs(state: StreamState) -> w.GridBox:
-    knobs = [Knob(state, BY_NAME[name], live=True) for name in PLAN]
-    box = w.GridBox(knobs, layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(210px, 1fr))"))
-    box.add_class("pp-knobs")
-    return box
 
 
 def _source(state: StreamState, on_read: Callable[[], None]) -> w.VBox:

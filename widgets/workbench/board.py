@@ -49,13 +49,9 @@ class Board(Panel):
     """The widgets in their places. `drawn` is the last `Frame` shown and `number` its request."""
 
     def __init__(
-        self,
-        state: PlayState,
-        pictures: w.DOMWidget,
-        text: w.DOMWidget,
-        on_pull: Callable[[], None],
+        self, state: PlayState, pictures: w.DOMWidget, text: w.DOMWidget, on_pull: Callable[[], None],
         on_show: Callable[[int], None],
-    ):
+    ):  # fmt: skip
         super().__init__(readout.TITLE, LEGENDS)
         self.state, self.drawn = state, None
         self.model_view: ModelView | None = None
@@ -93,7 +89,7 @@ class Board(Panel):
         self.caption("heads", f"Heads: {view.head_map_kind}", sentences.heads_sentence(view, row.head))
         self.caption("gates", f"Prototypes of KV group {frame.group}", sentences.gates_sentence(row, tokens))
         self.caption("row", f"What {name} reads in head {row.head}", sentences.row_sentence(row, tokens),
-                     readout.legend_html(readout.kind_counts(row.kind)))  # fmt: skip
+                     readout.legend_html(row.kind))  # fmt: skip
         self.caption("text", "The text", sentences.text_sentence(view, row, tokens))
         self.title.value = readout.workbench_title_html(probe.name, probe.n_layers, len(tokens), self.state.text, view)
         self._draw_split()

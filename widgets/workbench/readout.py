@@ -77,14 +77,10 @@ def split_html(budget: dict, gates: int) -> str:
     )
 
 
-def legend_html(counts: dict[int, int]) -> str:
-    """A coloured square for each kind of key, and how many of them the row reads."""
+def legend_html(kinds: np.ndarray) -> str:
+    """A coloured square for each kind of key, and how many of them a row reads; kinds: as of `RowView`, `(T,)`."""
     names = {1: "window", 2: "anchors", 3: "rings", 4: "notes only"}
-    return "".join(key(OKABE_ITO[kind], f"{name} {counts.get(kind, 0):,}") for kind, name in names.items())
-
-
-def kind_counts(kind: np.ndarray) -> dict[int, int]:
-    return {int(code): int(count) for code, count in zip(*np.unique(kind, return_counts=True), strict=True)}
+    return "".join(key(OKABE_ITO[kind], f"{name} {(kinds == kind).sum():,}") for kind, name in names.items())
 
 
 def workbench_title_html(name: str, layers: int, tokens: int, text: str, view: LayerView) -> str:

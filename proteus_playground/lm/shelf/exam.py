@@ -43,15 +43,9 @@ class Answer:
 
 @torch.no_grad()
 def exam(
-    model: ProteusLM,
-    tokenizer: ShelfTokenizer,
-    *,
-    tokens: int,
-    questions: int,
-    seed: int = 0,
-    per_shelf: int = 8,
+    model: ProteusLM, tokenizer: ShelfTokenizer, *, tokens: int, questions: int, seed: int = 0, per_shelf: int = 8,
     alphas: tuple[float, ...] = (0.0, 1.0),
-) -> Iterator[Graded]:
+) -> Iterator[Graded]:  # fmt: skip
     """Ask `questions` questions, each at every alpha of `alphas`. A shelf with its questions has up to `tokens` tokens.
 
     The model must be in evaluation mode; its own alpha is not changed. per_shelf: questions that follow one shelf.
