@@ -1,4 +1,4 @@
-"""`proteus bench choice`: what sparse attention costs a model in likelihood, by how many gates, keys and notes it reads.
+"""`proteus bench choice`: what sparse attention costs a model in likelihood, by how many gates and notes it reads.
 
 All layers that read the whole past are replaced, without training. The gap is the mean negative log-likelihood of the
 second half of a passage, in nats per token, less that of the model's own dense pass over the same tokens.

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from proteus_playground.experiments.quality import choice
 from tiny_llama import WORDS, build
 
-from proteus_playground.experiments.quality import choice
 from proteus_playground.hf import models
 from proteus_playground.hf.source import ModelSource
 

@@ -39,8 +39,9 @@ def choose_backend(
 ) -> tuple[str, str]:
     """The backend for a device, head dim and precision, and one sentence saying why.
 
-    some_notes: whether rows read the notes of some gates only (`max_notes`), which Triton's kernels cannot. A backend asked for by name is used or refused, never replaced by another. Raises `ValueError` for an unknown name,
-    and for 'triton' where its kernels do not run or would be slow.
+    some_notes: whether rows read the notes of some gates only (`max_notes`), which Triton's kernels cannot. A backend
+    asked for by name is used or refused, never replaced by another. Raises `ValueError` for an unknown name, and for
+    'triton' where its kernels do not run or would be slow.
     """
     if wanted not in BACKENDS:
         raise ValueError(f"backend={wanted!r}: must be one of {', '.join(map(repr, BACKENDS))}")

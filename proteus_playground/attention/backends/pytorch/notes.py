@@ -26,8 +26,8 @@ class Notes:
         next C      notes REST (less the ring), for rows that did
 
     A row reads a note only where its list of notes holds the gate; without such lists, those of all gates. The scratch
-    column receives writes for places of a list that hold no gate. The bias of a note is log(count) less a whole number near the largest, so that half
-    precision holds it well.
+    column receives writes for places of a list that hold no gate. The bias of a note is log(count) less a whole number
+    near the largest, so that half precision holds it well.
     """
 
     def __init__(self, kv: Tensor, keys: SortedKeys | None, short: Shortlist):
