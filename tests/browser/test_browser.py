@@ -184,7 +184,7 @@ def test_more_controls_open_and_the_state_can_be_shared(page, shots):
     page.locator('button:has-text("More controls")').click()
     page.wait_for_selector(".pp-drawer", state="visible")
     drawer = page.locator(".pp-drawer").inner_text()
-    assert "the budget uses" in drawer or "Dense" in drawer
+    assert "The parts below come to" in drawer or "Dense" in drawer
     assert "playground(state=" in page.locator(".pp-drawer input[type=text]").last.input_value()
     page.locator(".pp-app").screenshot(path=shots / "more-controls.png")
     page.locator('button:has-text("More controls")').click()
