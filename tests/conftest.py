@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -37,6 +38,21 @@ def cores(request, tmp_path_factory):
     with open(tmp_path_factory.getbasetemp().parent / "cores.lock", "w") as file:
         fcntl.flock(file, kind)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_loop_but_the_browsers(request):
+    """Outside browser tests no event loop counts as running.
+
+    Playwright's stays open in the thread of the tests, and turns only while Playwright is used; a panel that found it
+    would post its results there and wait for ever.
+    """
+    loop = None if is_browser_test(request.path) else asyncio._get_running_loop()
+    if loop is not None:
+        asyncio._set_running_loop(None)
+    yield
+    if loop is not None:
+        asyncio._set_running_loop(loop)
 
 
 @pytest.fixture(scope="session")
