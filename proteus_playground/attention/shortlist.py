@@ -22,6 +22,7 @@ from .gates import Gates
 
 SCORES_PER_STEP = 1 << 19  # query-prototype scores held at a time on a CPU
 SCORES_PER_STEP_GPU = 1 << 26
+FEW = 4  # gates that are picked one by one, which is quicker than sorting up to about here: docs/log.md
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,7 @@ def build_shortlist(gate: Tensor, q: Tensor, gates: Gates, budget: Budget, lengt
         in_no_gate = in_no_gate | (at >= length[:, None])[..., None]
     gate = gate.masked_fill(in_no_gate, -1)
     retired = _count_retired(gate, gates.gates_per_group, window, block)
-    reads_all = budget.notes >= gates.gates_per_group
-    count = budget.probes if reads_all else budget.ranked
-    ranked = rank_gates(q, gates.prototypes, gates.alive, retired, block, count)
-    opened, noted = ranked[..., : budget.probes], None if reads_all else ranked[..., : budget.notes]
+    opened, noted = choose_gates(q, gates, budget, retired, block)
     return Shortlist(window, block, budget.anchors, budget.ring, gate, retired, opened, noted)
 
 
@@ -81,6 +79,18 @@ def everything(gate: Tensor, heads: int) -> Shortlist:
     )
 
 
+def choose_gates(q: Tensor, gates: Gates, budget: Budget, retired: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
+    """Gates that each row opens, `(B, T, H, n)`, and gates whose notes it reads, `(B, T, H, e)`; None for all notes.
+
+    Both begin with the gate that matches best; -1 for none. retired: `(B, G, N, C)`, at the ticks of blocks of `block`
+    rows.
+    """
+    reads_all = budget.notes >= gates.gates_per_group
+    count = budget.probes if reads_all else budget.ranked
+    ranked = rank_gates(q, gates.prototypes, gates.alive, retired, block, count)
+    return ranked[..., : budget.probes], None if reads_all else ranked[..., : budget.notes]
+
+
 def rank_gates(q: Tensor, prototypes: Tensor, alive: Tensor, retired: Tensor, block: int, count: int) -> Tensor:
     """The `count` live gates with the largest q.p among those that hold a key at the row's tick: `(B, T, H, count)`.
 
@@ -89,19 +99,19 @@ def rank_gates(q: Tensor, prototypes: Tensor, alive: Tensor, retired: Tensor, bl
     """
     B, T, H, _ = q.shape
     G, C = alive.shape
-    if not count:
-        return torch.empty(B, T, H, 0, dtype=torch.int64, device=q.device)
-    usable = (retired > 0) & alive[:, None]  # (B, G, N, C)
-    heads = prototypes.repeat_interleave(H // G, dim=0).transpose(1, 2)  # (H, d, C)
+    usable = ((retired > 0) & alive[:, None]).transpose(2, 3)  # (B, G, C, N)
+    heads = prototypes.repeat_interleave(H // G, dim=0)  # (H, C, d)
     held = SCORES_PER_STEP if q.device.type == "cpu" else SCORES_PER_STEP_GPU
     step = max(1, held // (B * H * C * block)) * block
     ranked = torch.empty(B, T, H, count, dtype=torch.int64, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for i in range(0, T, step):
-            score = torch.matmul(q[:, i : i + step].float().transpose(1, 2), heads)  # (B, H, t, C)
-            here = usable[:, :, i // block : (i + step - 1) // block + 1].repeat_interleave(block, dim=2)
-            score.unflatten(1, (G, H // G)).masked_fill_(~here[:, :, None, : score.shape[2]], -torch.inf)
-            ranked[:, i : i + step] = _largest(score, count).transpose(1, 2)
+            rows = q[:, i : i + step].float().permute(0, 2, 3, 1)  # (B, H, d, t)
+            score = torch.matmul(heads, rows)  # (B, H, C, t): the maximum runs over whole vectors of rows
+            here = usable[..., i // block : (i + step - 1) // block + 1].repeat_interleave(block, dim=3)
+            score.unflatten(1, (G, H // G)).masked_fill_(~here[:, :, None, :, : rows.shape[3]], -torch.inf)
+            best = _best_one_by_one(score, count) if count <= FEW else _best_sorted(score, count)
+            ranked[:, i : i + step] = best.permute(0, 3, 1, 2)
     return ranked
 
 
@@ -118,19 +128,39 @@ def _count_retired(gate: Tensor, C: int, window: int, block: int) -> Tensor:
     return counts.transpose(2, 3).contiguous()
 
 
-def _largest(score: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest along the last axis, ties to the lower index, -1 where the score is -inf.
+def _best_one_by_one(score: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest along the axis before the last, in their place: ties to the lower index, -1 where
+    the score is -inf."""
+    size = score.shape[-2]
+    low_first = torch.arange(size, 0, -1, dtype=score.dtype, device=score.device)[:, None]
+    picks = torch.empty(*score.shape[:-2], count, score.shape[-1], dtype=torch.int64, device=score.device)
+    for i in range(count):
+        if score.device.type == "cpu":  # takes half the time of a maximum that also returns its index
+            best = score.amax(dim=-2, keepdim=True)
+            index = size - torch.where(score == best, low_first, 0).amax(dim=-2, keepdim=True).long()
+            index = index.clamp(max=size - 1)  # a NaN equals nothing: its own row becomes NaN, no other does
+        else:
+            best, index = score.max(dim=-2, keepdim=True)
+        picks[..., i : i + 1, :] = index.masked_fill(best == -torch.inf, -1)
+        if i < count - 1:
+            score.scatter_(-2, index, -torch.inf)
+    return picks
+
+
+def _best_sorted(score: Tensor, count: int) -> Tensor:
+    """The same for larger counts.
 
     Equal scores are told apart by sorting whole numbers: the bits of the score, in an order that whole numbers keep,
-    and below them the index. A NaN ranks first or last: its own row becomes NaN, no other does.
+    and below them the index. A NaN ranks first or last.
     """
+    score = score.transpose(-1, -2)
     size = score.shape[-1]
     bits = (score + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = (key << 20) + torch.arange(size - 1, -1, -1, device=score.device)
     best = key.topk(count, dim=-1).values
     nothing = -0x7F800001  # what becomes of -inf
-    return ((size - 1) - (best & 0xFFFFF)).masked_fill_(best >> 20 == nothing, -1)
+    return ((size - 1) - (best & 0xFFFFF)).masked_fill_(best >> 20 == nothing, -1).transpose(-1, -2)
 
 
 def count_reads(short: Shortlist) -> Tensor:

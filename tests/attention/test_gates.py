@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import config, layer, off_by
 
 from proteus_playground import ProteusAttention
-from proteus_playground.attention import Gates, surgery
+from proteus_playground.attention import Gates, shortlist, surgery
 from proteus_playground.attention.gates import spherical_kmeans
 
 TOPICS = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(1)), dim=1)
@@ -18,6 +18,17 @@ def clustered(n, seed=0):
     gen = torch.Generator().manual_seed(seed)
     owner = torch.randint(5, (n,), generator=gen)
     return TOPICS[owner] * 4 + 0.2 * torch.randn(n, 16, generator=gen), owner
+
+
+@pytest.mark.parametrize("few", [0, 99])  # sorted, and picked one by one
+def test_the_best_gates_come_in_order_and_ties_go_to_the_lower_index(monkeypatch, few):
+    monkeypatch.setattr(shortlist, "FEW", few)
+    prototypes = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.6, 0.8], [1.0, 0.0]]])
+    alive, retired = torch.ones(1, 6, dtype=torch.bool), torch.ones(1, 1, 2, 6, dtype=torch.int64)
+    alive[0, 5], retired[0, 0, 1, 1] = False, 0  # one gate is dead, one is empty at the second tick
+    q = torch.tensor([[1.0, 0.0], [-0.0, 0.0], [1.0, 0.0], [0.0, -1.0]]).view(1, 4, 1, 2)
+    got = shortlist.rank_gates(q, prototypes, alive, retired, 2, 6)[0, :, 0].tolist()
+    assert got == [[1, 2, 4, 0, 3, -1], [0, 1, 2, 3, 4, -1], [2, 4, 0, 3, -1, -1], [2, 3, 4, 0, -1, -1]]
 
 
 def test_kmeans_finds_planted_clusters():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..shortlist import rank_gates
+from ..shortlist import choose_gates
 from .slots import Keys, Slots, as_read
 
 
@@ -29,13 +29,9 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
     scales = bank.scales[:, :, :direct] if bank.int8 else None
     window = as_read(Keys(bank.rows[:, :, :direct], scales, None, None))
     parts = [(tile @ window[..., 0, :].mT).masked_fill(~_seen(bank, q, direct), -torch.inf)]
-    gates, n = bank.gates, bank.budget.probes
-    reads_all = bank.notes >= bank.retired.shape[2]
-    count = n if reads_all else bank.budget.ranked
-    ranked = rank_gates(q, gates.prototypes, gates.alive, bank.retired[:, :, None], q.shape[1], count)
-    ranked = _by_group(ranked, G)  # (B, G, t r, the larger of n and e)
+    chosen = choose_gates(q, bank.gates, bank.budget, bank.retired[:, :, None], q.shape[1])
+    opened, noted = (None if x is None else _by_group(x, G) for x in chosen)  # (B, G, t r, n or e)
     if bank.ring:
-        opened = ranked[..., :n]
         first = direct + opened[..., None] * bank.ring + torch.arange(bank.ring, device=q.device)
         slot = torch.where(opened[..., None] < 0, bank.scratch, first)  # (B, G, t r, n, m)
         keys = bank.keys_at(slot.flatten(2))
@@ -45,8 +41,7 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
     if bank.notes:
         notes, held = bank.sums.flatten(2, 3), _held(bank)
         score = tile @ notes[..., 0, :].mT / held.clamp(min=1) + held.log()
-        noted = None if reads_all else ranked[..., : bank.notes]
-        parts.append(score.masked_fill(~_read_notes(ranked[..., :n], noted, score), -torch.inf))
+        parts.append(score.masked_fill(~_read_notes(opened, noted, score), -torch.inf))
     weight = torch.cat(parts, dim=-1).softmax(-1).split([x.shape[-1] for x in parts], dim=-1)
     out = weight[0] @ window[..., 1, :]
     if bank.ring:
