@@ -1,10 +1,18 @@
-"""95% confidence intervals of means of figures in [0, 1]."""
+"""95% confidence intervals of means of figures in [0, 1]; standard errors of any means."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import stdev
 
 import numpy as np
 
 RESAMPLES = 2000
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of `values`; None for a single one."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def over_seeds(values: list[float]) -> tuple[float, float] | None:

@@ -57,7 +57,7 @@ class FakeProbe:
         kind[: min(budget["anchors"], token + 1)] = ANCHOR
         weight = np.where(kind > 0, rng.random(size) ** 4 + 1e-4, 0).astype(np.float32)
         gates = tuple(int(g) for g in rng.choice(settings.gates, min(settings.probes, settings.gates), replace=False))
-        return RowView(token, head, kind, weight / weight.sum(), gates, settings.gates * budget["notes"], asleep=False)
+        return RowView(token, head, kind, weight / weight.sum(), gates, budget["notes"], asleep=False)
 
     def gate_map(self, layer: int, group: int, gates: int) -> GateMap:
         self.calls["gate_map"] += 1
@@ -88,7 +88,7 @@ class FakeProbe:
         return {
             "flux_alpha": settings.flux_alpha, "shortlist": reads, "keep_ratio": settings.keep_ratio,
             "window": max(1, reads - far - settings.anchors), "block": 8, "anchors": settings.anchors,
-            "probes": settings.probes, "ring": ring, "notes": notes > 0, "dense": settings.flux_alpha == 0,
+            "probes": settings.probes, "ring": ring, "notes": notes, "dense": settings.flux_alpha == 0,
         }  # fmt: skip
 
     def _wait(self, stop) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated
 
 import torch
@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from ...attention import AttentionConfig, Gates
 from ...attention.adapter import ProteusLayer
-from ...attention.calibration import SEED
+from ...attention.calibration import CHARS_PER_TOKEN, SEED, layer_seed, new_gates
 from ...common.machine import environment, markdown
 from ...common.options import Device, Out, pick_device
 from ...common.texts import load_text
 from ...hf import models
 from ...hf.source import ModelSource
+from ..intervals import standard_error
 from ..speed.measure import measured_on, publish
 
 PASS_TOKENS = 2048  # tokens of calibration text that the model reads at a time
@@ -42,7 +43,7 @@ class Choice:
 
 def choices(shortlist: int) -> list[Choice]:
     """The config's defaults; `BASE`; and `BASE` with one number changed."""
-    half = shortlist // 4  # of the gates' share: notes take no more
+    half = shortlist // 4  # of the gates' share: notes take no more, and each opened gate needs a key
     changes: dict[str, Sequence] = {
         "gates_per_group": (32, 64, 128, 512),
         "probes": tuple(n for n in (2, 4, 16, 32) if n <= half),
@@ -50,12 +51,7 @@ def choices(shortlist: int) -> list[Choice]:
         "notes": (False,),
         "dna_fraction": (0.35, 0.65),
     }
-    changed = [
-        Choice(f"{name}={value}", {**BASE, name: value})
-        for name, values in changes.items()
-        for value in values
-        if name != "max_notes" or value != BASE["max_notes"]
-    ]
+    changed = [Choice(f"{name}={value}", {**BASE, name: value}) for name, values in changes.items() for value in values]
     return [Choice("default"), Choice(", ".join(f"{name}={value}" for name, value in BASE.items()), BASE), *changed]
 
 
@@ -76,7 +72,7 @@ def keys_of(source: ModelSource, texts: Sequence[str], tokens: int) -> dict[int,
     """Un-rotated keys `(N, G, d)` of each layer, from the first `tokens` tokens of every text."""
     found: dict[int, list[Tensor]] = {}
     for name in texts:
-        ids = source.ids(source.encode(load_text(name).body)[:tokens])
+        ids = source.ids(source.encode(load_text(name).body[: tokens * CHARS_PER_TOKEN])[:tokens])
         for part in ids.split(PASS_TOKENS):
             for layer, captured in source.capture(part, keys_only=True).items():
                 found.setdefault(layer, []).append(captured.k)
@@ -85,20 +81,18 @@ def keys_of(source: ModelSource, texts: Sequence[str], tokens: int) -> dict[int,
 
 def fit_gates(source: ModelSource, keys: Mapping[int, Tensor], gates: int) -> dict[int, Gates]:
     """Gates of every layer, fitted to its keys by k-means."""
-    shape, fitted = source.shape, {}
-    for layer, its in keys.items():
-        fitted[layer] = Gates(shape.n_groups, gates, shape.head_dim, shape.n_heads // shape.n_groups).to(source.device)
-        fitted[layer].fit(its.to(source.device).float(), seed=SEED + 1000 * layer).eval()
-    return fitted
+    return {
+        layer: new_gates(source.shape, gates)
+        .to(source.device)
+        .fit(its.to(source.device).float(), seed=layer_seed(layer))
+        .eval()
+        for layer, its in keys.items()
+    }
 
 
 def config_of(source: ModelSource, shortlist: int, choice: Choice) -> AttentionConfig:
     """The config of the source's layers at flux alpha 1, all heads awake."""
-    shape = source.shape
-    return AttentionConfig(
-        d_model=shape.n_heads * shape.head_dim, n_heads=shape.n_heads, n_kv_heads=shape.n_groups,
-        head_dim=shape.head_dim, flux_alpha=1.0, route_heads=False, shortlist=shortlist, **choice.fields,
-    )  # fmt: skip
+    return source.shape.config(flux_alpha=1.0, route_heads=False, shortlist=shortlist, **choice.fields)
 
 
 def gap(source: ModelSource, ids: Tensor, dense: float, gates: Mapping[int, Gates], config: AttentionConfig):
@@ -107,8 +101,7 @@ def gap(source: ModelSource, ids: Tensor, dense: float, gates: Mapping[int, Gate
 
     def attend(layer: ProteusLayer) -> Callable:
         def run(call) -> Tensor:
-            where = {"inv_freq": call.inv_freq, "positions": call.positions, "scale": call.scale}
-            done = layer.run(call.q, call.k, call.v, **where)
+            done = layer.run_call(call)
             reads.append(done.result.reads.float().mean().item())
             return done.out
 
@@ -126,11 +119,12 @@ def measure_choices(
     fitted: dict[int, dict[int, Gates]] = {}
     for choice in tqdm(choices(shortlist), unit="choice"):
         config = config_of(source, shortlist, choice)
-        if config.gates_per_group not in fitted:
-            fitted[config.gates_per_group] = fit_gates(source, keys, config.gates_per_group)
+        count = config.gates_per_group
+        if count not in fitted:
+            fitted[count] = fit_gates(source, keys, count)
         for name, its in texts.items():
             pairs = zip(its, dense[name], strict=True)
-            found = [gap(source, ids, base, fitted[config.gates_per_group], config) for ids, base in pairs]
+            found = [gap(source, ids, base, fitted[count], config) for ids, base in pairs]
             gaps, reads = zip(*found, strict=True)
             yield {
                 "choice": choice.name,
@@ -174,8 +168,9 @@ def choice_table(report: dict) -> str:
     names = list(dict.fromkeys(row["text"] for row in report["rows"]))
     cells: dict[str, list[str]] = {}
     for row in report["rows"]:
-        error = f" ± {stdev(row['gaps']) / len(row['gaps']) ** 0.5:.3f}" if len(row["gaps"]) > 1 else ""
-        cells.setdefault(row["choice"], []).append(f"{fmean(row['gaps']):.3f}{error} ({row['reads']:.0f})")
+        error = standard_error(row["gaps"])
+        tail = "" if error is None else f" ± {error:.3f}"
+        cells.setdefault(row["choice"], []).append(f"{fmean(row['gaps']):.3f}{tail} ({row['reads']:.0f})")
     about = (
         f"{measured_on(report)}; {report['model']}, {report['passages']} passages of {report['tokens']:,} tokens, "
         f"L = {report['shortlist']}, gates fitted to {report['calibration_tokens']:,} tokens each of "

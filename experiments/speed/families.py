@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ...attention import AttentionConfig, Gates
+from ...attention import Gates
 from ...attention.adapter import ProteusLayer
 from ...common.machine import environment, markdown
 from ...common.outputs import output_file
@@ -192,11 +192,7 @@ def _layer(shape, alpha: float) -> ProteusLayer:
     torch.manual_seed(3)
     gates = Gates(shape.n_groups, 6, shape.head_dim, heads_per_group=shape.n_heads // shape.n_groups)
     gates.fit(torch.randn(200, shape.n_groups, shape.head_dim))
-    config = AttentionConfig(
-        d_model=shape.n_heads * shape.head_dim, n_heads=shape.n_heads, n_kv_heads=shape.n_groups,
-        head_dim=shape.head_dim, flux_alpha=alpha, shortlist=24, gates_per_group=6, route_heads=False,
-    )  # fmt: skip
-    return ProteusLayer(gates, config)
+    return ProteusLayer(gates, shape.config(flux_alpha=alpha, shortlist=24, gates_per_group=6, route_heads=False))
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:

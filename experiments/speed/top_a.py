@@ -9,7 +9,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated
 
 import torch
@@ -26,6 +26,7 @@ from ...lm.sampling import TopA
 from ...lm.shelf import ShelfTokenizer, shelf
 from ...lm.shelf.exam import HELD_OUT
 from ...lm.shipped import load_shipped
+from ..intervals import standard_error
 from .measure import publish
 
 MEASURED = {"repetition": "repeated 4-grams", "agreement": "agreement", "nll": "nats per token under dense"}
@@ -134,7 +135,7 @@ def top_a_table(report: dict) -> str:
 
 def _mean(some: list[Continuation], name: str) -> dict:
     values = [getattr(one, name) for one in some]
-    return {"mean": fmean(values), "error": stdev(values) / len(values) ** 0.5 if len(values) > 1 else None}
+    return {"mean": fmean(values), "error": standard_error(values)}
 
 
 def _cells(row: dict) -> list[str]:

@@ -48,9 +48,13 @@ class ProteusLayer:
 
     def __call__(self, call) -> Tensor:
         """`(B, T, H, d)`, before o_proj."""
+        return self.run_call(call).out
+
+    def run_call(self, call) -> LayerRun:
+        """What the layer does with an `AttentionCall`."""
         return self.run(
             call.q, call.k, call.v, inv_freq=call.inv_freq, positions=call.positions, scale=call.scale, real=call.keep
-        ).out
+        )
 
     def decide(
         self,

@@ -129,9 +129,7 @@ class Calibration:
             return self._gates[at]
 
     def _load_or_fit(self, layer: int, n_gates: int, progress: Progress | None, stop: Stop | None) -> Gates:
-        shape, seed = self.source.shape, SEED + 1000 * layer
-        with torch.random.fork_rng(devices=[]):  # new gates start at random; keep the caller's generator as it is
-            gates = Gates(shape.n_groups, n_gates, shape.head_dim, shape.n_heads // shape.n_groups)
+        gates = new_gates(self.source.shape, n_gates)
         recipe = self._recipe | {"layer": layer, "gates": n_gates}
         name = f"{self._label}-layer{layer}-gates{n_gates}"
         saved = self._store.read(name, recipe)
@@ -140,7 +138,7 @@ class Calibration:
         else:
             keys = self._keys_of(layer, progress, stop)
             check_stop(stop)
-            gates.fit(keys.float(), seed=seed)
+            gates.fit(keys.float(), seed=layer_seed(layer))
             self._store.write(name, gates.state_dict(), recipe)
         return gates.eval().to(self.source.device)
 
@@ -158,6 +156,17 @@ class Calibration:
                 self._store.write(name, saved, self._recipe)
             self._keys = {int(index): k for index, k in saved.items()}
         return self._keys[layer]
+
+
+def new_gates(shape: LayerShape, n_gates: int) -> Gates:
+    """Gates of a layer of `shape`, `n_gates` per KV group, not fitted yet."""
+    with torch.random.fork_rng(devices=[]):  # new gates start at random; keep the caller's generator as it is
+        return Gates(shape.n_groups, n_gates, shape.head_dim, shape.n_heads // shape.n_groups)
+
+
+def layer_seed(layer: int) -> int:
+    """The seed with which the gates of a layer are fitted."""
+    return SEED + 1000 * layer
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple]:

@@ -123,10 +123,10 @@ class ProteusAttention(nn.Module):
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
         eager = not (traced or torch.is_autocast_enabled(x.device.type))
         whole = not budget.dense and budget.keep_ratio == 1 and budget.heads_awake_max == cfg.heads_per_group
+        if not (eager and whole):
+            return False
         some_notes = budget.reads_some_notes(self.gates.gates_per_group)
-        return (
-            eager and whole and choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype, some_notes)[0] == "triton"
-        )
+        return choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype, some_notes)[0] == "triton"
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Un-rotated keys and values, `(B, T, G, d)` each."""

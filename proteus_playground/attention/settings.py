@@ -109,6 +109,13 @@ class LayerShape:
     head_dim: int
     rest: Mapping = field(default_factory=dict)  # fields of `AttentionConfig` that the model was trained with
 
+    def config(self, **others) -> AttentionConfig:
+        """A config of these sizes. others: its other fields."""
+        return AttentionConfig(
+            d_model=self.n_heads * self.head_dim, n_heads=self.n_heads, n_kv_heads=self.n_groups,
+            head_dim=self.head_dim, **others, **self.rest,
+        )  # fmt: skip
+
 
 def config_for(settings: Settings, shape: LayerShape) -> AttentionConfig:
     """The layer that `settings` describe. `ValueError` or `TypeError` names the setting."""
@@ -123,14 +130,7 @@ def config_for(settings: Settings, shape: LayerShape) -> AttentionConfig:
         raise ValueError(f"probes={settings.probes!r}: must be at most gates={settings.gates}")
     if settings.route_heads and settings.gates < r:
         raise ValueError(f"gates={settings.gates!r}: must be at least {r}, one per head of a group, to route heads")
-    return AttentionConfig(
-        d_model=shape.n_heads * shape.head_dim,
-        n_heads=shape.n_heads,
-        n_kv_heads=shape.n_groups,
-        head_dim=shape.head_dim,
-        **{control.of: values[control.name] for control in CONTROLS},
-        **shape.rest,
-    )
+    return shape.config(**{control.of: values[control.name] for control in CONTROLS})
 
 
 def settings_of(config: AttentionConfig) -> dict:

@@ -387,8 +387,8 @@ def test_the_readout_holds_measured_beside_predicted(bench):
     for word in ("keys per query", "latency", "predicted", "output error", "not run yet", f'"{bench.number}"'):
         assert word in html
     assert sentences.quantity(3.2e9, "FLOP") == "3.2 GFLOP" and sentences.quantity(0, "B") == "0 B"
-    assert "rings 32" in text_of(readout.split_html(bench.drawn.view.budget, 32))
-    assert "Dense" in readout.split_html({"dense": True}, 32)
+    assert "rings 32" in text_of(readout.split_html(bench.drawn.view.budget))
+    assert "Dense" in readout.split_html({"dense": True})
 
 
 # Without a model

@@ -109,5 +109,4 @@ class Board(Panel):
 
     def _draw_split(self) -> None:
         if self.more.value and self.drawn is not None:
-            budget, gates = self.drawn.view.budget, self.drawn.wanted.settings.gates
-            self.layer_controls.split.value = readout.split_html(budget, gates)
+            self.layer_controls.split.value = readout.split_html(self.drawn.view.budget)

@@ -55,13 +55,13 @@ def _model_cell(model: ModelView | None, settings: Settings) -> str:
     return cell(label, f"{model.nll:.3f} ({model.perplexity:.1f})", below, tip, "pp-old" if old else "")
 
 
-def split_html(budget: dict, gates: int) -> str:
-    """A bar that shows how one query's reads are divided. gates: of a KV group, each with one note."""
+def split_html(budget: dict) -> str:
+    """A bar that shows how one query's reads are divided."""
     if budget.get("dense"):
         return '<div class="pp-split-note">Dense: a query reads every earlier token, so no budget is divided.</div>'
     parts = {
         "window": budget["window"] + budget["block"], "anchors": budget["anchors"],
-        "rings": budget["probes"] * budget["ring"], "notes": gates if budget["notes"] else 0,
+        "rings": budget["probes"] * budget["ring"], "notes": budget["notes"],
     }  # fmt: skip
     total = max(1, sum(parts.values()))
     bars = "".join(

@@ -46,10 +46,10 @@ def memberships(short: Shortlist, heads: int, rows: Tensor | None = None, order:
     for opened in short.probes[:, rows].transpose(1, 2).unbind(-1):  # (B, H, R), -1 for none
         inside = retired & (gate == opened[..., None]) & (opened >= 0)[..., None]
         rings |= _last(inside, short.ring, order)
-    notes = torch.zeros_like(rings)
     if short.noted is None:
         notes = retired & (gate >= 0) & ~rings
     else:
+        notes = torch.zeros_like(rings)
         for noted in short.noted[:, rows].transpose(1, 2).unbind(-1):
             notes |= retired & (gate == noted[..., None]) & (noted >= 0)[..., None] & ~rings
     window = (key <= rows[:, None]) & ~retired

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tomllib
 from importlib.resources import files
 
+WORDS = tomllib.loads((files(__package__) / "words.toml").read_text(encoding="utf-8"))
 KINDS, DISHES, THINGS, NAMES, PLACES, SIDES, DAYS = (
-    words.split() for words in tomllib.loads((files(__package__) / "words.toml").read_text(encoding="utf-8")).values()
-)  # in the order of the file
+    WORDS[name].split() for name in ("kinds", "dishes", "things", "names", "places", "sides", "days")
+)
 NUMBERS = [str(n) for n in range(2, 100)]
