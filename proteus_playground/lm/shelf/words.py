@@ -5,8 +5,8 @@ from __future__ import annotations
 import tomllib
 from importlib.resources import files
 
-WORDS = tomllib.loads((files(__package__) / "words.toml").read_text(encoding="utf-8"))
+_lists = tomllib.loads((files(__package__) / "words.toml").read_text(encoding="utf-8"))
 KINDS, DISHES, THINGS, NAMES, PLACES, SIDES, DAYS = (
-    WORDS[name].split() for name in ("kinds", "dishes", "things", "names", "places", "sides", "days")
+    _lists[name].split() for name in ("kinds", "dishes", "things", "names", "places", "sides", "days")
 )
 NUMBERS = [str(n) for n in range(2, 100)]
