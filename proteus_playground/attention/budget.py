@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from math import floor, log
 from typing import TYPE_CHECKING
 
+from torch import SymInt
+
 from ..common.checks import whole_number
 
 if TYPE_CHECKING:
@@ -74,7 +76,8 @@ def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = No
     flux_alpha: in [0, 1], overrides `cfg.flux_alpha`; when both are None the length decides. Raises `TypeError` or
     `ValueError` naming the argument.
     """
-    whole_number("tokens", tokens, 1)
+    if not isinstance(tokens, SymInt):  # a length that torch.export leaves open
+        whole_number("tokens", tokens, 1)
     alpha = cfg.flux_alpha if flux_alpha is None else flux_alpha
     if alpha is None:
         alpha = alpha_for_length(tokens, cfg.dense_below, cfg.shortlist_from)

@@ -88,10 +88,7 @@ def kept_tokens(
     real: `(B, T)` bool, False at padding. before: `(B,)`, tokens already kept of the sequences that these continue.
     training: keep everything as long as no salience has been measured, which is so in a layer's first training pass.
     """
-    ratio = budget.keep_ratio
-    if training and ratio < 1 and bool(gates.salience_quantiles[0].isnan()):
-        ratio = 1.0
-    return gates.keep_tokens(k, ratio, cfg.n_anchors, real, before)
+    return gates.keep_tokens(k, budget.keep_ratio, cfg.n_anchors, real, before, training)
 
 
 def weigh(out: Tensor, weight: Tensor | None) -> Tensor:

@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends.dispatch import attend, choose_backend, dense, dense_lse
+from .backends.dispatch import attend, choose_backend, dense, dense_lse, without_triton
+from .backends.operator import attend_as_operator
 from .budget import Budget
 from .gates import Gates
 from .rope import rotate
 from .shortlist import Shortlist, build_shortlist, count_reads
+from .transforms import hides_values, is_transformed
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,15 @@ def proteus_attention(
     check_budget(budget, q.shape[1], gates.gates_per_group)
     some_notes = budget.reads_some_notes(gates.gates_per_group)
     name, why = choose_backend(q.device, backend, q.shape[-1], q.dtype, some_notes)
+    if name == "triton" and is_transformed():
+        name, why = without_triton(backend)
     if int8 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("int8=True: int8 keys and values have no gradient; call under torch.no_grad()")
     if budget.dense and name != "reference":
         name, why = "dense", "everything fits the budget: fused scaled_dot_product_attention"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # Triton reads the lengths on the device; the other backends work on fewer rows, for which the host must know them.
-    kept = _keep(q, k, v, positions, keep, awake, trim=name != "triton")
+    kept = _keep(q, k, v, positions, keep, awake, trim=name != "triton" and not hides_values())
     lse = short = None
     if name == "dense":
         rotated_q, rotated_k = (rotate(x, kept.positions, inv_freq) for x in (kept.q, kept.k))
@@ -101,21 +105,12 @@ def proteus_attention(
         if return_lse:
             lse = dense_lse(rotated_q, rotated_k, scale)
     else:
-        out, lse, short = attend(
-            kept.q,
-            kept.k,
-            kept.v,
-            gates,
-            budget,
-            positions=kept.positions,
-            inv_freq=inv_freq,
-            length=kept.length,
-            awake=kept.awake,
-            scale=scale,
-            int8=int8,
-            explain=explain,
-            backend=name,
-        )
+        where = {"positions": kept.positions, "inv_freq": inv_freq, "length": kept.length, "awake": kept.awake}
+        arguments = {**where, "scale": scale, "int8": int8, "backend": name}
+        if hides_values() and name != "triton" and not explain:
+            out, lse = attend_as_operator(kept.q, kept.k, kept.v, gates, budget, **arguments)
+        else:
+            out, lse, short = attend(kept.q, kept.k, kept.v, gates, budget, **arguments, explain=explain)
     reads = gate = None
     if explain:
         reads = _dense_reads(kept.q) if budget.dense else count_reads(short)
@@ -136,7 +131,7 @@ def prepare(q, k, v, gates: Gates, budget: Budget, *, inv_freq, positions, keep)
 
     Arguments as in `proteus_attention`, already checked.
     """
-    kept = _keep(q, k, v, positions, keep, None, trim=True)
+    kept = _keep(q, k, v, positions, keep, None, trim=not hides_values())
     with torch.no_grad():
         gate = gates.lure(kept.k)[0]
         short = None if budget.dense else build_shortlist(gate, kept.q, gates, budget, kept.length)

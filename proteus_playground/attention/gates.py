@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..common.checks import whole_number
 from .precision import at_least_float32
+from .transforms import records, refuse, without_grad
 
 OBSERVE_LIMIT = 1 << 13  # keys one training pass adds to the moving averages
 FIT_LIMIT = 1 << 16  # keys that k-means uses; more change a centroid by less than its own noise
@@ -106,7 +107,7 @@ class Gates(nn.Module):
             cos = torch.einsum("...gd,gcd->...gc", unit, self.prototypes.to(unit.dtype))
             return cos.masked_fill(~self.alive, -torch.inf)
 
-    @torch.no_grad()
+    @without_grad
     def lure(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """The gate that each key falls into, and the cosine: `(..., G, d)` -> two `(..., G)` (int64, float32).
 
@@ -116,7 +117,7 @@ class Gates(nn.Module):
         best, gate = self.cosines(k).max(dim=-1)
         return gate, best
 
-    @torch.no_grad()
+    @without_grad
     def salience(self, k: Tensor) -> Tensor:
         """How strongly a token is lured: max cosine x that gate's confidence, mean over groups.
 
@@ -128,36 +129,42 @@ class Gates(nn.Module):
     def _per_gate(self, table: Tensor, gate: Tensor) -> Tensor:
         return table[torch.arange(self.n_groups, device=gate.device), gate]
 
-    @torch.no_grad()
-    def keep_mask(self, k: Tensor, keep_ratio: float) -> Tensor:
+    @without_grad
+    def keep_mask(self, k: Tensor, keep_ratio: float, training: bool = False) -> Tensor:
         """Which tokens are salient: at or above the (1 - keep_ratio) quantile of the stored histogram. `(B, T)` bool.
 
-        The decision uses the token alone, so it is causal and the same in streaming. Raises `ValueError` when
-        keep_ratio < 1 and no quantiles were ever measured.
+        The decision uses the token alone, so it is causal and the same in streaming. Where keep_ratio < 1 and no
+        quantiles were ever measured, it keeps every token if `training`, else it raises `ValueError`.
         """
         if not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio={keep_ratio!r}: must be in (0, 1]")
         if keep_ratio == 1:
             return torch.ones(k.shape[:-2], dtype=torch.bool, device=k.device)
-        if self.salience_quantiles[0].isnan():
-            raise ValueError(
-                f"keep_ratio={keep_ratio!r}: below 1 the gates need salience quantiles; "
-                "call calibrate(x) or fit(k), or train first"
-            )
-        return ~(self.salience(k) < self._quantile(1 - keep_ratio))  # NaN is kept, so that the loss shows it
+        quantile = self._quantile(1 - keep_ratio)
+        if not training:
+            needed = f"keep_ratio={keep_ratio!r}: below 1 the gates need salience quantiles; "
+            quantile = refuse(quantile.isnan(), needed + "call calibrate(x) or fit(k), or train first", quantile)
+        return ~(self.salience(k) < quantile)  # NaN is kept, so that the loss shows it
 
     def keep_tokens(
-        self, k: Tensor, keep_ratio: float, n_anchors: int, real: Tensor | None = None, before: Tensor | None = None
+        self,
+        k: Tensor,
+        keep_ratio: float,
+        n_anchors: int,
+        real: Tensor | None = None,
+        before: Tensor | None = None,
+        training: bool = False,
     ) -> Tensor | None:
         """Tokens that take part, `(B, T)` bool, None for all: the salient ones and the first few, but no padding.
 
         real: `(B, T)` bool, False at padding. before: `(B,)`, how many tokens of each sequence were kept before these.
+        training: as in `keep_mask`.
         The first max(1, n_anchors) real tokens of a sequence stay: many rows attend to them (attention sinks), but
         they resemble no prototype, so salience alone would drop them.
         """
         if keep_ratio == 1:
             return real
-        salient = self.keep_mask(k, keep_ratio)
+        salient = self.keep_mask(k, keep_ratio, training)
         real = torch.ones_like(salient) if real is None else real
         nth = real.cumsum(1) if before is None else real.cumsum(1) + before[:, None]
         return real & (salient | (nth <= max(1, n_anchors)))
@@ -217,7 +224,8 @@ class Gates(nn.Module):
             one_hot = one_hot * keep[:, None, None]
         return one_hot.sum(0), torch.einsum("ngc,ngf->gcf", one_hot, values.reshape(-1, *values.shape[-2:]))
 
-    @torch.no_grad()
+    @records
+    @without_grad
     def observe(self, k: Tensor, keep: Tensor) -> None:
         """Record the keys `(B, T, G, d)` of a training pass, where `keep` (B, T), for the next `fold`.
 
@@ -230,8 +238,8 @@ class Gates(nn.Module):
         keys = F.normalize(k[:, ::step].detach().float(), dim=-1).flatten(0, 1).nan_to_num(0, 0, 0)  # (N, G, d)
         gate, best = self.lure(keys)
         count, total = self._per_gate_sums(gate, keys, keep)
-        self.pending_count += count
-        self.pending_sum += total
+        self.pending_count = self.pending_count + count
+        self.pending_sum = self.pending_sum + total
         any_kept = keep.any()  # stays on the device: reading it here would make a GPU wait
         worst = (
             best.mean(-1).masked_fill(~keep, torch.inf).argmin()
@@ -242,7 +250,8 @@ class Gates(nn.Module):
         updated = torch.where(stored.isnan(), measured, torch.lerp(measured, stored, self.ema_decay))
         self.pending_quantiles = torch.where(any_kept, updated, self.pending_quantiles)
 
-    @torch.no_grad()
+    @records
+    @without_grad
     def fold(self) -> None:
         """Move prototypes, usage and confidence towards the keys observed since the last fold (moving averages).
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .config import AttentionConfig
 from .decide import TokenDecisions
+from .transforms import hides_values, in_vmap
 
 GROUPED_FROM = 4  # project head by head once all heads together are this many times wider than the model
 
@@ -57,7 +58,7 @@ def project_queries(
     projected head by head, the mean comes from the mean weight, and the queries are None.
     """
     G, r = cfg.n_kv_heads, cfg.heads_per_group
-    if slots is None or not is_grouped(cfg, slots):
+    if slots is None or not is_grouped(cfg, slots, x, q_proj.weight):
         queries = q_proj(x).unflatten(-1, (G, r, cfg.head_dim))
         return queries, None if slots is None else queries.mean(3)
     weight = _per_head(q_proj.weight, cfg).unflatten(0, (G, r)).mean(1)  # (G, d, D)
@@ -81,16 +82,17 @@ def merge_heads(out: Tensor, o_proj: nn.Linear, cfg: AttentionConfig, rows: Head
     """Project the rows' weighted outputs and add them up: `(B, T, G, K, d)` -> `(B, T, D)`."""
     if rows.slot is None:
         return o_proj(out.flatten(2))
-    if is_grouped(cfg, rows.slot.shape[-1]):
+    if is_grouped(cfg, rows.slot.shape[-1], out, o_proj.weight):
         y = project_out(out, _per_head(o_proj.weight.T, cfg), _head_of_slot(rows.slot, cfg), rows.real)
         return y if o_proj.bias is None else y + o_proj.bias
     every_head = out.new_zeros(*out.shape[:3], cfg.heads_per_group, cfg.head_dim)
     return o_proj(every_head.scatter(3, rows.slot[..., None].expand_as(out), out).flatten(2))
 
 
-def is_grouped(cfg: AttentionConfig, slots: int) -> bool:
-    """Whether rows are projected head by head."""
-    return slots < cfg.heads_per_group and cfg.n_heads * cfg.head_dim > GROUPED_FROM * cfg.d_model
+def is_grouped(cfg: AttentionConfig, slots: int, x: Tensor, weight: Tensor) -> bool:
+    """Whether rows of x are projected head by head. Without a grouped matmul, Python must know how many each has."""
+    wide = slots < cfg.heads_per_group and cfg.n_heads * cfg.head_dim > GROUPED_FROM * cfg.d_model
+    return wide and (not hides_values() or (_has_grouped_matmul(x, weight) and not in_vmap()))
 
 
 def _per_head(weight: Tensor, cfg: AttentionConfig) -> Tensor:
@@ -150,9 +152,13 @@ def _matmul_by_head(rows: Tensor, weight: Tensor, count: Tensor) -> Tensor:
     Rows after the counted ones hold arbitrary values in the result. PyTorch's grouped matmul is used where there is
     one for the device, since it reads the counts there and makes nothing wait.
     """
-    grouped = getattr(torch.nn.functional, "grouped_mm", None)
-    if grouped and rows.is_cuda and rows.dtype == torch.bfloat16 == weight.dtype:
-        return grouped(rows, weight, offs=count.cumsum(0, dtype=torch.int32))
+    if _has_grouped_matmul(rows, weight):
+        return torch.nn.functional.grouped_mm(rows, weight, offs=count.cumsum(0, dtype=torch.int32))
     runs = count.tolist()
     parts = [part @ weight[h] for h, part in enumerate(rows[: sum(runs)].split(runs)) if len(part)]
     return torch.cat([*parts, rows.new_zeros(len(rows) - sum(runs), weight.shape[2], dtype=(parts or [rows])[0].dtype)])
+
+
+def _has_grouped_matmul(rows: Tensor, weight: Tensor) -> bool:
+    known = hasattr(torch.nn.functional, "grouped_mm") and rows.is_cuda
+    return known and rows.dtype == torch.bfloat16 == weight.dtype

@@ -27,6 +27,7 @@ from .heads import HeadRows, awake_queries, merge_heads, pick_rows, project_quer
 from .records import AttentionTrace, LayerOutput, stats_of, trace_of
 from .rope import Frequencies
 from .routing import Router, is_learning
+from .transforms import is_transformed
 
 TOKENS_PER_STEP = 1 << 16  # tokens whose keys and values are held at a time while a prefill fills a bank
 
@@ -120,7 +121,7 @@ class ProteusAttention(nn.Module):
     def _fits_pieces(self, x: Tensor, budget: Budget) -> bool:
         """Whether the Triton backend can run the whole layer piece by piece: no token dropped, no gradient needed."""
         cfg = self.cfg
-        traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()
         eager = not (traced or torch.is_autocast_enabled(x.device.type))
         whole = not budget.dense and budget.keep_ratio == 1 and budget.heads_awake_max == cfg.heads_per_group
         if not (eager and whole):
@@ -178,10 +179,9 @@ class ProteusAttention(nn.Module):
             if self.router is not None:
                 self.router.fold()
 
-    @torch.no_grad()
     def _observe(self, k: Tensor, decisions: TokenDecisions, y: Tensor) -> None:
         """Record this pass for the next `_fold`, unless the keys or the output y hold NaN or infinite values."""
-        keep = decisions.keep
+        k, y, keep = k.detach(), y.detach(), decisions.keep
         if keep is None:
             keep = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
         finite = (k.isfinite().all(-1).all(-1) | ~keep).all() & y.isfinite().all()  # stays on the device
@@ -370,6 +370,10 @@ class ProteusAttention(nn.Module):
         return attn.to(device)
 
     def _check(self, x, positions, padding, budget=None) -> None:
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace would repeat the choices made for one text: use torch.export.export or torch.compile"
+            )
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x={type(x).__name__}: expected a floating-point tensor (B, T, D)")
         if x.dim() != 3 or x.shape[2] != self.cfg.d_model or 0 in x.shape:
@@ -395,7 +399,8 @@ class ProteusAttention(nn.Module):
 
 def ordinary_tensors():
     """A block whose results may be used by autograd later, even in `torch.inference_mode`."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    leave = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if leave else nullcontext()
 
 
 def _without_padding(x: Tensor, padding: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from .config import AttentionConfig
 from .functional import prepare
 from .layer import ProteusAttention
 from .shortlist import everything
+from .transforms import refuse
 
 
 class CausalProteusMultiheadAttention(nn.Module):
@@ -94,7 +95,7 @@ class CausalProteusMultiheadAttention(nn.Module):
         if is_self_attention:
             if key_padding_mask is not None:
                 q = q.masked_fill(key_padding_mask[..., None], 0)  # padding may hold any value, NaN included
-            _check_causal(attn_mask, q.shape[1])
+            q = _check_causal(attn_mask, q)
             out = self.attn(q, key_padding_mask=key_padding_mask)
             shown = self._weights(q, key_padding_mask) if need_weights else None
         else:
@@ -161,22 +162,22 @@ def _as_padding(mask: Tensor | None, k: Tensor) -> Tensor | None:
 def _hidden(mask: Tensor, name: str) -> Tensor:
     """Where a float mask hides a key: at -inf or finfo.min (below -1e4). Raises for other values, except 0."""
     hidden = mask < -1e4
-    if mask[~hidden].any():
-        raise ValueError(f"{name} holds values such as {mask[~hidden].abs().max():g}: must be 0 or -inf (no biases)")
-    return hidden
+    biases = mask.masked_fill(hidden, 0).flatten()
+    largest = F.pad(biases.abs(), (0, 1)).max()  # an empty mask has no maximum
+    return refuse(largest, name + " holds values such as {wrong}: must be 0 or -inf (no biases)", hidden)
 
 
-def _check_causal(mask: Tensor | None, T: int) -> None:
-    """Raise unless the mask is None or the causal one."""
+def _check_causal(mask: Tensor | None, q: Tensor) -> Tensor:
+    """q `(B, T, D)`. Raises unless the mask is None or the causal one."""
     if mask is None:
-        return
-    hidden = mask if mask.dtype == torch.bool else _hidden(mask, "attn_mask")
+        return q
+    hidden, T = mask if mask.dtype == torch.bool else _hidden(mask, "attn_mask"), q.shape[1]
+    allowed = f"self-attention is causal; must be None or the ({T}, {T}) causal mask"
+    message = f"attn_mask of shape {tuple(mask.shape)}: {allowed}"
+    if tuple(mask.shape) != (T, T):
+        raise ValueError(message)
     causal = torch.ones(T, T, dtype=torch.bool, device=mask.device).triu(1)
-    if tuple(mask.shape) != (T, T) or not torch.equal(hidden, causal):
-        raise ValueError(
-            f"attn_mask of shape {tuple(mask.shape)}: self-attention is causal; must be None or the "
-            f"({T}, {T}) causal mask"
-        )
+    return refuse((hidden != causal).any(), message, q)
 
 
 def _merge_masks(q, k, padding, attn_mask, is_causal) -> Tensor | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .precision import at_least_float32
+from .transforms import records, without_grad
 
 if TYPE_CHECKING:
     from .config import AttentionConfig
@@ -38,12 +39,14 @@ class Router(nn.Module):
         """Gate logits: `(B, T, D)` -> `(B, T, G, C)`."""
         return torch.einsum("btd,gcd->btgc", x, self.weight.to(x.dtype))
 
-    @torch.no_grad()
+    @records
+    @without_grad
     def observe(self, awake: Tensor, keep: Tensor) -> None:
         """Add the load of a training pass: awake `(B, T, G, r)` bool, keep `(B, T)` bool."""
-        self.pending_load += (awake & keep[..., None, None]).sum((0, 1))
+        self.pending_load = self.pending_load + (awake & keep[..., None, None]).sum((0, 1))
 
-    @torch.no_grad()
+    @records
+    @without_grad
     def fold(self) -> None:
         """Raise the bias of under-used heads and lower that of over-used ones by the balance rate.
 
@@ -55,8 +58,11 @@ class Router(nn.Module):
 
 
 def is_learning(module: nn.Module) -> bool:
-    """Whether `module` should record what this pass sees: in training, but not when checkpointing recomputes a pass."""
-    return module.training and torch._C._current_graph_task_id() == -1
+    """Whether `module` should record what this pass sees: in training, but not when checkpointing recomputes a pass.
+
+    A compiler cannot tell: there `records` decides when the graph runs.
+    """
+    return module.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1)
 
 
 def route(

@@ -25,6 +25,7 @@ from ..gates import Gates
 from ..int8 import through_int8
 from ..precision import at_least_float32
 from ..shortlist import Shortlist, build_shortlist, everything
+from ..transforms import in_forward_mode, is_transformed
 
 SCORES_PER_STEP = 1 << 22  # scores held at a time while a dense log-sum-exp is computed
 
@@ -60,6 +61,14 @@ def choose_backend(
     if device.type == "cuda":
         return "torch", f"PyTorch tiles. {why}"
     return "torch", {"mps": "Apple GPU: PyTorch tiles"}.get(device.type, "CPU: PyTorch tiles, no GPU is in use")
+
+
+def without_triton(wanted: str) -> tuple[str, str]:
+    """The backend for a GPU where Triton's kernels have no derivative, and why. Raises `ValueError` for 'triton'."""
+    why = "torch.func and forward-mode derivatives reach no Triton kernel"
+    if wanted == "triton":
+        raise ValueError(f"backend='triton': {why}; must be 'auto', 'torch' or 'reference' here")
+    return "torch", f"PyTorch tiles: {why}"
 
 
 @torch.compiler.assume_constant_result
@@ -137,7 +146,8 @@ def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor | None) -> Tens
     """
     if inv_freq is None:
         return x
-    if x.is_cuda and x.stride(-1) == 1 and probe_triton(x.device, x.shape[-1], x.dtype)[0]:
+    plain = not x.is_cuda or x.stride(-1) != 1 or is_transformed()
+    if not plain and probe_triton(x.device, x.shape[-1], x.dtype)[0]:
         from .fused.operators import rotate as run
     else:
         from .pytorch.rotation import rotate as run
@@ -172,6 +182,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if grouped and q.device.type != "cpu" and order is None:  # not every GPU kernel takes groups
         kh, vh = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=1) for x in (kh, vh))
         grouped = False
+    order = [SDPBackend.MATH] if in_forward_mode() else order  # the only kernel with such a derivative
     with sdpa_kernel(order, set_priority=True) if order else nullcontext():
         out = F.scaled_dot_product_attention(qh, kh, vh, is_causal=True, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -11,6 +11,8 @@ sequence, `U` blocks of all sequences (the batch is one long run of blocks), `C`
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...precision import wide_dtype
 from ...shortlist import Shortlist
+from ...transforms import in_forward_mode, in_func
 from .keys import sort_keys
 from .notes import Notes
 from .rings import Rings, key_columns
@@ -32,7 +35,8 @@ CHUNK = 64  # keys of a gate that are summed before the sum is carried over
 
 def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> tuple[Tensor, Tensor]:
     """Rotated q `(B, T, H, d)`, rotated k and v `(B, T, G, d)` -> out like q, log-sum-exp `(B, T, H)` float32."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+    differentiable = torch.is_grad_enabled() and (in_func() or any(x.requires_grad for x in (q, k, v)))
+    with torch.set_grad_enabled(differentiable or in_forward_mode()):
         return _attend(q, k, v, short, scale)
 
 
@@ -45,7 +49,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> 
     work, total, learning = _Blocks(q, k, v, short, scale), B * N, torch.is_grad_enabled()
     cuts = [slice(i, min(i + work.step, total)) for i in range(head, total, work.step)]
     if learning:
-        parts = [checkpoint(work.run, cut, use_reentrant=False, preserve_rng_state=False) for cut in cuts]
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        run = work.run if in_func() else partial(again, work.run)  # torch.func knows no checkpoints
+        parts = [run(cut) for cut in cuts]
         out, lse = (torch.cat([x[0].new_zeros(head, *x[0].shape[1:]), *x]) for x in zip(*parts, strict=True))
     else:
         out, lse = q.new_empty(total, b, H, d), q.new_empty(total, b, H, dtype=wide_dtype(q.dtype))
