@@ -83,6 +83,15 @@ class Gates(nn.Module):
     def head_dim(self) -> int:
         return self.prototypes.shape[2]
 
+    @classmethod
+    def of(cls, prototypes: Tensor, alive: Tensor) -> Gates:
+        """Gates with prototypes `(G, C, d)` and `alive` `(G, C)` only: they can lure keys, and no more."""
+        gates = cls.__new__(cls)
+        nn.Module.__init__(gates)
+        gates.register_buffer("prototypes", prototypes)
+        gates.register_buffer("alive", alive)
+        return gates
+
     def group(self, index: int) -> Gates:
         """The gates of one KV group, sharing their memory, as `Gates` of a single group."""
         one = Gates(1, self.gates_per_group, self.head_dim, ema_decay=self.ema_decay)

@@ -15,7 +15,7 @@ from .config import AttentionConfig
 from .functional import prepare
 from .layer import ProteusAttention
 from .shortlist import everything
-from .transforms import refuse
+from .transforms import in_vmap, refuse
 
 
 class CausalProteusMultiheadAttention(nn.Module):
@@ -111,6 +111,8 @@ class CausalProteusMultiheadAttention(nn.Module):
     def _weights(self, x: Tensor, padding: Tensor | None) -> Tensor:
         """Attention weights of self-attention, `(B, H, T, T)`."""
         attn, cfg = self.attn, self.attn.cfg
+        if in_vmap():
+            raise RuntimeError("need_weights=True: must be False under torch.func.vmap")
         q, k, v = (proj(x).unflatten(-1, (-1, cfg.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
         budget = plan_budget(cfg, x.shape[1])
         ready = prepare(

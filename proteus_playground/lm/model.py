@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..attention import AttentionConfig, AttentionTrace, KVBank, ProteusAttention
+from ..attention.transforms import hides_values
 from ..common.checks import real_number, whole_number
 from ..common.tensors import read_tensors, write_tensors
 from .experts import Experts
@@ -326,8 +327,8 @@ class ProteusLM(nn.Module):
         if ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"ids has shape {tuple(ids.shape)}: must be (B, T), no axis empty")
         V = self.cfg.vocab_size
-        # Only on the CPU: the check would wait for a GPU.
-        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < V:
+        # Only on the CPU, since the check would wait for a GPU; a compiled graph leaves it to the embedding.
+        if ids.device.type == "cpu" and not hides_values() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
             raise ValueError(f"ids runs from {int(ids.min())} to {int(ids.max())}: must be in [0, {V})")
 
     # -- files ------------------------------------------------------------------------------------------------

@@ -40,9 +40,7 @@ def attend_as_operator(
 
 def _run(q, k, v, prototypes, alive, positions, inv_freq, length, awake, sizes, scale, int8, backend):
     """`dispatch.attend` on the rows that some sequence needs; the others are zero."""
-    with torch.device("meta"):
-        gates = Gates(*alive.shape, q.shape[-1])
-    gates.prototypes, gates.alive = prototypes, alive
+    gates = Gates.of(prototypes, alive)
     plan = Budget(**dict.fromkeys(_SHARES, 1.0), **dict(zip(_SIZES, sizes, strict=True)))
     tokens = q.shape[1]
     most = tokens if length is None else max(1, int(length.max()))
