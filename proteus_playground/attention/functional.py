@@ -87,7 +87,7 @@ def proteus_attention(
     """
     check_inputs(q, k, v, gates, positions, keep, awake, inv_freq)
     check_budget(budget, q.shape[1], gates.gates_per_group)
-    some_notes = budget.reads_some_notes(gates.gates_per_group)
+    some_notes = True if budget.reads_some_notes(gates.gates_per_group) else False  # noqa: SIM210 (may be symbolic)
     name, why = choose_backend(q.device, backend, q.shape[-1], q.dtype, some_notes)
     if name == "triton" and is_transformed():
         name, why = without_triton(backend)

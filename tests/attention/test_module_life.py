@@ -1,4 +1,4 @@
-"""What a module goes through besides a plain pass: other precisions, NaN, inference mode, meta tensors, compilers."""
+"""What a module goes through besides a plain pass: other precisions, NaN, inference mode, meta tensors, checkpoints."""
 
 import copy
 import pickle
