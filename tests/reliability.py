@@ -32,6 +32,7 @@ PROMISES = {
     "Links": [OUTPUTS, "-k", "link"],
     "Control tokens in a document or a question": ["tests/hf/test_plain_text.py"],
     "Encodings": ["tests/common/test_encodings.py"],
+    "Compilers and module life": ["tests/attention/test_compilers.py", "tests/attention/test_module_life.py"],
     "Bad input, all together": ["tests", "-m", "bad_input"],
     "Bad input without the two tests that go through all options": [
         "tests",

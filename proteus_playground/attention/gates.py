@@ -138,7 +138,6 @@ class Gates(nn.Module):
     def _per_gate(self, table: Tensor, gate: Tensor) -> Tensor:
         return table[torch.arange(self.n_groups, device=gate.device), gate]
 
-    @without_grad
     def keep_mask(self, k: Tensor, keep_ratio: float, training: bool = False) -> Tensor:
         """Which tokens are salient: at or above the (1 - keep_ratio) quantile of the stored histogram. `(B, T)` bool.
 

@@ -11,9 +11,8 @@ from functools import wraps
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, get_unwrapped, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.func import debug_unwrap
 
 
 def in_func() -> bool:
@@ -22,7 +21,7 @@ def in_func() -> bool:
 
 
 def in_vmap() -> bool:
-    """Whether one of these transforms is `vmap`, under which a tensor has no values that Python could read."""
+    """Whether one of these transforms is `vmap`."""
     return in_func() and any(level.key() == TransformType.Vmap for level in get_interpreter_stack())
 
 
@@ -49,6 +48,9 @@ def refuse(wrong: Tensor, message: str, x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _refuse(wrong, message, x)
+    if in_func():  # also for the values that `vmap` hides
+        with temporarily_clear_interpreter_stack():
+            return refuse(_plain(wrong).max(), message, x)
     if wrong:
         raise ValueError(message.format(wrong=f"{float(wrong):g}"))
     return x
@@ -64,6 +66,14 @@ def _(wrong, message, x):
     return torch.empty_like(x)
 
 
+_refuse.register_autograd(lambda ctx, grad: (None, None, grad))
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The ordinary tensor inside one of `torch.func`."""
+    return _plain(get_unwrapped(x)) if is_functorch_wrapped_tensor(x) else x
+
+
 def without_grad(method):
     """As `torch.no_grad`, but never entered twice: torch.export cannot load the empty blocks that it saves then."""
 
@@ -73,9 +83,6 @@ def without_grad(method):
             return method(*arguments, **named)
 
     return run
-
-
-_refuse.register_autograd(lambda ctx, grad: (None, None, grad))
 
 
 def records(method):
@@ -89,12 +96,13 @@ def records(method):
     def run(module, *tensors: Tensor) -> None:
         if torch.compiler.is_compiling():
             before = dict(module.named_buffers(recurse=False))
+            exporting = getattr(torch.compiler, "is_exporting", bool)()  # export keeps no buffer that was replaced
             method(module, *tensors)
             for name, old in before.items():
                 new = getattr(module, name)
                 if new is not old:
                     new = torch.where(_is_first_pass(new), new, old)
-                    setattr(module, name, old.copy_(new) if torch.compiler.is_exporting() else new)
+                    setattr(module, name, old.copy_(new) if exporting else new)
         elif in_func():
             if in_vmap():
                 raise RuntimeError(
@@ -102,7 +110,7 @@ def records(method):
                     "recorded; call eval()"
                 )
             with temporarily_clear_interpreter_stack():
-                method(module, *(debug_unwrap(x) for x in tensors))
+                method(module, *(_plain(x) for x in tensors))
         else:
             method(module, *tensors)
 

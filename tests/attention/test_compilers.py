@@ -71,11 +71,10 @@ def test_compilers_and_func_give_what_eager_gives(alpha, way):
     assert_same(WAYS[way](attn), by_autograd(copy.deepcopy(attn)))
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("changes", [GROUPED, {"backend": "reference"}, {"max_notes": 2}])
-def test_so_do_other_kinds_of_layers(changes, way):
+def test_other_kinds_of_layers_compile_too(changes):
     attn = layer(**changes)
-    assert_same(WAYS[way](attn), by_autograd(copy.deepcopy(attn)))
+    assert_same(WAYS["compile"](attn), by_autograd(copy.deepcopy(attn)))
 
 
 @pytest.mark.parametrize("way", [compiled, exported, lambda module: module])
@@ -136,7 +135,7 @@ def test_vmap_and_gradients_per_sample(alpha):
 
 
 def test_vmap_over_layers():
-    layers = [layer(seed) for seed in range(3)]
+    layers = [layer(seed, keep_ratio=0.6) for seed in range(3)]
     params, buffers = func.stack_module_state(layers)
 
     def run(params, buffers):
@@ -144,6 +143,9 @@ def test_vmap_over_layers():
 
     for y, attn in zip(func.vmap(run)(params, buffers), layers, strict=True):
         assert off_by(y, attn(X)) <= 1e-5
+    buffers["gates.salience_quantiles"][1] = torch.nan
+    with pytest.raises(ValueError, match="keep_ratio=0.6"):
+        func.vmap(run)(params, buffers)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -226,4 +228,4 @@ def test_what_cannot_be_transformed_is_refused(case):
     run, says = REFUSED[case]
     with pytest.raises((ValueError, RuntimeError)) as refusal:
         run()
-    assert says in str(refusal.value)
+    assert says in str(refusal.value) and torch.is_grad_enabled()

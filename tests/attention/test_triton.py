@@ -204,6 +204,16 @@ def test_compile_traces_it_whole():
     assert off_by(z, y) <= 1e-5 and off_by(grads[1], grads[0]) <= 1e-4
 
 
+def test_torch_func_is_refused_by_name_and_served_by_tiles():
+    attn, x = layer(device=DEVICE, backend="triton", shortlist=40), torch.randn(1, 50, 32, device=DEVICE)
+    with pytest.raises(ValueError, match="backend='triton': torch.func"):
+        torch.func.grad(lambda x: attn(x).square().sum())(x)
+    with attn.settings(backend="auto"):
+        grad = torch.func.grad(lambda x: attn(x).square().sum())(x)
+    x.requires_grad_()
+    assert off_by(grad, torch.autograd.grad(attn(x).square().sum(), x)[0]) <= 1e-4
+
+
 @gpu
 def test_cuda_graph_replays_on_new_input():
     attn = small(backend="triton")
