@@ -55,6 +55,13 @@ def passed(arguments: list[str]) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
+def put(page: Path, mark: str, text: str) -> None:
+    """Writes `text` between the marks `mark` of a Markdown page."""
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    head, rest = page.read_text(encoding="utf-8").split(begin)
+    write_text(page, f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
 def main() -> None:
     rows = []
     for promise, arguments in PROMISES.items():
@@ -66,10 +73,7 @@ def main() -> None:
     text += f"\n\n{on['device']}, threads: {on['threads']}, torch {on['torch']}, Python {on['python']}, {on['date']}."
     print(text)
     if "--page" in sys.argv:
-        page = Path(sys.argv[sys.argv.index("--page") + 1])
-        head, rest = page.read_text(encoding="utf-8").split("<!-- reliability:begin -->")
-        tail = rest.split("<!-- reliability:end -->")[1]
-        write_text(page, f"{head}<!-- reliability:begin -->\n{text}\n<!-- reliability:end -->{tail}")
+        put(Path(sys.argv[sys.argv.index("--page") + 1]), "reliability", text)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ SLIDERS = ("flux-alpha", "keep-ratio", "shortlist", "dna-fraction")
 CHROMIUM_ARGS = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking",
                  "--disable-component-update", "--disable-sync", "--no-first-run")  # fmt: skip
 READY_MS = 180_000
+HANDLE = ":is(.noUi-handle, .ui-slider-handle)"  # of a slider of ipywidgets 8, and of 7
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},  # the workbench stays in the page when it is scrolled away
@@ -152,7 +153,7 @@ def settle(page, timeout: int = 30_000) -> int:
 def press(page, slider: str, key: str) -> float:
     """One key on one slider; milliseconds until all of the workbench shows what came of it."""
     old = settle(page)
-    page.focus(f".pp-knob-{slider} .noUi-handle")
+    page.focus(f".pp-knob-{slider} {HANDLE}")
     page.evaluate(WATCH, old)
     page.keyboard.press(key)
     return page.evaluate("window.ppPainted")

@@ -61,7 +61,7 @@ def test_a_question_is_answered_and_its_fact_shown(shelf, asked, shots):
 def test_a_slider_asks_again(shelf):
     reply = "document.querySelector('.pp-reply')"
     shelf.evaluate(f"() => {{ window.ppOld = {reply}; }}")
-    handle = shelf.locator(".pp-knob-flux-alpha .noUi-handle")
+    handle = shelf.locator(f".pp-knob-flux-alpha {driver.HANDLE}")
     for _ in range(20):
         handle.press("ArrowLeft")
     number = "document.querySelector('.pp-knob-flux-alpha input').value"  # the kernel's word that it heard every key
@@ -87,7 +87,7 @@ def page(notebook):
 def test_a_key_on_a_slider_changes_numbers_and_pictures(page, name):
     old = driver.settle(page)
     before, readout = page.evaluate(TRACES), page.locator(".pp-readout").inner_text()
-    page.focus(f".pp-knob-{name} .noUi-handle")
+    page.focus(f".pp-knob-{name} {driver.HANDLE}")
     for _ in range(12):
         page.keyboard.press("ArrowLeft")
     page.wait_for_function("(old) => +document.querySelector('.pp-readout').dataset.request > old", arg=old)
@@ -102,7 +102,7 @@ def test_a_key_on_a_slider_changes_numbers_and_pictures(page, name):
 
 
 def test_a_held_key_ends_on_the_last_value(page):
-    page.focus(".pp-knob-flux-alpha .noUi-handle")
+    page.focus(f".pp-knob-flux-alpha {driver.HANDLE}")
     for _ in range(60):
         page.keyboard.press("ArrowLeft")
     entry = "document.querySelector('.pp-knob-flux-alpha input').value"  # comes back from the kernel, as it gets to it

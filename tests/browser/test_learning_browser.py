@@ -130,7 +130,7 @@ def test_a_click_on_a_bar_follows_that_gate(gates):
 
 
 def test_the_decay_slider_and_reset_work(gates):
-    gates.found.locator(".pp-knob-ema-decay .noUi-handle").focus()
+    gates.found.locator(f".pp-knob-ema-decay {driver.HANDLE}").focus()
     for _ in range(5):
         gates.page.keyboard.press("ArrowRight")
     gates.page.wait_for_function(
@@ -203,7 +203,7 @@ def test_the_slider_moves_along_the_curve(trained):
     before, said = the_duel.drawn(), the_duel.found.locator(".pp-at-curve p")
     words = said.inner_text()
     assert "measured" in words
-    the_duel.found.locator(".pp-knob-flux-alpha .noUi-handle").focus()
+    the_duel.found.locator(f".pp-knob-flux-alpha {driver.HANDLE}").focus()
     for _ in range(10):
         the_duel.page.keyboard.press("ArrowLeft")
     the_duel.page.wait_for_function(

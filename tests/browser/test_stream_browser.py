@@ -97,7 +97,7 @@ def test_a_key_on_a_slider_changes_numbers_and_pictures(page, name, value):
     page.wait_for_function(SHOWN, arg=[name, first], timeout=30_000)
     before, numbers = page.evaluate(TRACES), readout.inner_text()
     for _ in range(3):
-        knob.locator(".noUi-handle").press("ArrowLeft")
+        knob.locator(driver.HANDLE).press("ArrowLeft")
     page.wait_for_function(SHOWN, arg=[name, value], timeout=30_000)
     assert readout.inner_text() != numbers and page.evaluate(TRACES) != before
     knob.locator(".pp-undo").click()
@@ -119,7 +119,7 @@ def test_the_long_slider_scrubs(page, panel):
     before = page.evaluate(TRACES)
 
     def press() -> None:
-        panel.locator(".pp-scrub .noUi-handle").focus()
+        panel.locator(f".pp-scrub {driver.HANDLE}").focus()
         for _ in range(6):
             page.keyboard.press("ArrowLeft")
 

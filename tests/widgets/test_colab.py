@@ -6,18 +6,16 @@ The old versions come first on the path of one kernel; the environment itself do
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from old_widgets import install
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "00_start_here.ipynb"
-AS_IN_COLAB = ("ipywidgets==7.7.1", "ipykernel==6.17.1", "ipython_genutils==0.2.0", "nest_asyncio", "comm")
 STAND_IN = """import sys
 
 callers = []
@@ -59,15 +57,15 @@ workbench._draw = watched
 def colab_path(tmp_path_factory) -> str:
     """A PYTHONPATH on which Colab's versions come first."""
     old = tmp_path_factory.mktemp("colab") / "site"
-    line = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(old), *AS_IN_COLAB]
-    done = subprocess.run([*line, "--disable-pip-version-check"], capture_output=True, text=True, timeout=180)
-    if done.returncode:
-        pytest.skip(f"PyPI is not reachable, so Colab's versions are not here: {done.stderr[-200:]}")
+    try:
+        path = install(old)
+    except OSError as err:
+        pytest.skip(str(err))
     colab = old / "google" / "colab"
     colab.mkdir(parents=True)
     (colab / "__init__.py").write_text("")
     (colab / "output.py").write_text(STAND_IN)
-    return os.pathsep.join([str(old), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return path
 
 
 @pytest.mark.slow
