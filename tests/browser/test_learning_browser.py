@@ -93,9 +93,10 @@ def test_play_runs_pauses_and_resets(gates, shots):
     gates.page.wait_for_function("() => +document.querySelector('.pp-prototypes .pp-value').innerText > 25",
                                  timeout=30_000)  # fmt: skip
     gates.press("pause")
+    gates.page.wait_for_function("() => document.querySelector('.pp-prototypes .fa-play')")  # the kernel has it
     gates.page.wait_for_timeout(500)
     at = gates.value("updates")
-    gates.page.wait_for_timeout(500)
+    gates.page.wait_for_timeout(1000)
     assert gates.value("updates") == at
     gates.found.screenshot(path=shots / "gates.png")
 
