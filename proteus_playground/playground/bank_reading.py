@@ -69,7 +69,7 @@ class RandomReader:
         source = RandomSource(seed)
         self._words = source.encode(text.body)[:tokens]
         self.note = (
-            f"Random weights, nothing learned: a stand-in layer reads {len(self._words):,} words of {text.name}."
+            f"Random weights, nothing learned: a stand-in layer reads {len(self._words):,} words of “{text.name}”."
         )
         self._captured = source.capture(source.ids(self._words))
         calibration = Calibration(source, calibration_text(text.name), CALIBRATION_TOKENS, None)
@@ -137,7 +137,7 @@ class ModelReader:
         self._model, self._tokenizer, self._choose = model, tokenizer, sampling or Sampling(0.7, None, 0.95, 0)
         self._cache = ProteusCache.for_model(model, tokenizer, settings, name=name)
         self._ids = source.encode(text.body)[:tokens]
-        self.note = f"{name} reads {len(self._ids):,} tokens of {text.name} one by one, and then writes on by itself."
+        self.note = f"{name} reads {len(self._ids):,} tokens of “{text.name}” one by one, and then writes on by itself."
         self.tokens: list[str] = []
         self.given, self.seconds = len(self._ids), 0.0
         self._lock, self._logits = RLock(), None

@@ -39,7 +39,7 @@ def random_bytes(text: Text, tokens: int = 1024, seed: int = 0) -> Live:
         model = ProteusLM(ModelConfig(vocab_size=256, n_layers=2, attention=RANDOM))
     data = text.body.encode()[:tokens]
     strings = [chr(byte) if byte < 128 else "·" for byte in data]
-    note = f"Two layers read {len(data):,} bytes of {text.name}: nothing was learned, but keys gather all the same."
+    note = f"Two layers read {len(data):,} bytes of “{text.name}”: nothing was learned, but keys gather all the same."
     return Live(model, torch.tensor(list(data)), strings, note, True)
 
 

@@ -25,10 +25,10 @@ def describe(source: Source, text: Text, tokens: int, cut: bool, calibration: Te
     """One sentence: the model, the text, and where the prototypes come from or that the weights are random."""
     part = f"the first {SINK} and last {tokens - SINK:,} tokens" if cut else f"all {tokens:,} tokens"
     if source.random:
-        stand_in = f"a stand-in layer reads {part} of {text.name}"
+        stand_in = f"a stand-in layer reads {part} of “{text.name}”"
         return f"Random weights, nothing learned: {stand_in}; pull a model to see a real one."
-    fitted = f"its prototypes were fitted on another text, {calibration.name}"
+    fitted = f"its prototypes were fitted on another text, “{calibration.name}”"
     if source.own_gates:
         trained = min(gates for _, gates in source.own_gates)
-        fitted = f"with {trained} gates it uses those of its training, else gates fitted on {calibration.name}"
-    return f"{source.name} reads {part} of {text.name}; {fitted}."
+        fitted = f"with {trained} gates it uses those of its training, else gates fitted on “{calibration.name}”"
+    return f"{source.name} reads {part} of “{text.name}”; {fitted}."

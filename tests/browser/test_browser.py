@@ -54,7 +54,10 @@ def test_a_question_is_answered_and_its_fact_shown(shelf, asked, shots):
     assert int(shelf.locator(".pp-chosen").get_attribute("data-i")) == chosen
     shelf.locator('button:has-text("show the fact")').click()
     shelf.wait_for_timeout(300)
+    shelf.set_viewport_size({"width": 1400, "height": 1300})  # all of the panel fits below JupyterLab's bars
+    shelf.wait_for_timeout(300)
     shelf.locator(".pp-app").screenshot(path=shots / "ask-the-shelf.png")
+    shelf.set_viewport_size({"width": 1400, "height": 1060})
 
 
 @pytest.mark.usefixtures("asked")
@@ -81,6 +84,14 @@ def page(notebook):
                                timeout=driver.READY_MS)  # fmt: skip
     driver.settle(notebook, driver.READY_MS)
     return notebook
+
+
+def test_the_whole_model_is_run_at_these_settings(page, shots):
+    page.locator('button:has-text("Run the whole model")').click()
+    page.wait_for_function("() => document.querySelector('.pp-readout').innerText.includes('NLL (perplexity)')",
+                           timeout=driver.READY_MS)  # fmt: skip
+    driver.settle(page)
+    page.locator(".pp-app").screenshot(path=shots / "playground.png")
 
 
 @pytest.mark.parametrize("name", driver.SLIDERS)
@@ -179,14 +190,12 @@ def test_a_click_in_the_other_figures_chooses_a_token(page, panel, at, start):
     assert follow(page, click) != before
 
 
-def test_more_controls_open_and_the_state_can_be_shared(page, shots):
-    page.locator(".pp-app").screenshot(path=shots / "workbench.png")
+def test_more_controls_open_and_the_state_can_be_shared(page):
     page.locator('button:has-text("More controls")').click()
     page.wait_for_selector(".pp-drawer", state="visible")
     drawer = page.locator(".pp-drawer").inner_text()
     assert "The parts below come to" in drawer or "Dense" in drawer
     assert "playground(state=" in page.locator(".pp-drawer input[type=text]").last.input_value()
-    page.locator(".pp-app").screenshot(path=shots / "more-controls.png")
     page.locator('button:has-text("More controls")').click()
 
 

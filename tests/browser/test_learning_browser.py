@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import driver
@@ -92,9 +93,10 @@ def test_play_runs_pauses_and_resets(gates, shots):
     gates.page.wait_for_function("() => +document.querySelector('.pp-prototypes .pp-value').innerText > 25",
                                  timeout=30_000)  # fmt: skip
     gates.press("pause")
+    gates.page.wait_for_function("() => document.querySelector('.pp-prototypes .fa-play')")  # the kernel has it
     gates.page.wait_for_timeout(500)
     at = gates.value("updates")
-    gates.page.wait_for_timeout(500)
+    gates.page.wait_for_timeout(1000)
     assert gates.value("updates") == at
     gates.found.screenshot(path=shots / "gates.png")
 
@@ -143,6 +145,19 @@ def test_the_decay_slider_and_reset_work(gates):
 
 
 # The duel
+
+
+@pytest.mark.skipif("PROTEUS_SCREENSHOTS" not in os.environ, reason="two minutes of training, for a screenshot only")
+def test_the_duel_of_the_notebook_ends(lab, shots):
+    page, address = lab
+    duel = Panel(page, opened(page, address, "02_duel.ipynb", ".pp-duel"), ".pp-duel")
+    duel.found.locator('button:has-text("Start")').click()
+    page.wait_for_function("() => document.querySelector('.pp-duel .pp-at-curve p').innerText.includes('(measured)')",
+                           timeout=400_000)  # fmt: skip
+    for _ in range(40):
+        duel.found.locator(".pp-knob-flux-alpha .noUi-handle").press("ArrowLeft")
+    page.wait_for_function("() => document.querySelector('.pp-duel .pp-at-curve p').innerText.startsWith('α 0.60')")
+    duel.found.screenshot(path=shots / "duel.png")
 
 
 TINY = "text='humble token', minutes=None, steps=24, length=64, tokens=256, width=32, layers=2, heads=4, scored=2, "

@@ -165,14 +165,13 @@ def test_another_prompt_finds_something_else(page, panel):
     assert panel.locator(".pp-run.pp-needle").count() == 1
 
 
-def test_scoring_in_context_shows_progress_and_is_cancelled(page, panel, shots):
+def test_scoring_in_context_shows_progress_and_is_cancelled(page, panel):
     if panel.locator(".pp-random").count():
         pytest.skip("no model was pulled, so nothing scores in context")
     click(panel, "Score in context")()
     page.wait_for_function("() => / a second, /.test(document.querySelector('.pp-stream .pp-status').innerText)",
                            timeout=120_000)  # fmt: skip
     page.wait_for_function("() => +document.querySelector('.pp-stream .pp-value').innerText > 0", timeout=120_000)
-    panel.screenshot(path=shots / "in-context.png")
     click(panel, "Cancel")()
     page.wait_for_selector(".pp-stream .pp-status.pp-stopped", timeout=60_000)
     page.wait_for_timeout(800)

@@ -59,6 +59,7 @@ def test_each_taught_word_of_a_text_has_a_tooltip_once_and_quoted_tokens_have_no
     assert html.count("pp-term") == 4 and "‘note’" in html and "&lt;b&gt;" in html
     assert with_terms("nothing taught, brings, integrated") == "nothing taught, brings, integrated"
     assert with_terms("gates=3: allowed is 4") == "gates=3: allowed is 4"  # an argument of the code, not a word
+    assert with_terms("shelf-mini") == "shelf-mini"  # a name
 
 
 @pytest.mark.parametrize("html", [

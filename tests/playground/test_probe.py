@@ -171,7 +171,7 @@ def test_a_long_text_keeps_its_first_tokens_and_its_tail(net):
     whole = open_probe(net, max_tokens=T)
     cut = open_probe(net, max_tokens=50)
     assert cut.tokens == whole.tokens[:4] + whole.tokens[-46:]
-    assert f"all {T} tokens of a tale" in whole.note and "first 4 and last 46 tokens" in cut.note
+    assert f"all {T} tokens of “a tale”" in whole.note and "first 4 and last 46 tokens" in cut.note
     assert "another tale" in cut.note
     long = open_probe(net, text=story(30_000), max_tokens=50)
     assert len(long.tokens) == 50 and long.tokens[4:] == story(30_000).body.split()[-46:]
@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(net, tmp_path):
 
 def test_calibration_reads_other_text(net):
     one = LayerProbe.from_model(*net, load_text("humble token"), name="tiny", max_tokens=64)
-    assert one.note.endswith("commonplace book.")
+    assert one.note.endswith("“commonplace book”.")
     assert calibration_text("humble token").name != "humble token"
 
 

@@ -108,7 +108,7 @@ def test_the_slider_stands_between_the_measured_points():
     assert record.loss_at(0.3) is None and "Measured when" in words.slider_sentence(record, 0.3)
     record.curve = [Point(0.0, 3.0, 1.0, 4.0), Point(0.5, 3.2, 0.5, 4.0), Point(1.0, 4.0, 0.1, 4.0)]
     assert record.loss_at(0.25) == pytest.approx(3.1) and record.loss_at(1.0) == 4.0
-    assert "3.100 (interpolated between" in words.slider_sentence(record, 0.25)
+    assert "3.100 (between measured" in words.slider_sentence(record, 0.25)
     assert "3.200 (measured)" in words.slider_sentence(record, 0.5)
 
 
@@ -150,7 +150,7 @@ def test_the_slider_moves_the_point_and_the_words(panel):
     for alpha in (0.5, 0.6):
         panel.state.flux_alpha = alpha
         (at,), (loss,) = trace(panel, "here").x, trace(panel, "here").y
-        assert at == alpha and f"held-out loss {loss:.3f}" in panel.captions["curve"].value
+        assert at == alpha and f"loss {loss:.3f}" in panel.captions["curve"].value
         seen.append(loss)
     assert seen[0] == 3.25 and 3.25 < seen[1] < 3.5625
 

@@ -14,8 +14,8 @@ from helpers import text_of
 from proteus_playground.widgets import PRESETS, PlayState, Workbench, playground
 from proteus_playground.widgets.apps import make_probe
 from proteus_playground.widgets.parts import raster, sentences
-from proteus_playground.widgets.parts.controls import Knob, LayerControls, Switch, main_knobs
-from proteus_playground.widgets.parts.state import BY_NAME, KEYS, check, parse, preset_settings
+from proteus_playground.widgets.parts.controls import Knob, LayerControls, ModelChoice, Switch, main_knobs
+from proteus_playground.widgets.parts.state import BY_NAME, KEYS, check, opening, parse, preset_settings
 from proteus_playground.widgets.parts.worker import Worker
 from proteus_playground.widgets.workbench import figure, readout
 
@@ -389,6 +389,20 @@ def test_the_readout_holds_measured_beside_predicted(bench):
     assert sentences.quantity(3.2e9, "FLOP") == "3.2 GFLOP" and sentences.quantity(0, "B") == "0 B"
     assert "rings 32" in text_of(readout.split_html(bench.drawn.view.budget))
     assert "Dense" in readout.split_html({"dense": True})
+
+
+def test_another_model_opens_as_it_opens_by_itself_but_where_the_sliders_are():
+    state = PlayState("shelf-mini")
+    controls, choice = LayerControls(state), ModelChoice(state)
+    controls.knobs["layer"].limit(2)  # shelf-mini has three layers
+    state.flux_alpha = 0.6
+    choice.buttons.value = "smollm2"
+    assert state.settings() == Settings(**preset_settings("gates with notes", "smollm2") | {"flux_alpha": 0.6})
+    assert state.layer == opening("smollm2")["layer"] == 12
+    controls.knobs["layer"].limit(29)
+    assert controls.knobs["layer"].slider.value == controls.knobs["layer"].number.value == 12
+    choice.buttons.value = "shelf-mini"
+    assert state.gates == opening("shelf-mini")["gates"] and state.flux_alpha == 0.6 and state.layer == 0
 
 
 # Without a model

@@ -128,7 +128,7 @@ def _layout() -> dict:
         ],
     }  # fmt: skip
     for number, (x, y) in boxes.items():
-        words, form = ("flux α", "") if number == "6" else ("tokens read by each model", "~s")
+        words, form = ("flux α", "") if number == "6" else ("tokens read", "~s")
         layout[f"xaxis{number}"] = {
             **AXIS, "domain": x, "anchor": f"y{number}", "range": [0, 1], "tickformat": form, "tickangle": 0,
             "nticks": 5 if x is LEFT else 3, "title": {"text": words, "standoff": 3, "font": {"size": 12}},

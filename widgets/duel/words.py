@@ -83,8 +83,8 @@ def slider_sentence(record: Record, alpha: float) -> str:
     if loss is None:
         return "Measured when training is over."
     measured = any(point.alpha == alpha for point in record.curve)
-    how = "measured" if measured else "interpolated between two measured points"
-    return f"α {alpha:.2f}: held-out loss {loss:.3f} ({how})."
+    how = "measured" if measured else "between measured points"
+    return f"α {alpha:.2f}: loss {loss:.3f} ({how})."
 
 
 def samples_html(request: int, scores: list[Score]) -> str:

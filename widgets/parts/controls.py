@@ -27,9 +27,15 @@ def tip(widget: w.Widget, sentence: str) -> w.Widget:
 
 
 def bind(state: HasTraits, name: str, widget: HasTraits, to_state=lambda v: v, to_widget=lambda v: v) -> None:
-    """Widget and trait follow each other; where the state refuses a value, the widget goes back to the state's."""
+    """Widget and trait follow each other; where the state refuses a value, the widget goes back to the state's.
+
+    A widget that cannot show the state's value, because its range is that of another model, leaves the state alone.
+    """
+    following = False
 
     def from_widget(change) -> None:
+        if following:
+            return
         try:
             setattr(state, name, to_state(change["new"]))
         except (TypeError, ValueError):
@@ -37,8 +43,13 @@ def bind(state: HasTraits, name: str, widget: HasTraits, to_state=lambda v: v, t
 
     def from_state(_) -> None:
         # A slider between two whole numbers already rounds to the state's: writing to it would fight the drag.
+        nonlocal following
         if to_state(widget.value) != getattr(state, name):
-            widget.value = to_widget(getattr(state, name))
+            following = True
+            try:
+                widget.value = to_widget(getattr(state, name))
+            finally:
+                following = False
 
     widget.observe(from_widget, "value")
     state.observe(from_state, name)
@@ -102,6 +113,7 @@ class Knob(w.VBox):
         """Another model: the largest layer or head that it has."""
         for widget in (self.slider, self.number):
             widget.max = high
+            widget.value = self._value(high)
 
 
 class Switch(w.Checkbox):
@@ -159,7 +171,7 @@ def grid(knobs, least: int) -> w.GridBox:
 
 
 class ModelChoice(w.HBox):
-    """Which model is shown; another one opens at once, with its own text, layer and question."""
+    """Which model is shown; another one opens at once as it opens by itself, but where the main sliders are now."""
 
     NAMES = (
         ("shelf-mini", "shelf-mini"),
@@ -185,8 +197,8 @@ class ModelChoice(w.HBox):
     @staticmethod
     def _choose(state: PlayState, model: str) -> None:
         if model != state.model:
-            start, names = opening(model), ("model", "text", "pasted", "question", "layer", "head", "token")
-            state.update({name: start[name] for name in names})
+            kept = ("flux_alpha", "keep_ratio", "shortlist", "length", "shelf")
+            state.update(opening(model) | {name: getattr(state, name) for name in kept})
 
 
 class SourceControls(w.VBox):

@@ -10,9 +10,9 @@ from proteus_playground.playground import glossary
 
 LONGEST_FIRST = sorted(glossary.by_word(), key=len, reverse=True)
 BY_LOWER_CASE = {word.lower(): word for word in LONGEST_FIRST}
-# Quoted words come from the text that a model reads, and `word=` names an argument: both are left as they are.
+# Left as they are: quoted words, which come from a text; `word=`, an argument; `word-...`, a name.
 QUOTED_OR_TERM = re.compile(
-    rf"[‘“][^’”]*[’”]|\b({'|'.join(map(re.escape, LONGEST_FIRST))})(s|d)?\b(?!=)", re.IGNORECASE
+    rf"[‘“][^’”]*[’”]|\b({'|'.join(map(re.escape, LONGEST_FIRST))})(s|d)?\b(?![=-])", re.IGNORECASE
 )
 
 

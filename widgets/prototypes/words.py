@@ -47,7 +47,7 @@ def spread_sentence(now: Snapshot) -> str:
     idle = int((now.lured[live] == 0).sum())
     most = int(now.lured.argmax())
     some = f"{idle} of {len(live)} gates lure no key" if idle else f"All {len(live)} gates lure keys"
-    return f"{some}; gate {most} lures most, {percent(now.lured[most] / len(now.gate))}."
+    return f"{some}; gate {most} most ({percent(now.lured[most] / len(now.gate))})."
 
 
 def fit_sentence(past: Sequence[Snapshot]) -> str:
@@ -55,8 +55,8 @@ def fit_sentence(past: Sequence[Snapshot]) -> str:
     now = past[-1]
     if now.update == 0:
         return "No update has been made yet: press step or play."
-    woken = f" Gate {now.revived[0]} was revived." if now.revived else ""
-    return f"Mean cosine {now.fit:.2f}, at first {past[0].fit:.2f}.{woken}"
+    woken = f"; gate {now.revived[0]} revived" if now.revived else ""
+    return f"Mean cosine {now.fit:.2f}, at first {past[0].fit:.2f}{woken}."
 
 
 def amount(change: float) -> str:

@@ -146,7 +146,7 @@ def banner_html(source, judge: str, asked: list[str], subject) -> str:
         whose = "" if words.random else f"{MODEL_NAMES.get(words.model, words.model)}'s "
         names = listed([f"“{word}”" for word in asked[:12]])
         how = (f"Each token is compared with {names}: its score is the similarity (cosine of {whose}{words.name}) "
-               "times the rarity of that word here; the best counts. The words around a token do not.")  # fmt: skip
+               "times the rarity of that word here; the best counts. The words around it do not count.")  # fmt: skip
     else:
         how = "The score of a token says how well its keys, in context, match the model's queries for the prompt. "
         how += (

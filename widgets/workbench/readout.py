@@ -85,21 +85,20 @@ def legend_html(kinds: np.ndarray) -> str:
 
 def workbench_title_html(name: str, layers: int, tokens: int, text: str, view: LayerView) -> str:
     where = f"on {view.device}, {view.backend} backend ({view.backend_reason})"
-    parts = (f"{MODEL_NAMES.get(name, name)}, layer {view.layer} of {layers}", f"{tokens:,} tokens of {text}", where)
+    parts = (f"{MODEL_NAMES.get(name, name)}, layer {view.layer} of {layers}", f"{tokens:,} tokens of “{text}”", where)
     return title_html(TITLE, *parts)
 
 
 def banner_html(probe, why_random: str) -> str:
     """One line on the model and its text, on yellow where the layer is random."""
-    if not probe.random:
-        return note_html(probe.note)
-    return note_html(f"{probe.note} {why_random}".strip(), "This layer is random.")
+    note = probe.note.replace(probe.name, MODEL_NAMES.get(probe.name, probe.name), 1)
+    return note_html(f"{note} {why_random}".strip(), "This layer is random." if probe.random else "")
 
 
 HEAT_LEGEND = '<span class="pp-cividis">0 <i></i> 1</span>' + key(GREY, "asleep or dropped")
 GATE_LEGEND = (
     f"<span>{with_terms('◇ prototype')}</span><span>◆ opened</span>"
-    + key(OKABE_ITO[3], "read from a ring")
+    + key(OKABE_ITO[3], "ring")
     + '<span style="color:#D55E00">★ this token</span>'
 )
 TEXT_LEGEND = key("#f6ee92", "salient") + "".join(
