@@ -9,7 +9,7 @@ be trained.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import floor, log
+from math import ceil, floor, log, sqrt
 from typing import TYPE_CHECKING
 
 from torch import SymInt
@@ -37,18 +37,19 @@ class Budget:
     window: int  # w, keys before the row's block that every row still reads one by one
     block: int  # b, rows per clock tick, a power of two
     anchors: int  # first keys always read
-    probes: int  # gates a row opens
+    probes: int  # most gates a row opens
     ring: int  # m, newest keys read per opened gate
+    ring_reads: int  # most keys in the rings of a row together: it opens its best gates as long as their keys fit
     notes: int  # gates whose note a row reads (the mean key and value of a gate's keys not read one by one)
 
     @property
-    def ranked(self) -> int:
-        """Gates that a row ranks: the best `probes` of them are opened, and the notes of the best `notes` are read."""
-        return max(self.probes, self.notes)
+    def fills_rings(self) -> bool:
+        """Whether a row may have to open fewer than `probes` gates, because their rings hold more than it may read."""
+        return self.probes * self.ring > self.ring_reads
 
-    def reads_some_notes(self, gates: int) -> bool:
-        """Whether a row reads the notes of some, but not all, of `gates` gates per group."""
-        return not self.dense and 0 < self.notes < gates
+    def needs_tiles(self, gates: int) -> bool:
+        """Whether rows read what the Triton kernels cannot: notes of some of `gates` gates, or filled rings."""
+        return not self.dense and (0 < self.notes < gates or self.fills_rings)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -94,7 +95,13 @@ def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = No
         head_top_p=cfg.head_top_p**alpha,
         dense=cap >= tokens,
         **split_shortlist(
-            cap, cfg.dna_fraction, cfg.n_anchors, cfg.probes, cfg.gates_per_group, cfg.max_notes if cfg.notes else 0
+            cap,
+            cfg.dna_fraction,
+            cfg.n_anchors,
+            cfg.probes,
+            cfg.gates_per_group,
+            cfg.max_notes if cfg.notes else 0,
+            cfg.fill_rings,
         ),
     )
 
@@ -108,12 +115,14 @@ def check_alpha(alpha) -> float:
     return float(alpha)
 
 
-def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: int | None) -> dict:
+def split_shortlist(
+    cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: int | None, fill_rings: bool = False
+) -> dict:
     """Divide `cap` reads per row between window, anchors, rings and notes: fields of `Budget`.
 
-    A row reads at most window + block local keys, `anchors` anchors, probes x ring keys of opened gates and `notes`
-    notes, those of the gates that it ranks highest. None: those of all gates, as long as they take half of the gates'
-    share or less; with the smaller rings that more would leave, more is lost than notes bring (docs/log.md).
+    A row reads at most window + block local keys, `anchors` anchors, `ring_reads` keys of opened gates and `notes`
+    notes, those of the gates that it ranks next. notes=None: those of all gates, as long as they take half of the
+    gates' share or less; with the smaller rings that more would leave, more is lost than notes bring (docs/log.md).
     """
     gate_reads = min(floor(dna_fraction * cap + 1e-9), cap - 1)  # rounded down: a row always reads itself
     other_reads = cap - gate_reads
@@ -127,5 +136,16 @@ def split_shortlist(cap: int, dna_fraction: float, n_anchors: int, probes: int, 
         notes = gates if gates <= half else 0
     notes = min(notes, gates, half)
     probes = min(probes, gates, gate_reads - notes)
-    ring = (gate_reads - notes) // probes if probes else 0
-    return {"window": local - block, "block": block, "anchors": anchors, "probes": probes, "ring": ring, "notes": notes}
+    left = gate_reads - notes
+    ring = left // probes if probes else 0
+    if fill_rings:
+        ring = max(ring, ceil(sqrt(left)))  # near the best at L = 128 and 512: docs/log.md
+    return {
+        "window": local - block,
+        "block": block,
+        "anchors": anchors,
+        "probes": probes,
+        "ring": ring,
+        "ring_reads": left if fill_rings else probes * ring,
+        "notes": notes,
+    }

@@ -92,16 +92,19 @@ class AttentionConfig:
     gates_per_group: int = knob(32, 1, unit="gates")
     """Gates per KV group C, each with one prototype, >= 1, and >= H/G when heads are routed."""
     probes: int = knob(2, 1, unit="gates")
-    """Gates that a query opens, in [1, gates_per_group]."""
+    """Gates that a query opens, or opens at most where `fill_rings`, in [1, gates_per_group]."""
+    fill_rings: bool = False
+    """Whether a ring holds about the root of the reads that L leaves to rings, and a query opens its best gates as long
+    as the keys in their rings fit. False: the opened gates share these reads evenly, as the Triton backend needs it."""
     n_anchors: int = knob(4, 0, unit="tokens")
     """First tokens that every query reads (attention sinks), >= 0."""
     notes: bool = True
     """Whether a query also reads notes: the mean key and value of those keys of a gate that it does not read one by
     one. See `max_notes` for how many."""
     max_notes: int | None = knob(None, 1, unit="notes")
-    """Most notes that a query reads, >= 1: those of the gates that match it best. They never take more than half of the
-    gates' share of L. None: the notes of all gates, or none at all where they would take more than half. The Triton
-    backend reads all or none."""
+    """Most notes that a query reads, >= 1: those of the gates that match it best after the opened ones. They never take
+    more than half of the gates' share of L. None: the notes of all gates, or none at all where they would take more
+    than half. The Triton backend reads all or none."""
     rope_theta: float | None = knob(10_000.0, 0.0, open_low=True, none="for no rotation")
     """Base of the rotary embedding, > 0. None leaves queries and keys un-rotated."""
     prior_max: float = knob(0.5, 0.0, 1.0)

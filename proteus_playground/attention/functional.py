@@ -87,8 +87,8 @@ def proteus_attention(
     """
     check_inputs(q, k, v, gates, positions, keep, awake, inv_freq)
     check_budget(budget, q.shape[1], gates.gates_per_group)
-    some_notes = True if budget.reads_some_notes(gates.gates_per_group) else False  # noqa: SIM210 (may be symbolic)
-    name, why = choose_backend(q.device, backend, q.shape[-1], q.dtype, some_notes)
+    needs_tiles = True if budget.needs_tiles(gates.gates_per_group) else False  # noqa: SIM210 (may be symbolic)
+    name, why = choose_backend(q.device, backend, q.shape[-1], q.dtype, needs_tiles)
     if name == "triton" and is_transformed():
         name, why = without_triton(backend)
     if int8 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -193,9 +193,10 @@ def check_budget(budget: Budget, tokens: int, gates_per_group: int) -> None:
     """Raise `ValueError` when a budget was planned for a shorter text or fewer gates, and could be exceeded."""
     if tokens > budget.tokens:
         raise ValueError(f"budget was planned for {budget.tokens} tokens: must be planned for at least {tokens}")
-    if not budget.dense and budget.ranked > gates_per_group:
+    most = max(budget.probes, budget.notes)
+    if not budget.dense and most > gates_per_group:
         raise ValueError(
-            f"budget ranks {budget.ranked} gates of {gates_per_group}: plan it with gates_per_group={gates_per_group}"
+            f"budget reads {most} gates of {gates_per_group}: plan it with gates_per_group={gates_per_group}"
         )
 
 

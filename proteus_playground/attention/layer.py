@@ -126,8 +126,8 @@ class ProteusAttention(nn.Module):
         whole = not budget.dense and budget.keep_ratio == 1 and budget.heads_awake_max == cfg.heads_per_group
         if not (eager and whole):
             return False
-        some_notes = budget.reads_some_notes(self.gates.gates_per_group)
-        return choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype, some_notes)[0] == "triton"
+        needs_tiles = budget.needs_tiles(self.gates.gates_per_group)
+        return choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype, needs_tiles)[0] == "triton"
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Un-rotated keys and values, `(B, T, G, d)` each."""

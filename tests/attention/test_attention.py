@@ -65,7 +65,13 @@ def test_notes_go_before_probes_when_the_share_is_small():
     assert border["notes"] and border["ring"] == 8 and not below["notes"] and below["ring"] == 15
     assert not tight.notes and tight.ring == 3
     nearest = split_shortlist(32, 1.0, 0, 2, 16, notes=5)
-    assert (nearest["notes"], nearest["ring"]) == (5, 13)
+    assert (nearest["notes"], nearest["ring"], nearest["ring_reads"]) == (5, 13, 26)
+
+
+def test_filled_rings_hold_about_the_root_of_their_reads():
+    for size, notes, probes, ring, reads in ((128, 16, 16, 7, 48), (512, 32, 16, 15, 224), (128, 16, 2, 24, 48)):
+        plan = split_shortlist(size, 0.5, 4, probes, 256, notes, fill_rings=True)
+        assert (plan["probes"], plan["ring"], plan["ring_reads"], plan["notes"]) == (probes, ring, reads, notes)
 
 
 def test_stats_say_what_happened():
@@ -336,7 +342,7 @@ LAYER_CASES = {
     "budget: short": (lambda: call(budget=plan_budget(config(), 10)), "planned for 10 tokens"),
     "budget: gates": (
         lambda: call(gates=Gates(2, 2, 8), budget=plan_budget(config(shortlist=18, gates_per_group=4), 20)),
-        "ranks 4 gates of 2",
+        "reads 4 gates of 2",
     ),
     "positions: list": (lambda: call(positions=[1]), "positions=list"),
     "mha: query": (lambda: CausalProteusMultiheadAttention(32, 4)(torch.ones(3), None, None), "query"),

@@ -82,15 +82,16 @@ def parallel(bank, q, k, v, keep, **kwargs):
     delta=DELTA,
     notes=st.booleans(),
     most=st.sampled_from([None, 1, 2]),
+    fill=st.booleans(),
     drop=st.sampled_from([0.0, 0.5]),
     size=st.sampled_from([12, 30, 60]),
     heads=st.sampled_from([2, 4, 6]),
     seed=st.integers(0, 99),
 )
-def test_rows_are_those_of_the_parallel_pass(tokens, cut, alpha, delta, notes, most, drop, size, heads, seed):
+def test_rows_are_those_of_the_parallel_pass(tokens, cut, alpha, delta, notes, most, fill, drop, size, heads, seed):
     q, k, v, keep, bank = world(
         tokens, heads=heads, drop=drop, seed=seed, flux_alpha=alpha, dna_fraction=delta, notes=notes, max_notes=most,
-        shortlist=size,
+        shortlist=size, fill_rings=fill,
     )  # fmt: skip
     want, start = parallel(bank, q, k, v, keep).out, int(cut * tokens)
     take_in(bank, k, v, keep, 0, start)

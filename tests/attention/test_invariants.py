@@ -153,6 +153,7 @@ AGAINST_REFERENCE = ("torch",)  # Triton has tests of its own
     delta=DELTA,
     notes=st.booleans(),
     most=st.sampled_from([None, 1, 3, 5]),
+    fill=st.booleans(),
     heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]),
     probes=st.integers(1, 4),
     size=st.integers(4, 64),
@@ -161,12 +162,12 @@ AGAINST_REFERENCE = ("torch",)  # Triton has tests of its own
     backend=st.sampled_from(AGAINST_REFERENCE),
 )
 def test_a_backend_agrees_with_the_reference(
-    tokens, alpha, delta, notes, most, heads, probes, size, keep, seed, backend
+    tokens, alpha, delta, notes, most, fill, heads, probes, size, keep, seed, backend
 ):
     H, G = heads
     cfg = config(
         n_heads=H, n_kv_heads=G, flux_alpha=alpha, dna_fraction=delta, notes=notes, max_notes=most, probes=probes,
-        shortlist=size,
+        shortlist=size, fill_rings=fill,
     )  # fmt: skip
     q, k, v = qkv(tokens, H, G, seed=seed, grad=True)
     mask = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed)) > 0.3 if keep else None
@@ -306,9 +307,13 @@ def test_a_row_is_computed_from_its_prefix_alone(tokens, alpha, delta, row):
     anchors=st.integers(0, 8),
     probes=st.integers(1, 6),
     most=st.sampled_from([None, 1, 3, 5]),
+    fill=st.booleans(),
 )
-def test_reads_never_exceed_the_budget(tokens, alpha, delta, size, anchors, probes, most):
-    cfg = config(flux_alpha=alpha, dna_fraction=delta, shortlist=size, n_anchors=anchors, probes=probes, max_notes=most)
+def test_reads_never_exceed_the_budget(tokens, alpha, delta, size, anchors, probes, most, fill):
+    cfg = config(
+        flux_alpha=alpha, dna_fraction=delta, shortlist=size, n_anchors=anchors, probes=probes, max_notes=most,
+        fill_rings=fill,
+    )  # fmt: skip
     q, k, v = qkv(tokens)
     budget = plan_budget(cfg, tokens)
     reads = attend(q, k, v, cfg).reads

@@ -171,7 +171,7 @@ def grid(knobs, least: int) -> w.GridBox:
 
 
 class ModelChoice(w.HBox):
-    """Which model is shown; another one opens at once as it opens by itself; alpha, keep ratio, L and the text lengths stay."""
+    """Which model is shown. Another one opens at once, as by itself; alpha, keep ratio, L and the text lengths stay."""
 
     NAMES = (
         ("shelf-mini", "shelf-mini"),

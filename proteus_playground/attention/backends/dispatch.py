@@ -36,12 +36,12 @@ def choose_backend(
     wanted: str = "auto",
     head_dim: int = 64,
     dtype: torch.dtype = torch.float16,
-    some_notes: bool = False,
+    needs_tiles: bool = False,
 ) -> tuple[str, str]:
     """The backend for a device, head dim and precision, and one sentence saying why.
 
-    some_notes: whether rows read the notes of some gates only (`max_notes`), which Triton's kernels cannot. A backend
-    asked for by name is used or refused, never replaced by another. Raises `ValueError` for an unknown name, and for
+    needs_tiles: whether rows read what Triton's kernels cannot (`Budget.needs_tiles`). A backend asked for by name is
+    used or refused, never replaced by another. Raises `ValueError` for an unknown name, and for
     'triton' where its kernels do not run or would be slow.
     """
     if wanted not in BACKENDS:
@@ -50,8 +50,9 @@ def choose_backend(
         return wanted, "asked for by name"
     device = torch.device(device)
     fits, why = probe_triton(device, head_dim, dtype)
-    if fits and some_notes:
-        fits, why = False, "the Triton kernels read the notes of all gates or of none, so max_notes needs PyTorch tiles"
+    if fits and needs_tiles:
+        why = "the Triton kernels read even rings and the notes of all gates or of none"
+        fits, why = False, f"{why}, so fill_rings and max_notes need PyTorch tiles"
     if wanted == "triton":
         if not fits:
             raise ValueError(f"backend='triton': {why}; must be 'auto', 'torch' or 'reference' here")

@@ -272,6 +272,7 @@ class KVBank(Slots):
         try:
             if isinstance(about["budget"]["notes"], bool):  # files of before: notes of every gate, or of none
                 about["budget"]["notes"] *= gates.gates_per_group
+            about["budget"].setdefault("ring_reads", about["budget"]["probes"] * about["budget"]["ring"])
             budget, dtype, batch = Budget(**about["budget"]), tensors["rows"].dtype, len(tensors["count"])
             scale, theirs, freq = about["scale"], about["gates"], tensors.pop("inv_freq", None)
         except (KeyError, TypeError) as problem:

@@ -25,9 +25,9 @@ class Notes:
         next C      notes ALL, for rows that did not open the gate
         next C      notes REST (less the ring), for rows that did
 
-    A row reads a note only where its list of notes holds the gate; without such lists, those of all gates. The scratch
-    column receives writes for places of a list that hold no gate. The bias of a note is log(count) less a whole number
-    near the largest, so that half precision holds it well.
+    With lists of notes a row reads those of the gates in its list, which it did not open; without, those of all gates.
+    The scratch column receives writes for places of a list that hold no gate. The bias of a note is log(count) less a
+    whole number near the largest, so that half precision holds it well.
     """
 
     def __init__(self, kv: Tensor, keys: SortedKeys | None, short: Shortlist):
@@ -67,7 +67,7 @@ class Notes:
     def attend(self, cut: slice, tiles: Tensor, opened: Tensor, noted: Tensor | None, scale: float):
         """Attention of tiles `(U, G, b r, d)` over notes and anchors: out and lse.
 
-        opened and noted: `(U, b, G, r, n or e)`, 0 for none, else 1 more than the gate; the shorter begins the longer.
+        opened and noted: `(U, b, G, r, n or e)`, 0 for none, else 1 more than the gate; no gate is in both.
         """
         U, b, G, r, n = opened.shape
         kv = take_rows(self.means, self.rows[cut])  # (U, G, columns, 2 d)
@@ -76,11 +76,11 @@ class Notes:
         if self.size is not None:
             sizes = self.size[cut][:, :, None, None].expand(U, G, b, r, -1)
             half, first = self.size.shape[-1] // 2, 1 + self.anchors
-            listed = opened if noted is None else noted
-            of_opened = torch.arange(listed.shape[-1], device=listed.device) < n
-            column = torch.where(listed > 0, listed + half * of_opened, 0).transpose(1, 2)
-            if noted is None:  # every note ALL is read, but for those of opened gates
+            if noted is None:  # every note ALL is read, but REST of opened gates
+                column = torch.where(opened > 0, opened + half, 0).transpose(1, 2)
                 bias.scatter_(-1, opened.transpose(1, 2) + first, -torch.inf)
+            else:
+                column = noted.transpose(1, 2)
             bias.scatter_(-1, column + first, sizes.gather(-1, column))
         d = self.d
         out, lse = attend_tile(tiles, kv[..., :d], kv[..., d:], bias.view(*tiles.shape[:3], -1), scale)
