@@ -19,6 +19,7 @@ from proteus_playground.experiments.evidence.committed import Study, committed
 from proteus_playground.experiments.needles import haystacks, subjects
 
 from proteus_playground.common.checks import whole_number
+from proteus_playground.common.progress import Progress, Stop
 from proteus_playground.common.texts import load_text, pasted
 from proteus_playground.hf.models import KNOWN, is_pulled
 from proteus_playground.lm import shipped
@@ -185,11 +186,12 @@ def bank_panel(
     """
     check_stream("model", model)
 
-    def make() -> tuple[BankReader, str]:
+    def make(stop: Stop, progress: Progress) -> tuple[BankReader, str]:
         if reading is not None:
             return reading, ""
         why = "" if model == "random" else _why_not(model)
-        return open_reading(load_text(text), "random" if why else model, tokens=tokens, start=start), why
+        body, name = load_text(text), "random" if why else model
+        return open_reading(body, name, tokens=tokens, start=start, progress=progress, stop=stop), why
 
     return BankPanel(make, layer, group)
 

@@ -30,7 +30,7 @@ from ..intervals import standard_error
 from ..speed.measure import measured_on, publish
 
 PASS_TOKENS = 2048  # tokens of calibration text that the model reads at a time
-BASE = {"gates_per_group": 256, "probes": 8, "max_notes": 16}
+BASE = {"gates_per_group": 256, "probes": 16, "fill_rings": True, "max_notes": 16}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def choices(shortlist: int) -> list[Choice]:
     half = shortlist // 4  # of the gates' share: notes take no more, and each opened gate needs a key
     changes: dict[str, Sequence] = {
         "gates_per_group": (32, 64, 128, 512),
-        "probes": tuple(n for n in (2, 4, 16, 32) if n <= half),
+        "fill_rings": (False,),
+        "probes": tuple(n for n in (4, 8, 32) if n <= half),
         "max_notes": tuple(n for n in (8, 24, 32, 64) if n <= half),
         "notes": (False,),
         "dna_fraction": (0.35, 0.65),

@@ -35,6 +35,7 @@ from ..attention.bank.bank import ENDLESS, KVBank
 from ..attention.calibration import Calibration
 from ..attention.settings import Settings, config_for
 from ..common.files import cache_dir
+from ..common.progress import Progress, Stop
 from ..common.tensors import fingerprint, read_tensors, write_tensors
 from ..common.texts import Text, calibration_text
 from .bank_layer import NO_GRADIENT, BankLayer, HybridBankLayer, gates_from
@@ -120,6 +121,8 @@ class ProteusCache(Cache):
         name: str | None = None,
         calibration: Text | None = None,
         folder: Path | None = None,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
     ) -> ProteusCache:
         """A cache whose gates are read from `folder`, or fitted to the model's keys of another text and kept there.
 
@@ -127,6 +130,7 @@ class ProteusCache(Cache):
         which the gates are kept, default the model's class. calibration: the text, default one that comes with the
         package. folder: default the user's cache. The first time takes one pass over 2,048 tokens. reach: "auto" is
         half the trained context where the text has no limit (flux alpha 1, no `tokens`), else None: no bound.
+        Raises `Stopped` when `stop` requests it.
         """
         settings = settings or Settings()
         source = ModelSource(model, tokenizer, name or type(model).__name__)
@@ -134,7 +138,7 @@ class ProteusCache(Cache):
         enough = min(CALIBRATION_TOKENS, source.context or CALIBRATION_TOKENS)
         learned = Calibration(source, text, enough, folder or cache_dir() / "gates")
         chosen = source.full_layers if layers is None else layers
-        gates = {index: learned.gates(index, settings.gates) for index in chosen}
+        gates = {index: learned.gates(index, settings.gates, progress=progress, stop=stop) for index in chosen}
         if reach == "auto":
             endless = tokens is None and settings.flux_alpha == 1 and source.context
             near = settings.shortlist * 2  # what `reach` has to hold at least

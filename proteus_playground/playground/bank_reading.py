@@ -16,6 +16,7 @@ from ..attention.bank.bank import ENDLESS, KVBank
 from ..attention.bank.view import BankContents
 from ..attention.calibration import Calibration
 from ..attention.settings import Settings, config_for
+from ..common.progress import Progress, Stop, check_stop, tell
 from ..common.texts import Text, calibration_text
 from ..lm.sampling import Sampling
 from .random_source import RandomSource
@@ -46,17 +47,26 @@ class BankReader(Protocol):
         """What the bank of one layer and KV group holds now."""
 
 
-def open_reading(text: Text, model: str = "smollm2", *, tokens: int = 1024, start: int = 256) -> BankReader:
+def open_reading(
+    text: Text,
+    model: str = "smollm2",
+    *,
+    tokens: int = 1024,
+    start: int = 256,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> BankReader:
     """Read `text` with the pulled model `model`, or with a random layer if it is "random".
 
     tokens: how much of the text is read; start: how many of these are read before this returns.
-    Raises `ValueError` for a model that is not pulled.
+    Raises `ValueError` for a model that is not pulled, `Stopped` when `stop` requests it.
     """
+    asked = {"tokens": tokens, "start": start, "progress": progress, "stop": stop}
     if model == "random":
-        return RandomReader(text, tokens=tokens, start=start)
+        return RandomReader(text, **asked)
     from ..hf.models import load
 
-    return ModelReader(*load(model), model, text, tokens=tokens, start=start)
+    return ModelReader(*load(model), model, text, **asked)
 
 
 class RandomReader:
@@ -64,8 +74,18 @@ class RandomReader:
 
     name, random = "random layer", True
 
-    def __init__(self, text: Text, *, tokens: int = 1024, start: int = 0, settings: Settings = SETTINGS, seed: int = 0):
-        """Take the first `tokens` words of `text` and read `start` of them."""
+    def __init__(
+        self,
+        text: Text,
+        *,
+        tokens: int = 1024,
+        start: int = 0,
+        settings: Settings = SETTINGS,
+        seed: int = 0,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
+    ):
+        """Take the first `tokens` words of `text` and read `start` of them. Raises `Stopped` when `stop` says so."""
         source = RandomSource(seed)
         self._words = source.encode(text.body)[:tokens]
         self.note = (
@@ -77,12 +97,14 @@ class RandomReader:
         self.layers, self.groups = source.full_layers, source.shape.n_groups
         self._banks = {}
         for layer, seen in self._captured.items():
-            gates = calibration.gates(layer, settings.gates)
+            gates = calibration.gates(layer, settings.gates, stop=stop)
             self._banks[layer] = KVBank.empty(budget, gates, inv_freq=seen.inv_freq, scale=seen.scale)
         self.tokens: list[str] = []
         self.given, self.seconds = len(self._words), 0.0
         self._lock = RLock()
-        for _ in range(min(start, self.given)):
+        for at in range(first := min(start, self.given)):
+            check_stop(stop)
+            tell(progress, at / first, "reading the beginning of the text")
             self.step()
 
     @property
@@ -127,23 +149,34 @@ class ModelReader:
         start: int = 256,
         settings: Settings = SETTINGS,
         sampling: Sampling | None = None,
+        progress: Progress | None = None,
+        stop: Stop | None = None,
     ):
-        """Take the first `tokens` tokens of `text` and read `start` of them. sampling: how the model writes on."""
+        """Take the first `tokens` tokens of `text` and read `start` of them. sampling: how the model writes on.
+
+        Raises `Stopped` when `stop` requests it.
+        """
         from ..hf.cache import ProteusCache
         from ..hf.source import ModelSource
 
         source = ModelSource(model, tokenizer, name)
         self.name, self.groups, self.layers = name, source.shape.n_groups, source.full_layers
         self._model, self._tokenizer, self._choose = model, tokenizer, sampling or Sampling(0.7, None, 0.95, 0)
-        self._cache = ProteusCache.for_model(model, tokenizer, settings, name=name)
+        self._cache = ProteusCache.for_model(model, tokenizer, settings, name=name, progress=progress, stop=stop)
         self._ids = source.encode(text.body)[:tokens]
         self.note = f"{name} reads {len(self._ids):,} tokens of “{text.name}” one by one, and then writes on by itself."
         self.tokens: list[str] = []
         self.given, self.seconds = len(self._ids), 0.0
         self._lock, self._logits = RLock(), None
         first = self._ids[: max(1, min(start, self.given))]
-        for at in range(0, len(first), PROMPT_TOKENS_PER_STEP):
-            self._read(first[at : at + PROMPT_TOKENS_PER_STEP])
+        try:
+            for at in range(0, len(first), PROMPT_TOKENS_PER_STEP):
+                check_stop(stop)
+                tell(progress, at / len(first), "reading the beginning of the text")
+                self._read(first[at : at + PROMPT_TOKENS_PER_STEP])
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def nbytes(self) -> int:

@@ -18,8 +18,9 @@ from proteus_playground.widgets.stream.frames import Source
 from proteus_playground.widgets.stream.state import NUMBERS, StreamState, check
 
 from proteus_playground.attention.bank.view import BankContents, GateContents
-from proteus_playground.common.texts import pasted
-from proteus_playground.playground.bank_reading import RandomReader
+from proteus_playground.common.progress import Stopped
+from proteus_playground.common.texts import load_text, pasted
+from proteus_playground.playground.bank_reading import RandomReader, open_reading
 from proteus_playground.streaming.buffer import StreamPlan
 from proteus_playground.streaming.pipeline import stream
 from proteus_playground.streaming.random_words import RandomWords
@@ -107,8 +108,6 @@ def test_filling_can_be_stopped_and_goes_on_where_it_was():
 
         def explain(self, reason):
             return str(reason)
-
-    from proteus_playground.common.progress import Stopped
 
     scores = empty_scores(len(document))
     with pytest.raises(Stopped):
@@ -533,11 +532,27 @@ def test_a_random_reading_holds_every_token_somewhere(reading_text):
     assert reading.nbytes == size and len(reading.tokens) == 180
 
 
+@pytest.mark.parametrize("model", ["random", "smollm2"])
+def test_the_reading_of_the_beginning_can_be_stopped(model, request):
+    if model == "smollm2":
+        request.getfixturevalue("smollm2")
+    said = []
+
+    def stop() -> bool:
+        return any("beginning" in words for _, words in said)
+
+    with pytest.raises(Stopped):
+        open_reading(
+            load_text("humble token"), model, tokens=600, start=600, stop=stop,
+            progress=lambda *share_and_words: said.append(share_and_words),
+        )  # fmt: skip
+    assert said[-1] == (0.0, "reading the beginning of the text")
+    if model == "smollm2":  # the patch of the stopped reading is gone
+        open_reading(load_text("humble token"), model, tokens=2, start=1).close()
+
+
 @pytest.mark.slow
 def test_a_model_reads_and_then_writes(smollm2):
-    from proteus_playground.common.texts import load_text
-    from proteus_playground.playground.bank_reading import open_reading
-
     reading = open_reading(load_text("humble token"), tokens=70, start=68)
     for _ in range(4):
         assert reading.step()

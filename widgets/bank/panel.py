@@ -7,6 +7,7 @@ from collections.abc import Callable
 import ipywidgets as w
 
 from proteus_playground.attention.bank.view import BankContents
+from proteus_playground.common.progress import Progress, Stop
 from proteus_playground.playground.bank_reading import BankReader
 
 from ..parts.boxes import button, labelled, row
@@ -22,7 +23,9 @@ PAST = 400  # steps that can be gone back
 class BankPanel(Panel):
     """What `bank_panel` returns. `past` is what the bank held after each step, `at` the index of the one on show."""
 
-    def __init__(self, make_reading: Callable, layer: int = 12, group: int = 1):
+    def __init__(
+        self, make_reading: Callable[[Stop, Progress], tuple[BankReader, str]], layer: int = 12, group: int = 1
+    ):
         super().__init__("KV bank", {"moves": words.LEGEND})
         self.reading: BankReader | None = None
         self.past: list[BankContents] = []
@@ -49,7 +52,7 @@ class BankPanel(Panel):
         self.say("busy", what="reading the beginning of the text")
         if self.reading is not None:
             self._first = self.layer.value, self.group.value
-        self.worker.submit("load", lambda stop, progress: self._make(), self._loaded, self._failed)
+        self.worker.submit("load", self._make, self._loaded, self._failed, self._progress)
 
     def _loaded(self, _: int, made: tuple[BankReader, str]) -> None:
         reading, why = made
