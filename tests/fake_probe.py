@@ -88,7 +88,8 @@ class FakeProbe:
         return {
             "flux_alpha": settings.flux_alpha, "shortlist": reads, "keep_ratio": settings.keep_ratio,
             "window": max(1, reads - far - settings.anchors), "block": 8, "anchors": settings.anchors,
-            "probes": settings.probes, "ring": ring, "notes": notes, "dense": settings.flux_alpha == 0,
+            "probes": settings.probes, "ring": ring, "ring_reads": settings.probes * ring, "notes": notes,
+            "dense": settings.flux_alpha == 0,
         }  # fmt: skip
 
     def _wait(self, stop) -> None:

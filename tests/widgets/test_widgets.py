@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from dataclasses import replace
 from html import escape
 
 import numpy as np
@@ -22,7 +23,7 @@ from proteus_playground.widgets.workbench import figure, readout
 from proteus_playground.attention import AttentionConfig
 from proteus_playground.attention.settings import CONTROLS, LayerShape, Settings, config_for, settings_of
 from proteus_playground.playground.glossary import by_code
-from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE
+from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, UNSEEN
 
 
 @pytest.fixture
@@ -369,10 +370,14 @@ def test_words_say_what_the_numbers_are(bench):
     assert all(str(gate) in said for gate in frame.row.gates_opened)
     assert f"{(frame.row.kind == DNA).sum()} key" in said
     assert "drop" in sentences.text_sentence(frame.view, frame.row, bench.probe.tokens)
+    kind = frame.row.kind.copy()
+    kind[:5] = UNSEEN
+    said = sentences.text_sentence(frame.view, replace(frame.row, kind=kind), bench.probe.tokens)
+    assert said.endswith("tokens so far and does not see 5.")
+    assert "not seen 5" in text_of(readout.legend_html(kind[: frame.row.token + 1]))
 
 
 def test_a_sleeping_row_and_a_routed_map_are_said_plainly(bench):
-    from dataclasses import replace
 
     row = replace(bench.drawn.row, asleep=True, gates_opened=())
     assert "reads nothing" in sentences.gates_sentence(row, bench.probe.tokens)
@@ -387,7 +392,11 @@ def test_the_readout_holds_measured_beside_predicted(bench):
     for word in ("keys per query", "latency", "predicted", "output error", "not run yet", f'"{bench.number}"'):
         assert word in html
     assert sentences.quantity(3.2e9, "FLOP") == "3.2 GFLOP" and sentences.quantity(0, "B") == "0 B"
-    assert "rings 32" in text_of(readout.split_html(bench.drawn.view.budget))
+    budget = bench.drawn.view.budget
+    even = text_of(readout.split_html(budget))
+    assert "rings 32" in even and "2 gates opened × 16 keys" in even
+    filled = text_of(readout.split_html(budget | {"probes": 16, "ring": 7, "ring_reads": 48}))
+    assert "rings 48" in filled and "up to 16 gates opened × 7 keys" in filled
     assert "Dense" in readout.split_html({"dense": True})
 
 

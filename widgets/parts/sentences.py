@@ -94,4 +94,8 @@ def text_sentence(view: LayerView, row: RowView, tokens: list[str]) -> str:
     read = int(((row.kind > 0) & (row.kind != NOTE)).sum())
     keys = f"{read:,} key" + ("" if read == 1 else "s")
     noted = f" and {row.notes_read} notes" if row.notes_read else ""
-    return f"{gone}; {token_name(tokens, row.token)} reads {keys}{noted} of the {row.token + 1:,} tokens so far."
+    unseen = int((row.kind[: row.token + 1] == 0).sum())
+    hidden = f" and does not see {unseen:,}" if unseen else ""
+    return (
+        f"{gone}; {token_name(tokens, row.token)} reads {keys}{noted} of the {row.token + 1:,} tokens so far{hidden}."
+    )

@@ -61,7 +61,7 @@ def split_html(budget: dict) -> str:
         return '<div class="pp-split-note">Dense: a query reads every earlier token, so no budget is divided.</div>'
     parts = {
         "window": budget["window"] + budget["block"], "anchors": budget["anchors"],
-        "rings": budget["probes"] * budget["ring"], "notes": budget["notes"],
+        "rings": budget["ring_reads"], "notes": budget["notes"],
     }  # fmt: skip
     total = max(1, sum(parts.values()))
     bars = "".join(
@@ -69,7 +69,10 @@ def split_html(budget: dict) -> str:
         for name, count in parts.items() if count
     )  # fmt: skip
     words = "".join(key(SPLIT_COLOURS[name], f"{name} {count}") for name, count in parts.items())
-    ring = f"{budget['probes']} gates opened × {budget['ring']} keys" if budget["ring"] else "no keys from gates"
+    ring = "no keys from gates"
+    if budget["ring_reads"]:
+        most = "up to " if budget["probes"] * budget["ring"] > budget["ring_reads"] else ""
+        ring = f"{most}{budget['probes']} gates opened × {budget['ring']} keys"
     said = f"One query may read {budget['shortlist']} keys and notes. The parts below come to {total} ({ring})."
     return (
         f'<div class="pp-split-note">{with_terms(said)}</div>'
@@ -78,9 +81,10 @@ def split_html(budget: dict) -> str:
 
 
 def legend_html(kinds: np.ndarray) -> str:
-    """A coloured square for each kind of key, and how many of them a row reads; kinds: as of `RowView`, `(T,)`."""
-    names = {1: "window", 2: "anchors", 3: "rings", 4: "notes only"}
-    return "".join(key(OKABE_ITO[kind], f"{name} {(kinds == kind).sum():,}") for kind, name in names.items())
+    """A coloured square for each way in which a row sees keys, and their number; kinds: of `RowView`, up to the row."""
+    names = {1: "window", 2: "anchors", 3: "rings", 4: "notes only", 0: "not seen"}
+    colours = {**OKABE_ITO, 0: GREY}
+    return "".join(key(colours[kind], f"{name} {(kinds == kind).sum():,}") for kind, name in names.items())
 
 
 def workbench_title_html(name: str, layers: int, tokens: int, text: str, view: LayerView) -> str:
