@@ -30,7 +30,7 @@ from ..intervals import standard_error
 from ..speed.measure import measured_on, publish
 
 PASS_TOKENS = 2048  # tokens of calibration text that the model reads at a time
-BASE = {"gates_per_group": 256, "probes": 16, "fill_rings": True, "max_notes": 16}
+BASE = {"gates_per_group": 256, "probes": 16, "nearest_gates": True}
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,19 @@ class Choice:
 
 
 def choices(shortlist: int) -> list[Choice]:
-    """The config's defaults; `BASE`; and `BASE` with one number changed."""
+    """The config's defaults; `BASE`; even rings with nearest notes; and `BASE` with one number changed."""
     half = shortlist // 4  # of the gates' share: notes take no more, and each opened gate needs a key
     changes: dict[str, Sequence] = {
         "gates_per_group": (32, 64, 128, 512),
-        "fill_rings": (False,),
         "probes": tuple(n for n in (4, 8, 32) if n <= half),
         "max_notes": tuple(n for n in (8, 24, 32, 64) if n <= half),
         "notes": (False,),
         "dna_fraction": (0.35, 0.65),
     }
     changed = [Choice(f"{name}={value}", {**BASE, name: value}) for name, values in changes.items() for value in values]
-    return [Choice("default"), Choice(", ".join(f"{name}={value}" for name, value in BASE.items()), BASE), *changed]
+    even = {**BASE, "nearest_gates": False, "probes": 8, "max_notes": 16}
+    named = [Choice(", ".join(f"{name}={value}" for name, value in fields.items()), fields) for fields in (BASE, even)]
+    return [Choice("default"), *named, *changed]
 
 
 def passages(source: ModelSource, text: str, tokens: int, count: int) -> list[Tensor]:

@@ -9,7 +9,7 @@ be trained.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import ceil, floor, log, sqrt
+from math import ceil, floor, isqrt, log, sqrt
 from typing import TYPE_CHECKING
 
 from torch import SymInt
@@ -101,7 +101,7 @@ def plan_budget(cfg: AttentionConfig, tokens: int, flux_alpha: float | None = No
             cfg.probes,
             cfg.gates_per_group,
             cfg.max_notes if cfg.notes else 0,
-            cfg.fill_rings,
+            cfg.nearest_gates,
         ),
     )
 
@@ -116,13 +116,21 @@ def check_alpha(alpha) -> float:
 
 
 def split_shortlist(
-    cap: int, dna_fraction: float, n_anchors: int, probes: int, gates: int, notes: int | None, fill_rings: bool = False
+    cap: int,
+    dna_fraction: float,
+    n_anchors: int,
+    probes: int,
+    gates: int,
+    notes: int | None,
+    nearest_gates: bool = False,
 ) -> dict:
     """Divide `cap` reads per row between window, anchors, rings and notes: fields of `Budget`.
 
     A row reads at most window + block local keys, `anchors` anchors, `ring_reads` keys of opened gates and `notes`
     notes, those of the gates that it ranks next. notes=None: those of all gates, as long as they take half of the
     gates' share or less; with the smaller rings that more would leave, more is lost than notes bring (docs/log.md).
+    nearest_gates: rings of about the root of their reads, and as many notes as the root of 2 L, near the best of those
+    tried at L = 128 and 512 (docs/log.md).
     """
     gate_reads = min(floor(dna_fraction * cap + 1e-9), cap - 1)  # rounded down: a row always reads itself
     other_reads = cap - gate_reads
@@ -133,19 +141,19 @@ def split_shortlist(
         block *= 2
     half = gate_reads // 2
     if notes is None:
-        notes = gates if gates <= half else 0
+        notes = isqrt(2 * cap) if nearest_gates else gates if gates <= half else 0
     notes = min(notes, gates, half)
     probes = min(probes, gates, gate_reads - notes)
     left = gate_reads - notes
     ring = left // probes if probes else 0
-    if fill_rings:
-        ring = max(ring, ceil(sqrt(left)))  # near the best at L = 128 and 512: docs/log.md
+    if nearest_gates:
+        ring = max(ring, ceil(sqrt(left)))
     return {
         "window": local - block,
         "block": block,
         "anchors": anchors,
         "probes": probes,
         "ring": ring,
-        "ring_reads": left if fill_rings else probes * ring,
+        "ring_reads": left if nearest_gates else probes * ring,
         "notes": notes,
     }

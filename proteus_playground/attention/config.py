@@ -2,52 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from math import inf, isfinite
+from dataclasses import asdict, dataclass, fields
 
-from ..common.checks import whole_number
+from .knobs import knob
 
 BACKENDS = ("auto", "reference", "torch", "triton")
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `low` to `high` in some `unit`; an end marked `open` is not included."""
-
-    low: float
-    high: float
-    open_low: bool
-    open_high: bool
-    unit: str
-    none: str  # what None means, for an error message
-
-    def check(self, name: str, value: object) -> None:
-        """Raise `TypeError` or `ValueError`, which name the argument, its value and what is allowed."""
-        if isinstance(self.low, int):
-            whole_number(name, value, self.low)
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}={value!r}: expected a number {self._allowed()}")
-        too_low = value <= self.low if self.open_low else value < self.low
-        too_high = value >= self.high if self.open_high else value > self.high
-        if not isfinite(value) or too_low or too_high:
-            raise ValueError(f"{name}={value!r}: must be {self._allowed()}")
-
-    def _allowed(self) -> str:
-        if self.high == inf:
-            ends = f"{'>' if self.open_low else '>='} {self.low:g} and finite"
-        else:
-            ends = f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
-        return f"{ends}, or None {self.none}" if self.none else ends
-
-
-def knob(default, low, high=inf, *, open_low=False, open_high=False, unit="", none="", repr=True):
-    """A number of `AttentionConfig` with its `Range`; a `low` written without a point makes it a whole number.
-
-    unit: what the number counts. none: what None means, for the error message of a field that allows it.
-    """
-    allowed = Range(low, high, open_low, open_high, unit, none)
-    return field(default=default, repr=repr, metadata={"range": allowed})
 
 
 @dataclass(frozen=True)
@@ -92,10 +51,10 @@ class AttentionConfig:
     gates_per_group: int = knob(32, 1, unit="gates")
     """Gates per KV group C, each with one prototype, >= 1, and >= H/G when heads are routed."""
     probes: int = knob(2, 1, unit="gates")
-    """Gates that a query opens, or opens at most where `fill_rings`, in [1, gates_per_group]."""
-    fill_rings: bool = False
-    """Whether a ring holds about the root of the reads that L leaves to rings, and a query opens its best gates as long
-    as the keys in their rings fit. False: the opened gates share these reads evenly, as the Triton backend needs it."""
+    """Gates that a query opens, or opens at most where `nearest_gates`, in [1, gates_per_group]."""
+    nearest_gates: bool = False
+    """Whether a query opens its best gates for as long as the keys in their rings fit, and reads the notes of the next
+    best. False: it opens `probes` gates, which share the reads evenly, and reads the notes of all gates."""
     n_anchors: int = knob(4, 0, unit="tokens")
     """First tokens that every query reads (attention sinks), >= 0."""
     notes: bool = True
@@ -103,8 +62,8 @@ class AttentionConfig:
     one. See `max_notes` for how many."""
     max_notes: int | None = knob(None, 1, unit="notes")
     """Most notes that a query reads, >= 1: those of the gates that match it best after the opened ones. They never take
-    more than half of the gates' share of L. None: the notes of all gates, or none at all where they would take more
-    than half. The Triton backend reads all or none."""
+    more than half of the gates' share of L. None: with `nearest_gates` about the root of 2 L, without the notes of all
+    gates, or none at all where they would take more than half. The Triton backend reads all or none."""
     rope_theta: float | None = knob(10_000.0, 0.0, open_low=True, none="for no rotation")
     """Base of the rotary embedding, > 0. None leaves queries and keys un-rotated."""
     prior_max: float = knob(0.5, 0.0, 1.0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 from .config import AttentionConfig
 
+KEYS_PER_GATE = 8  # fewest keys that a prototype is fitted to by default
 CONFIG = {each.name: each for each in fields(AttentionConfig)}
 
 
@@ -23,9 +24,10 @@ def offered(of: str, key: str, label: str, tip: str, **shown):
 class Settings:
     """One position of every control that changes what a layer computes.
 
-    Three defaults differ from the config's, because the playground looks at models that were trained without a slider:
+    Six defaults differ from the config's, because the playground looks at models that were trained without a slider:
     flux alpha is pinned, so that the slider and not the length decides; their heads have no trained router, so all stay
-    awake; and where a visitor switches routing on, Top-P lets some heads sleep, so that there is something to see.
+    awake; where a visitor switches routing on, Top-P lets some heads sleep, so that there is something to see; and
+    many gates, of which a query opens the nearest, cost such a model least likelihood (docs/log.md).
     """
 
     flux_alpha: float = offered(
@@ -44,9 +46,16 @@ class Settings:
         "dna_fraction", "dna", "DNA fraction δ", main=True,
         tip="The share of the shortlist that is spent on gates, near or far; the rest goes to the window and anchors.",
     )  # fmt: skip
-    probes: int = offered("probes", "probes", "probes", high=8, tip="How many gates each query opens.")
+    probes: int = offered(
+        "probes", "probes", "probes", default=16, high=32, tip="How many gates each query opens, or opens at most."
+    )
+    nearest_gates: bool = offered(
+        "nearest_gates", "nearest", "nearest gates", default=True,
+        tip="Opens the best gates for as long as the keys in their rings fit, and reads the notes of the next best; "
+        "otherwise all probes share the reads evenly, and the notes of all gates are read.",
+    )  # fmt: skip
     gates: int = offered(
-        "gates_per_group", "gates", "gates", low=4, high=128,
+        "gates_per_group", "gates", "gates", default=256, low=4, high=512,
         tip="How many gates each KV group has; a change takes a moment, because prototypes are fitted anew.",
     )  # fmt: skip
     notes: bool = offered(
@@ -64,6 +73,12 @@ class Settings:
         "head_top_p", "top_p", "Top-P", low=0.05, default=0.9,
         tip="Where heads are routed, they wake, the most probable first, until their probabilities add up to this.",
     )  # fmt: skip
+
+
+def default_settings(calibration_tokens: int) -> Settings:
+    """The default settings of a model whose gates are fitted to so many tokens: fewer gates where these are few."""
+    gates = min(Settings.gates, max(1, calibration_tokens // KEYS_PER_GATE))
+    return Settings(gates=gates, probes=min(Settings.probes, gates))
 
 
 @dataclass(frozen=True)

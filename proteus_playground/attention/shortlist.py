@@ -14,17 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .budget import Budget
 from .gates import Gates
-from .transforms import is_transformed
-
-SCORES_PER_STEP = 1 << 19  # query-prototype scores held at a time on a CPU
-SCORES_PER_STEP_GPU = 1 << 26
-FEW = 4  # gates that are picked one by one, which is quicker than sorting up to about here: docs/log.md
+from .ranking import rank_gates
 
 
 @dataclass(frozen=True)
@@ -100,30 +95,6 @@ def choose_gates(q: Tensor, gates: Gates, budget: Budget, retired: Tensor, block
     return opened, ranked.gather(-1, at.clamp(max=ranked.shape[-1] - 1)).masked_fill(at >= ranked.shape[-1], -1)
 
 
-def rank_gates(q: Tensor, prototypes: Tensor, alive: Tensor, retired: Tensor, block: int, count: int) -> Tensor:
-    """The `count` live gates with the largest q.p among those that hold a key at the row's tick: `(B, T, H, count)`.
-
-    The best come first, of equal ones that with the lower index; -1 where no gate is left. An empty gate is never
-    ranked, because there is nothing to read in it.
-    """
-    B, T, H, _ = q.shape
-    G, C = alive.shape
-    usable = ((retired > 0) & alive[:, None]).transpose(2, 3)  # (B, G, C, N)
-    heads = prototypes.repeat_interleave(H // G, dim=0)  # (H, C, d)
-    held = SCORES_PER_STEP if q.device.type == "cpu" else SCORES_PER_STEP_GPU
-    step = max(1, held // (B * H * C * block)) * block
-    ranked = torch.empty(B, T, H, count, dtype=torch.int64, device=q.device)
-    with torch.autocast(q.device.type, enabled=False):
-        for i in range(0, T, step):
-            rows = q[:, i : i + step].float().permute(0, 2, 3, 1)  # (B, H, d, t)
-            score = torch.matmul(heads, rows)  # (B, H, C, t): the maximum runs over whole vectors of rows
-            here = usable[..., i // block : (i + step - 1) // block + 1].repeat_interleave(block, dim=3)
-            score.unflatten(1, (G, H // G)).masked_fill_(~here[:, :, None, :, : rows.shape[3]], -torch.inf)
-            best = _best_one_by_one(score, count) if count <= FEW else _best_sorted(score, count)
-            ranked[:, i : i + step] = best.permute(0, 3, 1, 2)
-    return ranked
-
-
 def _count_retired(gate: Tensor, C: int, window: int, block: int) -> Tensor:
     """Running count per gate of the keys that have left the window at each tick: `(B, G, N, C)`."""
     B, T, G = gate.shape
@@ -135,45 +106,6 @@ def _count_retired(gate: Tensor, C: int, window: int, block: int) -> Tensor:
     counts.scatter_add_(1, flat, torch.ones_like(flat))
     counts = counts.view(B, G, C + 1, ticks + 1)[:, :, :C, :ticks].cumsum(3)  # fast along the last axis only
     return counts.transpose(2, 3).contiguous()
-
-
-def _best_one_by_one(score: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest along the axis before the last, in their place: ties to the lower index, -1 where
-    the score is -inf."""
-    size = score.shape[-2]
-    low_first = torch.arange(size, 0, -1, dtype=score.dtype, device=score.device)[:, None]
-    picks = torch.empty(*score.shape[:-2], count, score.shape[-1], dtype=torch.int64, device=score.device)
-    for i in range(count):
-        if score.device.type == "cpu":  # takes half the time of a maximum that also returns its index
-            best = score.amax(dim=-2, keepdim=True)
-            index = size - torch.where(score == best, low_first, 0).amax(dim=-2, keepdim=True).long()
-            index = index.clamp(max=size - 1)  # a NaN equals nothing: its own row becomes NaN, no other does
-        else:
-            best, index = score.max(dim=-2, keepdim=True)
-        picks[..., i : i + 1, :] = index.masked_fill(best == -torch.inf, -1)
-        if i < count - 1:
-            score.scatter_(-2, index, -torch.inf)
-    return picks
-
-
-def _best_sorted(score: Tensor, count: int) -> Tensor:
-    """The same for larger counts.
-
-    Equal scores are told apart by sorting whole numbers: the bits of the score, in an order that whole numbers keep,
-    and below them the index. A NaN ranks first or last.
-    """
-    score = score.transpose(-1, -2)
-    size = score.shape[-1]
-    bits = (score + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = (key << 20) + torch.arange(size - 1, -1, -1, device=score.device)
-    if key.device.type == "cpu" and not is_transformed():  # takes a third of the time
-        last = np.partition(key.numpy(), size - count)[..., size - count :]
-        best = torch.from_numpy(np.sort(last)[..., ::-1].copy())
-    else:
-        best = key.topk(count, dim=-1).values
-    nothing = -0x7F800001  # what becomes of -inf
-    return ((size - 1) - (best & 0xFFFFF)).masked_fill_(best >> 20 == nothing, -1).transpose(-1, -2)
 
 
 def count_reads(short: Shortlist) -> Tensor:

@@ -33,7 +33,7 @@ from ..attention import AttentionConfig, Budget, Gates, plan_budget
 from ..attention.adapter import ProteusLayer
 from ..attention.bank.bank import ENDLESS, KVBank
 from ..attention.calibration import Calibration
-from ..attention.settings import Settings, config_for
+from ..attention.settings import Settings, config_for, default_settings
 from ..common.files import cache_dir
 from ..common.progress import Progress, Stop
 from ..common.tensors import fingerprint, read_tensors, write_tensors
@@ -126,16 +126,16 @@ class ProteusCache(Cache):
     ) -> ProteusCache:
         """A cache whose gates are read from `folder`, or fitted to the model's keys of another text and kept there.
 
-        settings: default `Settings()`. layers: which get a bank, default all that read the whole past. name: under
-        which the gates are kept, default the model's class. calibration: the text, default one that comes with the
-        package. folder: default the user's cache. The first time takes one pass over 2,048 tokens. reach: "auto" is
-        half the trained context where the text has no limit (flux alpha 1, no `tokens`), else None: no bound.
-        Raises `Stopped` when `stop` requests it.
+        settings: default `Settings()`, with fewer gates for a model of short context. layers: which get a bank, default
+        all that read the whole past. name: under which the gates are kept, default the model's class. calibration: the
+        text, default one that comes with the package. folder: default the user's cache. The first time takes one pass
+        over 2,048 tokens. reach: "auto" is half the trained context where the text has no limit (flux alpha 1, no
+        `tokens`), else None: no bound. Raises `Stopped` when `stop` requests it.
         """
-        settings = settings or Settings()
         source = ModelSource(model, tokenizer, name or type(model).__name__)
         text = calibration or calibration_text("")
         enough = min(CALIBRATION_TOKENS, source.context or CALIBRATION_TOKENS)
+        settings = settings or default_settings(enough)
         learned = Calibration(source, text, enough, folder or cache_dir() / "gates")
         chosen = source.full_layers if layers is None else layers
         gates = {index: learned.gates(index, settings.gates, progress=progress, stop=stop) for index in chosen}

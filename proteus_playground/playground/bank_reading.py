@@ -24,7 +24,7 @@ from .random_source import RandomSource
 CALIBRATION_TOKENS = 2048
 PROMPT_TOKENS_PER_STEP = 256  # tokens of the beginning that go through a language model in one pass
 # Window and rings are small, so that they fill while one watches.
-SETTINGS = Settings(shortlist=80, dna_fraction=0.7, gates=28)
+SETTINGS = Settings(shortlist=80, dna_fraction=0.7, gates=28, probes=2, nearest_gates=False)
 
 
 class BankReader(Protocol):

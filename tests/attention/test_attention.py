@@ -70,7 +70,7 @@ def test_notes_go_before_probes_when_the_share_is_small():
 
 def test_filled_rings_hold_about_the_root_of_their_reads():
     for size, notes, probes, ring, reads in ((128, 16, 16, 7, 48), (512, 32, 16, 15, 224), (128, 16, 2, 24, 48)):
-        plan = split_shortlist(size, 0.5, 4, probes, 256, notes, fill_rings=True)
+        plan = split_shortlist(size, 0.5, 4, probes, 256, None, nearest_gates=True)
         assert (plan["probes"], plan["ring"], plan["ring_reads"], plan["notes"]) == (probes, ring, reads, notes)
 
 

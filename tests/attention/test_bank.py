@@ -91,7 +91,7 @@ def parallel(bank, q, k, v, keep, **kwargs):
 def test_rows_are_those_of_the_parallel_pass(tokens, cut, alpha, delta, notes, most, fill, drop, size, heads, seed):
     q, k, v, keep, bank = world(
         tokens, heads=heads, drop=drop, seed=seed, flux_alpha=alpha, dna_fraction=delta, notes=notes, max_notes=most,
-        shortlist=size, fill_rings=fill,
+        shortlist=size, nearest_gates=fill,
     )  # fmt: skip
     want, start = parallel(bank, q, k, v, keep).out, int(cut * tokens)
     take_in(bank, k, v, keep, 0, start)

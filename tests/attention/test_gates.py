@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from helpers import config, layer, off_by
 
 from proteus_playground import ProteusAttention
-from proteus_playground.attention import Gates, shortlist, surgery
-from proteus_playground.attention.gates import spherical_kmeans
+from proteus_playground.attention import Gates, ranking, surgery
+from proteus_playground.attention.kmeans import spherical_kmeans
 
 TOPICS = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(1)), dim=1)
 
@@ -22,12 +22,12 @@ def clustered(n, seed=0):
 
 @pytest.mark.parametrize("few", [0, 99])  # sorted, and picked one by one
 def test_the_best_gates_come_in_order_and_ties_go_to_the_lower_index(monkeypatch, few):
-    monkeypatch.setattr(shortlist, "FEW", few)
+    monkeypatch.setattr(ranking, "FEW", few)
     prototypes = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.6, 0.8], [1.0, 0.0]]])
     alive, retired = torch.ones(1, 6, dtype=torch.bool), torch.ones(1, 1, 2, 6, dtype=torch.int64)
     alive[0, 5], retired[0, 0, 1, 1] = False, 0  # one gate is dead, one is empty at the second tick
     q = torch.tensor([[1.0, 0.0], [-0.0, 0.0], [1.0, 0.0], [0.0, -1.0]]).view(1, 4, 1, 2)
-    got = shortlist.rank_gates(q, prototypes, alive, retired, 2, 6)[0, :, 0].tolist()
+    got = ranking.rank_gates(q, prototypes, alive, retired, 2, 6)[0, :, 0].tolist()
     assert got == [[1, 2, 4, 0, 3, -1], [0, 1, 2, 3, 4, -1], [2, 4, 0, 3, -1, -1], [2, 3, 4, 0, -1, -1]]
 
 

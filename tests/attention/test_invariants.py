@@ -167,7 +167,7 @@ def test_a_backend_agrees_with_the_reference(
     H, G = heads
     cfg = config(
         n_heads=H, n_kv_heads=G, flux_alpha=alpha, dna_fraction=delta, notes=notes, max_notes=most, probes=probes,
-        shortlist=size, fill_rings=fill,
+        shortlist=size, nearest_gates=fill,
     )  # fmt: skip
     q, k, v = qkv(tokens, H, G, seed=seed, grad=True)
     mask = torch.rand(2, tokens, generator=torch.Generator().manual_seed(seed)) > 0.3 if keep else None
@@ -312,7 +312,7 @@ def test_a_row_is_computed_from_its_prefix_alone(tokens, alpha, delta, row):
 def test_reads_never_exceed_the_budget(tokens, alpha, delta, size, anchors, probes, most, fill):
     cfg = config(
         flux_alpha=alpha, dna_fraction=delta, shortlist=size, n_anchors=anchors, probes=probes, max_notes=most,
-        fill_rings=fill,
+        nearest_gates=fill,
     )  # fmt: skip
     q, k, v = qkv(tokens)
     budget = plan_budget(cfg, tokens)

@@ -15,7 +15,7 @@ def test_a_row_opens_its_best_gates_while_their_keys_fit_and_reads_the_notes_of_
     gates = Gates(2, 12, 8).fit(k, seed=3)
     cfg = config(
         n_heads=4, n_kv_heads=2, flux_alpha=1.0, shortlist=48, probes=6, gates_per_group=12, max_notes=most,
-        fill_rings=fill, n_anchors=2, dna_fraction=0.6,
+        nearest_gates=fill, n_anchors=2, dna_fraction=0.6,
     )  # fmt: skip
     budget = plan_budget(cfg, 150)
     assert budget.fills_rings == fill

@@ -327,9 +327,9 @@ def test_without_a_gpu_it_is_refused(monkeypatch):
         dispatch.probe_triton.cache_clear()
 
 
-@pytest.mark.parametrize("changes", [{"max_notes": 1}, {"probes": 6, "fill_rings": True}])
+@pytest.mark.parametrize("changes", [{"max_notes": 1}, {"probes": 6, "nearest_gates": True}])
 def test_notes_of_some_gates_and_filled_rings_are_refused(changes):
     q, k, v = qkv(70)
-    with pytest.raises(ValueError, match="backend='triton'.*fill_rings and max_notes need PyTorch tiles.*'torch'"):
+    with pytest.raises(ValueError, match="backend='triton'.*nearest_gates and max_notes need PyTorch tiles.*'torch'"):
         attend(q, k, v, config(**changes), "triton")
     assert attend(q, k, v, config(**changes), "auto").backend == "torch"

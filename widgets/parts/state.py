@@ -43,8 +43,8 @@ PRESET_TIPS = {
     "dense": "Every query reads every earlier token: ordinary attention.",
     "window + anchors": "A query reads only the nearest tokens and the first few of the text, as in StreamingLLM.",
     "gates": "Half of the shortlist goes to keys of the gates that a query opens, at any distance.",
-    "gates with notes": "As “gates”, and a query also reads notes: for each gate the mean of those keys that it "
-    "does not read one by one. If notes would take more than half of the gates' share, they are left out.",
+    "gates with notes": "As “gates”, and a query also reads notes, each the mean of those keys of a gate that it does "
+    "not read one by one: of the next nearest gates, or of all gates if they take half of the gates' share or less.",
     "tiny budget": "A query reads only 32 keys and notes: this shows what fails first.",
 }
 

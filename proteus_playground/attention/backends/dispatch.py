@@ -52,7 +52,7 @@ def choose_backend(
     fits, why = probe_triton(device, head_dim, dtype)
     if fits and needs_tiles:
         why = "the Triton kernels read even rings and the notes of all gates or of none"
-        fits, why = False, f"{why}, so fill_rings and max_notes need PyTorch tiles"
+        fits, why = False, f"{why}, so nearest_gates and max_notes need PyTorch tiles"
     if wanted == "triton":
         if not fits:
             raise ValueError(f"backend='triton': {why}; must be 'auto', 'torch' or 'reference' here")

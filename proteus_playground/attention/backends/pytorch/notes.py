@@ -23,7 +23,7 @@ class Notes:
         1 .. A      anchors
         A + 1       scratch
         next C      notes ALL, for rows that did not open the gate
-        next C      notes REST (less the ring), for rows that did
+        next C      notes REST (less the ring), for rows that did; missing where rows have lists of notes
 
     With lists of notes a row reads those of the gates in its list, which it did not open; without, those of all gates.
     The scratch column receives writes for places of a list that hold no gate. The bias of a note is log(count) less a
@@ -51,13 +51,17 @@ class Notes:
         rows, bias = [unread.new_full((B, N, G, 1), none), anchor], [nothing, seen]
         self.size = None
         if reads_notes:
-            beyond = (retired - short.ring).clamp(min=0)
             newest = keys.newest
-            sizes = [unread, retired.to(wide).log() - top, beyond.to(wide).log() - top]
+            sizes = [unread, retired.to(wide).log() - top]
             closed = torch.full_like(sizes[1], -torch.inf)
-            rows += [newest.new_full((B, N, G, 1), none), newest, (newest - short.ring).where(beyond > 0, none)]
-            bias += [unread, sizes[1] if self.every else closed, closed]
-            self.size = torch.cat(sizes, dim=-1).to(kv.dtype).flatten(0, 1)  # (B N, G, 1 + 2 C), of the last columns
+            rows += [newest.new_full((B, N, G, 1), none), newest]
+            bias += [unread, sizes[1] if self.every else closed]
+            if self.every:
+                beyond = (retired - short.ring).clamp(min=0)
+                sizes.append(beyond.to(wide).log() - top)
+                rows.append((newest - short.ring).where(beyond > 0, none))
+                bias.append(closed)
+            self.size = torch.cat(sizes, dim=-1).to(kv.dtype).flatten(0, 1)  # (B N, G, 1 + C or 2 C)
         cols = sum(x.shape[-1] for x in rows)
         self.rows = pad(torch.cat([x.int() for x in rows], dim=-1), (0, -cols % 8), value=none).flatten(0, 1)
         self.bias = pad(torch.cat(bias, dim=-1), (0, -cols % 8), value=-torch.inf).to(kv.dtype).flatten(0, 1)

@@ -33,6 +33,16 @@ def key_columns(ring: int, rows: int) -> tuple[int, int]:
     return column, -(-(ring + column - 1) // 8) * 8
 
 
+def _sorted_rows(newest: Tensor, none: int) -> tuple[Tensor, Tensor]:
+    """Far rows by their newest key: both sorted. Rows that read none may be left out, where that waits for nothing."""
+    if newest.device.type != "cpu":
+        return newest.sort(stable=True)
+    far = (newest < none).nonzero()[:, 0]
+    far = far if len(far) else newest.new_zeros(1, dtype=torch.int64)  # at least one, which reads none
+    newest, order = newest[far].sort(stable=True)
+    return newest, far[order]
+
+
 class Rings:
     """Tables that all blocks of a call share, and the rings of a run of blocks."""
 
@@ -56,8 +66,8 @@ class Rings:
         """
         U, b, G, r, n = opened.shape
         Q, W, d, device = self.per_tile, self.mask.shape[1], q.shape[-1], q.device
-        newest = self.newest[cut][:, None, :, None].expand(U, b, G, r, -1).gather(-1, opened)
-        newest, far = newest.flatten().sort(stable=True)
+        newest = self.newest[cut][:, None, :, None].expand(U, b, G, r, -1).gather(-1, opened).flatten()
+        newest, far = _sorted_rows(newest, len(self.rows))
         home, source, real = self._tiles(newest, self._bound(U, b, G, r * n))
         row = far[source]  # (tiles, Q)
         flat, step = q.reshape(-1, d), max(1, SCORES_PER_STEP // (Q * W)) if device.type == "cpu" else TILES_PER_STEP
@@ -70,9 +80,9 @@ class Rings:
         out, lse = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
         out, lse = out.reshape(-1, d), pad(lse.reshape(-1)[:-1], (0, 1), value=-torch.inf)
         out[-1] = 0  # the last tile is empty: rows without a ring point to it
-        back = torch.full((len(far) + 1,), len(out) - 1, dtype=torch.int32, device=device)
+        back = torch.full((opened.numel() + 1,), len(out) - 1, dtype=torch.int32, device=device)
         slots = torch.arange(len(out), dtype=torch.int32, device=device)
-        back.scatter_(0, torch.where(real, row, len(far)).flatten(), slots)
+        back.scatter_(0, torch.where(real, row, opened.numel()).flatten(), slots)
         back = back[:-1].view(U, b, G, r, n)
         return out, lse[back], back
 
