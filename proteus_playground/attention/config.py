@@ -51,7 +51,7 @@ class AttentionConfig:
     gates_per_group: int = knob(32, 1, unit="gates")
     """Gates per KV group C, each with one prototype, >= 1, and >= H/G when heads are routed."""
     probes: int = knob(2, 1, unit="gates")
-    """Gates that a query opens, or opens at most where `nearest_gates`, in [1, gates_per_group]."""
+    """Gates that a query opens, in [1, gates_per_group]; with `nearest_gates` the most that it opens, >= 1."""
     nearest_gates: bool = False
     """Whether a query opens its best gates for as long as the keys in their rings fit, and reads the notes of the next
     best. False: it opens `probes` gates, which share the reads evenly, and reads the notes of all gates."""
@@ -121,7 +121,7 @@ class AttentionConfig:
             self._refuse("heads_awake_max", f"at most n_heads / n_kv_heads = {self.heads_per_group}")
         if self.heads_awake_min > self.heads_awake_max:
             self._refuse("heads_awake_min", f"at most heads_awake_max={self.heads_awake_max}")
-        if self.probes > self.gates_per_group:
+        if self.probes > self.gates_per_group and not self.nearest_gates:
             self._refuse("probes", f"at most gates_per_group={self.gates_per_group}")
         if self.route_heads and self.gates_per_group < self.heads_per_group:
             allowed = f"at least one per head of a group ({self.heads_per_group}), or route_heads=False"

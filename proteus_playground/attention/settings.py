@@ -78,7 +78,7 @@ class Settings:
 def default_settings(calibration_tokens: int) -> Settings:
     """The default settings of a model whose gates are fitted to so many tokens: fewer gates where these are few."""
     gates = min(Settings.gates, max(1, calibration_tokens // KEYS_PER_GATE))
-    return Settings(gates=gates, probes=min(Settings.probes, gates))
+    return Settings(gates=gates)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def config_for(settings: Settings, shape: LayerShape) -> AttentionConfig:
         if "range" in CONFIG[control.of].metadata:
             CONFIG[control.of].metadata["range"].check(control.name, values[control.name])
     r = shape.n_heads // shape.n_groups
-    if settings.probes > settings.gates:
+    if settings.probes > settings.gates and not settings.nearest_gates:
         raise ValueError(f"probes={settings.probes!r}: must be at most gates={settings.gates}")
     if settings.route_heads and settings.gates < r:
         raise ValueError(f"gates={settings.gates!r}: must be at least {r}, one per head of a group, to route heads")

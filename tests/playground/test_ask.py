@@ -26,7 +26,7 @@ from proteus_playground.lm.shelf import shelf
 from proteus_playground.playground.shelf_probe import ROOM, open_shelf
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL
 
-OWN_SETTINGS = Settings(shortlist=48, gates=8)
+OWN_SETTINGS = Settings(shortlist=48, gates=8, probes=2, nearest_gates=False)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from proteus_playground.playground.random_source import RandomSource
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, UNSEEN
 
 T = 150
-SMALL = Settings(shortlist=32, gates=6)
+SMALL = Settings(shortlist=32, gates=6, probes=2, nearest_gates=False)
 
 
 def story(tokens: int, seed: int = 0, name: str = "a tale") -> Text:

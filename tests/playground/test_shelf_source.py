@@ -15,7 +15,7 @@ from proteus_playground.lm.shelf import shelf
 from proteus_playground.playground.probe import LayerProbe, Stopped
 from proteus_playground.playground.shelf_source import ShelfSource
 
-OWN = Settings(shortlist=48, gates=8)  # what the tiny model was made with
+OWN = Settings(shortlist=48, gates=8, probes=2, nearest_gates=False)  # what the tiny model was made with
 ROUTED = replace(OWN, route_heads=True, head_top_p=0.6)
 TEXT, OTHER = (Text(f"shelf {seed}", shelf(seed, 24).text, "made up") for seed in (1, 2))
 
