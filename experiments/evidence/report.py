@@ -106,7 +106,7 @@ def sentences(entries: list[Entry]) -> list[str]:
             task, length, things = place
             share = f", {ours.accuracy / full.accuracy:.3f} of dense" if full and full.accuracy else ""
             line = f"{task}, {length:,} tokens, {things} planted, L {ours.shortlist}: {OURS} {ours.accuracy:.3f}{share}"
-            beaten = f"; ahead of it: {', '.join(ahead) or f'none of {len(rivals)} arms'}" if rivals else ""
+            beaten = f"; better: {', '.join(ahead) or f'none of {len(rivals)} arms'}" if rivals else ""
             lines.append(f"{line}{beaten}.")
     return lines
 
@@ -117,8 +117,9 @@ def about(held: dict, entries: list[Entry]) -> str:
     seeds = ", ".join(map(str, sorted({entry.seeds for entry in entries})))
     stages = ", ".join(f"{steps:,} steps at {length:,}" for length, steps in scale["stages"])
     return (
-        f"{on['device']}, torch {on['torch']}, Python {on['python']}, {on['date']}; read in float32. Models: "
+        f"{on['device']}, torch {on['torch']}, Python {on['python']}, {on['date']}; computed in float32. Models: "
         f"{scale['layers']} layers, width {scale['width']}, {scale['heads']} heads, {scale['gates']} gates; trained on "
-        f"{', '.join(scale['tasks'])}: {stages} tokens, {scale['tokens']:,} tokens a step. Seeds per cell: {seeds}; "
-        f"at least {min(entry.cases // entry.seeds for entry in entries):,} answers a seed."
+        f"{', '.join(scale['tasks'])}: {stages} tokens, {scale['tokens']:,} tokens a step. Models per figure, each "
+        f"trained from a seed of its own: {seeds}; at least "
+        f"{min(entry.cases // entry.seeds for entry in entries):,} answers by each."
     )

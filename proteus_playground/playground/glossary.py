@@ -60,6 +60,11 @@ def markdown() -> str:
 The words that the playground teaches, in an order in which each builds on those before it. The panels show the same
 sentences as tooltips.
 
+Four words of the field come first. A *token* is a word, a part of a word or a sign, and a model reads a text token by
+token. In an attention layer each token has three vectors, its *query*, *key* and *value*. A query is compared with the
+keys of the tokens so far, and the values of the most similar keys count most in the result. To *read* a token means to
+use its key and its value.
+
 In the pictures a square is a token of the text, the newest one on the right; the dark square is the token whose query
 reads. Blue is the window, orange an anchor, green a ring, pink a note; grey tokens are not read.
 

@@ -30,5 +30,6 @@ def describe(source: Source, text: Text, tokens: int, cut: bool, calibration: Te
     fitted = f"its prototypes were fitted on another text, “{calibration.name}”"
     if source.own_gates:
         trained = min(gates for _, gates in source.own_gates)
-        fitted = f"with {trained} gates it uses those of its training, else gates fitted on “{calibration.name}”"
+        other = f"with any other number they are fitted on another text, “{calibration.name}”"
+        fitted = f"with {trained} gates its prototypes come from its training, {other}"
     return f"{source.name} reads {part} of “{text.name}”; {fitted}."

@@ -447,7 +447,7 @@ def test_entries_sentences_and_tables_say_what_the_rows_say():
     assert ours.accuracy == pytest.approx(0.91) and ours.seeds == 3 and ours.cases == 300
     assert ours.low == pytest.approx(0.91 - 4.303 * 0.01 / 3**0.5, abs=1e-4)
     (line,) = reports.sentences(entries)
-    assert "0.910 of dense" in line and "ahead of it: quest (0.950)" in line and "oracle" not in line
+    assert "0.910 of dense" in line and "better: quest (0.950)" in line and "oracle" not in line
     text = reports.tables(entries)
     assert "| dense | 1.000 [1.000, 1.000] · 8 |" in text and "| oracle | 0.990 · 8 + 40 |" in text
     assert text.index("as it is") < text.index("no notes") and "T 64, 4 planted, L 8" in text

@@ -99,7 +99,8 @@ def test_the_router_is_used_with_the_gates_it_was_trained_with(probe):
     for layer, block in enumerate(probe._source._model.blocks):
         assert own[layer].gates is block.attn.gates and own[layer].router is block.attn.router
         assert other[layer].gates.gates_per_group == 6 and other[layer].router is None
-    assert "with 8 gates it uses those of its training, else gates fitted on “shelf 2”" in probe.note
+    assert "with 8 gates its prototypes come from its training, with any other number" in probe.note
+    assert "fitted on another text, “shelf 2”" in probe.note
     assert probe.view(1, replace(OWN, gates=6)).gate_of_key.max() < 6
 
 

@@ -115,7 +115,7 @@ def test_the_slider_stands_between_the_measured_points():
 def test_the_verdict_compares_the_newest_scores():
     record = Record(PRESETS["small"])
     record.scores = [a_score("dense", 20, 0.0), a_score("dense", 40, 0.0), a_score("proteus", 40, 0.0)]
-    assert "text that training never uses" in words.verdict(record)
+    assert "held-out text, which training never uses" in words.verdict(record)
     record.scores.append(a_score("proteus", 40, 1.0))
     assert "10.5% worse than dense" in words.verdict(record)  # exp(0.1)
     assert "<i>Once upon </i>dense 0" in words.samples_html(1, record.newest())

@@ -90,13 +90,13 @@ def move_sentence(now: BankContents, tokens: list[str], moved: Moves) -> str:
         return "No key left the window with this token, because keys leave it in blocks of several."
     flat = [(index, gate) for gate, some in moved.into_ring.items() for index in sorted(some)]
     some = [f"“{tokens[i].strip() or '↵'}” to gate {gate}" for i, gate in sorted(flat)[:SHOWN]]
-    more = f" and {len(flat) - SHOWN} others" if len(flat) > SHOWN else ""
-    said = f"{len(flat)} tokens left the window: {listed(some) if not more else ', '.join(some) + more}."
+    more = [f"{len(flat) - SHOWN} more to other gates"] if len(flat) > SHOWN else []
+    said = f"{len(flat)} tokens left the window: {listed(some + more)}."
     gone = [i for some in moved.into_note.values() for i in sorted(some)]
     if gone:
-        words = listed([f"“{tokens[i].strip() or '↵'}”" for i in gone[:SHOWN]])
-        rest = f" and {len(gone) - SHOWN} more" if len(gone) > SHOWN else ""
-        said += f" {words}{rest} moved from a ring to a note."
+        rest = [f"{len(gone) - SHOWN} more"] if len(gone) > SHOWN else []
+        words = listed([f"“{tokens[i].strip() or '↵'}”" for i in gone[:SHOWN]] + rest)
+        said += f" {words} moved from a ring to a note."
     return said
 
 
@@ -105,7 +105,7 @@ def numbers_html(request: int, now: BankContents, seconds: float, nbytes: int, l
     in_notes = sum(gate.summarised for gate in now.gates)
     cells = [
         cell("tokens read", f"{now.tokens_seen:,}", "so far", "Tokens that the model has read."),
-        cell("in the window", f"{len(now.window) + len(now.anchors):,}", f"{len(now.anchors)} of them anchors",
+        cell("window, anchors", f"{len(now.window) + len(now.anchors):,}", f"{len(now.anchors)} of them anchors",
               "Tokens of the window and the anchors: every query reads them one by one."),
         cell("in rings", f"{in_rings:,}", f"at {sum(1 for gate in now.gates if gate.ring)} of {len(now.gates)} gates",
               "Tokens in the rings of the gates: a query that opens a gate reads its ring one by one."),

@@ -137,6 +137,8 @@ def _layout() -> dict:
             **AXIS, "domain": across(*y), "anchor": f"x{number}", "showgrid": True, "gridcolor": "#eef0f2",
             "nticks": 6, "rangemode": "tozero",
         }  # fmt: skip
+    for name in ("yaxis", "yaxis6"):
+        layout[name]["title"] = {"text": "nats per token", "standoff": 2, "font": {"size": 12}}
     layout["yaxis2"]["tickformat"] = "~s"
     layout["yaxis3"].update(range=[0, 1.08], tickformat=".0%")
     layout["xaxis6"]["range"] = [-0.03, 1.03]

@@ -186,7 +186,7 @@ class DuelPanel(Panel):
 
     def _say_curve(self) -> None:
         said = words.slider_sentence(self.record, self.state.flux_alpha)
-        self.caption("curve", "Loss on unseen text along the slider", said)
+        self.caption("curve", "Held-out loss along the slider", said)
 
     def _note(self) -> str:
         """Which models are trained on which text; the text as the duel's own file names it, once there is one."""

@@ -39,7 +39,7 @@ def numbers_html(request: int, record: Record) -> str:
 
     keys = newest.get("Proteus, α = 1")
     reads = "perplexity" if keys is None else f"perplexity, reads {keys.density:.0%}"
-    held = "on text that training never saw"
+    held = "on held-out text, which training never uses"
     budget = f"{record.settings.shortlist} for texts of {record.settings.length} tokens"
     cells = [
         cell("step", f"{record.step:,}", f"of {record.steps:,}" if record.steps else "",
@@ -64,10 +64,10 @@ def progress_sentence(record: Record, seconds: float, done: int) -> str:
 
 
 def verdict(record: Record) -> str:
-    """Both perplexities on text that training never saw, compared."""
+    """Both perplexities on held-out text, compared."""
     newest = record.newest()
     if len(newest) < 3:
-        return "A few times during training, both models read text that training never uses, and write a sample."
+        return "A few times during training, both models read held-out text, which training never uses, and write a sample."
     dense, _, sparse = newest
     off = sparse.perplexity / dense.perplexity - 1
     where = "as good as dense" if abs(off) < 0.0005 else f"{abs(off):.1%} {'worse' if off > 0 else 'better'} than dense"

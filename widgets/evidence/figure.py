@@ -131,8 +131,8 @@ def _layout() -> dict:
         **PAPER, "height": HEIGHT, "margin": {"l": 56, "r": 14, "t": 34, "b": 44},
         "annotations": [{**title, "x": 0}, {**title, "x": SPLIT + 0.02}],
         "xaxis": {**axis, "type": "log", "title": {"text": "tokens"}, "domain": [0, SPLIT]},
-        "yaxis": {**axis, "title": {"text": "share of right answers"}, "range": [-0.03, 1.05], "tickformat": ".0%"},
-        "xaxis2": {**axis, "title": {"text": "share of right answers"}, "range": [-0.03, 1.05], "tickformat": ".0%",
+        "yaxis": {**axis, "title": {"text": "share of right answers"}, "range": [-0.03, 1.05], "tickformat": ".1f"},
+        "xaxis2": {**axis, "title": {"text": "share of right answers"}, "range": [-0.03, 1.05], "tickformat": ".1f",
                    "domain": [SPLIT + GAP, 1], "anchor": "y2"},
         "yaxis2": {**axis, "type": "category", "anchor": "x2", "categoryorder": "array", "ticks": ""},
     }  # fmt: skip

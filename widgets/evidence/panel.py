@@ -18,8 +18,8 @@ from .figure import BLUE, MID, RED, EvidencePictures
 CASES = 400  # answers that the button asks for
 VIEWS = (("arms", False), ("one change at a time", True))
 LEGEND = (
-    '<div class="pp-legend">' + key(INK, "dense", line=True) + key(RED, "chosen", line=True)
-    + key(MID, "other ways") + f'<span style="color:{BLUE}">◆ measured here</span>'
+    '<div class="pp-legend">' + key(INK, "dense", line=True) + key(RED, "chosen arm", line=True)
+    + key(MID, "other arms") + f'<span style="color:{BLUE}">◆ measured here</span>'
     + "<span>bars: 95% intervals over seeds</span></div>"
 )  # fmt: skip
 
@@ -182,7 +182,7 @@ def numbers_html(number: int, entry: Entry | None, here: CellResult | None, entr
     share = f"{entry.accuracy / dense.accuracy:.3f}" if dense and dense.accuracy else "–"
     tiles = [
         ("right answers", f"{entry.accuracy:.3f}", spread,
-         "Stored result: the mean over several trained models (seeds), with its 95% interval."),
+         "Stored result: the mean share over several trained models (seeds), with its 95% interval."),
         ("of dense", share, f"dense {dense.accuracy:.3f}" if dense else "dense was not measured",
          "Share of right answers, divided by that of dense attention."),
         ("keys per query", f"{entry.keys:,.0f}", f"at most {entry.shortlist:,} of {entry.length:,}",

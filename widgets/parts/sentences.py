@@ -53,7 +53,8 @@ def heads_sentence(view: LayerView, head: int) -> str:
         woke = view.awake.mean(0)
         most = int(woke.argmax())
         other = "no head woke more often" if most == head else f"head {most} woke most often ({percent(woke[most])})"
-        return f"Head {head} woke for {percent(woke[head])} of the tokens; {other}."
+        said = f"Head {head} woke for {percent(woke[head])} of the tokens; {other}."
+        return f"{said} The brighter a cell, the more the head's output counts."
     rows = view.awake & view.kept[:, None]
     away = np.where(rows, view.head_map, 0).sum(0) / np.maximum(rows.sum(0), 1)
     most, least = int(away.argmax()), int(away.argmin())
@@ -79,7 +80,7 @@ def gates_sentence(row: RowView, tokens: list[str]) -> str:
 def row_sentence(row: RowView, tokens: list[str]) -> str:
     name = token_name(tokens, row.token)
     if row.asleep:
-        return f"Head {row.head} computed nothing for {name}: the head slept or the token was dropped."
+        return f"Head {row.head} computed nothing for {name}: the head slept or the token was skipped."
     shares = [(float(row.weight[row.kind == kind].sum()), word) for kind, word in KIND_WORDS.items()]
     shares = sorted((share for share in shares if share[0] > 0), reverse=True)
     most = int(row.weight.argmax())
@@ -89,8 +90,8 @@ def row_sentence(row: RowView, tokens: list[str]) -> str:
 
 
 def text_sentence(view: LayerView, row: RowView, tokens: list[str]) -> str:
-    dropped = int((~view.kept).sum())
-    gone = f"{dropped:,} of {len(tokens):,} tokens are dropped (struck through)" if dropped else "No token is dropped"
+    skipped = int((~view.kept).sum())
+    gone = f"{skipped:,} of {len(tokens):,} tokens are skipped (struck through)" if skipped else "No token is skipped"
     read = int(((row.kind > 0) & (row.kind != NOTE)).sum())
     keys = f"{read:,} key" + ("" if read == 1 else "s")
     noted = f" and {row.notes_read} notes" if row.notes_read else ""

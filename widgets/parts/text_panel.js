@@ -93,7 +93,7 @@ function render({ model, el }) {
     const gates = new Int16Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
     const values = model.get("raw");
     const raw = new Float32Array(values.buffer.slice(values.byteOffset, values.byteOffset + values.byteLength));
-    const gate = gates[hovered] < 0 ? "no gate (an anchor or a dropped token)" : `gate ${gates[hovered]}`;
+    const gate = gates[hovered] < 0 ? "no gate (an anchor or a skipped token)" : `gate ${gates[hovered]}`;
     const kind = bytes(model.get("kind"))[hovered] || 0;
     const facts = `token ${hovered} · salience ${(raw[hovered] || 0).toFixed(2)} · ${gate} · ${WORDS[kind]}`;
     const terms = model.get("terms");

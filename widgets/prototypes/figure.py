@@ -62,7 +62,7 @@ class PrototypePictures:
         pad = 0.05 * np.maximum(high - low, 1e-6)
         layout = self.widget.layout
         layout.xaxis.range, layout.yaxis.range = zip(low - pad, high + pad, strict=True)
-        layout.xaxis.title.text = f"two fixed axes that hold {explained:.0%} of the variance of the keys"
+        layout.xaxis.title.text = f"two principal components of the keys: {explained:.0%} of their variance"
         self._keys = keys
         self._trace["keys"].update(x=keys[:, 0], y=keys[:, 1], text=list(tokens))
 

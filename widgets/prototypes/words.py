@@ -18,10 +18,11 @@ from .figure import FIT, MOVED, REVIVED
 
 NOTHING = 5e-6  # a smaller relative change of an output is rounding
 NAMED = 4  # words named in the sentence on a gate
+CONFIDENCE = "How similar the keys of a gate usually are to its prototype (cosine, moving average)."
 LEGENDS = {
-    "map": f"<span>{with_terms('● a key, coloured by its gate')}</span>"
-    f"<span>{with_terms('◆ prototype and its path')}</span>",
-    "bars": "<span>▁ confidence</span><span>○ free slot</span>",
+    "map": f"<span>{with_terms('● key, coloured by its gate')}</span><span>{with_terms('◆ prototype, its path')}</span>"
+    '<span style="color:#8c959f">◆ lures no key</span><span style="color:#D55E00">◇ chosen</span>',
+    "bars": f'<span class="pp-term" title="{CONFIDENCE}">▁ confidence</span><span>○ free slot</span>',
     "curves": key(FIT, "fit", line=True) + key(MOVED, "changed gates", line=True)
     + f'<span style="color:{REVIVED}">▲ revived</span><span style="color:#D55E00">◆ surgery</span>',
     "text": "",

@@ -189,8 +189,8 @@ def _layout() -> dict:
         "xaxis": {**AXIS, "anchor": "y3", "domain": [0, 1], "range": [1, 2], "tickformat": ",d",
                   "title": {"text": "page", "standoff": 2, "font": {"size": 12}}},
         "yaxis": {**AXIS, "domain": across(*SKY), "anchor": "x", "title": {"text": "score", "standoff": 2}},
-        "yaxis2": {**AXIS, "domain": across(*STRIP), "anchor": "x", "showticklabels": False, "ticks": "",
-                   "range": [-0.5, 0.5]},
+        "yaxis2": {**AXIS, "domain": across(*STRIP), "anchor": "x", "ticks": "", "range": [-0.5, 0.5],
+                   "tickvals": [0], "ticktext": ["tokens"]},
         "yaxis3": {**AXIS, "domain": across(*CURVES), "anchor": "x", "range": [-0.04, 1.08], "tickvals": [0, 0.5, 1],
                    "ticktext": ["0", "50%", "100%"], "showgrid": True, "gridcolor": "#eef0f2"},
         "shapes": [

@@ -114,14 +114,15 @@ MARKS = {True: ("pp-right", "✓ right"), False: ("pp-wrong", "✗ wrong"), None
 
 
 def fact_sentence(probe: ShelfProbe, reply: Reply) -> str:
-    """How many heads read the fact's key one by one, and which head gives it most attention."""
+    """How many heads read the fact's key itself and not through a note, and which head gives it most attention."""
     if not reply.rows:
         return "The text does not answer this question, so no answer can be marked right or wrong."
     best = max(range(len(reply.rows)), key=reply.weight)
     layer, head = best // probe.n_heads, best % probe.n_heads
     value = token_name(probe.tokens, reply.value[0])
-    most = f"most attention: {percent(reply.weight(best))}, by head {head} of layer {layer}"
+    most = f"head {head} of layer {layer} gives it most attention ({percent(reply.weight(best))})"
     count = reply.readers()
     if not count:
-        return f"“{probe.asked.fact}”: no head reads {value} one by one; it is read through notes, or not at all."
-    return f"“{probe.asked.fact}”: {count} of {len(reply.rows)} heads read {value} one by one; {most}."
+        return f"“{probe.asked.fact}”: no head reads the key of {value} itself; it is read through notes or not at all."
+    where = f"{count} of the {len(reply.rows)} heads in all layers"
+    return f"“{probe.asked.fact}”: {where} read the key of {value} itself; {most}."

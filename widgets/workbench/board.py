@@ -89,7 +89,7 @@ class Board(Panel):
         self.caption("heads", f"Heads: {view.head_map_kind}", sentences.heads_sentence(view, row.head))
         self.caption("gates", f"Prototypes of KV group {frame.group}", sentences.gates_sentence(row, tokens))
         self.caption("row", f"What {name} reads in head {row.head}", sentences.row_sentence(row, tokens),
-                     readout.legend_html(row.kind[: row.token + 1]))  # fmt: skip
+                     readout.legend_html(row.kind[: row.token + 1], bool(getattr(probe, "fact", None))))  # fmt: skip
         self.caption("text", "The text", sentences.text_sentence(view, row, tokens))
         self.title.value = readout.workbench_title_html(probe.name, probe.n_layers, len(tokens), self.state.text, view)
         self._draw_split()

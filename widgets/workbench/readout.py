@@ -11,6 +11,7 @@ from ..parts.html import MODEL_NAMES, cell, key, note_html, tiles_html, title_ht
 from ..parts.plot import GREY, OKABE_ITO
 from ..parts.sentences import milliseconds, quantity
 from ..parts.terms import with_terms
+from .figure import MARKED
 
 TITLE = "Proteus workbench"
 SPLIT_COLOURS = {"window": "#0072B2", "anchors": "#E69F00", "rings": "#009E73", "notes": "#CC79A7"}
@@ -80,16 +81,24 @@ def split_html(budget: dict) -> str:
     )
 
 
-def legend_html(kinds: np.ndarray) -> str:
-    """A coloured square for each way in which a row sees keys, and their number; kinds: of `RowView`, up to the row."""
+def legend_html(kinds: np.ndarray, fact: bool = False) -> str:
+    """A coloured square for each way in which a row sees keys, and their number; kinds: of `RowView`, up to the row.
+
+    fact: whether a band marks the sentence that holds the answer.
+    """
+    band = key(MARKED, "band: the fact") if fact else ""
     names = {1: "window", 2: "anchors", 3: "rings", 4: "notes only", 0: "not seen"}
     colours = {**OKABE_ITO, 0: GREY}
-    return "".join(key(colours[kind], f"{name} {(kinds == kind).sum():,}") for kind, name in names.items())
+    return "".join(key(colours[kind], f"{name} {(kinds == kind).sum():,}") for kind, name in names.items()) + band
 
 
 def workbench_title_html(name: str, layers: int, tokens: int, text: str, view: LayerView) -> str:
     where = f"on {view.device}, {view.backend} backend ({view.backend_reason})"
-    parts = (f"{MODEL_NAMES.get(name, name)}, layer {view.layer} of {layers}", f"{tokens:,} tokens of “{text}”", where)
+    parts = (
+        f"{MODEL_NAMES.get(name, name)}, layer {view.layer} (of 0 to {layers - 1})",
+        f"{tokens:,} tokens of “{text}”",
+        where,
+    )
     return title_html(TITLE, *parts)
 
 
@@ -99,9 +108,9 @@ def banner_html(probe, why_random: str) -> str:
     return note_html(f"{note} {why_random}".strip(), "This layer is random." if probe.random else "")
 
 
-HEAT_LEGEND = '<span class="pp-cividis">0 <i></i> 1</span>' + key(GREY, "asleep or dropped")
+HEAT_LEGEND = '<span class="pp-cividis">0 <i></i> 1</span>' + key(GREY, "asleep or skipped")
 GATE_LEGEND = (
-    f"<span>{with_terms('◇ prototype')}</span><span>◆ opened</span>"
+    f"<span>● key, coloured by its gate</span><span>{with_terms('◇ prototype')}</span><span>◆ opened</span>"
     + key(OKABE_ITO[3], "ring")
     + '<span style="color:#D55E00">★ this token</span>'
 )
