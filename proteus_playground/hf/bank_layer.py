@@ -33,7 +33,7 @@ class _NoGradient(torch.autograd.Function):
 
 
 class BankLayer(CacheLayerMixin):
-    """One decoder layer's bank, as a cache sees it: new keys and values pass through, `attend` remembers them.
+    """One decoder layer's bank as a cache layer: new keys and values pass through, `attend` puts them into the bank.
 
     alone: whether every layer that reads the whole past has a bank. transformers makes one mask for all of these: of
     the new tokens only if so, else of the whole past.
@@ -50,7 +50,7 @@ class BankLayer(CacheLayerMixin):
         self.past: Tensor | None = None  # (B,) which tokens of each text were real, as `digest` says
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Rows of the new tokens, `(B, T, H, d)`, which the bank then remembers. A backward pass raises."""
+        """Rows of the new tokens, `(B, T, H, d)`, which then go into the bank. A backward pass raises."""
         new, self._new = self._new, 0
         if new != call.k.shape[1]:
             raise ValueError(
@@ -131,11 +131,11 @@ class BankLayer(CacheLayerMixin):
         return -1 if self.budget.tokens == ENDLESS else self.budget.tokens
 
     def take(self, other: BankLayer) -> None:
-        """Go on from an independent copy of what `other` remembers."""
+        """Go on from an independent copy of the bank of `other`."""
         self.bank, self.past, self._inv_freq = other.bank.fork(), other.past, other._inv_freq
 
     def end_pass(self) -> None:
-        """Forget tokens that were put in and not attended to, where a pass was cut short."""
+        """Drop tokens that were put in and not attended to, where a pass was cut short."""
         self._new = 0
 
     def reset(self) -> None:

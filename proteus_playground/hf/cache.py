@@ -47,7 +47,7 @@ CALIBRATION_TOKENS = 2048
 
 
 class ProteusCache(Cache):
-    """A transformers cache whose chosen layers remember in KV banks, for one model and one batch of texts.
+    """A transformers cache that keeps the keys of chosen layers in KV banks, for one model and one batch of texts.
 
     Beams are reordered; taking tokens back (`crop`, assisted generation) is refused. No gradient. Each text keeps its
     own count, so prompts may be padded on the left. A pass that another thread runs through the same model meanwhile
@@ -182,7 +182,7 @@ class ProteusCache(Cache):
                     layer.end_pass()
 
     def _check_mask(self, mask: Tensor | None) -> None:
-        """Padding is forgotten, so a later mask must show the same tokens as the earlier ones did."""
+        """Padding is not kept, so a later mask must show the same tokens as the earlier ones did."""
         bank, seen = next(iter(self._bank_layers().values())), self.get_seq_length()
         if not seen or not (mask is None or isinstance(mask, Tensor) and mask.dim() == 2):
             return
@@ -197,7 +197,7 @@ class ProteusCache(Cache):
         return [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
 
     def reset(self) -> None:
-        """Forget the text."""
+        """Drop all tokens of the text."""
         super().reset()
         self._cut_short = False
 
@@ -214,7 +214,7 @@ class ProteusCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is remembered, layers without a bank included."""
+        """Bytes of all that is kept, layers without a bank included."""
         banks = sum(bank.nbytes for bank in self.banks.values() if bank is not None)
         native = (vars(layer) for layer in self.layers if not isinstance(layer, BankLayer))
         return banks + sum(x.nbytes for x in tree_leaves(list(native)) if isinstance(x, Tensor))
@@ -237,7 +237,7 @@ class ProteusCache(Cache):
         return self.fork()
 
     def save(self, path: str | Path) -> Path:
-        """Write all that is remembered, and the gates, to one safetensors file, whole or not at all."""
+        """Write all that is kept, and the gates, to one safetensors file, whole or not at all."""
         tensors, banks = {}, {}
         for index, layer in enumerate(self.layers):
             if isinstance(layer, BankLayer):
@@ -269,7 +269,7 @@ class ProteusCache(Cache):
                     layer.load_state_dict(mine[index], about["banks"][str(index)])
                 elif mine[index]:
                     layer.update(mine[index]["keys"], mine[index]["values"])
-                    layer.cumulative_length = about["length"]  # a sliding window has forgotten how long the text is
+                    layer.cumulative_length = about["length"]  # a sliding window does not hold how long the text is
         except (KeyError, TypeError, ValueError, RuntimeError) as problem:
             raise ValueError(f"path={str(path)!r}: not a cache of this model ({problem})") from problem
         return cache

@@ -19,8 +19,8 @@ ROOM = 256  # tokens left for the question, the chat frame and the reply
 class ChatReader:
     """Pass 2 with a language model. It decodes greedily, so its answer does not depend on a seed.
 
-    compact: number the tokens anew and put a line break wherever tokens were left out, for models that were not trained
-    on distances like a million tokens; otherwise every token keeps its position in the document.
+    compact: number the tokens anew and put a line break wherever tokens were left out. This is for models that were not
+    trained on distances like a million tokens. Otherwise every token keeps its position in the document.
     """
 
     def __init__(self, model, tokenizer, compact: bool = True):

@@ -1,6 +1,6 @@
 """The vocabulary of a pulled model with the input embedding of each token.
 
-Input embeddings are used and not the keys of the first layer, because those match grammar: with a fact about a soup
+Input embeddings are used and not the keys of the first layer, because those match grammar. With a fact about a soup
 planted in Python's manual, the first layer's queries ranked 10,000 of 100,000 tokens above the words of the fact.
 """
 

@@ -2,9 +2,9 @@
 
 Names and structure prove little: two models with the same modules may turn features in different ways. So the decoder
 reads eight tokens once. Each attention is then called a second time with the same input and a rotation by nothing,
-which gives queries and keys before RoPE by the model's own code; those after RoPE say how the layer turns them. At
-last, dense attention over what a patched layer would be given has to equal what the layer computed. A layer that fails
-is refused with a sentence that says why.
+which gives queries and keys before RoPE by the model's own code. Those after RoPE show how the layer turns them. Last,
+dense attention over what a patched layer would be given has to equal what the layer computed. A layer that fails is
+refused with a sentence that gives the reason.
 
 Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim.
 """

@@ -3,7 +3,7 @@
 transformers hands an attention function queries and keys that RoPE has already turned. They are turned back
 with the model's own frequencies and positions, because prototypes live in key space before RoPE. Supported: every
 decoder whose layers call transformers' `AttentionInterface` for softmax attention over all earlier tokens, with RoPE
-over a head or a part of it, or without; `hf.families` finds out which layers these are, and docs/model-families.md
+over a head or a part of it, or without. `hf.families` finds out which layers these are, and docs/model-families.md
 lists them. Layers that are not chosen, sliding-window layers among them, run the model's own attention. Decoding with a
 transformers KV cache is refused: `hf.cache.ProteusCache` keeps one that goes through the patch.
 

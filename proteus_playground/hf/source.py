@@ -1,4 +1,4 @@
-"""A transformers causal LM as the probe sees it: tokens in, each layer's tensors out, likelihood of a text.
+"""A transformers causal LM as a `Source`: tokens in, each layer's tensors out, likelihood of a text.
 
 Axes: `T` tokens, `H` query heads, `d` head dim, `D` model width.
 """
@@ -65,7 +65,7 @@ class ModelSource:
     def capture(
         self, ids: Tensor, *, keys_only: bool = False, before_layer: Callable[[int], None] | None = None
     ) -> dict[int, CapturedLayer]:
-        """What each layer that can be patched sees of `ids` `(T,)`."""
+        """Queries, keys and values of `ids` `(T,)` in each layer that can be patched."""
         with self._lock:
             return capture(self._model, ids, keys_only=keys_only, before_layer=before_layer)
 

@@ -49,7 +49,7 @@ class LayerProbe:
     Every method may be called from any thread. Views exclude one another, and so do runs of the model.
 
     A text longer than max_tokens is cut to its first 4 tokens, which models use as attention sinks, and its
-    last max_tokens - 4, so that a question at the end is kept; `note` reports the cut.
+    last max_tokens - 4, so that a question at the end is kept. `note` reports the cut.
     """
 
     def __init__(

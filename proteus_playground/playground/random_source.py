@@ -60,7 +60,7 @@ class RandomSource:
     def capture(
         self, ids: Tensor, *, keys_only: bool = False, before_layer: Callable[[int], None] | None = None
     ) -> dict[int, CapturedLayer]:
-        """What each layer sees of `ids` `(T,)`; its output is added to its input and goes to the next layer."""
+        """Queries, keys and values of `ids` `(T,)` in each layer; its output plus its input goes to the next layer."""
         x, found = self._embedding[ids], {}
         inv_freq, scale = rope_frequencies(self.shape.head_dim, 10_000.0), self.shape.head_dim**-0.5
         at = torch.arange(len(ids))[None]

@@ -75,7 +75,7 @@ class ShelfSource:
     def capture(
         self, ids: Tensor, *, keys_only: bool = False, before_layer: Callable[[int], None] | None = None
     ) -> dict[int, CapturedLayer]:
-        """What each layer of the dense model sees of `ids` `(T,)`, on the CPU in float16."""
+        """Queries, keys and values of `ids` `(T,)` in each layer of the dense model, on the CPU in float16."""
         found: dict[int, CapturedLayer] = {}
 
         def record(layer: int, x: Tensor, y: Tensor) -> None:

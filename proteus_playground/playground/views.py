@@ -43,7 +43,7 @@ class LayerView:
 
 @dataclass(frozen=True)
 class RowView:
-    """What one query row (token, head) sees."""
+    """What one query row (token, head) reads."""
 
     token: int
     head: int

@@ -133,8 +133,8 @@ def open_document(
     not fit into memory, by default the user's cache folder; ids found there are used even if they would fit.
 
     The ids do not depend on `workers`, `ram_limit` or `cache`. Raises `ValueError` or `TypeError` for what is not
-    allowed (for broken UTF-8 it names the byte); `OSError` for a file that is missing, changes or cannot be read, and
-    for a full disk; `Stopped` when `stop` asks for it. After a full disk or a stop, the next call tokenises afresh.
+    allowed (for broken UTF-8 it names the byte). `OSError` stands for a full disk, and for a file that is missing,
+    changes or cannot be read; `Stopped` is raised when `stop` asks for it. After a full disk or a stop, the next call tokenises afresh.
     """
     if isinstance(source, Store):
         return source

@@ -16,12 +16,12 @@ from proteus_playground.playground.views import DNA, NOTE, GateMap, LayerView, R
 from ..parts import raster
 from ..parts.plot import GATE_COLOURS, GREY, INK, OKABE_ITO, PAPER, bare, blank, domain, titled
 
-HEIGHT = 660
+HEIGHT = 680
 LEFT, RIGHT = 46, 12  # pixels beside the axes
 SPLIT = 0.55  # where the left picture ends and the right one begins, as shares of the width between the margins
 GAP = 0.04
 TOP = (104, 338)  # pixels from the top: heads and prototypes
-BOTTOM = (448, 612)  # the row
+BOTTOM = (466, 630)  # the row
 HEAT_COLUMNS = 400  # more would not be visible on a screen
 FLOOR = -4.0  # log10 of the smallest weight drawn: 0.01%
 STUB = -3.8  # log10 of the height at which a key of smaller weight is drawn
