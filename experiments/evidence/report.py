@@ -119,7 +119,6 @@ def about(held: dict, entries: list[Entry]) -> str:
     return (
         f"{on['device']}, torch {on['torch']}, Python {on['python']}, {on['date']}; computed in float32. Models: "
         f"{scale['layers']} layers, width {scale['width']}, {scale['heads']} heads, {scale['gates']} gates; trained on "
-        f"{', '.join(scale['tasks'])}: {stages} tokens, {scale['tokens']:,} tokens a step. Models per figure, each "
-        f"trained from a seed of its own: {seeds}; at least "
-        f"{min(entry.cases // entry.seeds for entry in entries):,} answers by each."
+        f"{', '.join(scale['tasks'])}: {stages} tokens, {scale['tokens']:,} tokens a step. Models (seeds) per "
+        f"figure: {seeds}; at least {min(entry.cases // entry.seeds for entry in entries):,} answers by each."
     )

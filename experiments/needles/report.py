@@ -47,7 +47,7 @@ def sentences(report: dict) -> list[str]:
         f"Run on {about['device']}, {about['dtype']}, torch {about['torch']}, Python {about['python']}.",
         f"Haystack: {about['about_haystack']}. {about['pairs']} facts, seeds 0 to {about['seeds'] - 1}.",
         f"The buffer is {about['buffer_share']:.1%} of each document; chunks of {about['chunk_tokens']:,} tokens.",
-        f"{report['cases']:,} cases; the buffer's positions rose {order}.",
+        f"{report['cases']:,} cases; the buffer kept the order of the text {order}.",
     ]
 
 
@@ -83,10 +83,11 @@ def _maps(rows: list[dict], asked: str):
             hovertemplate="%{x} tokens, depth %{y}: %{z:.0%}<extra>" + method + "</extra>",
             colorbar={"tickformat": ".0%"},
         )  # fmt: skip
-    figure.update_xaxes(type="category")
+    figure.update_xaxes(type="category", title="tokens")
     figure.update_yaxes(type="category", autorange="reversed")
+    figure.update_yaxes(title="depth of the fact", col=1)
     title = f"Answer in the buffer, by depth and length ({asked} questions; {OURS} is ours)"
-    return figure.update_layout(title=title, height=380, margin={"l": 55, "r": 10, "t": 80, "b": 40},
+    return figure.update_layout(title=title, height=380, margin={"l": 55, "r": 10, "t": 80, "b": 60},
                                 template="plotly_white")  # fmt: skip
 
 

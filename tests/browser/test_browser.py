@@ -91,7 +91,10 @@ def test_the_whole_model_is_run_at_these_settings(page, shots):
     page.wait_for_function("() => document.querySelector('.pp-readout').innerText.includes('NLL (perplexity)')",
                            timeout=driver.READY_MS)  # fmt: skip
     driver.settle(page)
+    page.set_viewport_size({"width": 1400, "height": 1300})
+    page.wait_for_timeout(300)
     page.locator(".pp-app").screenshot(path=shots / "playground.png")
+    page.set_viewport_size({"width": 1400, "height": 1060})
 
 
 @pytest.mark.parametrize("name", driver.SLIDERS)

@@ -19,7 +19,7 @@ RUNS = 40  # stretches of text that are shown
 RUN_TOKENS = 60  # shown of one stretch, around its champion
 EVENTS = 6  # champions named that were added, and as many that were removed
 LEGENDS = {
-    "sky": key("#d5dae0", "best score at each place") + key(KEPT, "in the buffer") + key(PROMOTED, "added by this chunk")
+    "sky": key("#d5dae0", "best score") + key(KEPT, "in the buffer") + key(PROMOTED, "added by this chunk")
     + key(EVICTED, "removed by it") + key("#1b1f24", "score to enter", line=True) + key("#fdf3d7", "this chunk"),
     "curves": key(NEEDLE, "share of the needle that is kept", line=True)
     + key(KEPT, "share of the buffer that is full", line=True),
@@ -146,9 +146,9 @@ def banner_html(source, judge: str, asked: list[str], subject) -> str:
     if judge == "words":
         whose = "" if words.random else f"{MODEL_NAMES.get(words.model, words.model)}'s "
         names = listed([f"“{word}”" for word in asked[:12]])
-        how = (f"Each token is compared with {names}. Its score is the similarity (cosine of {whose}{words.name}) to one of "
-               "these words, times the rarity of this word in the document; the highest such product counts. The words "
-               "around the token do not count.")  # fmt: skip
+        how = (f"Each token is compared with {names}. Its score is its similarity to one of them (cosine of "
+               f"{whose}{words.name}) times the rarity of that word in the document; the highest product counts. "
+               "The words around it do not count.")  # fmt: skip
     else:
         how = "The score of a token says how well its keys, in context, match the model's queries for the prompt. "
         how += (
