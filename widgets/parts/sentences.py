@@ -6,6 +6,7 @@ import numpy as np
 
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, LayerView, RowView
 
+NAMED = 4  # opened gates that are named; more are counted
 KIND_WORDS = {LOCAL: "the window", ANCHOR: "the anchors", DNA: "rings", NOTE: "notes"}
 
 
@@ -69,12 +70,15 @@ def gates_sentence(row: RowView, tokens: list[str]) -> str:
         why = "reads nothing here" if row.asleep else "opened no gate, so it reads no ring"
         return f"The query of {token_name(tokens, row.token)} {why}."
     gates = [str(gate) for gate in row.gates_opened]
-    word, rings = ("gate", "its ring") if len(gates) == 1 else ("gates", "their rings")
+    which = f"gate {gates[0]}" if len(gates) == 1 else f"gates {listed(gates)}"
+    if len(gates) > NAMED:
+        which = f"{len(gates)} gates"
+    rings = "its ring" if len(gates) == 1 else "their rings"
     from_rings = int((row.kind == DNA).sum())
     notes = f", and {row.notes_read} notes" if row.notes_read else ""
     keys = f"{from_rings} key" + ("" if from_rings == 1 else "s")
     name = token_name(tokens, row.token)
-    return f"The query of {name} opened {word} {listed(gates)}. It reads {keys} from {rings}{notes}."
+    return f"The query of {name} opened {which}. It reads {keys} from {rings}{notes}."
 
 
 def row_sentence(row: RowView, tokens: list[str]) -> str:
