@@ -23,7 +23,7 @@ LEGENDS = {
     "map": f"<span>{with_terms('● key, coloured by its gate')}</span><span>{with_terms('◆ prototype, its path')}</span>"
     '<span style="color:#8c959f">◆ lures no key</span><span style="color:#D55E00">◇ chosen</span>',
     "bars": f'<span class="pp-term" title="{CONFIDENCE}">▁ confidence</span><span>○ free slot</span>',
-    "curves": key(FIT, "mean cosine", line=True) + key(MOVED, "changed gates", line=True)
+    "curves": key(FIT, "cosine", line=True) + key(MOVED, "changed gates", line=True)
     + f'<span style="color:{REVIVED}">▲ revived</span><span style="color:#D55E00">◆ surgery</span>',
     "text": "",
 }  # fmt: skip
