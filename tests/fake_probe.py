@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 
+from proteus_playground.attention.budget import split_shortlist
 from proteus_playground.attention.settings import Settings
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, GateMap, LayerView, ModelView, RowView
 
@@ -52,7 +53,7 @@ class FakeProbe:
         old = max(0, token - budget["window"])
         if settings.notes and budget["notes"]:
             kind[:old] = NOTE
-        kind[rng.choice(old, min(old, budget["probes"] * budget["ring"]), replace=False)] = DNA
+        kind[rng.choice(old, min(old, budget["ring_reads"]), replace=False)] = DNA
         kind[old : token + 1] = LOCAL
         kind[: min(budget["anchors"], token + 1)] = ANCHOR
         weight = np.where(kind > 0, rng.random(size) ** 4 + 1e-4, 0).astype(np.float32)
@@ -82,13 +83,12 @@ class FakeProbe:
     def _budget(self, settings: Settings) -> dict:
         size = len(self.tokens)
         reads = round(size ** (1 - settings.flux_alpha) * min(settings.shortlist, size) ** settings.flux_alpha)
-        far = int(reads * settings.dna_fraction)
-        notes = settings.gates if settings.notes and settings.gates < far else 0
-        ring = (far - notes) // settings.probes
+        split = split_shortlist(
+            reads, settings.dna_fraction, settings.anchors, settings.probes, settings.gates,
+            None if settings.notes else 0, settings.nearest_gates,
+        )  # fmt: skip
         return {
-            "flux_alpha": settings.flux_alpha, "shortlist": reads, "keep_ratio": settings.keep_ratio,
-            "window": max(1, reads - far - settings.anchors), "block": 8, "anchors": settings.anchors,
-            "probes": settings.probes, "ring": ring, "ring_reads": settings.probes * ring, "notes": notes,
+            "flux_alpha": settings.flux_alpha, "shortlist": reads, "keep_ratio": settings.keep_ratio, **split,
             "dense": settings.flux_alpha == 0,
         }  # fmt: skip
 

@@ -134,7 +134,8 @@ def open_document(
 
     The ids do not depend on `workers`, `ram_limit` or `cache`. Raises `ValueError` or `TypeError` for what is not
     allowed (for broken UTF-8 it names the byte). `OSError` stands for a full disk, and for a file that is missing,
-    changes or cannot be read; `Stopped` is raised when `stop` asks for it. After a full disk or a stop, the next call tokenises afresh.
+    changes or cannot be read; `Stopped` is raised when `stop` asks for it. After a full disk or a stop, the next call
+    tokenises afresh.
     """
     if isinstance(source, Store):
         return source

@@ -161,7 +161,7 @@ def knob_of(name: str, state: PlayState) -> Knob:
 
 @pytest.mark.parametrize("name,value", [("flux_alpha", 0.25), ("keep_ratio", 0.5), ("shortlist", 300), ("probes", 5)])
 def test_slider_entry_and_state_follow_each_other(name, value):
-    state = PlayState()
+    state = PlayState("smollm2")
     knob = knob_of(name, state)
     knob.number.value = value
     assert getattr(state, name) == value and knob.slider.value == pytest.approx(value)
@@ -368,7 +368,9 @@ def test_words_say_what_the_numbers_are(bench):
     frame = bench.drawn
     said = sentences.gates_sentence(frame.row, bench.probe.tokens)
     opened = frame.row.gates_opened
-    assert f"opened {len(opened)} gates" in said if len(opened) > sentences.NAMED else all(str(g) in said for g in opened)
+    assert (
+        f"opened {len(opened)} gates" in said if len(opened) > sentences.NAMED else all(str(g) in said for g in opened)
+    )
     said = sentences.gates_sentence(replace(frame.row, gates_opened=(7, 19)), bench.probe.tokens)
     assert "opened gates 7 and 19." in said
     assert f"{(frame.row.kind == DNA).sum()} key" in said
@@ -381,7 +383,6 @@ def test_words_say_what_the_numbers_are(bench):
 
 
 def test_a_sleeping_row_and_a_routed_map_are_said_plainly(bench):
-
     row = replace(bench.drawn.row, asleep=True, gates_opened=())
     assert "reads nothing" in sentences.gates_sentence(row, bench.probe.tokens)
     assert "computed nothing" in sentences.row_sentence(row, bench.probe.tokens)
@@ -396,10 +397,10 @@ def test_the_readout_holds_measured_beside_predicted(bench):
         assert word in html
     assert sentences.quantity(3.2e9, "FLOP") == "3.2 GFLOP" and sentences.quantity(0, "B") == "0 B"
     budget = bench.drawn.view.budget
-    even = text_of(readout.split_html(budget))
-    assert "rings 32" in even and "2 gates opened × 16 keys" in even
-    filled = text_of(readout.split_html(budget | {"probes": 16, "ring": 7, "ring_reads": 48}))
-    assert "rings 48" in filled and "up to 16 gates opened × 7 keys" in filled
+    filled = text_of(readout.split_html(budget))
+    assert "rings 48" in filled and "notes 16" in filled and "up to 16 gates opened × 7 keys" in filled
+    even = text_of(readout.split_html(budget | {"probes": 2, "ring": 24}))
+    assert "rings 48" in even and "(2 gates opened × 24 keys)" in even
     assert "Dense" in readout.split_html({"dense": True})
 
 

@@ -67,7 +67,7 @@ def verdict(record: Record) -> str:
     """Both perplexities on held-out text, compared."""
     newest = record.newest()
     if len(newest) < 3:
-        return "A few times during training, both models read held-out text, which training never uses, and write a sample."
+        return "A few times in training, both models read held-out text, which training never uses, and write a sample."
     dense, _, sparse = newest
     off = sparse.perplexity / dense.perplexity - 1
     where = "as good as dense" if abs(off) < 0.0005 else f"{abs(off):.1%} {'worse' if off > 0 else 'better'} than dense"
