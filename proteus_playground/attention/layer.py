@@ -27,7 +27,7 @@ from .heads import HeadRows, awake_queries, merge_heads, pick_rows, project_quer
 from .records import AttentionTrace, LayerOutput, stats_of, trace_of
 from .rope import Frequencies
 from .routing import Router, is_learning
-from .transforms import is_transformed
+from .transforms import in_forward_mode, in_vmap, is_traced, is_transformed
 
 TOKENS_PER_STEP = 1 << 16  # tokens whose keys and values are held at a time while a prefill fills a bank
 
@@ -72,6 +72,8 @@ class ProteusAttention(nn.Module):
         tokens and padding, so that only their residual goes on. Raises `TypeError` or `ValueError` naming the argument.
         """
         self._check(x, positions, key_padding_mask, budget)
+        if (return_stats or return_trace) and in_vmap():
+            raise RuntimeError("return_stats, return_trace: must be False under torch.func.vmap")
         learning = is_learning(self)
         if learning:
             self._fold()
@@ -237,7 +239,7 @@ class ProteusAttention(nn.Module):
         `AttentionTrace` is returned as well, after the state. Raises as `forward` does.
         """
         self._check(x, positions, key_padding_mask)
-        self._refuse_training()
+        self._check_decoding()
         x = _without_padding(x, key_padding_mask)
         state = self.new_state(len(x), tokens, dtype=x.dtype)
         budget = state.budget
@@ -280,7 +282,7 @@ class ProteusAttention(nn.Module):
         returned as well. Raises `TypeError` or `ValueError`.
         """
         self._check(x, positions, key_padding_mask)
-        self._refuse_training()
+        self._check_decoding()
         if not isinstance(state, KVBank):
             raise TypeError(f"state={type(state).__name__}: expected KVBank, from new_state or prefill")
         if state.gates is not self.gates:
@@ -295,7 +297,9 @@ class ProteusAttention(nn.Module):
         trace = trace_of(heads, decisions, rows, self.gates) if return_trace else None
         return LayerOutput(y, trace=trace).unwrap()
 
-    def _refuse_training(self) -> None:
+    def _check_decoding(self) -> None:
+        if in_vmap():
+            raise RuntimeError("prefill, decode: a KV bank holds the whole batch; call them without torch.func.vmap")
         if self.training:
             raise ValueError("training=True: must be eval mode to decode, where prototypes stand still; call eval()")
 
@@ -373,6 +377,10 @@ class ProteusAttention(nn.Module):
         if torch.jit.is_tracing():
             raise RuntimeError(
                 "torch.jit.trace would repeat the choices made for one text: use torch.export.export or torch.compile"
+            )
+        if is_traced() and in_forward_mode():  # which would end the process, in PyTorch 2.13
+            raise RuntimeError(
+                "torch.func.linearize: forward-mode derivatives cannot be traced here; use torch.func.jvp"
             )
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x={type(x).__name__}: expected a floating-point tensor (B, T, D)")

@@ -114,7 +114,8 @@ def gate_probability(
 
 def head_probability(gate_prob: Tensor, head_of_gate: Tensor, heads_per_group: int) -> Tensor:
     """Sum gates' probabilities into their heads: `(B, T, G, C)` -> `(B, T, G, r)`."""
-    owner = torch.nn.functional.one_hot(head_of_gate, heads_per_group).to(gate_prob.dtype)  # (G, C, r)
+    heads = torch.arange(heads_per_group, device=head_of_gate.device)
+    owner = (head_of_gate[..., None] == heads).to(gate_prob.dtype)  # (G, C, r)
     return torch.einsum("btgc,gcr->btgr", gate_prob, owner)
 
 

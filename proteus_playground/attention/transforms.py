@@ -31,9 +31,22 @@ def is_transformed() -> bool:
     return in_func() or in_forward_mode()
 
 
+def is_traced() -> bool:
+    """Whether `make_fx` or AOTAutograd write operations down, without torch.compile or torch.export."""
+    if torch.compiler.is_compiling():
+        return False
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
+
+
+def is_compiling() -> bool:
+    """Whether this call is being made into a graph, by whatever tool."""
+    return torch.compiler.is_compiling() or is_traced()
+
+
 def hides_values() -> bool:
-    """Whether Python cannot read the values of tensors: under torch.compile, torch.export and `vmap`."""
-    return torch.compiler.is_compiling() or in_vmap()
+    """Whether Python cannot read the values of tensors: in a graph and under `vmap`."""
+    return is_compiling() or in_vmap()
 
 
 def in_forward_mode() -> bool:
@@ -46,7 +59,7 @@ def refuse(wrong: Tensor, message: str, x: Tensor) -> Tensor:
 
     message: may contain `{wrong}`. A compiled graph raises it when it runs.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _refuse(wrong, message, x)
     if in_func():  # also for the values that `vmap` hides
         with temporarily_clear_interpreter_stack():
@@ -89,7 +102,7 @@ def records(method):
     """A method of a module that records a training pass: it replaces buffers, and never writes into them.
 
     In a compiled graph the buffers keep their values where the graph runs again to recompute activations. Inside
-    `torch.func` they get ordinary tensors, which outlive the transform. Raises `RuntimeError` under `vmap`.
+    `torch.func` they get ordinary tensors, which outlive the transform. Raises `RuntimeError` under `vmap` and `make_fx`.
     """
 
     @wraps(method)
@@ -103,6 +116,8 @@ def records(method):
                 if new is not old:
                     new = torch.where(_is_first_pass(new), new, old)
                     setattr(module, name, old.copy_(new) if exporting else new)
+        elif is_traced():
+            raise RuntimeError("training=True: must be eval mode under make_fx and AOTAutograd; call eval()")
         elif in_func():
             if in_vmap():
                 raise RuntimeError(

@@ -12,7 +12,7 @@ Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from inspect import signature
@@ -100,17 +100,27 @@ class _Enough(Exception):
 
 
 _RECORDER: ContextVar[_Recorder] = ContextVar("recorder")
-_SURVEYS: WeakKeyDictionary[nn.Module, Survey] = WeakKeyDictionary()
+_SURVEYS: WeakKeyDictionary[nn.Module, tuple[tuple, Survey]] = WeakKeyDictionary()  # with the modules at that time
 
 
 def survey(decoder: nn.Module, model: str | None = None) -> Survey:
-    """What is known of `decoder`, of a model of the class named `model`; found out at the first call.
+    """What is known of `decoder`, of a model of the class named `model`; found out again when its modules change.
 
     Raises `TypeError` where no layer goes through transformers' `AttentionInterface`.
     """
-    if decoder not in _SURVEYS:
-        _SURVEYS[decoder] = _find_out(decoder, model or type(decoder).__name__)
-    return _SURVEYS[decoder]
+    modules = tuple((name, id(module)) for name, module in decoder.named_modules())
+    before, known = _SURVEYS.get(decoder, (None, None))
+    if before != modules:
+        with _in_own_precision(decoder):
+            known = _find_out(decoder, model or (known.model if known else type(decoder).__name__))
+        _SURVEYS[decoder] = modules, known
+    return known
+
+
+def _in_own_precision(decoder: nn.Module):
+    """A block without autocast, whose rounding would hide what a layer computes."""
+    device = next(decoder.parameters()).device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @torch.no_grad()

@@ -125,15 +125,17 @@ def _download(known: Known, into: Path, progress: bool, say: Say) -> Path:
 def convert(gguf: Path, into: Path, progress: bool) -> None:
     """Write the GGUF's model, converted to float32 safetensors, and its tokenizer into the folder `into`."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The GGUF reader's bar ignores the setting of transformers, so its stderr is redirected.
     quiet = nullcontext() if progress else redirect_stderr(io.StringIO())
+    how = {"dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # transformers 5.15 has none, and always dequantizes
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with progress_bars(progress), quiet:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **how)
         model.save_pretrained(into)
         tokenizer.save_pretrained(into)
 

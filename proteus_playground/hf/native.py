@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+NAME = "proteus_playground"  # of the attention function that a patched model runs
+
 
 def register(name: str, attention: Callable) -> None:
     """Make `attention` known to transformers, with masks as `sdpa` takes them."""

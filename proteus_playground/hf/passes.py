@@ -2,7 +2,7 @@
 
 One function takes the place of the decoder's `forward`. It runs the pass without `torch.compile`, because a compiled
 graph is shared between layers and would send them all to one place; and it leads a pass that carries a `ProteusCache`
-through that cache. The function is bound as a method, so that a deep copy of the model runs the copy.
+through that cache. A deep copy of the model, or one from a pickle, runs itself by it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from threading import get_ident
-from types import MethodType
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ..attention.transforms import in_vmap, is_traced
 from .attention_call import CACHE_NAMES
+from .native import NAME, set_implementation
 
-WHY = "Proteus runs a patched model in eager mode: use torch.compile without fullgraph, and do not export the model"
+WHY = (
+    "Proteus runs a patched model in eager mode: use torch.compile without fullgraph; no torch.export, torch.jit.trace, "
+    "make_fx or torch.func.vmap"
+)
 
 
 def not_compiled(function):
@@ -63,7 +68,7 @@ def watch(decoder: nn.Module) -> None:
         return
     previous = vars(decoder).get("forward")
     _WATCHED[decoder] = _Watched(1, None if _is_ours(previous) else previous)
-    decoder.forward = MethodType(_forward, decoder)
+    decoder.forward = partial(_forward, decoder)
 
 
 def unwatch(decoder: nn.Module) -> None:
@@ -81,8 +86,8 @@ def unwatch(decoder: nn.Module) -> None:
 
 
 def _is_ours(forward) -> bool:
-    """A deep copy of a watched decoder keeps our `forward`, bound to the copy."""
-    return getattr(forward, "__func__", None) is _forward
+    """A deep copy of a watched decoder keeps our `forward`, for the copy."""
+    return getattr(forward, "func", None) is _forward
 
 
 @contextmanager
@@ -106,10 +111,12 @@ def eager() -> Iterator[None]:
 @not_compiled
 def _forward(decoder: nn.Module, *args, **kwargs):
     watched = _WATCHED.get(decoder)
-    native = MethodType(type(decoder).forward, decoder)
+    native = partial(type(decoder).forward, decoder)
     if watched is None:
+        if decoder.config._attn_implementation == NAME:  # a copy of a patched decoder
+            set_implementation(decoder, "sdpa")
         return native(*args, **kwargs)
-    if getattr(torch.compiler, "is_exporting", bool)():
+    if getattr(torch.compiler, "is_exporting", bool)() or torch.jit.is_tracing() or is_traced() or in_vmap():
         raise RuntimeError(WHY)
     native = watched.previous or native
     if watched.only and watched.only[-1] != get_ident():

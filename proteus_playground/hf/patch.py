@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..attention.captured import CapturedLayer, half
 from ..attention.rope import rotate
 from ..attention.settings import LayerShape
+from ..attention.transforms import in_func
 from .attention_call import (
     CACHE_NAMES,
     Attend,
@@ -35,12 +36,10 @@ from .attention_call import (
     tables_in,
 )
 from .families import REFUSED, LayerFacts, Survey, survey
-from .native import implementation, own_attention, register, set_implementation
+from .native import NAME, implementation, own_attention, register, set_implementation
 from .passes import current_pass, not_compiled, only_this_thread, unwatch, watch
 
 __all__ = ["CACHE_NAMES", "NAME", "Attend", "AttentionCall", "capture", "find_decoder", "patched"]
-
-NAME = "proteus_playground"
 
 
 class _Turning:
@@ -95,7 +94,7 @@ _TURNING: WeakKeyDictionary[nn.Module, _Turning] = WeakKeyDictionary()
 _SLOTS: WeakKeyDictionary[nn.Module, _Slot] = WeakKeyDictionary()
 _BEFORE: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()  # by decoder layer
 _ROTARY: WeakKeyDictionary[nn.Module, ref] = WeakKeyDictionary()  # the decoder of each rotary module
-_PATCHED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_PATCHED: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()  # by decoder, another one for each patch
 
 
 @contextmanager
@@ -107,7 +106,7 @@ def patched(
     before_layer: called with each decoder layer's index before it runs; an exception from it ends the pass.
     one_thread: refuse passes of other threads with a `RuntimeError`; else they would go through the patch as well.
     One patch at a time per model. Passes run without `torch.compile`. A backward pass with gradient checkpointing must
-    run within the block as well, since it computes layers again.
+    run within the block as well, since it computes layers again; outside it raises `RuntimeError`.
     Raises `TypeError` for a model of another build, `ValueError` for a layer that cannot be patched,
     `RuntimeError` when the model is patched already. The pass itself raises `ValueError` for what is refused.
     """
@@ -122,11 +121,11 @@ def patched(
     original = decoder.config._attn_implementation
     blocks = decoder.get_submodule(known.stack)
     with ExitStack() as undo:
-        _PATCHED[decoder] = True
-        undo.callback(_PATCHED.pop, decoder, None)
+        _add(undo, _PATCHED, decoder, object())
         undo.enter_context(implementation(decoder, NAME))
         watch(decoder)
         undo.callback(unwatch, decoder)
+        undo.callback(decoder.register_forward_hook(_check_backward).remove)
         if one_thread:
             undo.enter_context(only_this_thread(decoder))
         for index, facts in enumerate(known.layers):
@@ -173,6 +172,22 @@ def _remember_positions(module: nn.Module, args: tuple, kwargs: dict) -> None:
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and not x.is_floating_point()]
     if decoder is not None and given:
         current_pass(decoder()).positions = given[0]
+
+
+@not_compiled
+def _check_backward(decoder: nn.Module, args: tuple, output) -> None:
+    """Let a backward pass that computes layers again raise where the patch of this pass is gone."""
+    patch, hidden, alive = _PATCHED.get(decoder), output[0], ref(decoder)
+
+    def check(grad: Tensor) -> None:
+        if _PATCHED.get(alive()) is not patch:
+            raise RuntimeError(
+                "gradient checkpointing computes patched layers again: call backward() within the `patched` block"
+            )
+
+    computed_again = any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
+    if patch is not None and hidden.requires_grad and computed_again:
+        hidden.register_hook(check)
 
 
 def capture(
@@ -307,7 +322,8 @@ def _unrotated(slot: _Slot, q: Tensor, k: Tensor, v: Tensor, mask, scaling: floa
     batch, _, tokens, dim = q.shape
     inv_freq, rotation = slot.turning.frequencies(slot.decoder(), q.device), slot.facts.rotation
     positions = _positions(slot, batch, tokens, q.device)
-    q, k = slot.turning.arrange(q), slot.turning.arrange(k)
+    dtype = torch.promote_types(q.dtype, v.dtype)  # under autocast, q and k leave a rotation in float32
+    q, k, v = slot.turning.arrange(q).to(dtype), slot.turning.arrange(k).to(dtype), v.to(dtype)
     if inv_freq is not None:
         q, k = rotate(q, -positions, inv_freq), rotate(k, -positions, inv_freq)
     scale = dim**-0.5 if scaling is None else scaling
@@ -336,7 +352,8 @@ def _positions(slot: _Slot, batch: int, tokens: int, device: torch.device) -> Te
     tables = tables_in(arguments)
     if tables is None:
         raise ValueError(f"layer {slot.layer} was given no position_embeddings: the patch needs RoPE to turn back")
-    key = (tables[0].data_ptr(), id(slot.turning.own), layout)
+    place = id(tables[0]) if in_func() else tables[0].data_ptr()  # tensors of torch.func have no memory of their own
+    key = (place, id(slot.turning.own), layout)
     if key not in current.tables:  # layers of one pass share their tables
         pair = tables[::-1] if slot.facts.rotation.sines_first else tables
         if not table_matches(pair, layout, positions, slot.turning.own):

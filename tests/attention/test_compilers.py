@@ -3,11 +3,13 @@
 import copy
 import io
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from helpers import config, layer, off_by
 from torch import func, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from proteus_playground import ProteusAttention
@@ -109,6 +111,22 @@ def test_the_default_compiler_gives_what_eager_gives():
     attn = layer(route_heads=False)
     with torch.no_grad():
         assert off_by(compiled(attn, "inductor")(X), attn(X)) <= 1e-5
+
+
+def test_a_layer_compiled_for_all_sizes_at_once():
+    attn = layer(**ALL_AT_ONCE)
+    run = torch.compile(attn, backend="eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 90, 32), (1, 33, 32), (3, 120, 32)):
+        x = torch.randn(shape)
+        assert off_by(run(x), attn(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_make_fx_gives_what_eager_gives(alpha):
+    attn, other = layer(flux_alpha=alpha, **ALL_AT_ONCE), torch.randn(2, 90, 32)
+    grad = func.grad(lambda x: attn(x).square().sum())
+    for run in (attn, grad):
+        assert off_by(make_fx(run)(X)(other), run(other)) <= 1e-5
 
 
 def test_a_compiled_layer_takes_any_length_and_an_exported_one_too():
@@ -217,6 +235,12 @@ REFUSED = {
     "torch.jit.trace": (lambda: torch.jit.trace(layer(), X), "use torch.export.export or torch.compile"),
     "vmap in training": (lambda: func.vmap(layer().train())(X[:, None]), "call eval()"),
     "vmap, drop-in with weights": (lambda: func.vmap(drop_in())(X[:, None]), "need_weights=True: must be False"),
+    "vmap, stats": (lambda: func.vmap(partial(layer(), return_stats=True))(X[:, None]), "return_stats"),
+    "vmap, prefill": (lambda: func.vmap(layer().prefill)(X[:, None]), "without torch.func.vmap"),
+    "make_fx in training": (lambda: make_fx(layer().train())(X), "call eval()"),
+    "make_fx of a gradient in training": (lambda: make_fx(gradient_of(layer().train()))(X), "call eval()"),
+    "linearize": (lambda: func.linearize(layer(), X), "use torch.func.jvp"),
+    "linearize, dense": (lambda: func.linearize(layer(flux_alpha=0.0), X), "use torch.func.jvp"),
     "jacfwd": (lambda: func.jacfwd(layer())(X), "use jacrev or jvp"),
     "grad of grad in vmap": (lambda: func.vmap(func.grad(gradient_of(layer())))(X[:, None]), "without vmap"),
 }

@@ -1,7 +1,11 @@
 """What a ProteusCache cannot do is refused in words; compiled and hybrid models are served."""
 
+from contextlib import nullcontext
+from importlib.metadata import version
+
 import pytest
 import torch
+from packaging.version import Version
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
@@ -24,6 +28,9 @@ def ids():
 
 
 def test_training_through_a_cache_is_refused(ids):
+    # transformers 5.15 to 5.17 hand no cache to checkpointed layers, with or without gradients
+    old = Version(version("transformers")) < Version("5.18")
+    expectation = pytest.raises(ValueError, match="call model.eval()") if old else nullcontext()
     model = make(LlamaForCausalLM, LlamaConfig).requires_grad_(True)
     cache, _ = cache_of(model)
     with pytest.raises(RuntimeError, match="ProteusCache gives no gradient"):
@@ -32,9 +39,9 @@ def test_training_through_a_cache_is_refused(ids):
     fresh, _ = cache_of(model)
     with pytest.raises(ValueError, match="training mode.*no_grad"):
         model(ids, **handed(model, fresh))
-    with torch.no_grad():
+    with torch.no_grad(), expectation:
         model(ids, **handed(model, fresh))
-    assert fresh.get_seq_length() == T
+        assert fresh.get_seq_length() == T
 
 
 @pytest.mark.parametrize("how", ["forward", "decoder", "layers"])

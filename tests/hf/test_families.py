@@ -1,9 +1,11 @@
 """Families of transformers' models are served exactly or refused in words; keys before RoPE are the model's own."""
 
 import copy
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
@@ -73,6 +75,8 @@ def mask(ids):
 
 @pytest.mark.parametrize("kind", SERVED)
 def test_a_family_is_served_exactly(kind, ids, mask):
+    if kind == "gptj" and Version(version("transformers")) < Version("5.18"):
+        pytest.skip("its attention has code of its own before transformers 5.18, and is refused")
     model = family(kind, **SIZES | SERVED[kind])
     dense, real = layers_of(model, 0.0), mask.bool()
     assert len(dense) == (2 if kind == "gemma3_text" else 3)

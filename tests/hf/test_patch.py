@@ -1,9 +1,13 @@
 """A transformers decoder runs with other attention in chosen layers, exactly, and is left as it was."""
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
@@ -379,9 +383,38 @@ def test_a_compiled_model_is_patched_as_it_is_in_eager_mode(how, ids):
     assert_close(logits(both, ids), native, atol=1e-5, rtol=0)
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "trace",
+    [
+        lambda model, ids: torch.jit.trace(lambda x: logits(model, x), ids),
+        lambda model, ids: make_fx(lambda x: logits(model, x))(ids),
+        lambda model, ids: torch.func.vmap(lambda x: logits(model, x[None]))(ids),
+    ],
+    ids=["jit.trace", "make_fx", "vmap"],
+)
+def test_other_tracers_are_refused(llama, ids, trace):
+    with patched(llama, dict.fromkeys(range(3), proteus(1.0))), pytest.raises(RuntimeError, match="eager mode"):
+        trace(llama, ids)
+
+
+def test_func_grad_of_a_patched_model(ids):
+    model = make(LlamaForCausalLM, LlamaConfig)
+    weights = dict(model.named_parameters())
+
+    def loss(weights):
+        return torch.func.functional_call(model, weights, (ids,), {"use_cache": False}).logits.square().mean()
+
+    with patched(model, dict.fromkeys(range(3), proteus(1.0))):
+        found = torch.func.grad(loss)(weights)
+        logits(model.requires_grad_(True), ids).square().mean().backward()
+    for name, weight in weights.items():
+        assert_close(found[name], weight.grad, atol=1e-5, rtol=1e-3)
+
+
 def test_an_export_is_refused(ids):
     model = make(LlamaForCausalLM, LlamaConfig)
-    with patched(model, {0: proteus(1.0)}), pytest.raises(RuntimeError, match="do not export"):
+    with patched(model, {0: proteus(1.0)}), pytest.raises(RuntimeError, match="no torch.export"):
         torch.export.export(model, (ids,), {"use_cache": False})
 
 
@@ -394,6 +427,56 @@ def test_a_deep_copy_of_a_patched_model_is_native_and_can_be_patched(llama, ids)
         assert_close(logits(twin, ids), ours)
     assert_close(logits(twin, ids), native)
     assert twin.config._attn_implementation == "sdpa"
+
+
+def test_a_pickle_of_a_patched_model_is_native_in_another_process(ids, tmp_path):
+    model = make(LlamaForCausalLM, LlamaConfig)
+    file, found = tmp_path / "model", tmp_path / "logits"
+    with patched(model, dict.fromkeys(range(3), proteus(1.0))):
+        file.write_bytes(pickle.dumps((model, ids)))
+    program = (
+        "import pickle, sys, torch; model, ids = pickle.load(open(sys.argv[1], 'rb')); "
+        "torch.save(model(ids, use_cache=False).logits, sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", program, file, found], check=True)
+    assert_close(torch.load(found), logits(model, ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_backward_pass_outside_the_block_is_refused(ids, reentrant):
+    model = make(LlamaForCausalLM, LlamaConfig).requires_grad_(True).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with patched(model, dict.fromkeys(range(3), proteus(1.0))):
+        loss = logits(model, ids).square().mean()
+    with pytest.raises(RuntimeError, match="within the `patched` block"):
+        loss.backward(retain_graph=True)
+    with patched(model, dict.fromkeys(range(3), proteus(1.0))), pytest.raises(RuntimeError, match="within"):
+        loss.backward()  # the graph is of the first patch, not of this one
+
+
+def test_layers_that_are_taken_out_or_exchanged_are_noticed(ids):
+    model = make(LlamaForCausalLM, LlamaConfig)
+    with patched(model, dict.fromkeys(range(3), proteus(0.0))):
+        logits(model, ids)
+    del model.model.layers[2]
+    model.config.num_hidden_layers = 2
+    native = logits(model, ids)
+    with patched(model, dict.fromkeys(range(2), proteus(0.0))):
+        assert_close(logits(model, ids), native, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="layers has key 2"), patched(model, dict.fromkeys(range(3), proteus(0.0))):
+        pass
+
+
+def test_autocast(ids):
+    model = make(LlamaForCausalLM, LlamaConfig)
+    with torch.autocast("cpu", torch.bfloat16):
+        native = logits(model, ids)
+        with patched(model, dict.fromkeys(range(3), proteus(0.0))):
+            ours = logits(model, ids)
+    exact = logits(model, ids)
+    assert ours.dtype == native.dtype
+    assert (ours - exact).abs().max() <= 1.5 * (native - exact).abs().max()
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(ids):
