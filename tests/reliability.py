@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 STREAM, STORES, TRAINING = (f"tests/{name}.py" for name in ("streaming/test_stream", "streaming/test_stores",
                                                             "lm/test_training"))  # fmt: skip
 OUTPUTS, INPUT = "tests/common/test_outputs.py", "tests/cli/test_bad_input.py"
+HF = [f"tests/hf/test_{name}.py" for name in ("families", "patch", "cache_limits")]
+LIFE = "tests/attention/test_module_life.py"
 PROMISES = {
     "50 kills of a stream, then the same buffer": [f"{STREAM}::test_fifty_kills_leave_the_same_buffer"],
     "20 kills of a training, then the same bits": [f"{TRAINING}::test_twenty_kills_at_random_moments_change_nothing"],
@@ -32,7 +34,12 @@ PROMISES = {
     "Links": [OUTPUTS, "-k", "link"],
     "Control tokens in a document or a question": ["tests/hf/test_plain_text.py"],
     "Encodings": ["tests/common/test_encodings.py"],
-    "Compilers and module life": ["tests/attention/test_compilers.py", "tests/attention/test_module_life.py"],
+    "Other people's models, served exactly or refused": [*HF, "-k", "not compiled"],
+    "Compiled models, copies and pickles of patched ones": ["tests/hf", "-k", "compiled or copy or pickle or export"],
+    "NaN and infinite values": [LIFE, "-k", "bad or finite or hold_anything"],
+    "Positions far along, and float64": [LIFE, "-k", "shifted or far_along or float64 or gradcheck"],
+    "Compilers and transforms": ["tests/attention/test_compilers.py"],
+    "A module's life": [LIFE],
     "Bad input, all together": ["tests", "-m", "bad_input"],
     "Bad input without the two tests that go through all options": [
         "tests",

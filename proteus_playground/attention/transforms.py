@@ -102,7 +102,8 @@ def records(method):
     """A method of a module that records a training pass: it replaces buffers, and never writes into them.
 
     In a compiled graph the buffers keep their values where the graph runs again to recompute activations. Inside
-    `torch.func` they get ordinary tensors, which outlive the transform. Raises `RuntimeError` under `vmap` and `make_fx`.
+    `torch.func` they get ordinary tensors, which outlive the transform. Raises `RuntimeError` under `vmap` and
+    `make_fx`.
     """
 
     @wraps(method)

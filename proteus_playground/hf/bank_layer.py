@@ -55,8 +55,8 @@ class BankLayer(CacheLayerMixin):
         if new != call.k.shape[1]:
             raise ValueError(
                 f"layer {call.layer} attends to {call.k.shape[1]} keys and put {new} into its cache: a layer "
-                "that reads another layer's keys must stay native; where gradient checkpointing took the cache away, call "
-                "model.eval()"
+                "that reads another layer's keys must stay native; where gradient checkpointing took the cache away, "
+                "call model.eval()"
             )
         with torch.no_grad():
             out = self._attend(call)

@@ -23,8 +23,8 @@ from .attention_call import CACHE_NAMES
 from .native import NAME, set_implementation
 
 WHY = (
-    "Proteus runs a patched model in eager mode: use torch.compile without fullgraph; no torch.export, torch.jit.trace, "
-    "make_fx or torch.func.vmap"
+    "Proteus runs a patched model in eager mode: use torch.compile without fullgraph, and no torch.export, "
+    "torch.jit.trace, make_fx or torch.func.vmap"
 )
 
 
