@@ -150,10 +150,17 @@ def _matmul_by_head(rows: Tensor, weight: Tensor, count: Tensor) -> Tensor:
     """Multiply rows `(R, n)`, sorted by head, by each head's own weight `(N, n, m)`.
 
     Rows after the counted ones hold arbitrary values in the result. PyTorch's grouped matmul is used where there is
-    one for the device, since it reads the counts there and makes nothing wait.
+    one for the device, since it reads the counts there and makes nothing wait. Else, where Python cannot read the
+    counts, each head multiplies all rows.
     """
-    if _has_grouped_matmul(rows, weight):
+    if _has_grouped_matmul(rows, weight) and not in_vmap():
         return torch.nn.functional.grouped_mm(rows, weight, offs=count.cumsum(0, dtype=torch.int32))
+    if hides_values():
+        head = (torch.arange(len(rows), device=rows.device)[:, None] >= count.cumsum(0)).sum(-1, keepdim=True)
+        out = rows.new_zeros(len(rows), weight.shape[2])
+        for h, one in enumerate(weight):
+            out = torch.where(head == h, rows @ one, out)
+        return out
     runs = count.tolist()
     parts = [part @ weight[h] for h, part in enumerate(rows[: sum(runs)].split(runs)) if len(part)]
     return torch.cat([*parts, rows.new_zeros(len(rows) - sum(runs), weight.shape[2], dtype=(parts or [rows])[0].dtype)])

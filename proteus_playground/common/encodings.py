@@ -83,8 +83,11 @@ def _advice(sample: bytes, path: str) -> str:
         return _convert(f"UTF-16{order}", "UTF-16 without a byte order mark", path)
     if b"\0" in sample or len(CONTROL.findall(sample)) > len(sample) // 50:
         return "this one is binary, or text in an encoding without a byte order mark"
-    if any(ord(sign) > 127 for sign in sample.decode("utf-8", "ignore")):
+    foreign = sum(byte > 127 for byte in sample)
+    if sum(len(sign.encode()) for sign in sample.decode("utf-8", "ignore") if ord(sign) > 127) >= max(1, foreign // 2):
         return "this one is UTF-8 elsewhere, so it is damaged or cut off there"
+    if foreign > len(sample) // 3:
+        return _convert("ENCODING", "text in an older encoding, such as KOI8-R or Shift-JIS", path)
     return _convert("WINDOWS-1252", "Latin-1 or Windows-1252", path)
 
 

@@ -63,6 +63,8 @@ BAD = {
     "UTF-32": (TEXT.encode("utf-32-le"), r"is binary, or text in an encoding without a byte order mark"),
     "Latin-1": (TEXT.encode("latin-1"), r"byte 42 is 0xfc.*Latin-1 or Windows-1252.*iconv -f WINDOWS-1252 -t UTF-8"),
     "Windows-1252": ("“Tea”, she said – for 5 €.".encode("cp1252"), r"byte 0 is 0x93.*iconv -f WINDOWS-1252"),
+    "KOI8-R": (CYRILLIC.encode("koi8-r"), r"older encoding, such as KOI8-R.*iconv -f ENCODING"),
+    "Shift-JIS": ("漢字かな交じり文です".encode("shift-jis") * 9, r"older encoding.*Shift-JIS"),
     "late Latin-1": (b"tea and soup\n" * 5000 + b"caf\xe9\n", r"byte 65003 is 0xe9.*iconv -f WINDOWS-1252"),
     "damaged UTF-8": (CYRILLIC.encode()[:100] + b"\xff" + CYRILLIC.encode(), r"byte 100 is 0xff.*damaged or cut off"),
     "cut off": (CYRILLIC.encode()[:101], r"byte 100 is 0xd.*damaged or cut off"),

@@ -47,6 +47,19 @@ def test_it_is_the_weighted_sum_of_whole_experts(n, awake, top_p):
     assert_close(layer(x), want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["compile", "export", "vmap"])
+def test_graphs_and_vmap_give_what_eager_gives(way):
+    lm, ids = model(), text()
+    lm.train()(ids)
+    lm.eval()
+    runs = {
+        "compile": lambda: torch.compile(lm, backend="aot_eager", fullgraph=True)(ids),
+        "export": lambda: torch.export.export(lm, (ids,)).module()(ids),
+        "vmap": lambda: torch.func.vmap(lambda one: lm(one[None])[0])(ids),
+    }
+    assert off_by(runs[way](), lm(ids)) <= 1e-5
+
+
 @given(cut=st.integers(1, 39), train=st.booleans(), top_p=st.sampled_from([0.5, 1.0]))
 @settings(max_examples=15, deadline=None)
 def test_nothing_after_a_token_reaches_it(cut, train, top_p):
