@@ -1,4 +1,5 @@
-"""Whether a function keeps to the rules of selectors, by small random texts; functions from files.
+"""Whether a function keeps to the rules of selectors, by small random texts; functions from files."""
+
 
 from __future__ import annotations
 
