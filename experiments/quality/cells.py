@@ -24,7 +24,7 @@ from .subjects import Subject
 SETTINGS, ROWS, REPORT = "settings.json", "rows.jsonl", "report.json"
 NLL = "likelihood"
 SHORTEST = 64  # tokens of a passage
-END = re.compile(r"[.\n]")  # a reply ends with its sentence
+REPLY = re.compile(r"\s*(.*?\w.*?)(\.|\n\n)", re.DOTALL)  # ends with its first sentence or paragraph that holds a word
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ def answered(subject: Subject, arm: Arm, asked: Question, cell: Cell, guess: lis
     began, meter = perf_counter(), Meter(len(asked.ids) - 1)
     layers = replaced(subject, arm, cell.shortlist, meter)
     tokens = greedy(subject, asked, layers, asked.expected if guess is None else guess)
-    reply = END.split(subject.source.decode(tokens))[0]
+    text = subject.source.decode(tokens)
+    reply = found[1] if (found := REPLY.match(text)) else text
     row = _row(cell, asked.score(reply), meter, len(asked.ids), began)
     return row | {"reply": reply, "tokens": tokens}
 
@@ -164,7 +165,7 @@ def greedy(subject: Subject, asked: Question, layers: Mapping, guess: Sequence[i
 
     guess: tokens that the reply may begin with. They are read together with the text, and kept as far as the model
     itself would have written them, so a right guess saves passes and a wrong one changes nothing: no row depends on a
-    later token.
+    later token. After a wrong guess the next one is what followed the last two tokens where they occurred before.
     """
     said, guess, ids = [], list(guess), asked.ids
     while len(said) < asked.most:
@@ -175,7 +176,15 @@ def greedy(subject: Subject, asked: Question, layers: Mapping, guess: Sequence[i
             (i for i, pair in enumerate(zip(tried, likeliest, strict=False)) if pair[0] != pair[1]), len(tried)
         )
         said += likeliest[: right + 1]
-        guess = guess[right + 1 :]
-        if END.search(subject.source.decode(said)):
+        wrong = right < len(tried)
+        guess = _followed([*ids.tolist(), *said]) if wrong or not guess[right + 1 :] else guess[right + 1 :]
+        if REPLY.match(subject.source.decode(said)):
             break
     return said
+
+
+def _followed(tokens: list[int]) -> list[int]:
+    """What followed the last two tokens where they occurred last before; nothing if they did not."""
+    last = tokens[-2:]
+    spots = (i for i in range(len(tokens) - 3, 0, -1) if tokens[i - 1 : i + 1] == last)
+    return tokens[at + 1 :] if (at := next(spots, None)) is not None else []

@@ -27,7 +27,7 @@ KINDS = ("quiet", "broken", "silver", "hollow", "distant", "wooden", "gentle", "
 THINGS = ("lantern", "harbour", "violin", "orchard", "compass", "bridge", "kettle", "meadow", "statue", "mirror")
 KEYS, VALUES, HOPS = 8, 4, 3  # facts of the same form; values of one key; steps from the first variable to the last
 COMMON, OFTEN = 3, 8  # words that occur often, and how many times as often as the others
-SPARE = 6  # tokens that an answer may have beyond the expected one
+SPARE = 8  # tokens that an answer may have beyond the expected one
 HEAD = "Some special numbers are hidden in the following text. Remember them.\n\n"
 
 
@@ -92,15 +92,15 @@ def _number(draw: _Draw, count: int) -> Question:
     facts = [
         (_fact(*pair), depth) for pair, depth in zip(zip(keys, numbers, strict=True), _depths(draw, count), strict=True)
     ]
-    tail = f"\n\nThe special number for the {keys[0]} that the text names is"
-    return draw.ask(facts, tail, numbers[:1], f" {numbers[0]}")
+    tail = f"\n\n{_fact(keys[0])}"
+    return draw.ask(facts, tail, numbers[:1], f" {numbers[0]}.")
 
 
 def multi_value(draw: _Draw) -> Question:
     """Four numbers of one thing, far apart; all are asked for."""
     (key,), numbers = draw.keys(1), draw.numbers(VALUES)
     facts = [(_fact(key, number), depth) for number, depth in zip(numbers, sorted(_depths(draw, VALUES)), strict=True)]
-    tail = f"\n\nThe {VALUES} special numbers for the {key} that the text names are"
+    tail = f"\n\nThe {VALUES} special numbers for the {key} are"
     return draw.ask(facts, tail, numbers, f" {', '.join(numbers)}.")
 
 
@@ -110,7 +110,7 @@ def variables(draw: _Draw) -> Question:
     steps = [f"Let {names[0]} be {number}."]
     steps += [f"Let {new} be the same as {old}." for old, new in zip(names[:-1], names[1:], strict=True)]
     facts = list(zip(steps, sorted(_depths(draw, len(steps))), strict=True))
-    tail = f"\n\nThe {len(names)} names that are {number}, as the text says, are"
+    tail = f"\n\nThe {len(names)} words that are {number} are"
     return draw.ask(facts, tail, names, f" {', '.join(names)}.")
 
 
@@ -147,8 +147,9 @@ def shelf_question(draw: _Draw) -> Question:
     return Question(source.ids(ids), (asked.value,), tuple(expected), len(expected))
 
 
-def _fact(key: str, number: str) -> str:
-    return f"The special number for the {key} is {number}."
+def _fact(key: str, number: str = "") -> str:
+    """A fact, or without a number its beginning, which ends where the number would be."""
+    return f"The special number for the {key} is" + (f" {number}." if number else "")
 
 
 def _depths(draw: _Draw, count: int) -> list[float]:
