@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...attention import AttentionConfig, Gates
+from ...attention.settings import config_for, default_settings
 from ...common.texts import BOOK, TOPICS, load_text
 from ...hf import models
 from ...hf.source import ModelSource
@@ -59,8 +60,11 @@ class Subject:
         return sha256("\0".join(bodies).encode()).hexdigest()[:16]
 
     def config(self, **fields) -> AttentionConfig:
-        """The layers' config with these fields. Raises `TypeError` or `ValueError` naming one that does not fit."""
-        return self.source.shape.config(**fields)
+        """The defaults for a model trained without a slider, with these fields.
+
+        Raises `TypeError` or `ValueError` naming one that does not fit.
+        """
+        return replace(config_for(default_settings(self.calibration_tokens), self.source.shape), **fields)
 
     def passages(self, tokens: int, count: int) -> list[Tensor]:
         """`count` passages `(tokens,)` of each text."""

@@ -232,7 +232,7 @@ def test_some_rows_are_those_rows_of_all(monkeypatch):
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"notes": False}, {"max_notes": 2}, {"max_notes": 3, "fill_rings": True, "probes": 4}, {"shortlist": 90}],
+    [{}, {"notes": False}, {"max_notes": 2}, {"max_notes": 3, "nearest_gates": True, "probes": 4}, {"shortlist": 90}],
     ids=str,
 )
 def test_our_selector_is_the_layer(backend, changes):
@@ -242,7 +242,9 @@ def test_our_selector_is_the_layer(backend, changes):
     assert off_by(done.out, layer.out) < 1e-5 and torch.equal(done.reads, layer.reads)
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_notes": 2}, {"max_notes": 3, "fill_rings": True, "probes": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"max_notes": 2}, {"max_notes": 3, "nearest_gates": True, "probes": 4}], ids=str
+)
 def test_gradients_of_our_selector_are_those_of_the_layer(changes):
     cfg = config(**{"route_heads": False, "dna_fraction": 0.75, **changes})
     freq = rope_frequencies(8, 10_000.0)
