@@ -1,7 +1,7 @@
 """Questions with checkable answers in long texts, after RULER.
 
-Hsieh et al. 2024, https://arxiv.org/abs/2404.06654. Facts are written into our own English, as in the validation suite; the model continues "the special number for X is".
-Sentences and numbers are ours, so the figures are not those of RULER.
+Hsieh et al. 2024, https://arxiv.org/abs/2404.06654. Facts are written into our own English, as in the validation suite,
+and the model continues "the special number for X is". Sentences and numbers are ours, so the figures are not RULER's.
 """
 
 from __future__ import annotations
