@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import AttentionConfig
 from ..gates import Gates
+from ..precision import at_least_float32
 from .protocol import Choice, Selector, Sight
 
 SCORES_PER_STEP = 1 << 23  # row-key pairs scored at a time: 64 MB of float64
@@ -44,12 +45,14 @@ def attend_rows(selector: Selector, sight: Sight, rows: Tensor) -> SelectedRows:
 
 def _with_stand_ins(q: Tensor, k: Tensor, v: Tensor, choice: Choice, scale: float) -> Tensor:
     """One softmax over keys and stand-ins: `(B, H, R, d)`."""
-    key, value, count = choice.stand_ins
+    dtype = q.dtype
+    q, k, v, key, value = (at_least_float32(x) for x in (q, k, v, *choice.stand_ins[:2]))
+    count = choice.stand_ins.count
     score = (q @ k.transpose(-1, -2) * scale).masked_fill(~choice.keys, -torch.inf)
     mean = (key @ q[..., None])[..., 0] * scale + count.clamp(min=1).to(q.dtype).log()
     p = torch.cat((score, mean.masked_fill(count == 0, -torch.inf)), dim=-1).softmax(-1)
     T = k.shape[2]
-    return p[..., :T] @ v + (p[..., None, T:] @ value)[..., 0, :]
+    return (p[..., :T] @ v + (p[..., None, T:] @ value)[..., 0, :]).to(dtype)
 
 
 def choose(selector: Selector, sight: Sight, rows: Tensor) -> Choice:

@@ -1,6 +1,5 @@
 """Whether a function keeps to the rules of selectors, by small random texts; functions from files."""
 
-
 from __future__ import annotations
 
 from importlib.util import module_from_spec, spec_from_file_location

@@ -194,8 +194,8 @@ def _means(sight: Sight, noted: Tensor, short: Shortlist) -> StandIns | None:
     """The note of each gate that holds a key of `noted` `(B, H, R, T)`, one after another."""
     heads = sight.q.shape[1] // sight.groups
     gate = short.gate.transpose(1, 2).repeat_interleave(heads, dim=1)  # (B, H, T), -1 for none
-    members = F.one_hot(gate.clamp(min=0), short.gates_per_group).to(sight.k.dtype)
-    count = noted.to(sight.k.dtype) @ members  # (B, H, R, C)
+    members = F.one_hot(gate.clamp(min=0), short.gates_per_group).float()
+    count = noted.float() @ members  # (B, H, R, C)
     most = int((count > 0).sum(-1).max())
     if not most:
         return None
@@ -203,7 +203,7 @@ def _means(sight: Sight, noted: Tensor, short: Shortlist) -> StandIns | None:
     key, value = [], []
     for one, held in zip(which.unbind(-1), size.unbind(-1), strict=True):
         inside = noted & (gate[:, :, None] == one[..., None]) & (held > 0)[..., None]
-        share = inside.to(sight.k.dtype) / held.clamp(min=1)[..., None]
+        share = (inside / held.clamp(min=1)[..., None]).to(sight.k.dtype)
         key.append(share @ sight.rotated_k)
         value.append(share @ sight.v)
     return StandIns(torch.stack(key, 3), torch.stack(value, 3), size)
