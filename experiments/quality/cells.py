@@ -77,7 +77,7 @@ class Done:
 
 
 def cells(subject: Subject, settings: QualitySettings, arms: list[Arm]) -> list[Cell]:
-    """Every cell, those of one passage or question together. Raises `ValueError` for fields of ours that do not fit."""
+    """Every cell once, those of one passage or question together. Raises `ValueError` for fields of ours that do not fit."""
     tasks = [task for task in settings.tasks if task in tasks_of(subject)]
     parts = [(NLL, settings.passages * len(subject.texts)), *((task, settings.cases) for task in tasks)]
 
@@ -85,14 +85,15 @@ def cells(subject: Subject, settings: QualitySettings, arms: list[Arm]) -> list[
         L = length if arm.dense else length // share
         return Cell(part, length, index, L, arm.name, arm.mark(subject, L))
 
-    return [
+    every = (
         cell(part, length, index, arm, share)
         for length in sorted(settings.lengths)
         for part, count in parts
         for index in range(count)
         for arm in arms
         for share in (settings.shares[:1] if arm.dense else settings.shares)
-    ]
+    )
+    return list(dict.fromkeys(every))
 
 
 def measure(

@@ -269,13 +269,14 @@ GUEST = "def mine(sight, rows):\n    return sight.window(rows, 9)\n"
 
 def test_the_command_measures_all_arms_and_a_guest_and_goes_on(quality, tmp_path):
     (tmp_path / "guest.py").write_text(GUEST)
-    args = ["--model", "shelf-mini", "--lengths", "128", "--shares", "8", "--passages", "2", "--cases", "1", "--ours", "{}",
+    args = ["--model", "shelf-mini", "--lengths", "128,128", "--shares", "8,8", "--passages", "2", "--cases", "1", "--ours", "{}",
             "--ours", '{"probes": 4}', "--selector", "guest.py:mine", "--calibration-tokens", "512"]  # fmt: skip
     code, out, _ = quality(*args, "--json", "copy.json")
     assert code == 0
     report = json.loads((tmp_path / "proteus-quality" / cells.REPORT).read_text())
     assert report == json.loads((tmp_path / "copy.json").read_text())
     names = {row["arm"] for row in report["rows"]}
+    assert len(report["rows"]) == len({cell_of(row) for row in report["rows"]})
     assert names == {*arm_names(), "ours probes=4", "mine"}
     mine = next(e for e in report["entries"] if e["arm"] == "mine" and e["part"] == NLL)
     assert mine["reads"] == 9 and mine["looks"] == 0 and "| mine | " in out
