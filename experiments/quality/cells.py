@@ -77,7 +77,10 @@ class Done:
 
 
 def cells(subject: Subject, settings: QualitySettings, arms: list[Arm]) -> list[Cell]:
-    """Every cell once, those of one passage or question together. Raises `ValueError` for fields of ours that do not fit."""
+    """Every cell once, those of one passage or question together.
+
+    Raises `ValueError` or `TypeError` for fields of ours that do not fit.
+    """
     tasks = [task for task in settings.tasks if task in tasks_of(subject)]
     parts = [(NLL, settings.passages * len(subject.texts)), *((task, settings.cases) for task in tasks)]
 
