@@ -1,4 +1,4 @@
-"""95% confidence intervals of means of figures in [0, 1]; standard errors of any means."""
+"""95% confidence intervals and standard errors of means."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ def standard_error(values: Sequence[float]) -> float | None:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
-def over_seeds(values: list[float]) -> tuple[float, float] | None:
-    """Student's t interval of one figure per seed, clipped to [0, 1]; None for a single seed."""
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of Student's t interval of the mean of `values`; None for a single one."""
     from scipy import stats  # here, because it takes a second to import
 
-    if len(values) < 2:
-        return None
-    reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    mean = float(np.mean(values))
-    return max(0.0, mean - float(reach)), min(1.0, mean + float(reach))
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
+
+
+def over_seeds(values: list[float]) -> tuple[float, float] | None:
+    """Student's t interval of one figure in [0, 1] per seed, clipped to [0, 1]; None for a single seed."""
+    reach, mean = half_width(values), float(np.mean(values))
+    return None if reach is None else (max(0.0, mean - reach), min(1.0, mean + reach))
 
 
 def over_cases(values: list[float]) -> tuple[float, float]:
-    """Wilson's interval where every case is 0 or 1, else a bootstrap over cases; [0, 1] for a single share."""
+    """Of figures in [0, 1]: Wilson's where every case is 0 or 1, else a bootstrap over cases; [0, 1] for one share."""
     from scipy import stats
 
     if all(value in (0, 1) for value in values):

@@ -13,7 +13,8 @@ from torch import Tensor
 from ...attention import ProteusAttention, plan_budget
 from ...attention.backends.reference import memberships
 from ...attention.functional import Prepared, prepare
-from .arms import counts, project, rows_in_hand
+from ...attention.selectors.attend import row_steps
+from .arms import counts, project
 
 
 def attend_by_rings(attn: ProteusAttention, h: Tensor, shortlist: int, salient: bool, **changes) -> tuple[Tensor, ...]:
@@ -29,7 +30,7 @@ def attend_by_rings(attn: ProteusAttention, h: Tensor, shortlist: int, salient: 
     if salient:  # of equally salient keys the newer one counts as more salient
         order = attn.gates.salience(k).double() + torch.arange(h.shape[1], device=h.device) * 1e-10
     out, reads = torch.empty_like(q), h.new_empty(h.shape[:2])
-    for rows in rows_in_hand(q):
+    for rows in row_steps(len(q), q.shape[2], q.shape[1], q.device):
         out[:, rows], reads[:, rows] = _rows(ready, rows, order, cfg.head_dim**-0.5)
     return attn.o_proj(out.flatten(2)), counts(reads, 0 if ready.short is None else attn.gates.gates_per_group)
 

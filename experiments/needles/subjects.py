@@ -83,10 +83,10 @@ def _model(name: str, device: str, cache: Path | None, dtype: str, answers: bool
     note = f"{name} scores tokens by content match in heads (layer.head) {asker.heads_named}."
     slow = model.device.type == "cpu" and model.dtype != torch.float32  # a step of one token takes five times as long
     reader = ChatReader(models.load(name)[0] if slow else model, tokenizer) if answers else None
-    return Subject(name, note, _Words(tokenizer), asker.ask, reader, str(model.device), dtype)
+    return Subject(name, note, TokenWords(tokenizer), asker.ask, reader, str(model.device), dtype)
 
 
-class _Words:
+class TokenWords:
     """A model's tokenizer as `Words`."""
 
     def __init__(self, tokenizer):

@@ -1,1 +1,1 @@
-"""What sparse attention costs a model in likelihood, by how keys are chosen."""
+"""What sparse attention costs a model in likelihood and answers, by how keys are chosen."""

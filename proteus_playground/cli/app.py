@@ -26,6 +26,7 @@ class Proteus(LazyGroup):
         "duel": f"{EXPERIMENTS}.duel.command",
         "train": "proteus_playground.cli.train",
         "evidence": f"{EXPERIMENTS}.evidence.command",
+        "quality": f"{EXPERIMENTS}.quality.quality",
     }
 
 

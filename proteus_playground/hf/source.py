@@ -49,6 +49,10 @@ class ModelSource:
     def ids(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens)
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of some tokens, without control tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
     def strings(self, tokens: list[int]) -> list[str]:
         """What each token reads as on its own."""
         return self._tokenizer.batch_decode([[token] for token in tokens], clean_up_tokenization_spaces=False)
@@ -75,8 +79,17 @@ class ModelSource:
     ) -> float:
         """Mean negative log-likelihood, nats, of tokens `first` .. T-1 of `ids`, each given its past."""
         ids, scored = ids.to(self.device), len(ids) - first
-        with self._lock, patched(self._model, layers, before_layer):
-            logits = self._model(ids[None], use_cache=False, logits_to_keep=scored + 1).logits[0, :-1]
+        logits = self._logits(ids, scored + 1, layers, before_layer)[:-1]
         pieces = zip(logits.split(NLL_ROWS), ids[first:].split(NLL_ROWS), strict=True)
         total = sum(F.cross_entropy(rows.float(), wanted, reduction="sum").item() for rows, wanted in pieces)
         return total / scored
+
+    @torch.inference_mode()
+    def predict(self, ids: Tensor, first: int, layers: Mapping[int, Attend]) -> list[int]:
+        """The likeliest token at each position `first` .. T of `ids` `(T,)`, given what is before it."""
+        return self._logits(ids.to(self.device), len(ids) - first + 1, layers).argmax(-1).tolist()
+
+    def _logits(self, ids: Tensor, last: int, layers: Mapping[int, Attend], before_layer=None) -> Tensor:
+        """Of the last rows of a pass over `ids` `(T,)`: `(last, V)`."""
+        with self._lock, patched(self._model, layers, before_layer):
+            return self._model(ids[None], use_cache=False, logits_to_keep=last).logits[0]

@@ -21,6 +21,7 @@ from ..attention.captured import CapturedLayer, half
 from ..attention.settings import LayerShape
 from ..common.progress import Stop, check_stop
 from ..common.tensors import fingerprint
+from ..hf.attention_call import Attend, AttentionCall
 from ..lm.model import ProteusLM
 
 # Fields of `AttentionConfig` that no control changes.
@@ -97,13 +98,23 @@ class ShelfSource:
         self,
         ids: Tensor,
         first: int,
-        layers: Mapping[int, ProteusLayer],
+        layers: Mapping[int, ProteusLayer | Attend],
         before_layer: Callable[[int], None] | None = None,
     ) -> float:
-        """Mean negative log-likelihood, nats, of tokens `first` .. T-1 of `ids`, each given its past."""
+        """Mean negative log-likelihood, nats, of tokens `first` .. T-1 of `ids`, each given its past.
+
+        layers: index -> what runs in place of that layer's attention. A function of an `AttentionCall`, as for
+        `hf.patch.patched`, gets un-rotated queries, keys and values and wakes every head.
+        """
         ids = ids.to(self.device)
         states = self._twin(layers, before_layer).hidden(ids[None])[0, first - 1 : -1]
         return F.cross_entropy(states @ self._model.embed.weight.T, ids[first:]).item()
+
+    @torch.inference_mode()
+    def predict(self, ids: Tensor, first: int, layers: Mapping[int, ProteusLayer | Attend]) -> list[int]:
+        """The likeliest token at each position `first` .. T of `ids` `(T,)`, given what is before it."""
+        states = self._twin(layers).hidden(ids.to(self.device)[None])[0, first - 1 :]
+        return (states @ self._model.embed.weight.T).argmax(-1).tolist()
 
     @torch.inference_mode()
     def answer(
@@ -131,7 +142,7 @@ class ShelfSource:
         model = _share(self._model)
         model.blocks = nn.ModuleList(map(_share, self._model.blocks))
         for index, block in enumerate(model.blocks):
-            block.attn = _attention(block.attn, layers.get(index))
+            block.attn = _attention(index, block.attn, layers.get(index))
             if before is not None or after is not None:
                 block.attn = _Hooked(index, block.attn, before, after)
         return model
@@ -144,16 +155,32 @@ def _share(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _attention(attn: nn.Module, runner: ProteusLayer | None) -> nn.Module:
+def _attention(index: int, attn: nn.Module, runner: ProteusLayer | Attend | None) -> nn.Module:
     """The layer with the budgets, gates and router of `runner`; dense if that is None."""
     twin = _share(attn)
     if runner is None:
         twin.cfg = replace(attn.cfg, flux_alpha=0.0)
         return twin
+    if not isinstance(runner, ProteusLayer):
+        return _Called(index, attn, runner)
     twin.cfg = replace(runner.config, d_model=attn.cfg.d_model, bias=attn.cfg.bias)
     twin.gates = runner.gates
     twin.router = (runner.router or _Untrained()) if runner.config.route_heads else None
     return twin
+
+
+class _Called(nn.Module):
+    """Takes the place of a layer and asks a function for the heads' outputs."""
+
+    def __init__(self, index: int, attn: nn.Module, attend: Attend):
+        super().__init__()
+        self.index, self.attn, self.attend = index, attn, attend
+
+    def forward(self, x: Tensor, **options):
+        attn, d = self.attn, self.attn.cfg.head_dim
+        q, k, v = (proj(x).unflatten(-1, (-1, d)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        at = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+        return attn.o_proj(self.attend(AttentionCall(self.index, q, k, v, attn.inv_freq, at, d**-0.5, None)).flatten(2))
 
 
 class _Untrained(nn.Module):

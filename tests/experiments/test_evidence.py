@@ -19,6 +19,7 @@ from proteus_playground.experiments.evidence.subjects import Training
 from proteus_playground.experiments.intervals import over_seeds
 
 from proteus_playground.attention import AttentionConfig
+from proteus_playground.attention.selectors import SELECTORS, Sight
 from proteus_playground.cli import app as cli
 from proteus_playground.common.progress import Stopped
 from proteus_playground.lm.losses import IGNORED
@@ -159,7 +160,7 @@ def test_an_arm_reads_no_more_than_it_may_and_itself(name, shortlist):
     assert (reads >= 1).all()
     if name != "dense":
         assert (reads <= most.clamp(max=shortlist)).all()
-    if ARMS[name].choose is not None:  # rivals get all they may have, but for a block that the window cuts
+    if ARMS[name].selector not in arms.OURS:  # rivals get all they may have, but for a block that the window cuts
         lost = 7 if name in ("block means", "quest") else 0
         assert (reads >= (most if name == "dense" else most.clamp(max=shortlist - lost))).all()
 
@@ -183,7 +184,7 @@ def test_an_arm_that_may_read_all_is_dense(name):
     assert torch.allclose(read(model, ids, ARMS[name], 150).logits, model(ids), atol=1e-5)
 
 
-def test_our_arms_are_the_layer(monkeypatch):
+def test_our_arms_are_the_layer():
     model, ids = small_model(), torch.randint(WORDS.size, (2, 150))
     logits, stats = model(ids, return_stats=True)
     ours = read(model, ids, ARMS["gates + notes"], 24)
@@ -191,11 +192,6 @@ def test_our_arms_are_the_layer(monkeypatch):
     assert torch.allclose(ours.reads, torch.stack([s.reads for s in stats]).float().mean((0, 3)))
     assert not torch.allclose(read(model, ids, ARMS["gates"], 24).logits, logits, atol=1e-3)
     assert all(block.attn.cfg == model.cfg.attention for block in model.blocks)
-    monkeypatch.setattr(arms, "SCORES_PER_STEP", 1)  # one row at a time
-    whole = {name: read(model, ids, arm, 24).logits for name, arm in UNROUTED.items()}
-    monkeypatch.undo()
-    for name, arm in UNROUTED.items():
-        assert torch.allclose(read(model, ids, arm, 24).logits, whole[name], atol=1e-5), name
 
 
 @pytest.mark.parametrize("changes", [{}, {"notes": False}, {"probes": 3}, {"shortlist": 90}])
@@ -225,20 +221,24 @@ def test_the_window_arm_is_an_attention_mask():
 
 def test_the_oracle_reads_the_largest_scores_and_others_do_not():
     q, k = torch.randn(2, 3, 90, 8), torch.randn(2, 3, 90, 8)
-    sight = arms.ChoiceInputs(q, k, torch.rand(2, 90), 12, 9, 2)
+    sight = sight_over(q, k, shortlist=12, far=9)
     rows = torch.arange(90)
     score = (q @ k.transpose(-1, -2)).masked_fill(torch.ones(90, 90).triu(1).bool(), -torch.inf)
     mass = {}
     for name, arm in UNROUTED.items():
-        if arm.choose is not None:
-            seen = arm.choose(sight, rows).expand(2, 3, 90, 90)
+        if arm.selector not in arms.OURS:
+            seen = SELECTORS[arm.selector].choose(sight, rows).expand(2, 3, 90, 90)
             mass[name] = (score.softmax(-1) * seen)[:, :, 30:].sum(-1).mean().item()
     chosen = sight_top(score, 12)
-    seen = arms.oracle(sight, rows)
+    seen = SELECTORS["oracle"].choose(sight, rows)
     assert ((seen & ~chosen).sum(-1) <= 1).all()  # itself, where it was not among them
     assert max(mass, key=mass.get) == "dense"
     assert all(mass["oracle"] > mass[name] for name in mass if name not in ("oracle", "dense"))
     assert min(mass["block means"], mass["quest"]) > max(mass["random keys"], mass["local"], mass["salience only"])
+
+
+def sight_over(q, k, shortlist: int, far: int) -> Sight:
+    return Sight(q, k, k, q, k, shortlist, far, 2, 1, 1.0, salience=torch.rand(len(k), k.shape[2]))
 
 
 def sight_top(score, n):
@@ -250,10 +250,10 @@ def test_what_is_looked_at_is_counted():
     model, ids = small_model(), torch.randint(WORDS.size, (1, 150))
     at = torch.arange(150.0)
     looks = {name: read(model, ids, arm, 24).looks[0] for name, arm in UNROUTED.items()}
-    for name in ("dense", "local", "local + anchors", "random keys", "salience only"):
+    for name in ("dense", "local", "local + anchors", "random keys", "salience only", "knorm"):
         assert (looks[name] == 0).all()
     assert (looks["gates"] == 4).all() and (looks["gates + notes"] == 4).all()  # its prototypes
-    assert torch.equal(looks["oracle"], at + 1)
+    assert torch.equal(looks["oracle"], at + 1) and torch.equal(looks["snapkv"], at + 1)
     # L 24, 18 of them far: 4 blocks of 4 and a window of 8, so that row 8 is the first with a key beyond its window
     assert torch.equal(looks["block means"], ((at - 8).clamp(min=-4) // 4 + 1))
     assert torch.equal(looks["quest"], 2 * looks["block means"])
@@ -261,8 +261,8 @@ def test_what_is_looked_at_is_counted():
 
 def test_random_keys_are_random():
     """Every older key is drawn about as often as another, and rows draw differently."""
-    sight = arms.ChoiceInputs(torch.zeros(1, 2, 400, 4), torch.zeros(1, 2, 400, 4), torch.zeros(1, 400), 40, 20, 0)
-    seen = arms.random_keys(sight, torch.arange(380, 400)).expand(2, 20, 400)[..., :300].float()
+    sight = sight_over(*(torch.zeros(1, 2, 400, 4) for _ in range(2)), shortlist=40, far=20)
+    seen = SELECTORS["random keys"].choose(sight, torch.arange(380, 400)).expand(2, 20, 400)[..., :300].float()
     drawn = seen.mean((0, 1))
     assert abs(float(drawn.mean()) - 20 / 370) < 0.01 and drawn.max() < 0.35
     both = (seen[:, :-1] * seen[:, 1:]).sum(-1).mean()

@@ -115,7 +115,7 @@ def test_a_template_that_rewrites_control_tokens_is_named(tokenizer):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("text", BAD)
 def test_every_other_reader_of_texts(text, tokenizer, control, tmp_path):
-    from proteus_playground.experiments.needles.subjects import _Words
+    from proteus_playground.experiments.needles.subjects import TokenWords
     from tiny_llama import build
 
     from proteus_playground.hf.source import ModelSource
@@ -124,7 +124,7 @@ def test_every_other_reader_of_texts(text, tokenizer, control, tmp_path):
     duel = ShelfTokenizer(tmp_path / "tokenizer.json")
     assert duel.decode(duel.encode(text)) == text and control & set(duel.encode(text)) <= {tokenizer.bos_token_id}
     assert len(duel.spans(text)) == len(duel.encode(text))
-    assert not control & set(_Words(tokenizer).encode(text).tolist())
+    assert not control & set(TokenWords(tokenizer).encode(text).tolist())
     ids = ModelSource(build()[0], tokenizer, "tiny").encode(text)
     assert ids[0] == tokenizer.bos_token_id and not control & set(ids[1:])
 
