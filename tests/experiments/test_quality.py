@@ -90,7 +90,8 @@ def test_ours_is_the_selector_of_the_gates(shelves):
     (ids,) = shelves.passages(120, 1)
     fast, slow = Arm("ours"), Arm("gates + notes", SELECTORS["gates + notes"])
     meters = Meter(0), Meter(0)
-    values = [shelves.source.nll(ids, 60, replaced(shelves, arm, 24, m)) for arm, m in zip((fast, slow), meters)]
+    pairs = zip((fast, slow), meters, strict=True)
+    values = [shelves.source.nll(ids, 60, replaced(shelves, arm, 24, meter)) for arm, meter in pairs]
     assert values[0] == pytest.approx(values[1], abs=1e-5)
     assert meters[0].figures(120) == meters[1].figures(120)
 
@@ -269,8 +270,8 @@ GUEST = "def mine(sight, rows):\n    return sight.window(rows, 9)\n"
 
 def test_the_command_measures_all_arms_and_a_guest_and_goes_on(quality, tmp_path):
     (tmp_path / "guest.py").write_text(GUEST)
-    args = ["--model", "shelf-mini", "--lengths", "128,128", "--shares", "8,8", "--passages", "2", "--cases", "1", "--ours", "{}",
-            "--ours", '{"probes": 4}', "--selector", "guest.py:mine", "--calibration-tokens", "512"]  # fmt: skip
+    args = ["--model", "shelf-mini", "--lengths", "128,128", "--shares", "8,8", "--passages", "2", "--cases", "1",
+            "--ours", "{}", "--ours", '{"probes": 4}', "--selector", "guest.py:mine", "--calibration-tokens", "512"]  # fmt: skip
     code, out, _ = quality(*args, "--json", "copy.json")
     assert code == 0
     report = json.loads((tmp_path / "proteus-quality" / cells.REPORT).read_text())
