@@ -271,7 +271,8 @@ GUEST = "def mine(sight, rows):\n    return sight.window(rows, 9)\n"
 def test_the_command_measures_all_arms_and_a_guest_and_goes_on(quality, tmp_path):
     (tmp_path / "guest.py").write_text(GUEST)
     args = ["--model", "shelf-mini", "--lengths", "128,128", "--shares", "8,8", "--passages", "2", "--cases", "1",
-            "--ours", "{}", "--ours", '{"probes": 4}', "--selector", "guest.py:mine", "--calibration-tokens", "512"]  # fmt: skip
+            "--ours", "{}", "--ours", '{"probes": 4}', "--selector", "guest.py:mine",
+            "--calibration-tokens", "512"]  # fmt: skip
     code, out, _ = quality(*args, "--json", "copy.json")
     assert code == 0
     report = json.loads((tmp_path / "proteus-quality" / cells.REPORT).read_text())
