@@ -30,7 +30,10 @@ def quality_command(
         list[str] | None, typer.Option(help="Text to judge by: a file or a named text. May be repeated.")
     ] = None,
     calibrate: Annotated[
-        list[str] | None, typer.Option(help="Text to fit gates to, another one. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Text to fit gates to, another one; default: the gates that come with it, if any. Repeatable."
+        ),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens read of each calibration text.", min=512)] = 16384,
     lengths: Annotated[str | None, typer.Option(help="Token counts: 2k,4k; 2k..8k doubles. Default 2k.")] = None,

@@ -31,13 +31,22 @@ SENTENCE = 6  # tokens: the shortest of a shelf, so that a text of enough senten
 
 
 class Subject:
-    """A language model that the patch supports, with the texts that judge it and those that its gates are fitted to."""
+    """A language model that the patch supports, with the texts that judge it and those that its gates are fitted to.
+
+    own: whether the source's own gates, where it has as many as are asked for, are used instead of fitted ones.
+    """
 
     def __init__(
-        self, source: ModelSource, tokenizer, texts: Sequence[str], calibrate: Sequence[str], calibration_tokens: int
+        self,
+        source: ModelSource,
+        tokenizer,
+        texts: Sequence[str],
+        calibrate: Sequence[str],
+        calibration_tokens: int,
+        own: bool = True,
     ):
         self.source, self.texts, self.calibrate = source, tuple(texts), tuple(calibrate)
-        self._tokenizer = tokenizer
+        self._tokenizer, self.own = tokenizer, own
         self.haystack = lru_cache(4)(self.haystack)
         self.calibration_tokens = calibration_tokens
         self._gates: dict[int, dict[int, Gates]] = {}
@@ -51,7 +60,7 @@ class Subject:
         """What decides the subject's figures."""
         return {
             "model": self.source.name, "fingerprint": self.source.fingerprint, "text": list(self.texts),
-            "calibrated_on": list(self.calibrate), "calibration_tokens": self.calibration_tokens,
+            "calibrated_on": list(self.calibrate), "calibration_tokens": self.calibration_tokens, "own_gates": self.own,
             "texts_hash": self._texts_hash(), "computed_on": self.source.device.type,
         }  # fmt: skip
 
@@ -71,9 +80,9 @@ class Subject:
         return [ids for name in self.texts for ids in passages(self.source, name, tokens, count)]
 
     def gates(self, count: int) -> dict[int, Gates]:
-        """Gates of every replaced layer: those of the model itself, if it has as many, or fitted ones."""
+        """Gates of every replaced layer: the source's own, if it has as many and they are wanted, or fitted ones."""
         own = {layer: self.source.own_gates.get((layer, count)) for layer in self.layers}
-        if None not in own.values():
+        if self.own and None not in own.values():
             return own
         if count not in self._gates:
             self._gates[count] = fit_gates(self.source, self._keys, count)
@@ -127,8 +136,8 @@ def load(name: str, device: torch.device, texts: list[str], calibrate: list[str]
             raise ValueError(f"text={[*texts, *calibrate][0]!r}: {SHELVES} reads shelves only, so leave the texts out")
         model, tokenizer = load_shipped(name, str(device))
         return ShelfSubject(ShelfSource(model, tokenizer, name), model.cfg.attention, calibration_tokens)
-    texts, calibrate = texts or [TOPICS], calibrate or [BOOK]
+    texts, calibrate, own = texts or [TOPICS], calibrate or [BOOK], not calibrate
     if both := sorted(set(texts) & set(calibrate)):
         raise ValueError(f"text={both[0]!r} is judged and calibrated on: must be two texts")
     model, tokenizer = models.load(name, str(device))
-    return Subject(ModelSource(model, tokenizer, name), tokenizer, texts, calibrate, calibration_tokens)
+    return Subject(ModelSource(model, tokenizer, name), tokenizer, texts, calibrate, calibration_tokens, own)

@@ -37,8 +37,9 @@ def _entry(length: int, shortlist: int, arm: str, part: str, rows: list[dict], d
 
 def quality_table(report: dict) -> str:
     """All tables of a report, with a line that says how they were measured."""
+    own = "those that come with it, if it has as many, else " if report["own_gates"] else ""
     about = (
-        f"{measured_on(report)}; {report['model']}, judged on {', '.join(report['text'])}, gates fitted to "
+        f"{measured_on(report)}; {report['model']}, judged on {', '.join(report['text'])}, gates: {own}fitted to "
         f"{report['calibration_tokens']:,} tokens each of {', '.join(report['calibrated_on'])}. Gap: nats per token of "
         "a passage's second half above the model's own dense pass. Tasks: share of the right answers in greedy "
         "replies. Reads and looks, per query, layer and head: keys and stand-ins that are read; summaries or keys that "

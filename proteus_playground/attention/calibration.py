@@ -64,7 +64,8 @@ class KeySource(Protocol):
     shape: LayerShape  # of each layer's attention
     n_layers: int
     device: torch.device  # where a layer runs
-    own_gates: Mapping[tuple[int, int], Gates]  # (layer, gates per group) -> the gates that were trained with the model
+    own_gates: Mapping[tuple[int, int], Gates]  # (layer, gates per group) -> gates that need no fitting
+    gates_from: str  # "from its training", "with the package": where these come from
 
     def encode(self, body: str) -> list:
         """Tokens of a text, in the form that `ids` takes."""
@@ -112,7 +113,7 @@ class Calibration:
     def gates(self, layer: int, n_gates: int, *, progress: Progress | None = None, stop: Stop | None = None) -> Gates:
         """Gates of `layer`, with `n_gates` prototypes per KV group, on the source's device.
 
-        If the layer was trained with that many gates, its own are returned. Raises `ValueError` for more gates than the
+        If the source has that many gates for this layer, they are returned. Raises `ValueError` for more gates than the
         calibration text has tokens, `Stopped` when `stop` requests it.
         """
         if (layer, n_gates) in self.source.own_gates:

@@ -32,7 +32,7 @@ class Proteus(LazyGroup):
 
 class Bench(LazyGroup):
     modules = {name: f"{EXPERIMENTS}.speed.{name.replace('-', '_')}" for name in SPEED}
-    modules["choice"] = f"{EXPERIMENTS}.quality.choice"
+    modules |= {name: f"{EXPERIMENTS}.quality.{name}" for name in ("choice", "prototypes")}
 
 
 ABOUT = "Attention with a slider: see what sparsity does to a real language model."

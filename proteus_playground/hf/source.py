@@ -6,17 +6,20 @@ Axes: `T` tokens, `H` query heads, `d` head dim, `D` model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from threading import RLock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention import Gates
 from ..attention.captured import CapturedLayer
 from ..common.tensors import fingerprint
 from .families import survey
 from .patch import Attend, capture, find_decoder, full_attention_layers, layer_shape, patched
 from .plain_text import text_ids
+from .shipped_gates import shipped_gates
 
 NLL_ROWS = 256  # rows of logits turned into float32 probabilities at a time
 
@@ -25,7 +28,8 @@ class ModelSource:
     """Wraps a model that `hf.patch` supports, and its tokenizer; the model is neither copied nor changed."""
 
     random = False
-    own_gates, routers = {}, {}  # it was trained without any
+    routers = {}  # it was trained without any
+    gates_from = "with the package"
 
     def __init__(self, model, tokenizer, name: str):
         decoder = find_decoder(model)
@@ -41,6 +45,12 @@ class ModelSource:
         self.dtype = torch.float32 if self.device.type == "cpu" else model.dtype
         self.fingerprint = fingerprint(model)
         self._lock = RLock()  # a pass goes through the patch of whoever patched last, so one pass at a time
+
+    @cached_property
+    def own_gates(self) -> dict[tuple[int, int], Gates]:
+        """(layer, gates per group) -> the gates that come with the package."""
+        found = shipped_gates(find_decoder(self._model), self.shape)
+        return {at: gates.to(self.device) for at, gates in found.items() if at[0] in self.full_layers}
 
     def encode(self, body: str) -> list[int]:
         """Token ids, with whatever the tokenizer puts in front of a text. Control tokens in the text stay text."""

@@ -28,7 +28,7 @@ class RandomSource:
     name, random, shape = "random layer", True, LayerShape(n_heads=8, n_groups=2, head_dim=32)
     n_layers, width, context = 2, 256, None
     full_layers = (0, 1)
-    own_gates, routers = {}, {}  # nothing was trained
+    own_gates, routers, gates_from = {}, {}, ""  # nothing was trained
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, seed: int = 0):

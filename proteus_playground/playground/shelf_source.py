@@ -34,7 +34,7 @@ class ShelfSource:
     A layer that has as many gates as in training uses the trained gates and the trained router.
     """
 
-    random, context = False, None
+    random, context, gates_from = False, None, "from its training"
 
     def __init__(self, model: ProteusLM, tokenizer, name: str):
         if model.training:

@@ -20,7 +20,8 @@ from ..attention.calibration import KeySource
 class Source(KeySource, Protocol):
     """A model and its tokenizer. Its weights are never changed, and it works in evaluation mode.
 
-    From `KeySource`: `name`, `fingerprint`, `shape`, `n_layers`, `device`, `own_gates`, `encode`, `ids`, `capture`.
+    From `KeySource`: `name`, `fingerprint`, `shape`, `n_layers`, `device`, `own_gates`, `gates_from`, `encode`, `ids`,
+    `capture`.
     """
 
     random: bool  # whether the weights are random, so that nothing was learned

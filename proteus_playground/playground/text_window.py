@@ -31,5 +31,5 @@ def describe(source: Source, text: Text, tokens: int, cut: bool, calibration: Te
     if source.own_gates:
         trained = min(gates for _, gates in source.own_gates)
         other = f"with any other number they are fitted on another text, “{calibration.name}”"
-        fitted = f"with {trained} gates its prototypes come from its training, {other}"
+        fitted = f"with {trained} gates its prototypes come {source.gates_from}, {other}"
     return f"{source.name} reads {part} of “{text.name}”; {fitted}."

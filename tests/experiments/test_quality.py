@@ -239,7 +239,7 @@ def test_gaps_are_those_to_the_dense_pass_of_the_same_passage():
     ours = next(e for e in entries if e["arm"] == "ours" and e["part"] == NLL)
     assert ours["value"] == pytest.approx(0.2) and ours["low"] == pytest.approx(0.2 - 12.706 * 0.1, abs=1e-3)
     about = {"device": "d", "threads": 1, "torch": "t", "dtype": "float32", "seed": 0, "model": "m", "text": ["a"],
-             "calibrated_on": ["b"], "calibration_tokens": 9, "entries": entries}  # fmt: skip
+             "calibrated_on": ["b"], "own_gates": False, "calibration_tokens": 9, "entries": entries}  # fmt: skip
     text = table.quality_table(about)
     assert "| ours | 0.200 [-1.071, 1.471] | 0.00 [0.00, 0.79] | 9 | 4 |" in text
     assert "gap: ours 0.200; better: local (0.150)." in text and "needle: ours 0.000; better: none of 1 arms." in text
