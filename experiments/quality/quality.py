@@ -20,7 +20,7 @@ from .questions import TASKS
 from .subjects import load
 from .table import quality_table, summarise
 
-QUICK = {"lengths": "512", "shares": "8", "passages": 2, "cases": 1}
+QUICK = {"lengths": "512", "shares": "8", "passages": 2, "cases": 1, "tasks": "needle,multi-key,shelf"}
 EVERY = ", ".join(TASKS)
 
 
@@ -40,7 +40,7 @@ def quality_command(
     shares: Annotated[str | None, typer.Option(help="L is the length divided by this; default 32,16,8.")] = None,
     passages: Annotated[int | None, typer.Option(help="Passages of each text; default 3.", min=0)] = None,
     cases: Annotated[int | None, typer.Option(help="Questions of each task; default 5.", min=0)] = None,
-    tasks: Annotated[str, typer.Option(help=f"all, none, or of {EVERY}.")] = "all",
+    tasks: Annotated[str | None, typer.Option(help=f"all, none, or of {EVERY}. Default all.")] = None,
     arm: Annotated[str, typer.Option("--arms", help=f"all, or of {', '.join(arm_names())}.")] = "all",
     ours: Annotated[
         list[str] | None, typer.Option(help='Fields of AttentionConfig for ours, as JSON. May be repeated, "{}" too.')
@@ -50,7 +50,9 @@ def quality_command(
         typer.Option(help="A selector of yours as FILE.py:NAME; it is checked first. May be repeated."),
     ] = None,
     seed: Seed = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="512 tokens, one share, few cases: minutes on a CPU.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="512 tokens, one share, two tasks, few cases: minutes on a CPU.")
+    ] = False,
     device: Device = "cpu",
     out: Folder = Path("proteus-quality"),
     as_json: Annotated[
@@ -59,10 +61,11 @@ def quality_command(
 ) -> None:
     """Measure what each way of choosing keys costs a model in likelihood and answers, at equal reads."""
     check_different({"--json": as_json, "--out": out / REPORT})
-    given = {"lengths": lengths, "shares": shares, "passages": passages, "cases": cases}
+    given = {"lengths": lengths, "shares": shares, "passages": passages, "cases": cases, "tasks": tasks}
     given = (QUICK if quick else {}) | {name: value for name, value in given.items() if value is not None}
     given |= {name: tuple(parse_lengths(given[name], f"--{name}")) for name in ("lengths", "shares") if name in given}
-    settings = QualitySettings(**given, tasks=tuple(_some("--tasks", tasks, list(TASKS))), seed=seed)
+    given["tasks"] = tuple(_some("--tasks", given.get("tasks", "all"), list(TASKS)))
+    settings = QualitySettings(**given, seed=seed)
     settings_of_ours = [parse_config(fields, "--ours") for fields in ours or []]
     chosen = arms(_some("--arms", arm, arm_names()), settings_of_ours, selector or [])
     dev, rows = pick_device(device), []

@@ -298,6 +298,14 @@ def test_a_model_of_transformers_is_read_and_asked(quality, tmp_path):
     assert "| arm | gap | needle | reads | looks |" in out and "| ours | " in out
 
 
+def test_quick_is_a_small_run_that_options_still_change(quality, tmp_path):
+    assert quality("--model", "shelf-mini", "--quick", "--arms", "local", "--lengths", "128", "--cases", "2")[0] == 0
+    report = json.loads((tmp_path / "proteus-quality" / cells.REPORT).read_text())
+    found = {(row["part"], row["length"], row["arm"], row["shortlist"]) for row in report["rows"]}
+    assert found == {(part, 128, *one) for part in (NLL, "shelf") for one in (("dense", 128), ("local", 16))}
+    assert len(report["rows"]) == 2 * 4
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("args", "said"),
