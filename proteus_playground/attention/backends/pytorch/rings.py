@@ -22,13 +22,16 @@ SCORES_PER_STEP = 1 << 18  # scores held at a time on a CPU, so that tiles stay 
 TILES_PER_STEP = 65535  # tiles at a time elsewhere: the most that CUDA launches along one axis
 
 
-def key_columns(ring: int, rows: int) -> tuple[int, int]:
+def key_columns(ring: int, rows: int, small: bool = False) -> tuple[int, int]:
     """Keys per column (a power of two) and keys per tile, for `rows` far rows per token and group.
 
     A column has about `rows` far rows per key. It should fill a tile of 64, and not be much smaller than the ring.
+    small: it stays small, because the gates hold few keys each.
     """
     column = 16
-    while 4 * column < ring or column * rows < 64 or ring + 2 * column - 1 <= -(-(ring + column - 1) // 64) * 64:
+    while not small and (
+        4 * column < ring or column * rows < 64 or ring + 2 * column - 1 <= -(-(ring + column - 1) // 64) * 64
+    ):
         column *= 2
     return column, -(-(ring + column - 1) // 8) * 8
 
@@ -46,7 +49,7 @@ def _sorted_rows(newest: Tensor, none: int) -> tuple[Tensor, Tensor]:
 class Rings:
     """Tables that all blocks of a call share, and the rings of a run of blocks."""
 
-    def __init__(self, keys: SortedKeys, ring: int, column: int, width: int):
+    def __init__(self, keys: SortedKeys, ring: int, column: int, width: int, small: bool = False):
         B, N, _, self.gates = keys.newest.shape
         self.sequence, self.many, device = N, B, keys.rows.device
         self.rows, self.column = keys.rows, column
@@ -56,7 +59,7 @@ class Rings:
         high, at = torch.arange(width + 1, device=device)[:, None], torch.arange(width, device=device)
         unread = (at >= high) | (at < high - ring)
         self.mask = keys.rows.new_zeros(width + 1, width).masked_fill_(unread, -torch.inf)  # row i reads [i - m, i)
-        self.per_tile = 64 if width <= 64 or device.type == "cpu" else 128
+        self.per_tile = 32 if small else 64 if width <= 64 or device.type == "cpu" else 128
 
     def attend(self, cut: slice, q: Tensor, opened: Tensor, scale: float):
         """Attention of q `(U, b, G, r, d)` over the rings of `opened` `(U, b, G, r, n)`, 0 for none.

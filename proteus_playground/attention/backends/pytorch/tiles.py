@@ -30,8 +30,8 @@ SCORES_PER_STEP = 1 << 21  # scores of rings per step on a CPU
 SCORES_PER_STEP_FUSED = 1 << 26  # where the fused GPU kernel runs, which stores no scores
 SCORES_PER_STEP_LARGE = 1 << 24  # elsewhere on a GPU, and in training, where every step costs one gradient buffer
 BLOCKS_PER_STEP = 1 << 15  # a CUDA grid ends at 65,535
-CHUNK, SMALL_CHUNK = 64, 16  # keys of a gate that are summed before the sum is carried over: few gates, many
-MANY_GATES = 128  # from which on
+CHUNK = 64  # keys of a gate that are summed before the sum is carried over
+MANY_GATES, CHUNK_OF_MANY = 128, 16  # with so many gates few keys are in each, so the chunk is smaller
 FULL = 4  # opened gates of a row whose rings count as full where a step is planned; others hold less or are closed
 
 
@@ -97,12 +97,14 @@ class _Blocks:
         kv, wide = torch.cat((k, v), dim=-1), 1
         ring = min(short.ring, int(short.retired.max()) if q.device.type == "cpu" else T)  # no gate holds more
         n = n if ring else 0
-        column, width = key_columns(ring, r * n) if n else (1, 0)
+        many = short.gates_per_group >= MANY_GATES
+        small = many and q.device.type == "cpu"
+        column, width = key_columns(ring, r * n, small) if n else (1, 0)
         reads_notes = self.noted is None or self.noted.shape[-1] > 0
         if n or reads_notes:
-            keys = sort_keys(kv, short, max(column, CHUNK if short.gates_per_group < MANY_GATES else SMALL_CHUNK))
+            keys = sort_keys(kv, short, max(column, CHUNK_OF_MANY if many else CHUNK))
         if n:
-            self.rings, wide = Rings(keys, ring, column, width), min(n, FULL) * width
+            self.rings, wide = Rings(keys, ring, column, width, small), min(n, FULL) * width
         if short.anchors or reads_notes:
             self.notes = Notes(kv, keys, short)
             wide = max(wide, self.notes.columns)
