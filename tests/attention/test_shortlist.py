@@ -18,7 +18,7 @@ def test_a_row_opens_its_best_gates_while_their_keys_fit_and_reads_the_notes_of_
         nearest_gates=fill, n_anchors=2, dna_fraction=0.6,
     )  # fmt: skip
     budget = plan_budget(cfg, 150)
-    assert budget.fills_rings == fill
+    assert budget.fills_rings == fill and budget.notes == (most or (9 if fill else 12))
     short = build_shortlist(gates.lure(k)[0], q, gates, budget, None)
     fewer = 0
     for row in (70, 111, 149):
@@ -34,9 +34,8 @@ def test_a_row_opens_its_best_gates_while_their_keys_fit_and_reads_the_notes_of_
                 opened.append(gate)
             fewer += len(opened) < budget.probes
             assert [gate for gate in short.probes[0, row, head].tolist() if gate >= 0] == opened
-            if most is None:
-                assert short.noted is None
-            else:
-                following = [gate for gate in ranked if gate not in opened][:most]
+            assert (short.noted is None) == (budget.notes == 12)  # the notes of all gates
+            if short.noted is not None:
+                following = [gate for gate in ranked if gate not in opened][: budget.notes]
                 assert [gate for gate in short.noted[0, row, head].tolist() if gate >= 0] == following
     assert (fewer > 0) == fill
