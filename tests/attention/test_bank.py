@@ -19,6 +19,7 @@ from proteus_playground.attention import (
     rotate,
 )
 from proteus_playground.attention.int8 import error_bound
+from proteus_playground.common.tensors import read_tensors, write_tensors
 
 ALPHA = st.sampled_from([0.0, 0.3, 0.7, 1.0, None])
 DELTA = st.sampled_from([0.0, 0.5, 0.8, 1.0])
@@ -286,6 +287,20 @@ def test_memory_is_constant_unless_dense():
         walk(dense, q, k, v, None, start + 990, start + 1000)
         assert bank.nbytes == size
     assert dense.nbytes > 20 * small and dense.window == 3000
+
+
+def test_a_file_from_before_nearest_notes_loads(tmp_path):
+    q, k, v, _, bank = world(120, flux_alpha=1.0)
+    assert bank.budget.notes == bank.gates.gates_per_group
+    take_in(bank, k, v, None, 0, 100)
+    path = bank.save(tmp_path / "bank.safetensors")
+    tensors, about = read_tensors(path, "KVBank.save")
+    about["budget"]["notes"] = True
+    del about["budget"]["ring_reads"]
+    write_tensors(path, tensors, about)
+    old = KVBank.load(path, bank.gates)
+    assert old.budget == bank.budget
+    assert torch.equal(walk(old, q, k, v, None, 100, 120), walk(bank, q, k, v, None, 100, 120))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
