@@ -25,7 +25,7 @@ PACKAGE = Path(proteus_playground.__file__).parent
 INPUTS = {
     "stream FILE", "stream --prompt", "stream --generated", "train --start", "duel --text", "duel --tokenizer",
     "verify --pairs", "verify --haystack", "bench page REPORT", "bench exam --model", "bench top-a --model",
-    "bench choice --text", "quality --text", "quality --selector",
+    "bench choice --text", "bench prototypes --calibrate", "quality --text", "quality --selector",
 }  # fmt: skip
 SPEAKS_OF_FILES = re.compile(r"\b(files?|folder|page)\b|\.npy", re.IGNORECASE)
 
