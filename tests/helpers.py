@@ -3,6 +3,7 @@
 import re
 from html import unescape
 
+import pytest
 import torch
 
 from proteus_playground import AttentionConfig, ProteusAttention
@@ -42,6 +43,16 @@ def off_by(a, b) -> float:
     """Relative Frobenius distance of a from b."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
+
+
+def run_command(capture, *words: str) -> tuple[int, str, str]:
+    """Run `proteus` in this process: exit code, stdout, stderr. capture: pytest's capfd or capsys."""
+    from proteus_playground.cli import app
+
+    with pytest.raises(SystemExit) as end:
+        app.main(list(words))
+    said = capture.readouterr()
+    return end.value.code or 0, said.out, said.err
 
 
 def text_of(html: str) -> str:

@@ -3,7 +3,7 @@
 `L` is the cap on keys per row. Our notes count as keys; what a selector compares to choose its keys does not. Ours are
 measured as the layer's own pass.
 
-Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups.
+Axes: `B` batch, `T` tokens.
 """
 
 from __future__ import annotations
@@ -107,16 +107,9 @@ def choose_keys(attn: ProteusAttention, h: Tensor, arm: Arm, shortlist: int, **c
     if attn.router is not None:
         raise ValueError("route_heads=True: must be False where an arm chooses keys for all heads")
     config = replace(attn.cfg, **changes, shortlist=shortlist)
-    sight = Sight.of(*project(attn, h), config, inv_freq=attn.inv_freq, gates=attn.gates)
+    sight = Sight.of(*attn.project(h), config, inv_freq=attn.inv_freq, gates=attn.gates)
     done = attend_all(SELECTORS[arm.selector], sight)
     return attn.o_proj(done.out.flatten(2)), counts(done.reads.float().mean(2), done.looks)
-
-
-def project(attn: ProteusAttention, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Un-rotated queries `(B, T, H, d)`, keys and values `(B, T, G, d)` of every head."""
-    H, G = attn.cfg.n_heads, attn.cfg.n_kv_heads
-    parts = ((attn.q_proj, H), (attn.k_proj, G), (attn.v_proj, G))
-    return tuple(part(h).unflatten(-1, (count, -1)) for part, count in parts)
 
 
 def calibrate(model: ProteusLM, ids: Tensor, seed: int = 0) -> ProteusLM:

@@ -14,7 +14,7 @@ from ...attention import ProteusAttention, plan_budget
 from ...attention.backends.reference import memberships
 from ...attention.functional import Prepared, prepare
 from ...attention.selectors.attend import row_steps
-from .arms import counts, project
+from .arms import counts
 
 
 def attend_by_rings(attn: ProteusAttention, h: Tensor, shortlist: int, salient: bool, **changes) -> tuple[Tensor, ...]:
@@ -24,7 +24,7 @@ def attend_by_rings(attn: ProteusAttention, h: Tensor, shortlist: int, salient: 
     """
     cfg = replace(attn.cfg, shortlist=min(shortlist, h.shape[1]), flux_alpha=1.0, **changes)
     budget = plan_budget(cfg, h.shape[1])
-    q, k, v = project(attn, h)
+    q, k, v = attn.project(h)
     ready = prepare(q, k, v, attn.gates, budget, inv_freq=attn.inv_freq, positions=None, keep=None)
     order = None
     if salient:  # of equally salient keys the newer one counts as more salient

@@ -18,10 +18,11 @@ from torch import Tensor
 from ...attention import AttentionConfig
 from ...attention.adapter import ProteusLayer
 from ...attention.selectors import SELECTORS, Selector, SelectorLayer, load_selector
+from ..evidence.arms import OURS
 from .subjects import Subject
 
 DENSE = "dense"
-OWN = (DENSE, "gates", "gates + notes")  # selectors that are measured as a pass of their own instead
+OWN = (DENSE, *OURS)  # selectors that are measured as a pass of their own instead
 
 
 @dataclass(frozen=True)

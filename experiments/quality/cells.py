@@ -17,7 +17,7 @@ from torch import Tensor
 from ...common.checks import whole_number
 from ...common.progress import Stop, check_stop
 from ...common.runs import RunFolder
-from .arms import Arm, Meter, replaced
+from .arms import DENSE, Arm, Meter, replaced
 from .questions import TASKS, Question, question, tasks_of
 from .subjects import Subject
 
@@ -126,7 +126,7 @@ def measure(
                 if (cell.part, cell.length, cell.index) not in held:
                     asked = question(subject, cell.part, cell.length, cell.index, settings.seed)
                     held = {(cell.part, cell.length, cell.index): asked}
-                dense = known.get(Cell(cell.part, cell.length, cell.index, cell.length, "dense"), {})
+                dense = known.get(Cell(cell.part, cell.length, cell.index, cell.length, DENSE), {})
                 (asked,) = held.values()
                 row = answered(subject, by_name[cell.arm], asked, cell, dense.get("tokens"))
             known[cell] = row

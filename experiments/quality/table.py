@@ -8,9 +8,10 @@ from statistics import fmean
 from ...common.machine import markdown
 from ..intervals import half_width, over_cases
 from ..speed.measure import measured_on
+from .arms import DENSE
 from .cells import NLL
 
-DENSE, OURS, ORACLE = "dense", "ours", "oracle"
+OURS, ORACLE = "ours", "oracle"
 
 
 def summarise(rows: list[dict]) -> list[dict]:

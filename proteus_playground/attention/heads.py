@@ -92,7 +92,7 @@ def merge_heads(out: Tensor, o_proj: nn.Linear, cfg: AttentionConfig, rows: Head
 def is_grouped(cfg: AttentionConfig, slots: int, x: Tensor, weight: Tensor) -> bool:
     """Whether rows of x are projected head by head. Without a grouped matmul, Python must know how many each has."""
     wide = slots < cfg.heads_per_group and cfg.n_heads * cfg.head_dim > GROUPED_FROM * cfg.d_model
-    return wide and (not hides_values() or (_has_grouped_matmul(x, weight) and not in_vmap()))
+    return wide and (not hides_values() or _has_grouped_matmul(x, weight))
 
 
 def _per_head(weight: Tensor, cfg: AttentionConfig) -> Tensor:
@@ -153,7 +153,7 @@ def _matmul_by_head(rows: Tensor, weight: Tensor, count: Tensor) -> Tensor:
     one for the device, since it reads the counts there and makes nothing wait. Else, where Python cannot read the
     counts, each head multiplies all rows.
     """
-    if _has_grouped_matmul(rows, weight) and not in_vmap():
+    if _has_grouped_matmul(rows, weight):
         return torch.nn.functional.grouped_mm(rows, weight, offs=count.cumsum(0, dtype=torch.int32))
     if hides_values():
         head = (torch.arange(len(rows), device=rows.device)[:, None] >= count.cumsum(0)).sum(-1, keepdim=True)
@@ -167,5 +167,5 @@ def _matmul_by_head(rows: Tensor, weight: Tensor, count: Tensor) -> Tensor:
 
 
 def _has_grouped_matmul(rows: Tensor, weight: Tensor) -> bool:
-    known = hasattr(torch.nn.functional, "grouped_mm") and rows.is_cuda
+    known = hasattr(torch.nn.functional, "grouped_mm") and rows.is_cuda and not in_vmap()
     return known and rows.dtype == torch.bfloat16 == weight.dtype

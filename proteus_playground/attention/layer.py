@@ -27,7 +27,7 @@ from .heads import HeadRows, awake_queries, merge_heads, pick_rows, project_quer
 from .records import AttentionTrace, LayerOutput, stats_of, trace_of
 from .rope import Frequencies
 from .routing import Router, is_learning
-from .transforms import in_forward_mode, in_vmap, is_traced, is_transformed
+from .transforms import in_forward_mode, in_vmap, is_recorded, is_traced
 
 TOKENS_PER_STEP = 1 << 16  # tokens whose keys and values are held at a time while a prefill fills a bank
 
@@ -123,13 +123,16 @@ class ProteusAttention(nn.Module):
     def _fits_pieces(self, x: Tensor, budget: Budget) -> bool:
         """Whether the Triton backend can run the whole layer piece by piece: no token dropped, no gradient needed."""
         cfg = self.cfg
-        traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()
-        eager = not (traced or torch.is_autocast_enabled(x.device.type))
+        eager = not (is_recorded() or torch.is_autocast_enabled(x.device.type))
         whole = not budget.dense and budget.keep_ratio == 1 and budget.heads_awake_max == cfg.heads_per_group
         if not (eager and whole):
             return False
         needs_tiles = budget.needs_tiles(self.gates.gates_per_group)
         return choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype, needs_tiles)[0] == "triton"
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Un-rotated queries `(B, T, H, d)`, keys and values `(B, T, G, d)` of every head."""
+        return self.q_proj(x).unflatten(-1, (self.cfg.n_heads, -1)), *self._keys_values(x)
 
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Un-rotated keys and values, `(B, T, G, d)` each."""

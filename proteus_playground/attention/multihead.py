@@ -113,7 +113,7 @@ class CausalProteusMultiheadAttention(nn.Module):
         attn, cfg = self.attn, self.attn.cfg
         if in_vmap():
             raise RuntimeError("need_weights=True: must be False under torch.func.vmap")
-        q, k, v = (proj(x).unflatten(-1, (-1, cfg.head_dim)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = attn.project(x)
         budget = plan_budget(cfg, x.shape[1])
         ready = prepare(
             q, k, v, attn.gates, budget, inv_freq=attn.inv_freq, positions=None, keep=attn.kept(k, budget, padding)

@@ -31,6 +31,11 @@ def is_transformed() -> bool:
     return in_func() or in_forward_mode()
 
 
+def is_recorded() -> bool:
+    """Whether operations are recorded: for gradients, a graph of torch.compile or torch.export, or a transform."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()
+
+
 def is_traced() -> bool:
     """Whether `make_fx` or AOTAutograd write operations down, without torch.compile or torch.export."""
     if torch.compiler.is_compiling():

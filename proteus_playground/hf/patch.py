@@ -185,8 +185,9 @@ def _check_backward(decoder: nn.Module, args: tuple, output) -> None:
                 "gradient checkpointing computes patched layers again: call backward() within the `patched` block"
             )
 
-    computed_again = any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
-    if patch is not None and hidden.requires_grad and computed_again:
+    if patch is None or not hidden.requires_grad:
+        return
+    if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
         hidden.register_hook(check)
 
 
@@ -215,8 +216,9 @@ def capture(
     chosen = full_attention_layers(model)
     with ExitStack() as undo, torch.no_grad():
         if not keys_only:
+            facts = survey(decoder).layers
             for index in chosen:
-                module = decoder.get_submodule(survey(decoder).layers[index].name)
+                module = decoder.get_submodule(facts[index].name)
                 undo.callback(module.register_forward_hook(keep_output(index)).remove)
         undo.enter_context(patched(model, dict.fromkeys(chosen, record), before_layer))
         decoder(ids.reshape(1, -1).to(decoder.device), use_cache=False)

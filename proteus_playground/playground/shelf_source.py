@@ -177,10 +177,10 @@ class _Called(nn.Module):
         self.index, self.attn, self.attend = index, attn, attend
 
     def forward(self, x: Tensor, **options):
-        attn, d = self.attn, self.attn.cfg.head_dim
-        q, k, v = (proj(x).unflatten(-1, (-1, d)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        attn, scale = self.attn, self.attn.cfg.head_dim**-0.5
         at = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-        return attn.o_proj(self.attend(AttentionCall(self.index, q, k, v, attn.inv_freq, at, d**-0.5, None)).flatten(2))
+        call = AttentionCall(self.index, *attn.project(x), attn.inv_freq, at, scale, None)
+        return attn.o_proj(self.attend(call).flatten(2))
 
 
 class _Untrained(nn.Module):

@@ -11,11 +11,12 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import run_command
 
-from proteus_playground.cli import app as cli
 from proteus_playground.cli import play
 from proteus_playground.common import versions
 
@@ -32,14 +33,7 @@ def run(capfd, monkeypatch, tmp_path):
     """Run `proteus` with an empty cache in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.setenv("PROTEUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-
-    def call(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(list(args))
-        out = capfd.readouterr()
-        return end.value.code or 0, out.out, out.err
-
-    return call
+    return partial(run_command, capfd)
 
 
 @pytest.mark.parametrize("command", [[sys.executable, "-m", "proteus_playground"], ["proteus"]])

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-import pytest
-from proteus_playground.experiments.speed import sweep
+from functools import partial
 
-from proteus_playground.cli import app as cli
+import pytest
+from helpers import run_command
+from proteus_playground.experiments.speed import sweep
 
 
 @pytest.fixture
@@ -12,11 +13,4 @@ def run(capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     rates = {"matmul_flops_per_s": 1e9, "copy_bytes_per_s": 1e9}
     monkeypatch.setattr(sweep, "measure_rates", lambda *args: rates)
-
-    def call(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(["bench", *args])
-        out = capfd.readouterr()
-        return end.value.code or 0, out.out, out.err
-
-    return call
+    return partial(run_command, capfd, "bench")

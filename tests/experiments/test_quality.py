@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_command
 from kills import run_through_kills
 from proteus_playground.experiments.quality import cells, questions, subjects, table
 from proteus_playground.experiments.quality.arms import Arm, Meter, arm_names, arms, replaced
@@ -18,7 +20,6 @@ from tiny_llama import build
 from tiny_shelf import build as build_shelf
 
 from proteus_playground.attention.selectors import SELECTORS
-from proteus_playground.cli import app as cli
 from proteus_playground.common.progress import Stopped
 from proteus_playground.hf import models
 from proteus_playground.hf.source import ModelSource
@@ -255,14 +256,7 @@ def quality(capsys, monkeypatch, tmp_path, shelves, english):
     monkeypatch.setattr(models, "load", lambda name, device: (english.source._model, english.source._tokenizer))
     tiny = shelves.source._model, shelves.source._tokenizer
     monkeypatch.setattr(subjects, "load_shipped", lambda name, device: tiny)
-
-    def call(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(["quality", *args])
-        said = capsys.readouterr()
-        return end.value.code or 0, said.out, said.err
-
-    return call
+    return partial(run_command, capsys, "quality")
 
 
 GUEST = "def mine(sight, rows):\n    return sight.window(rows, 9)\n"

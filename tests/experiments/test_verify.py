@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from html import escape
 
 import numpy as np
 import pytest
+from helpers import run_command
 
 pytest.importorskip("bm25s", reason="the verify extra")
 
@@ -19,7 +21,6 @@ from proteus_playground.experiments.needles.report import sentences, write_repor
 from proteus_playground.experiments.needles.subjects import Subject, load
 from proteus_playground.experiments.needles.tasks import ASKED, FADES, REPEATS, TASKS, World, cases
 
-from proteus_playground.cli import app as cli
 from proteus_playground.common.progress import Stopped
 from proteus_playground.streaming.random_words import RandomWords
 
@@ -381,13 +382,7 @@ def test_a_random_layer_is_at_chance(tmp_path):
 
 @pytest.fixture
 def run(capfd, tmp_path):
-    def call(*args: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            cli.main(["verify", "--out", str(tmp_path / "out"), *args])
-        out = capfd.readouterr()
-        return end.value.code or 0, out.out, out.err
-
-    return call
+    return partial(run_command, capfd, "verify", "--out", str(tmp_path / "out"))
 
 
 def test_the_command_writes_a_report_and_goes_on(run, tmp_path):

@@ -73,7 +73,7 @@ class Notes:
 
         opened and noted: `(U, b, G, r, n or e)`, 0 for none, else 1 more than the gate; no gate is in both.
         """
-        U, b, G, r, n = opened.shape
+        U, b, G, r = opened.shape[:4]
         kv = take_rows(self.means, self.rows[cut])  # (U, G, columns, 2 d)
         bias = self.bias[cut][:, :, None, None]
         bias = bias.expand(U, G, b, r, bias.shape[-1]).contiguous()

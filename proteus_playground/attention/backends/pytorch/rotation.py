@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...precision import at_least_float32, wide_dtype
-from ...transforms import is_transformed
+from ...transforms import is_recorded
 
 TOKENS_PER_STEP = 2048  # tokens rotated at a time on a CPU
 
@@ -18,9 +18,7 @@ def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor) -> Tensor:
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device)
     cos, sin = _tables(positions, inv_freq, wide_dtype(x.dtype))  # (B, T, 1, d/2) or (T, 1, d/2)
-    fused = x.device.type == "cpu" and not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed()
-    )
+    fused = x.device.type == "cpu" and not is_recorded()
     if not fused or x.dtype != torch.float32:
         first, second = at_least_float32(x).chunk(2, dim=-1)
         rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
