@@ -94,7 +94,7 @@ class Losses(_Checked):
     kl: float = knob(1.0, 0.0)
     """KL divergence of the student's next token from the teacher's, nats per token."""
     match: float = knob(0.1, 0.0)
-    """Squared distance between the attention outputs of student and teacher over the teacher's square, mean of layers."""
+    """Squared distance of the student's attention outputs from the teacher's over the teacher's square, mean of layers."""
     cross_entropy: float = knob(0.0, 0.0)
     """Cross-entropy of the text's next token, nats per token."""
     gates: float = knob(0.0, 0.0)
@@ -127,7 +127,8 @@ class Stage(_Checked):
     losses: Losses = field(default_factory=Losses)
     plateau: Plateau = field(default_factory=Plateau)
     trains: tuple[str, ...] = ("weights",)
-    """What gradients change: "weights" (the adapters, or the whole model) and "prototypes"."""
+    """What gradients change: "weights" (the adapters, or the whole model) and "prototypes". Empty where prototypes only
+    follow the keys."""
     follow: bool = True
     """Whether prototypes follow the keys by a moving average."""
     optional: bool = False
@@ -140,8 +141,8 @@ class Stage(_Checked):
             self._refuse("lengths", "at least one length")
         for length in self.lengths:
             whole_number("lengths", length, 2)
-        if not self.trains or set(self.trains) - set(PARTS):
-            self._refuse("trains", f"at least one of {', '.join(map(repr, PARTS))}")
+        if set(self.trains) - set(PARTS) or not (self.trains or self.follow):
+            self._refuse("trains", f"some of {', '.join(map(repr, PARTS))}, or empty where follow is true")
         if "weights" in self.trains and not (self.losses.kl or self.losses.match or self.losses.cross_entropy):
             raise ValueError(f"losses of stage {self.name}: kl, match or cross_entropy must be above 0")
         if ("prototypes" in self.trains) != (self.losses.gates > 0):
