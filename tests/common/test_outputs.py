@@ -26,6 +26,7 @@ INPUTS = {
     "stream FILE", "stream --prompt", "stream --generated", "train --start", "duel --text", "duel --tokenizer",
     "verify --pairs", "verify --haystack", "bench page REPORT", "bench exam --model", "bench top-a --model",
     "bench choice --text", "bench prototypes --calibrate", "quality --text", "quality --selector",
+    "bench healing --text", "bench healing --held-out", "bench healing --plan",
 }  # fmt: skip
 SPEAKS_OF_FILES = re.compile(r"\b(files?|folder|page)\b|\.npy", re.IGNORECASE)
 

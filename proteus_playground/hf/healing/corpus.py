@@ -61,7 +61,7 @@ def read_corpus(source: str, tokenizer, max_tokens: int) -> Corpus:
     """The documents of a source, at most about `max_tokens` tokens of them.
 
     source: a name or file as `load_text` takes it, which is one document; a file .jsonl with a "text" or a chat's
-    "messages" in each line; or "hub:owner/dataset[/config]", whose rows hold the same. Of a chat, the replies are learned.
+    "messages" in each line; or "hub:owner/dataset[/config]", whose rows hold the same. Of a chat, replies are learned.
     Raises `ValueError` naming the source where it is missing, empty or of another kind, `ConnectionError`.
     """
     parts, masks, total = [], [], 0

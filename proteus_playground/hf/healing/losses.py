@@ -70,7 +70,7 @@ def gate_loss(prototypes: Tensor, gates: Gates, call: AttentionCall, window: int
     holds is decided by `gates`, without a gradient. Scores are multiplied by the mean length of the keys and the
     attention's own scale, since a prototype stands for keys of that length.
     """
-    q, k, positions, real = call.q.detach(), call.k.detach(), call.positions, call.keep
+    q, k, real = call.q.detach(), call.k.detach(), call.keep
     B, T, H, d = q.shape
     G, C = prototypes.shape[:2]
     rows = torch.linspace(int(T * LEAST_PAST), T - 1, min(QUERY_ROWS, T), device=q.device).long()

@@ -94,7 +94,7 @@ class Losses(_Checked):
     kl: float = knob(1.0, 0.0)
     """KL divergence of the student's next token from the teacher's, nats per token."""
     match: float = knob(0.1, 0.0)
-    """Squared distance of the student's attention outputs from the teacher's over the teacher's square, mean of layers."""
+    """Squared distance of the student's attention outputs from the teacher's, over their square; mean of the layers."""
     cross_entropy: float = knob(0.0, 0.0)
     """Cross-entropy of the text's next token, nats per token."""
     gates: float = knob(0.0, 0.0)

@@ -88,7 +88,9 @@ class Student(nn.Module):
         def attend(call: AttentionCall) -> Tensor | None:
             if self._first and stage.follow:
                 real = call.keep
-                layer.gates.observe(call.k, call.k.new_ones(call.k.shape[:2], dtype=torch.bool) if real is None else real)
+                layer.gates.observe(
+                    call.k, call.k.new_ones(call.k.shape[:2], dtype=torch.bool) if real is None else real
+                )
             if self._first and str(at) in self.prototypes:
                 with torch.enable_grad():
                     self._gate_losses.append(gate_loss(self.prototypes[str(at)], layer.gates, call, tokens // 32))
@@ -168,7 +170,7 @@ def watched(model: nn.Module, layers: Mapping[int, object]) -> Iterator[dict[int
 
 
 def head_of(model: nn.Module) -> Head:
-    """From hidden states to logits, as the model does it. Raises `ValueError` for a model that does it in another way."""
+    """From hidden states to logits, as the model does it. Raises `ValueError` where a model does it in another way."""
     output, config = model.get_output_embeddings(), model.config.get_text_config()
     cap, divisor = getattr(config, "final_logit_softcapping", None), getattr(config, "logits_scaling", None)
     factor = getattr(config, "logit_scale", None)
@@ -183,7 +185,9 @@ def head_of(model: nn.Module) -> Head:
     with torch.no_grad():
         wanted, got = model(input_ids=ids, use_cache=False).logits, head(run(model, Batch(ids, ids, None)))
     if not torch.allclose(wanted.float(), got.float(), rtol=1e-2, atol=1e-2):
-        raise ValueError(f"model={type(model).__name__}: logits are not made by its output layer, so it cannot be healed")
+        raise ValueError(
+            f"model={type(model).__name__}: logits are not made by its output layer, so it cannot be healed"
+        )
     return head
 
 

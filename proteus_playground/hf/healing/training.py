@@ -72,7 +72,7 @@ class Step:
 
 
 def make_accelerator(precision: str = "auto", device: str | None = None):
-    """Accelerate's `Accelerator` for a precision of the plan. device: "cpu" keeps it off a GPU. Raises `ImportError`."""
+    """Accelerate's `Accelerator` for a plan's precision. device: "cpu" keeps it off a GPU. Raises `ImportError`."""
     try:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
@@ -208,7 +208,10 @@ class Training:
         return norm
 
     def speed(self, passes: int = 3) -> float:
-        """Tokens per second of the stage at work, from some passes after a first one; nothing is changed by them."""
+        """Tokens per second in the stage with most tokens, from some passes after a first one; they change nothing."""
+        before, tokens = self.position, [stage.tokens for stage in self.plan.stages]
+        self.position = Position(tokens.index(max(tokens)))
+        self._begin()
         kept = {at: dict(layer.gates.named_buffers()) for at, layer in self.student.layers.items()}
         stage, (batch, parts) = self.stage, self._batch()
         for number in range(passes + 1):
@@ -223,6 +226,8 @@ class Training:
         for at, layer in self.student.layers.items():
             for name, buffer in kept[at].items():
                 setattr(layer.gates, name, buffer)
+        self.position = before
+        self._begin()
         return passes * parts[0][1].ids.numel() * self.accelerator.num_processes / took
 
     def _wait(self) -> None:
