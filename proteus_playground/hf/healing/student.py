@@ -79,8 +79,15 @@ class Student(nn.Module):
         """Around a pass over rows of `tokens` tokens and its backward pass."""
         self._gate_losses = []
         layers = {at: self._attend(at, layer, drawn, tokens, stage) for at, layer in self.layers.items()}
-        with patched(self.model, layers):
-            yield
+        dropouts = [part for name, part in self.model.named_modules() if name.endswith("lora_dropout")]
+        try:
+            for part in dropouts:
+                part.train()
+            with patched(self.model, layers):
+                yield
+        finally:
+            for part in dropouts:
+                part.eval()
 
     def _attend(self, at: int, layer: ProteusLayer, drawn: Drawn, tokens: int, stage: Stage) -> Callable:
         budget = budget_of(layer, tokens, drawn)
@@ -192,11 +199,8 @@ def head_of(model: nn.Module) -> Head:
 
 
 def prepare_training(model: nn.Module, checkpoint: bool) -> None:
-    """Dropout of adapters on, the model's own off, and activations computed again in the backward pass if wanted."""
+    """No dropout of the model's own, and activations computed again in the backward pass if wanted."""
     model.eval()
-    for name, part in model.named_modules():
-        if "lora_dropout" in name:
-            part.train()
     decoder, how = find_decoder(model), {"use_reentrant": False}
     if checkpoint and hasattr(decoder, "activation_checkpointing_enable"):  # since transformers 5.2x
         decoder.activation_checkpointing_enable(activation_checkpointing_kwargs=how)

@@ -1,0 +1,71 @@
+"""A tiny Llama that is healed on texts of a small language. As a script, run by `torch.distributed.run`, heals one."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from tiny_llama import build
+
+from proteus_playground.attention.adapter import ProteusLayer
+from proteus_playground.attention.calibration import new_gates
+from proteus_playground.attention.settings import Settings, config_for
+from proteus_playground.hf.healing.adapters import add_adapters
+from proteus_playground.hf.healing.corpus import Corpus
+from proteus_playground.hf.healing.plan import Adapter, Budgets, Data, Losses, Plan, Rates, Stage
+from proteus_playground.hf.healing.run import Run
+from proteus_playground.hf.healing.student import Student
+from proteus_playground.hf.healing.training import Training, make_accelerator
+from proteus_playground.hf.patch import capture, layer_shape
+
+T, WORDS = 64, 20
+B = Stage("B", 8 * 128, (T,), Budgets(keys_low=16, keys_high=4), Rates(weights=3e-3, embeddings_and_norms=3e-4))
+A = Stage("A", 4 * 128, (T,), losses=Losses(kl=0.0, match=0.0, gates=1.0), trains=("prototypes",), follow=False)
+PLAN = Plan((B,), batch_tokens=2 * T, pass_tokens=T, adapter=Adapter(rank=4, mlp_rank=2, dropout=0.1),
+            data=Data(held_out_rows=2))  # fmt: skip
+SHORT = replace(PLAN, stages=(replace(B, tokens=3 * 128),))
+
+
+def corpus(seed: int, documents: tuple[int, ...] = (1500, 40, 500), name: str = "") -> Corpus:
+    """Documents of a language in which some words follow others."""
+    rng, after = np.random.default_rng(seed), np.random.default_rng(9).dirichlet(np.full(WORDS, 0.1), size=WORDS)
+    ids = [0]
+    for _ in range(sum(documents) - 1):
+        ids.append(rng.choice(WORDS, p=after[ids[-1]]))
+    ends = np.cumsum(documents)
+    return Corpus(name or f"language {seed}", np.array(ids, np.int32), np.ones(len(ids), bool), ends)
+
+
+def training(plan: Plan = PLAN, layers: int = 2) -> Training:
+    """A fresh one; the same plan gives the same. It is trained whole where the plan has no adapter."""
+    model, _ = build(num_hidden_layers=layers)
+    model.requires_grad_(False)
+    text, shape = corpus(1), layer_shape(model, 0)
+    keys = capture(model, torch.from_numpy(text.ids[:256]).long(), keys_only=True)
+    config = config_for(Settings(gates=8, probes=4), shape)
+    its = {at: ProteusLayer(new_gates(shape, 8).fit(seen.k.float()), config) for at, seen in keys.items()}
+    teacher = copy.deepcopy(model) if plan.adapter is None else None
+    model = model if plan.adapter is None else add_adapters(model, plan.adapter, plan.seed)
+    return Training(Student(model, its, teacher), plan, [text], [corpus(2)], make_accelerator(plan.precision, "cpu"))
+
+
+def run(plan: Plan, folder: Path) -> Run:
+    return Run(training(plan), folder, {"model": "tiny"})
+
+
+def finish(run: Run, **options) -> None:
+    """All that is left of a run."""
+    while run.training.stage is not None:
+        for _ in run.steps(**options):
+            pass
+        run.finish_stage()
+
+
+if __name__ == "__main__":
+    finish(run(SHORT, Path(sys.argv[1])))
