@@ -77,9 +77,23 @@ def load(name: str, device: str = "cpu", dtype=None):
     dtype: a floating torch.dtype, by default float32. Raises `ValueError` if `name` is unknown or not pulled or
     `device` is not a device, `TypeError` for another `dtype`, `ImportError` without the `hf` extra.
     """
+    return load_folder(_pulled(name).path, device, dtype)
+
+
+def place_of(model: str) -> Path:
+    """The folder with the weights of a pulled model, or the local folder `model`. Raises `ValueError` if there is none."""
+    if model in KNOWN:
+        return _pulled(model).path
+    path = Path(model).expanduser()
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model={model!r}: neither a known model ({', '.join(sorted(KNOWN))}) nor a model's folder")
+    return path.resolve()
+
+
+def load_folder(path: Path, device: str = "cpu", dtype=None, *, tokenizer: bool = True):
+    """The model in a folder, in evaluation mode and without gradients, and its tokenizer or None; errors as `load`'s."""
     import torch
 
-    path = _pulled(name).path
     dtype = torch.float32 if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype!r}: allowed is a floating torch.dtype, such as torch.float32")
@@ -88,10 +102,10 @@ def load(name: str, device: str = "cpu", dtype=None):
     except (RuntimeError, TypeError) as err:
         raise ValueError(f"device={device!r}: allowed is a torch device, such as 'cpu' or 'cuda'") from err
     transformers = _transformers()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    words = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else None
     with fetch.progress_bars(False):
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return model.to(device).eval().requires_grad_(False), words
 
 
 def pull(name: str = "smollm2", progress: bool = True, say: Say | None = None) -> Path:
