@@ -81,7 +81,7 @@ def load(name: str, device: str = "cpu", dtype=None):
 
 
 def place_of(model: str) -> Path:
-    """The folder with the weights of a pulled model, or the local folder `model`. Raises `ValueError` if there is none."""
+    """The folder with the weights of a pulled model, or the local folder `model`; `ValueError` if there is none."""
     if model in KNOWN:
         return _pulled(model).path
     path = Path(model).expanduser()
@@ -91,7 +91,10 @@ def place_of(model: str) -> Path:
 
 
 def load_folder(path: Path, device: str = "cpu", dtype=None, *, tokenizer: bool = True):
-    """The model in a folder, in evaluation mode and without gradients, and its tokenizer or None; errors as `load`'s."""
+    """The model in a folder, in evaluation mode and without gradients, and its tokenizer or None.
+
+    Errors are those of `load`.
+    """
     import torch
 
     dtype = torch.float32 if dtype is None else dtype

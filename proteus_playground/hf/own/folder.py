@@ -55,8 +55,8 @@ class Folder:
             if found != wanted:
                 what = "is gone" if found is None else "has changed"
                 raise ValueError(
-                    f"model={base.model!r}: {name} {what} since {str(self.path)!r} was converted from it; bring the old "
-                    "file back, or convert the model again into a new folder"
+                    f"model={base.model!r}: {name} {what} since {str(self.path)!r} was converted from it; bring the "
+                    "old file back, or convert the model again into a new folder"
                 )
 
 
@@ -75,7 +75,8 @@ def read_folder(path: str | Path) -> Folder:
         raise ValueError(f"folder={str(path)!r}: no such folder; `proteus convert MODEL --out {path.name}` makes one")
     if KEY not in read_config(path / CONFIG):
         raise ValueError(
-            f"folder={str(path)!r}: its {CONFIG} has no {KEY!r}; `proteus convert {path} --out DIR` makes a folder with it"
+            f"folder={str(path)!r}: its {CONFIG} has no {KEY!r}; `proteus convert {path} --out DIR` makes a new folder "
+            "that has it"
         )
     stanza = read_stanza(path / CONFIG)
     if stanza.base is None:
