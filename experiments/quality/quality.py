@@ -13,6 +13,7 @@ from ...common.machine import environment
 from ...common.options import Device, Folder, Seed, choose_some, fields_of, parse_config, parse_lengths, pick_device
 from ...common.outputs import check_different, output_file
 from ...common.progress import resumable
+from ...hf.models import DEFAULT
 from ..speed.measure import publish
 from .arms import arm_names, arms
 from .cells import REPORT, QualitySettings, measure
@@ -25,7 +26,7 @@ EVERY = ", ".join(TASKS)
 
 
 def quality_command(
-    model: Annotated[str, typer.Option(help="A pulled model, or shelf-mini.")] = "smollm2",
+    model: Annotated[str, typer.Option(help="A model, a converted folder, or shelf-mini.")] = DEFAULT,
     text: Annotated[
         list[str] | None, typer.Option(help="Text to judge by: a file or a named text. May be repeated.")
     ] = None,
