@@ -142,5 +142,5 @@ def test_it_stops_when_asked_and_refuses_a_model_in_training(probe):
     source = probe._source
     source._model.train()
     with pytest.raises(ValueError, match="training=True"):
-        ShelfSource(source._model, source.tokenizer, "tiny")
+        ShelfSource(source._model, source._tokenizer, "tiny")
     source._model.eval()
