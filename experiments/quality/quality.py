@@ -26,6 +26,7 @@ EVERY = ", ".join(TASKS)
 
 
 def quality_command(
+    target: Annotated[str, typer.Argument(metavar="[MODEL]", help="The same as --model.")] = "",
     model: Annotated[str, typer.Option(help="A model, a converted folder, or shelf-mini.")] = DEFAULT,
     text: Annotated[
         list[str] | None, typer.Option(help="Text to judge by: a file or a named text. May be repeated.")
@@ -70,7 +71,7 @@ def quality_command(
     settings_of_ours = [parse_config(fields, "--ours") for fields in ours or []]
     chosen = arms(_some("--arms", arm, arm_names()), settings_of_ours, selector or [])
     dev, rows = pick_device(device), []
-    subject = load(model, dev, text or [], calibrate or [], calibration_tokens)
+    subject = load(target or model, dev, text or [], calibrate or [], calibration_tokens)
 
     def show() -> None:
         if rows:

@@ -69,11 +69,12 @@ class Subject:
         return sha256("\0".join(bodies).encode()).hexdigest()[:16]
 
     def config(self, **fields) -> AttentionConfig:
-        """The defaults for a model trained without a slider, with these fields.
+        """The layers of a converted folder, or the defaults for a model without a slider, with these fields.
 
         Raises `TypeError` or `ValueError` naming one that does not fit.
         """
-        return replace(config_for(default_settings(self.calibration_tokens), self.source.shape), **fields)
+        trained = self.source.config or config_for(default_settings(self.calibration_tokens), self.source.shape)
+        return replace(trained, **fields)
 
     def passages(self, tokens: int, count: int) -> list[Tensor]:
         """`count` passages `(tokens,)` of each text."""

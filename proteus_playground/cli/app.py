@@ -26,6 +26,7 @@ class Proteus(LazyGroup):
         "verify": f"{EXPERIMENTS}.needles.command",
         "duel": f"{EXPERIMENTS}.duel.command",
         "train": "proteus_playground.cli.train",
+        "convert": "proteus_playground.cli.convert",
         "evidence": f"{EXPERIMENTS}.evidence.command",
         "quality": f"{EXPERIMENTS}.quality.quality",
     }

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import Gates
+from ..attention import AttentionConfig, Gates
 from ..attention.captured import CapturedLayer
 from ..common.tensors import fingerprint
 from .families import survey
@@ -30,6 +30,7 @@ class ModelSource:
     random = False
     routers = {}  # it was trained without any
     gates_from = "with the package"
+    config: AttentionConfig | None = None  # of its layers, where the model has a slider of its own
 
     def __init__(self, model, tokenizer, name: str):
         decoder = find_decoder(model)
@@ -45,6 +46,16 @@ class ModelSource:
         self.dtype = torch.float32 if self.device.type == "cpu" else model.dtype
         self.fingerprint = fingerprint(model)
         self._lock = RLock()  # a pass goes through the patch of whoever patched last, so one pass at a time
+
+    @property
+    def model(self):
+        """The transformers model."""
+        return self._model
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return self._model.get_input_embeddings().weight.shape[0]
 
     @cached_property
     def own_gates(self) -> dict[tuple[int, int], Gates]:

@@ -12,17 +12,18 @@ import tiny_llama  # noqa: E402 -- after the skip
 from test_patch import SIZES, VOCABULARY  # noqa: E402
 
 from proteus_playground.attention.settings import Settings  # noqa: E402
-from proteus_playground.hf.fetch import sha256_of  # noqa: E402
+from proteus_playground.hf import convert as converting  # noqa: E402
+from proteus_playground.hf import opening  # noqa: E402
+from proteus_playground.hf.convert import convert  # noqa: E402
+from proteus_playground.hf.healing.plan import Plan  # noqa: E402
 from proteus_playground.hf.own.folder import GATES, is_own, open_folder, read_folder  # noqa: E402
 from proteus_playground.hf.own.stanza import Base, Schedule, Stanza, read_stanza, write_stanza  # noqa: E402
-from proteus_playground.hf.patch import find_decoder, full_attention_layers, layer_shape  # noqa: E402
-from proteus_playground.hf.shipped_gates import write_gates  # noqa: E402
 
 SLIDING = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 16}
 FAMILIES = {
     "llama": {}, "qwen3": {}, "gemma3_text": SLIDING, "mistral": {"sliding_window": None}, "gpt_neox": {},
 }  # fmt: skip
-SETTINGS = Settings(shortlist=24, gates=6, probes=3)
+SETTINGS = Settings(shortlist=24, gates=64, probes=3)
 
 
 def save(kind, into):
@@ -33,26 +34,9 @@ def save(kind, into):
     return model
 
 
-def scaffold(base, into):
-    """The folder that `convert` makes of `base`, with gates fitted to noise."""
-    from transformers import AutoModelForCausalLM
-
-    from proteus_playground.attention import Gates
-
-    model = AutoModelForCausalLM.from_pretrained(base)
-    layers = full_attention_layers(model)
-    shape = layer_shape(model, layers[0])
-    gates = {}
-    for at in layers:
-        gates[at] = Gates(shape.n_groups, 6, shape.head_dim, shape.n_heads // shape.n_groups)
-        gates[at].fit(torch.randn(200, shape.n_groups, shape.head_dim))
-    into.mkdir()
-    (into / "config.json").write_text((base / "config.json").read_text())
-    hashes = {name: sha256_of(base / name) for name in ("config.json", "model.safetensors")}
-    write_stanza(into / "config.json", Stanza(SETTINGS, layers, Base(str(base), hashes)))
-    write_gates(into / GATES, find_decoder(model), gates, {})
-    tiny_llama.build()[1].save_pretrained(into)
-    return into
+def scaffold(base, into, **how):
+    """The folder that `convert` makes of `base`."""
+    return convert(str(base), into, say=lambda sentence: None, **how).path
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -67,9 +51,13 @@ IDS = torch.randint(1, VOCABULARY, (1, 90), generator=torch.Generator().manual_s
 
 def test_a_folder_opens_with_a_slider(family):
     native, _, own = family
+    assert json.loads((own / "config.json").read_text())["model_type"] == native.config.model_type
     slider = open_folder(own)
+    assert slider.stanza.layers == ((0, 2) if native.config.model_type == "gemma3_text" else (0, 1, 2))
     wanted = native(IDS).logits
     assert torch.equal(slider.model(IDS).logits, wanted)
+    slider.stanza = replace(slider.stanza, settings=SETTINGS)
+    slider.alpha = 1.0
     with slider.patched():
         assert not torch.allclose(slider.model(IDS).logits, wanted, atol=1e-3)
     slider.alpha = 0.0
@@ -77,6 +65,50 @@ def test_a_folder_opens_with_a_slider(family):
         assert_close(slider.model(IDS).logits, wanted, atol=2e-4 * wanted.abs().max().item(), rtol=0)
     slider.alpha = None
     assert slider.stanza.schedule == Schedule()
+    plan = Plan.read(read_folder(own).runs[0] / "plan.json")
+    linear = {name.rpartition(".")[2] for name, part in native.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert set(plan.adapter.targets) <= linear and {n for s in plan.stages for n in s.lengths} == {512}
+    model, _ = opening.load(str(own))
+    assert torch.equal(model(IDS).logits, wanted)
+    source = opening.load_source(str(own))
+    assert source.name == "own" and {at for at, _ in source.own_gates} == set(slider.stanza.layers)
+
+
+def test_a_conversion_is_whole_and_does_nothing_twice(tmp_path, monkeypatch):
+    save("llama", tmp_path / "base")
+    said, out = [], tmp_path / "own"
+    copied = scaffold(tmp_path / "base", tmp_path / "copied", copy=True)
+
+    def killed(*_):
+        assert not out.exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(converting, "write_stanza", killed)
+        scaffold(tmp_path / "base", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "copied"]
+    scaffold(tmp_path / "base", out, measure=lambda source: {"sentences": ["It can count."]})
+    assert "It can count." in (out / "README.md").read_text() and not list(out.glob("*.safetensors.*"))
+    assert [path.name for path in out.glob("*.safetensors")] == [GATES]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    convert(str(tmp_path / "base"), out, say=said.append)
+    assert "nothing to do" in said[-1] and before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    convert(str(tmp_path / "base"), out, kind="small", say=said.append)
+    assert "The plan 'small' was added" in said[-1]
+    assert [run.name for run in read_folder(out).runs] == ["001-try", "002-small"]
+    for model, place, how, error in (
+        ("base", out, {"copy": True}, "without a copy'?: must be a new folder"),
+        ("base", tmp_path, {}, "is a folder with other files"),
+        ("own", tmp_path / "new", {}, "is a converted folder already"),
+        ("base", tmp_path / "new", {"kind": "huge"}, "preset='huge': must be one of try, small, guide"),
+        ("nothing", tmp_path / "new", {}, "nothing' is not a known model"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            convert(str(tmp_path / model), place, say=said.append, **how)
+    save("mistral", tmp_path / "base")
+    with pytest.raises(ValueError, match="config.json has changed since"):
+        convert(str(tmp_path / "base"), out, say=said.append)
+    assert open_folder(copied).model.config.model_type == "llama"
 
 
 def test_a_changed_base_is_refused(tmp_path):

@@ -136,6 +136,7 @@ class SliderModel:
         """The model as the playground reads it, with these gates."""
         source = ModelSource(self.model, self.tokenizer, self.name)
         source.own_gates = {(at, gates.gates_per_group): gates for at, gates in self.gates.items()}
+        source.gates_from, source.config = "with the folder", next(iter(self.layers.values())).config
         return source
 
 
