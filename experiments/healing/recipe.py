@@ -25,14 +25,13 @@ from ...common.machine import environment, markdown
 from ...common.options import Device, Folder, parse_lengths, pick_device
 from ...common.processes import place
 from ...common.progress import resumable
-from ...hf import models
 from ...hf.healing.adapters import add_adapters, read_adapter, write_adapter
 from ...hf.healing.corpus import Corpus, read_corpus
 from ...hf.healing.plan import Plan, sized
 from ...hf.healing.run import Run
 from ...hf.healing.student import Student
 from ...hf.healing.training import Step, Training, make_accelerator
-from ...hf.source import ModelSource
+from ...hf.opening import load_source
 from ..quality.choice import fit_gates, keys_of
 
 SLIDER = "smollm2_slider.json"
@@ -68,6 +67,7 @@ def healing_command(
         training.plan = fitting.plan
         training.plan.write(out / PLAN)
         say(fitting.sentence)
+    about |= {"plan": training.plan.to_dict()}
     run = Run(training, out, about)
     with resumable():
         while training.stage is not None:
@@ -75,7 +75,6 @@ def healing_command(
                 if step.step % 10 == 0 or step.held_out:
                     say(_line(step))
             run.finish_stage()
-        about |= {"plan": training.plan.to_dict()}
         student = training.student
         write_adapter(out / ADAPTER, student.model, student.layers, about)
         read_adapter(out / ADAPTER, student.model, student.layers)  # what is measured is what is kept
@@ -104,8 +103,8 @@ def _plan(path: str, out: Path, text: Sequence[str], held_out: Sequence[str], ro
 
 def _opened(model: str, device: str, text, held_out, plan: Plan, accelerator):
     """The training, what describes it, and the held-out texts by name."""
-    net, tokenizer = models.load(model, str(pick_device(device)))
-    source = ModelSource(net, tokenizer, model)
+    source = load_source(model, str(pick_device(device)))
+    tokenizer = source.tokenizer
     own = source.own_gates
     gates = {layer: own.get((layer, Settings.gates)) for layer in source.full_layers}
     if None in gates.values():
@@ -115,7 +114,7 @@ def _opened(model: str, device: str, text, held_out, plan: Plan, accelerator):
     corpora = [read_corpus(name, tokenizer, plan.data.max_tokens) for name in text]
     judged = {Path(name).stem: read_corpus(name, tokenizer, plan.data.max_tokens) for name in held_out}
     about = {"model": model, "fingerprint": source.fingerprint, "texts": {c.name: _hash(c) for c in corpora}}
-    student = Student(add_adapters(net, plan.adapter, plan.seed), layers)
+    student = Student(add_adapters(source.model, plan.adapter, plan.seed), layers)
     return Training(student, plan, corpora, list(judged.values()), accelerator), about, judged
 
 

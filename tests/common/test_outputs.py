@@ -27,6 +27,8 @@ INPUTS = {
     "verify --pairs", "verify --haystack", "bench page REPORT", "bench exam --model", "bench top-a --model",
     "bench choice --text", "bench prototypes --calibrate", "quality --text", "quality --selector",
     "bench healing --text", "bench healing --held-out", "bench healing --plan",
+    "quality --model", "quality TARGET", "convert MODEL", "models pull NAME", "models remove NAME", "models heads NAME",
+    "export FOLDER",
 }  # fmt: skip
 SPEAKS_OF_FILES = re.compile(r"\b(files?|folder|page)\b|\.npy", re.IGNORECASE)
 
@@ -237,6 +239,8 @@ ALLOWED_WRITERS = {
     "experiments/speed/measure.py": "/proc/self/clear_refs",
     "experiments/speed/slider.py": "a notebook in a temporary folder",
     "experiments/speed/stream.py": "embeddings in a temporary folder",
+    "hf/convert.py": "copies into a hidden folder, which becomes the checked one when all is written",
+    "hf/export.py": "the same",
     "hf/fetch.py": "a download in a folder of its own",
     "hf/key_reader.py": "appends after file_place",
     "hf/models.py": "a record in a folder of its own",

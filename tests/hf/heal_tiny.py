@@ -56,7 +56,7 @@ def training(plan: Plan = PLAN, layers: int = 2) -> Training:
 
 
 def run(plan: Plan, folder: Path) -> Run:
-    return Run(training(plan), folder, {"model": "tiny"})
+    return Run(training(plan), folder, {"plan": plan.to_dict()})
 
 
 def finish(run: Run, **options) -> None:

@@ -22,24 +22,20 @@ class Run:
     """A training and the folder that it is kept in."""
 
     def __init__(self, training: Training, folder: Path, about: dict):
-        """about: describes model and data, as JSON can hold it. Goes on from the state in the folder, if any.
+        """about: what must be the same for a run to go on, as JSON can hold it. Goes on from the folder's state, if any.
 
         Raises `ValueError` where the folder holds another run.
         """
-        self.training, self.folder, self.about = training, folder, about
-        self.store = Store(folder, self._described())
+        self.training, self.folder = training, folder
+        self.store = Store(folder, about)
         saved = self.store.load()
         if saved is not None:
             training.restore(saved.tensors, {"position": saved.position, "scaler": saved.scaler})
-
-    def _described(self) -> dict:
-        return self.about | {"plan": self.training.plan.to_dict()}
 
     def save(self) -> None:
         """Write log and state; only the first process does."""
         if self.training.accelerator.is_main_process:
             tensors, about = self.training.state()
-            self.store.run = self._described()
             self.store.save(tensors, about["position"], about["scaler"])
 
     def steps(self, *, save_seconds: float = 60.0, stop: Stop | None = None) -> Iterator[Step]:
