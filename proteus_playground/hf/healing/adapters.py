@@ -43,6 +43,13 @@ def add_adapters(model: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
         return get_peft_model(model, config)
 
 
+def continue_adapters(model: nn.Module, folder: str | Path) -> nn.Module:
+    """The model with the adapters that `peft` wrote into a folder, to be trained further. Raises `ImportError`."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+
+
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """No adapters meanwhile: the base exactly. A model without adapters stays as it is."""

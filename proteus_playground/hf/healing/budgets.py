@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...attention.budget import geometric
 from .plan import Budgets
 
 SMALLEST = 8  # keys and notes per query
@@ -18,6 +19,10 @@ class Drawn:
 
     alpha: float
     shortlist: int  # L at flux alpha 1
+
+    def reads(self, tokens: int) -> int:
+        """Keys and notes that a query of a row of `tokens` tokens may read."""
+        return geometric(tokens, min(self.shortlist, tokens), self.alpha)
 
 
 def draw(budgets: Budgets, length: int, done: float, seed: Sequence[int]) -> Drawn:

@@ -32,7 +32,7 @@ def _small(data: Data) -> Plan:
 
 
 def _guide(data: Data) -> Plan:
-    """10,000, 40,000, 150,000 and 20,000 steps of `batch_tokens` or a row each: the upper ends of the guide's ranges."""
+    """10,000, 40,000, 150,000 and 20,000 steps of `batch_tokens` or a row: the upper ends of the guide's ranges."""
     plateau, step, lengths = Plateau(8_000_000), 8192, (8192, 16384, 32768, 65536)
     a = _a(10_000 * step, 2048, 4096)
     b = Stage("B", 40_000 * step, (4096,), Budgets(alpha_start=0.0, rise=1.0), Rates(weights=2e-4), plateau=plateau,

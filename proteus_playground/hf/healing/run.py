@@ -22,7 +22,7 @@ class Run:
     """A training and the folder that it is kept in."""
 
     def __init__(self, training: Training, folder: Path, about: dict):
-        """about: what must be the same for a run to go on, as JSON can hold it. Goes on from the folder's state, if any.
+        """about: what must be the same for a run to go on, as JSON can hold it. Goes on from the folder's state if any.
 
         Raises `ValueError` where the folder holds another run.
         """

@@ -58,6 +58,7 @@ class Step:
     alpha: float  # mean of the passes of this process
     ceiling: float  # the largest flux alpha that they could draw
     shortlist: float  # L at flux alpha 1, mean of the passes of this process
+    reads: float  # L at the alpha drawn, mean of the passes of this process: keys and notes that a query may read
     loss: float  # weighted sum of the next four
     kl: float
     match: float
@@ -113,22 +114,29 @@ class Training:
     def _begin(self) -> None:
         """A new optimiser for the stage at the position."""
         self.accelerator.free_memory()
+        self.optimiser, self._module = None, self.student
         if self.stage is None:
             return
         self.student.begin(self.stage)
         self.student.to(self.accelerator.device)
         raw = build_optimiser(self.student, self.stage.rates)
-        if raw is None:
-            self.optimiser, self._module = None, self.student
-        else:
+        if raw is not None:
             self._module, self.optimiser = self.accelerator.prepare(self.student, raw)
 
     def finish_stage(self) -> None:
         """Go on to the next stage."""
-        self.accelerator.unwrap_model(self._module, keep_fp32_wrapper=False)
         at = self.position
-        self.position = Position(at.stage + 1, at.step, at.seconds, at.read)
+        self.jump(Position(at.stage + 1, at.step, at.seconds, at.read))
+
+    def jump(self, position: Position) -> None:
+        """Go on at another position, with a new optimiser."""
+        self.accelerator.unwrap_model(self._module, keep_fp32_wrapper=False)
+        self.position = position
         self._begin()
+
+    def use(self, plan: Plan, corpora: Sequence[Corpus], held_out: Sequence[Corpus]) -> None:
+        """Go on by a plan with other stages or other data; adapter, seed and precision stay."""
+        self.plan, self.corpora, self.held_out, self._rows = plan, corpora, held_out, {}
 
     # -- one step ---------------------------------------------------------------------------------------------
 
@@ -155,9 +163,10 @@ class Training:
         at.tokens, at.level_tokens = at.tokens + tokens, at.level_tokens + tokens
         at.seconds += (took := perf_counter() - began)
         rate = 0.0 if self.optimiser is None else self.optimiser.param_groups[0]["lr"]
+        alpha, shortlist, reads = np.mean([(b.alpha, b.shortlist, b.reads(length)) for b in drawn], axis=0).tolist()
         step = Step(
-            at.step, stage.name, length, float(np.mean([b.alpha for b in drawn])), ceiling(stage.budgets, done),
-            float(np.mean([b.shortlist for b in drawn])), *sums, rate, norm, at.read, tokens / took, at.seconds,
+            at.step, stage.name, length, alpha, ceiling(stage.budgets, done), shortlist, reads, *sums, rate, norm,
+            at.read, tokens / took, at.seconds,
         )  # fmt: skip
         at.over = at.tokens >= stage.tokens
         if not at.over and at.level_tokens >= stage.tokens / len(stage.lengths):
@@ -219,7 +228,7 @@ class Training:
                 self._wait()
                 began = perf_counter()
             budget = draw(stage.budgets, self.length, 1.0, [self.plan.seed, number])
-            float(self._pass(parts[0][1], 0, budget, batch.learned, last=True)["loss"])
+            self._pass(parts[0][1], 0, budget, batch.learned, last=True)["loss"].item()
         self._wait()
         took = perf_counter() - began
         self.student.zero_grad(set_to_none=True)
