@@ -54,10 +54,9 @@ def logits(path):
         return slider.model(IDS).logits
 
 
-@pytest.mark.parametrize("full", [(), ("--full",)], ids=["adapters", "all weights"])
-def test_a_folder_is_trained_to_the_end_and_opens_with_what_was_learned(own, full):
+def test_a_folder_is_trained_to_the_end_and_opens_with_what_was_learned(own):
     before, run = logits(own.path), own.runs[0]
-    done = invoke(own.path, "--non-interactive", "--save-seconds", 0, *full)
+    done = invoke(own.path, "--non-interactive", "--save-seconds", 0)
     assert done.exit_code == 0, done.output
     assert "Mean held-out gap" in done.output and "time left" in done.output and "gate entropy" in done.output
     steps = read_log(run)
@@ -66,12 +65,13 @@ def test_a_folder_is_trained_to_the_end_and_opens_with_what_was_learned(own, ful
         rows = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in rows] == [step.loss for step in steps]
     assert len(json.loads((run / "history.json").read_text())) == 4 and "## Stage D" in (run / "summary.md").read_text()
-    assert (own.path / "healed").is_dir() is bool(full) and (own.path / "adapter").is_dir() is not bool(full)
+    assert (own.path / "adapter").is_dir() and not (own.path / "healed").exists()
     healed = logits(own.path)
     assert not torch.equal(healed, before) and torch.allclose(healed, before, atol=5.0)
-    again = invoke(own.path, "--non-interactive", *full)
+    again = invoke(own.path, "--non-interactive")
     assert again.exit_code == 0 and "is finished" in again.output
-    assert torch.equal(logits(own.path), healed)
+    whole = invoke(own.path, "--non-interactive", "--full")
+    assert whole.exit_code != 0 and "has an adapter" in str(whole.exception)
 
 
 def test_ctrl_c_stops_between_two_steps_and_the_same_command_goes_on(own, monkeypatch):
@@ -116,11 +116,13 @@ def test_the_menu_changes_what_follows(own, tmp_path):
 
 
 def test_one_stage_alone_and_what_cannot_be_healed(own, tmp_path):
-    assert invoke(own.path, "--stage", "D", "--non-interactive").exit_code == 0
+    before = logits(own.path)
+    assert invoke(own.path, "--stage", "D", "--full", "--non-interactive").exit_code == 0
     assert {step.stage for step in read_log(own.runs[0])} == {"D"}
+    assert (own.path / "healed").is_dir() and not (own.path / "adapter").exists()
+    assert not torch.equal(logits(own.path), before)
     for arguments, words in (
         ((own.path, "--stage", "X"), "stage='X'"),
-        ((own.path, "--full"), "adapter"),
         ((tmp_path / "base",), "proteus convert"),
         ((own.path, "--data", "nowhere.txt"), "nowhere.txt"),
     ):

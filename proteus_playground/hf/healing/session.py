@@ -41,6 +41,8 @@ class Session:
 
         Raises `ValueError` where the folder is none of `proteus convert`, has no plan, or its run was begun otherwise.
         """
+        from transformers import AutoTokenizer
+
         self.folder: Folder = read_folder(path)
         self.folder.check_base()
         self.run_folder, plan = newest_plan(self.folder)
@@ -48,14 +50,20 @@ class Session:
             plan = replace(plan, data=replace(plan.data, sources=tuple(data), weights=(), held_out=()))
         if full:
             plan = replace(plan, adapter=None)
+        if plan.adapter is None and self.folder.adapter is not None:
+            raise ValueError(
+                f"full: {str(path)!r} has an adapter: convert its base into a new folder to train it whole"
+            )
         if precision:
             plan = replace(plan, precision=precision)
         accelerator = make_accelerator(plan.precision, device)
-        model, self.tokenizer = self._model(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder.path, local_files_only=True)
         corpora, held_out = self.read(plan)
-        layers, teacher = self._layers(model), copy.deepcopy(model) if plan.adapter is None else None
+        base, healed = self.folder.base_path(), self.folder.healed
+        model, teacher = load_folder(healed or base, device, tokenizer=False)[0], None
+        layers = self._layers(model)
         if plan.adapter is None:
-            model = self._healed(model, device)
+            teacher = copy.deepcopy(model) if healed is None else load_folder(base, device, tokenizer=False)[0]
         elif self.folder.adapter is not None:
             model = continue_adapters(model, self.folder.adapter)
         else:
@@ -64,16 +72,6 @@ class Session:
         adapter = plan.to_dict()["adapter"]
         self.run = Run(self.training, self.run_folder, {"adapter": adapter or "all weights", "seed": plan.seed})
         self.write_plan()
-
-    def _model(self, device: str) -> tuple[nn.Module, object]:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.folder.path, local_files_only=True)
-        return load_folder(self.folder.base_path(), device, tokenizer=False)[0], tokenizer
-
-    def _healed(self, base: nn.Module, device: str) -> nn.Module:
-        """The model that was trained whole before, or the base."""
-        return base if self.folder.healed is None else load_folder(self.folder.healed, device, tokenizer=False)[0]
 
     def _layers(self, model: nn.Module) -> dict[int, ProteusLayer]:
         stanza = self.folder.stanza
