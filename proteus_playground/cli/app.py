@@ -27,6 +27,7 @@ class Proteus(LazyGroup):
         "duel": f"{EXPERIMENTS}.duel.command",
         "train": "proteus_playground.cli.train",
         "convert": "proteus_playground.cli.convert",
+        "export": "proteus_playground.cli.export",
         "evidence": f"{EXPERIMENTS}.evidence.command",
         "quality": f"{EXPERIMENTS}.quality.quality",
     }

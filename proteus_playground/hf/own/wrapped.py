@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from pathlib import Path
 
 from torch import nn
@@ -62,16 +62,16 @@ def _class_of(base) -> type:
     return _subclass(AutoModelForCausalLM._model_mapping[type(base)])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _subclass(base: type) -> type:
     """The class of models of the class `base` with a slider."""
 
     def forward(self, *args, flux_alpha=CONFIGURED, **kwargs):
         from ..patch import CACHE_NAMES, is_patched
 
-        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        kept = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         slider = self.slider(flux_alpha)
-        if slider.alpha == 0 or hasattr(cache, "run_pass") or is_patched(self):
+        if slider.alpha == 0 or hasattr(kept, "run_pass") or is_patched(self):
             return base.forward(self, *args, **kwargs)
         with slider.patched():
             return base.forward(self, *args, **kwargs)
