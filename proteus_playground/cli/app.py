@@ -28,6 +28,7 @@ class Proteus(LazyGroup):
         "train": "proteus_playground.cli.train",
         "convert": "proteus_playground.cli.convert",
         "heal": "proteus_playground.cli.heal",
+        "export": "proteus_playground.cli.export",
         "evidence": f"{EXPERIMENTS}.evidence.command",
         "quality": f"{EXPERIMENTS}.quality.quality",
     }

@@ -20,7 +20,7 @@ def convert_command(
     model: Annotated[str, typer.Argument(help="A known model, a hub id, or the path of a folder or GGUF file.")],
     out: Annotated[Path, typer.Option(help="The folder to make.", file_okay=False, callback=output_folder)],
     preset: Annotated[str, typer.Option(help=f"Size of the plan for healing: {', '.join(PRESETS)}.")] = "try",
-    copy: Annotated[bool, typer.Option("--copy", help="Copy the weights, so that the folder stands alone.")] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the weights too, instead of a reference to them.")] = False,
     measure: Annotated[bool, typer.Option(help="Measure likelihood and answers, for comparison after healing.")] = True,
     device: Device = "cpu",
     dtype: Annotated[

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,20 +19,20 @@ from torch import nn
 from ..attention import Gates
 from ..attention.calibration import Calibration
 from ..attention.settings import Settings, default_settings
-from ..common.files import cache_dir, check_folder, write_json, write_text
+from ..common.files import cache_dir, check_folder, new_folder, write_json, write_text
 from ..common.texts import calibration_text
 from . import models, opening
 from .fetch import WEIGHTS, sha256_of
 from .healing.plan import Plan, sized
 from .healing.presets import PRESETS, preset
-from .own.folder import CONFIG, GATES, RUNS, Folder, SliderModel, is_own, open_folder, read_folder
-from .own.stanza import Base, Stanza, read_config, write_stanza
+from .own.folder import BASELINE, CONFIG, GATES, PLAN, RUNS, Folder, SliderModel, open_folder, read_folder
+from .own.stanza import Base, Stanza, is_own, read_config, write_stanza
 from .patch import find_decoder
 from .shipped_gates import write_gates
 from .source import ModelSource
 from .weights import check_disk, size, weights_of
 
-BASELINE, README, PLAN = "baseline.json", "README.md", "plan.json"
+README = "README.md"
 CALIBRATION_TOKENS = 4096  # read of the calibration text where no gates come with the package
 PASSES_OF_TRAINING = 6  # a step of healing costs as much as so many dense passes: teacher, student, gradient, recompute
 TIMED_TOKENS = 512
@@ -95,19 +94,9 @@ def convert(
     speed = _tokens_per_second(made.source)
     slider = SliderModel(made.source.model, made.source.tokenizer, made.stanza, made.gates, made.source.name)
     baseline = {"dense_tokens_per_second": speed} | ({} if measure is None else measure(slider.source()))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{out.name}.*.part"):  # by a conversion that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    try:
+    with new_folder(out, "out") as part:
         _write(part, home, made, baseline, model)
         sentence = add_plan(part, kind, made.source, speed)
-        os.chmod(part, 0o777 & ~_umask())
-        if out.exists():
-            out.rmdir()
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     say(f"The plan {kind!r}: {sentence}.")
     say(f"{out} is ready. {README} in it lists the next commands.")
     return read_folder(out)
@@ -225,9 +214,3 @@ proteus export . --merged --out ../merged    # one checkpoint for transformers
 
 In a notebook, `playground(model="PATH OF THIS FOLDER")` opens it.
 {f"{chr(10)}Measured when it was converted:{chr(10)}{chr(10)}{lines}" if lines else ""}"""
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -103,7 +103,7 @@ def find(name: str) -> Place:
 
 def _local(name: str, path: Path) -> Place:
     """A model of the user's own. A folder counts with its config alone, since a converted one has no weights."""
-    if path.is_dir() and (path / "config.json").is_file():
+    if path.is_dir() and any((path / config).is_file() for config in ("config.json", "proteus_config.json")):
         return Place(name, path)
     ggufs = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if len(ggufs) != 1 or ggufs[0].suffix != ".gguf":

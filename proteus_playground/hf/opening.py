@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import models
+from .own.stanza import is_own
 
 
 def load(name: str, device: str = "cpu", dtype=None):
@@ -30,10 +31,23 @@ def load_source(name: str, device: str = "cpu", dtype=None):
 
     place = models.find(name)
     if not _converted(place):
-        return ModelSource(*models.load(name, device, dtype), title(name))
+        model, tokenizer = models.load(name, device, dtype)
+        return (
+            ModelSource(model, tokenizer, title(name))
+            if not hasattr(model, "slider")
+            else _exported(model, tokenizer, title(name))
+        )
     from .own.folder import open_folder
 
     return open_folder(place.home, device, dtype).source()
+
+
+def _exported(model, tokenizer, name: str):
+    """The source of an exported model, with its own gates."""
+    from .own.folder import SliderModel
+
+    slider = model.slider()
+    return SliderModel(model, tokenizer, slider.stanza, slider.gates, name).source()
 
 
 def title(name: str) -> str:
@@ -63,6 +77,4 @@ def base_name(name: str) -> str:
 
 
 def _converted(place: models.Place) -> bool:
-    from .own.stanza import KEY, read_config
-
-    return place.mine and KEY in read_config(place.home / "config.json")
+    return place.mine and is_own(place.home)

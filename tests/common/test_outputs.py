@@ -26,7 +26,7 @@ INPUTS = {
     "stream FILE", "stream --prompt", "stream --generated", "train --start", "duel --text", "duel --tokenizer",
     "verify --pairs", "verify --haystack", "bench page REPORT", "bench exam --model", "bench top-a --model",
     "bench choice --text", "bench prototypes --calibrate", "quality --text", "quality --selector",
-    "bench healing --text", "bench healing --held-out", "bench healing --plan",
+    "bench healing --text", "bench healing --held-out", "bench healing --plan", "heal FOLDER", "heal --data",
     "quality --model", "quality TARGET", "convert MODEL", "models pull NAME", "models remove NAME", "models heads NAME",
     "export FOLDER",
 }  # fmt: skip
@@ -242,6 +242,7 @@ ALLOWED_WRITERS = {
     "hf/convert.py": "copies into a hidden folder, which becomes the checked one when all is written",
     "hf/export.py": "the same",
     "hf/fetch.py": "a download in a folder of its own",
+    "hf/healing/session.py": "a hidden folder, which takes the place of the old one when all is written",
     "hf/key_reader.py": "appends after file_place",
     "hf/models.py": "a record in a folder of its own",
     "streaming/token_cache.py": "the part of whole",

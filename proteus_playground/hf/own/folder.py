@@ -22,9 +22,12 @@ from ..models import load_folder, place_of
 from ..patch import check_layers, find_decoder, layer_shape, patched
 from ..shipped_gates import read_gates
 from ..source import ModelSource
-from .stanza import KEY, Stanza, read_config, read_stanza
+from .stanza import ALONE, KEY, Stanza, is_own, read_config, read_stanza
+
+__all__ = ["Folder", "SliderModel", "is_own", "open_folder", "read_folder"]
 
 CONFIG, GATES, ADAPTER, HEALED, RUNS = "config.json", "gates.safetensors", "adapter", "healed", "runs"
+BASELINE, PLAN = "baseline.json", "plan.json"  # measured before healing; in each run
 
 
 @dataclass(frozen=True)
@@ -60,30 +63,28 @@ class Folder:
                 )
 
 
-def is_own(path: str | Path) -> bool:
-    """Whether `path` is a converted folder."""
-    try:
-        return KEY in read_config(Path(path) / CONFIG)
-    except (ValueError, OSError):
-        return False
-
-
 def read_folder(path: str | Path) -> Folder:
-    """What a converted folder holds, without the weights. Raises `ValueError` naming what is missing or wrong."""
+    """What a converted folder or an exported slider holds, without the weights.
+
+    Raises `ValueError` naming what is missing or wrong.
+    """
     path = Path(path).expanduser().resolve()
     if not path.is_dir():
         raise ValueError(f"folder={str(path)!r}: no such folder; `proteus convert MODEL --out {path.name}` makes one")
-    if KEY not in read_config(path / CONFIG):
+    if (path / ALONE).is_file():
+        stanza, adapter = Stanza.from_dict(read_config(path / ALONE)), path
+    elif KEY in read_config(path / CONFIG):
+        stanza, adapter = read_stanza(path / CONFIG), path / ADAPTER
+    else:
         raise ValueError(
             f"folder={str(path)!r}: its {CONFIG} has no {KEY!r}; `proteus convert {path} --out DIR` makes a new folder "
             "that has it"
         )
-    stanza = read_stanza(path / CONFIG)
     if stanza.base is None:
         raise ValueError(f"folder={str(path)!r}: an exported model, which transformers opens; convert its base to heal")
     if not (path / GATES).is_file():
         raise ValueError(f"folder={str(path)!r}: {GATES} is missing; convert the model again")
-    adapter, healed = path / ADAPTER, path / HEALED
+    healed = path / HEALED
     runs = (path / RUNS).iterdir() if (path / RUNS).is_dir() else ()
     return Folder(
         path,
@@ -146,7 +147,7 @@ def open_folder(
     """The model of a converted folder with its slider, in evaluation mode and without gradients.
 
     merge: add an adapter to the weights, so that passes cost no more than the base's; False keeps it beside them, where
-    `model.disable_adapters()` switches it off. Raises `ValueError` for a folder or a base that is not as it was.
+    `with model.disable_adapter():` switches it off. Raises `ValueError` for a folder or a base that is not as it was.
     """
     folder = read_folder(path)
     folder.check_base()
@@ -155,7 +156,8 @@ def open_folder(
         model = _with_adapter(model, folder.adapter, merge)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    words = folder.base_path() if (folder.path / ALONE).is_file() else folder.path
+    tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
     shapes = {at: layer_shape(model, at) for at in folder.stanza.layers}
     gates = read_gates(folder.gates_file, shapes)
     return SliderModel(
@@ -164,10 +166,10 @@ def open_folder(
 
 
 def _with_adapter(model, adapter: Path, merge: bool):
-    with progress_bars(False):
-        if not merge:
-            model.load_adapter(str(adapter))
-            return model.eval().requires_grad_(False)
+    try:
         from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval().requires_grad_(False)
+    except ImportError as err:
+        raise ImportError(f"an adapter needs the heal extra: pip install 'proteus-playground[heal]' ({err})") from err
+    with progress_bars(False):
+        healed = PeftModel.from_pretrained(model, str(adapter))
+        return (healed.merge_and_unload() if merge else healed).eval().requires_grad_(False)

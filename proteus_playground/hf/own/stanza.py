@@ -17,6 +17,7 @@ from ...common.checks import whole_number
 from ...common.files import write_json
 
 KEY = "proteus_attention"
+ALONE = "proteus_config.json"  # holds the stanza of an exported slider, a folder that is no checkpoint
 VERSION = 1
 ANY_SHAPE = LayerShape(1, 1, 2)  # settings that no layer could have are refused before the model is open
 
@@ -102,6 +103,17 @@ class Stanza:
         for layer in stanza.layers:
             stanza.config(layer, ANY_SHAPE)
         return stanza
+
+
+def is_own(path: str | Path) -> bool:
+    """Whether `path` is a converted folder or an exported slider, whose weights are its base's."""
+    if (Path(path) / ALONE).is_file():
+        return True
+    try:
+        stanza = read_config(Path(path) / "config.json").get(KEY)
+    except ValueError:
+        return False
+    return isinstance(stanza, dict) and stanza.get("base") is not None
 
 
 def read_stanza(config_file: Path) -> Stanza:
