@@ -6,17 +6,20 @@ from dataclasses import replace
 
 from .plan import Budgets, Data, Losses, Plan, Plateau, Rates, Stage
 
-GATES_ONLY = Losses(kl=0.0, match=0.0, gates=1.0)
+DENSE = Budgets(alpha_high=0.0, alpha_start=0.0, dense_share=1.0)
+NO_LOSS = Losses(kl=0.0, match=0.0)
 
 
 def _a(tokens: int, *lengths: int) -> Stage:
-    """The gates learn which keys dense attention reads; no weight of the model changes."""
-    return Stage("A", tokens, lengths, Budgets(alpha_high=0.0, alpha_start=0.0, dense_share=1.0),
-                 losses=GATES_ONLY, trains=("prototypes",), follow=False)  # fmt: skip
+    """Prototypes follow the keys of the text; no weight of the model changes, and there is no gradient.
+
+    Training prototypes to match dense attention's share on each gate (`Losses.gates`) did not help (docs/log.md).
+    """
+    return Stage("A", tokens, lengths, DENSE, losses=NO_LOSS, trains=())
 
 
 def _d(tokens: int, length: int) -> Stage:
-    """The prototypes once more, for the keys of the trained weights."""
+    """The same once more, for the keys of the trained weights."""
     return replace(_a(tokens, length), name="D", optional=True)
 
 
