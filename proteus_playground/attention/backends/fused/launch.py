@@ -64,8 +64,8 @@ def read_rows(
         T, t0, size, G, r, d, C, plan.window, plan.block, plan.anchors, plan.ring, chunks, rows.notes.shape[1],
         scale * LOG2_E, *strides, out.stride(0),
         KINDS=plan.kinds, SOME=plan.some_notes, N=n, WEIGH=weight is not None, KEEP=length is not None,
-        TT=plan.near_tokens, RC=plan.near_heads, M=plan.tile_rows, BN=plan.tile_keys, NB=plan.tile_notes, NTT=plan.near_ticks,
-        **shared,
+        TT=plan.near_tokens, RC=plan.near_heads, M=plan.tile_rows, BN=plan.tile_keys, NB=plan.tile_notes,
+        NTT=plan.near_ticks, **shared,
     )  # fmt: skip
     return lse
 

@@ -78,7 +78,7 @@ class Plan:
         return self.fills_rings or self.some_notes
 
     def tokens_per_piece(self, most: int) -> int:
-        """Whole segments of up to `most` tokens, at least one; fewer where a row's scores and rings take more memory."""
+        """Whole segments of up to `most` tokens, at least one; fewer where scores and rings take more memory."""
         most = most // 4 if self.chooses else most
         return max(self.segment, most // self.segment * self.segment)
 
