@@ -39,7 +39,7 @@ def own(tmp_path):
     (tmp_path / "text.txt").write_text(words)
     (tmp_path / "other.txt").write_text(" ".join(reversed(words.split())))
     data = Data(sources=(str(tmp_path / "text.txt"),), held_out_rows=1, held_out_share=0.2)
-    plan = Plan(STAGES, batch_tokens=128, adapter=Adapter(rank=2, mlp_rank=2), data=data)
+    plan = Plan(STAGES, batch_tokens=128, adapter=Adapter(rank=2, mlp_rank=2, dropout=0.1), data=data)
     plan.write(folder.runs[0] / "plan.json")
     return folder
 

@@ -45,6 +45,8 @@ class Student(nn.Module):
         super().__init__()
         self.model, self.layers = model, dict(layers)
         self._teacher = (model if teacher is None else teacher,)  # in a tuple, so that it is no part of this module
+        for each in (model, self.teacher):
+            each.eval()  # no dropout, until a pass that learns
         self.head, self.teacher_head = head_of(model), head_of(self.teacher)
         self.prototypes = nn.ParameterDict()
         self._first, self._gate_losses = False, []  # whether this is a layer's first run, not one for the gradient
