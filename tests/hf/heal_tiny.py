@@ -1,4 +1,4 @@
-"""A tiny Llama that is healed on texts of a small language. As a script, run by `torch.distributed.run`, heals one."""
+"""A tiny Llama that is healed on texts of a small language. As a script, it is one of two processes."""
 
 from __future__ import annotations
 
@@ -42,17 +42,18 @@ def corpus(seed: int, documents: tuple[int, ...] = (1500, 40, 500), name: str = 
     return Corpus(name or f"language {seed}", np.array(ids, np.int32), np.ones(len(ids), bool), ends)
 
 
-def training(plan: Plan = PLAN, layers: int = 2) -> Training:
-    """A fresh one; the same plan gives the same. It is trained whole where the plan has no adapter."""
-    model, _ = build(num_hidden_layers=layers)
-    model.requires_grad_(False)
-    text, shape = corpus(1), layer_shape(model, 0)
-    keys = capture(model, torch.from_numpy(text.ids[:256]).long(), keys_only=True)
-    config = config_for(Settings(gates=8, probes=4), shape)
-    its = {at: ProteusLayer(new_gates(shape, 8).fit(seen.k.float()), config) for at, seen in keys.items()}
+def training(plan: Plan = PLAN, model=None) -> Training:
+    """A fresh one, by default of a Llama of two layers. It is trained whole where the plan has no adapter."""
+    model = (build(num_hidden_layers=2)[0] if model is None else model).requires_grad_(False)
+    text, layers = corpus(1), {}
+    for at, seen in capture(model, torch.from_numpy(text.ids[:256]).long(), keys_only=True).items():
+        shape = layer_shape(model, at)
+        layers[at] = ProteusLayer(
+            new_gates(shape, 8).fit(seen.k.float()), config_for(Settings(gates=8, probes=4), shape)
+        )
     teacher = copy.deepcopy(model) if plan.adapter is None else None
     model = model if plan.adapter is None else add_adapters(model, plan.adapter, plan.seed)
-    return Training(Student(model, its, teacher), plan, [text], [corpus(2)], make_accelerator(plan.precision, "cpu"))
+    return Training(Student(model, layers, teacher), plan, [text], [corpus(2)], make_accelerator(plan.precision, "cpu"))
 
 
 def run(plan: Plan, folder: Path) -> Run:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch.testing import assert_close
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 import heal_tiny as tiny  # noqa: E402 -- after the skips
-from tiny_llama import WORDS, build  # noqa: E402
+from tiny_llama import WORDS, build, family  # noqa: E402
 
 from proteus_playground.hf.healing import corpus as corpora  # noqa: E402
 from proteus_playground.hf.healing.adapters import read_adapter, switched_off, write_adapter  # noqa: E402
@@ -67,6 +68,22 @@ def test_with_adapters_off_the_trained_model_is_the_base_bit_for_bit():
         with switched_off(training.student.model):
             assert torch.equal(training.student.model(input_ids=ids, use_cache=False).logits, wanted)
         assert not torch.equal(training.student.model(input_ids=ids, use_cache=False).logits, wanted)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt_neox"])
+def test_other_families_learn_beside_their_sliding_layers(kind):
+    sliding = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16}
+    sizes = dict(vocab_size=20, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=128)  # fmt: skip
+    model = family(kind, **sizes | (sliding if "gemma" in kind else {}))
+    targets = ("q_proj", "query_key_value", "o_proj", "dense")
+    plan = replace(
+        tiny.PLAN, adapter=replace(tiny.PLAN.adapter, targets=targets), stages=(replace(LONGER, tokens=256),)
+    )
+    training = tiny.training(plan, model)
+    steps = [training.advance(), training.advance()]
+    assert len(training.student.layers) == (1 if "gemma" in kind else 2) and all(step.grad_norm > 0 for step in steps)
+    assert training.position.over
 
 
 def losses_of(training, batch, losses, drawn=None):
@@ -169,14 +186,21 @@ def killed_at(run, step: int) -> None:
             run.save()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun's gloo rendezvous needs libuv there")
 def test_two_processes_are_one_with_twice_the_texts(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tiny.__file__]
-    running = subprocess.Popen([*call, tmp_path / "two"], stderr=subprocess.PIPE, text=True, env=env)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, tiny.__file__, tmp_path / "two"], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
     tiny.finish(tiny.run(tiny.SHORT, tmp_path / "one"))
-    said = running.communicate()[1]
-    assert running.returncode == 0, said[-2000:]
+    said = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said[0][-2000:] + said[1][-2000:]
     logs = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     for name in ("loss", "kl", "match", "grad_norm", "read"):
         assert [getattr(s, name) for s in logs[1]] == pytest.approx([getattr(s, name) for s in logs[0]], rel=0.02), name
