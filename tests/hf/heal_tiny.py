@@ -1,13 +1,11 @@
-"""A tiny Llama that is healed on texts of a small language. As a script, it is one of two processes."""
+"""A tiny Llama that is healed on texts of a small language."""
 
 from __future__ import annotations
 
 import copy
-import sys
+import os
 from dataclasses import replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
@@ -68,5 +66,10 @@ def finish(run: Run, **options) -> None:
         run.finish_stage()
 
 
-if __name__ == "__main__":
-    finish(run(SHORT, Path(sys.argv[1])))
+def one_of_two(rank: int, port: int, folder: Path) -> None:
+    """Run by each of two processes, which heal one model together."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    finish(run(SHORT, folder))
+    torch.distributed.destroy_process_group()
