@@ -47,10 +47,6 @@ class Budget:
         """Whether a row may have to open fewer than `probes` gates, because their rings hold more than it may read."""
         return self.probes * self.ring > self.ring_reads
 
-    def needs_tiles(self, gates: int) -> bool:
-        """Whether rows read what the Triton kernels cannot: notes of some of `gates` gates, or filled rings."""
-        return not self.dense and (0 < self.notes < gates or self.fills_rings)
-
     def to_dict(self) -> dict:
         return asdict(self)
 

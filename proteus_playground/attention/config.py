@@ -63,7 +63,7 @@ class AttentionConfig:
     max_notes: int | None = knob(None, 1, unit="notes")
     """Most notes that a query reads, >= 1: those of the gates that match it best after the opened ones. They never take
     more than half of the gates' share of L. None: with `nearest_gates` about the root of 2 L, without the notes of all
-    gates, or none at all where they would take more than half. The Triton backend reads all or none."""
+    gates, or none at all where they would take more than half."""
     rope_theta: float | None = knob(10_000.0, 0.0, open_low=True, none="for no rotation")
     """Base of the rotary embedding, > 0. None leaves queries and keys un-rotated."""
     prior_max: float = knob(0.5, 0.0, 1.0)

@@ -87,8 +87,7 @@ def proteus_attention(
     """
     check_inputs(q, k, v, gates, positions, keep, awake, inv_freq)
     check_budget(budget, q.shape[1], gates.gates_per_group)
-    needs_tiles = True if budget.needs_tiles(gates.gates_per_group) else False  # noqa: SIM210 (may be symbolic)
-    name, why = choose_backend(q.device, backend, gates.head_dim, q.dtype, needs_tiles)
+    name, why = choose_backend(q.device, backend, gates.head_dim, q.dtype)
     if name == "triton" and is_transformed():
         name, why = without_triton(backend)
     if int8 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):

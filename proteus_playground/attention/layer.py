@@ -127,8 +127,7 @@ class ProteusAttention(nn.Module):
         whole = not budget.dense and budget.keep_ratio == 1 and budget.heads_awake_max == cfg.heads_per_group
         if not (eager and whole):
             return False
-        needs_tiles = budget.needs_tiles(self.gates.gates_per_group)
-        return choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype, needs_tiles)[0] == "triton"
+        return choose_backend(x.device, cfg.backend, cfg.head_dim, x.dtype)[0] == "triton"
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Un-rotated queries `(B, T, H, d)`, keys and values `(B, T, G, d)` of every head."""

@@ -33,7 +33,7 @@ class Shortlist:
     gate: Tensor  # (B, T, G) int64, gate of each key; -1 for anchors and padding
     retired: Tensor  # (B, G, N, C) int64, keys of a gate that have left the window at a block's tick
     probes: Tensor  # (B, T, H, n) int64, gates a row opens, the best first; -1 for none
-    noted: Tensor | None  # (B, T, H, e) int64, closed gates whose notes a row reads, best first; None: all notes
+    noted: Tensor | None  # (B, T, H, e) int64, closed gates whose notes a row reads; None: all notes
 
     @property
     def gates_per_group(self) -> int:

@@ -83,11 +83,28 @@ def test_odd_lengths(tokens):
         {"rope_theta": None},
         {"gates_per_group": 1, "probes": 1, "route_heads": False},
         {"shortlist": 5},
+        *([{"max_notes": 2}] if GPU else []),
+        {"probes": 6, "nearest_gates": True},
+        {"probes": 16, "nearest_gates": True, "gates_per_group": 40, "dna_fraction": 0.7},
     ],
     ids=str,
 )
 def test_every_shape_of_shortlist(changes):
     agree(*both(LENGTH, **{"shortlist": 40, **changes}), 1e-5)
+
+
+def test_equal_gates_are_taken_in_order():
+    """Pairs of equal prototypes, and queries that match all gates alike."""
+    cfg = config(
+        n_heads=HEADS, n_kv_heads=GROUPS, head_dim=16, shortlist=32, probes=5, nearest_gates=True, gates_per_group=20
+    )
+    q, k, v = qkv(LENGTH, HEADS, GROUPS, 16, device=DEVICE, batch=1)
+    q[:, -20:] = 0
+    gates = Gates(GROUPS, 20, 16).to(DEVICE).fit(k)
+    gates.prototypes[:, 1::2] = gates.prototypes[:, ::2]
+    gates.alive[:, 3] = False
+    oracle, ours = (attend(q, k, v, cfg, name, gates) for name in ("reference", "triton"))
+    assert torch.equal(ours.reads, oracle.reads) and off_by(ours.out, oracle.out) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -273,7 +290,7 @@ def test_int8_stays_within_its_bound():
     gates = Gates(GROUPS, 6, 16).to(DEVICE).fit(k)
     exact, ours, slow = (attend(q, k, v, cfg, b, gates, int8=i).out for b, i in
                          (("reference", False), ("triton", True), ("torch", True)))  # fmt: skip
-    assert off_by(ours, slow) <= 1e-5
+    assert off_by(ours, slow) <= 1e-4  # two devices may round a rotated feature to neighbouring steps
     worst = (ours - exact).abs().max()
     assert 1e-4 < worst <= error_bound(q, k, v, 16**-0.5)
 
@@ -325,11 +342,3 @@ def test_without_a_gpu_it_is_refused(monkeypatch):
             dispatch.choose_backend("cpu", "triton", head_dim=512)
     finally:
         dispatch.probe_triton.cache_clear()
-
-
-@pytest.mark.parametrize("changes", [{"max_notes": 1}, {"probes": 6, "nearest_gates": True}])
-def test_notes_of_some_gates_and_filled_rings_are_refused(changes):
-    q, k, v = qkv(70)
-    with pytest.raises(ValueError, match="backend='triton'.*nearest_gates and max_notes need PyTorch tiles.*'torch'"):
-        attend(q, k, v, config(**changes), "triton")
-    assert attend(q, k, v, config(**changes), "auto").backend == "torch"

@@ -41,9 +41,9 @@ def layer(dtype=torch.bfloat16, d=64, heads=8, groups=2, tokens=16384, **changes
         attend_in_pieces(ProteusAttention(cfg).to(dtype), x, None, plan_budget(cfg, tokens))
 
 
-def training(dtype=torch.bfloat16, d=64, heads=8, groups=2, tokens=16384, keep=False) -> None:
+def training(dtype=torch.bfloat16, d=64, heads=8, groups=2, tokens=16384, keep=False, **changes) -> None:
     """The operator, forwards and back; keep: with a number of tokens that stay, and positions of their own."""
-    cfg = config(d, heads, groups)
+    cfg = config(d, heads, groups, **changes)
     q, k, v = (torch.zeros(1, tokens, n, d, dtype=dtype, requires_grad=True) for n in (heads, groups, groups))
     gates = Gates(groups, cfg.gates_per_group, d)
     length, positions = (torch.tensor([tokens]), torch.arange(tokens)[None]) if keep else (None, None)
@@ -71,12 +71,18 @@ LARGE = (
     "gates_kernel", "probe_kernel", "far_kernel", "near_kernel", "far_query_kernel", "far_key_kernel",
     "near_query_kernel", "near_key_kernel", "note_grad_kernel",
 )  # fmt: skip
+NEAREST = {"nearest_gates": True, "gates_per_group": 256, "probes": 16}  # a row reads the notes of some gates
+CHOSEN = (
+    "gates_kernel", "rank_kernel", "probe_kernel", "bucket_kernel", "far_kernel", "near_kernel", "near_query_kernel",
+    "note_grad_kernel",
+)  # fmt: skip
 CASES = [  # what runs, at which sizes, and which kernels of it are built (none named: all)
     (layer, {}, ()),
     (training, {}, ()),
     (layer, {"dtype": torch.float16, "groups": 8, "int8": True}, STORED),
     (layer, {**THREES, "head_top_p": 0.6}, ("probe_kernel", "route_kernel")),
     (training, {**THREES, "keep": True}, ()),
+    (training, NEAREST, CHOSEN),
     (layer, {"dtype": torch.float16, "d": 256, "int8": True}, ("far_kernel", "near_kernel")),
     *((training, {"d": d}, LARGE) for d in (128, 96, 80)),  # the last two are kernels of 128: compiled once
 ]

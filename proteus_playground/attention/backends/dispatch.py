@@ -32,17 +32,12 @@ SCORES_PER_STEP = 1 << 22  # scores held at a time while a dense log-sum-exp is 
 
 @torch.compiler.assume_constant_result
 def choose_backend(
-    device: torch.device | str,
-    wanted: str = "auto",
-    head_dim: int = 64,
-    dtype: torch.dtype = torch.float16,
-    needs_tiles: bool = False,
+    device: torch.device | str, wanted: str = "auto", head_dim: int = 64, dtype: torch.dtype = torch.float16
 ) -> tuple[str, str]:
     """The backend for a device, head dim and precision, and one sentence saying why.
 
-    needs_tiles: whether rows read what Triton's kernels cannot (`Budget.needs_tiles`). A backend asked for by name is
-    used or refused, never replaced by another. Raises `ValueError` for an unknown name, and for
-    'triton' where its kernels do not run or would be slow.
+    A backend asked for by name is used or refused, never replaced by another. Raises `ValueError` for an unknown name,
+    and for 'triton' where its kernels do not run or would be slow.
     """
     if wanted not in BACKENDS:
         raise ValueError(f"backend={wanted!r}: must be one of {', '.join(map(repr, BACKENDS))}")
@@ -50,9 +45,6 @@ def choose_backend(
         return wanted, "asked for by name"
     device = torch.device(device)
     fits, why = probe_triton(device, head_dim, dtype)
-    if fits and needs_tiles:
-        why = "the Triton kernels read even rings and the notes of all gates or of none"
-        fits, why = False, f"{why}, so nearest_gates and max_notes need PyTorch tiles"
     if wanted == "triton":
         if not fits:
             raise ValueError(f"backend='triton': {why}; must be 'auto', 'torch' or 'reference' here")

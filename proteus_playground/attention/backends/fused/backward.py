@@ -87,11 +87,11 @@ def far_query_kernel(
 
 @triton.jit
 def near_query_kernel(
-    q, k, v, do, lse, delta, notes, before, count_base, probes, far_dq, length, dq,
+    q, k, v, do, lse, delta, notes, before, count_base, probes, noted, far_dq, length, dq,
     T, G, r, d, C, window, block, anchors, ring, chunks, note_ticks, scale, natural,
     k_batch, k_token, v_batch, v_token,
-    KINDS: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, TT: tl.constexpr,
-    RC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr,
+    KINDS: tl.constexpr, SOME: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr, DTYPE: tl.constexpr,
+    CH: tl.constexpr, TT: tl.constexpr, RC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr,
     NTT: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rotated queries, far part included: dq (B, T, G r, d). `natural`: scale without log2 e."""
@@ -133,11 +133,12 @@ def near_query_kernel(
             held = (size > 0)[:, None] & (column < d)[None, :]
             note_at = note + e[:, None] * (2 * d) + column[None, :]
             keys, values = tl.load(note_at, mask=held, other=0.0), tl.load(note_at + d, mask=held, other=0.0)
-            seen = ok[:, None] & reads_note(e, size, probes, line, ok, C, N) & ((t // block)[:, None] == tick)
+            seen = reads_note(e0, e, size, probes, noted, line, ok, C, N, SOME)
+            seen = ok[:, None] & seen & ((t // block)[:, None] == tick)
             lift = tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
             p, ds = weights(x, y, keys, values, seen, lift, scale, log, dl)
             acc = tl.dot(ds.to(DTYPE), keys, acc, input_precision="ieee")
-    for i in tl.static_range(N):
+    for i in range(N):
         opened = tl.load(probes + line * N + i, mask=ok, other=-1) >= 0
         acc += tl.load(far_dq + (line * N + i)[:, None] * d + column[None, :],
                        mask=fits & opened[:, None], other=0.0).to(tl.float32)  # fmt: skip
@@ -146,16 +147,17 @@ def near_query_kernel(
 
 @triton.jit
 def note_grad_kernel(
-    q, do, lse, delta, notes, before, count_base, probes, grad,
+    q, do, lse, delta, notes, before, count_base, probes, noted, grad,
     T, G, r, d, C, block, ring, chunks, note_ticks, scale, natural,
-    KINDS: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, M: tl.constexpr, NB: tl.constexpr,
-    DP: tl.constexpr,
+    KINDS: tl.constexpr, SOME: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, M: tl.constexpr,
+    NB: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the sums behind the notes of one tick, `grad` laid out as `notes` (B G, ticks, kinds, C, 2 d)."""
     tick, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     column = tl.arange(0, DP)
-    e = tl.program_id(2) * NB + tl.arange(0, NB)
+    e0 = tl.program_id(2) * NB
+    e = e0 + tl.arange(0, NB)
     size = note_size(e, tick, count_base, before, bg, chunks, C, block, ring, T, KINDS, CH)
     held = (size > 0)[:, None] & (column < d)[None, :]
     at = ((bg * note_ticks + tick) * (KINDS * C) + e)[:, None] * (2 * d) + column[None, :]
@@ -171,7 +173,7 @@ def note_grad_kernel(
         x = tl.load(q + line[:, None] * d + column[None, :], mask=fits, other=0.0)
         y = tl.load(do + line[:, None] * d + column[None, :], mask=fits, other=0.0)
         log, dl = load_stats(lse, delta, line, ok)
-        seen = ok[:, None] & reads_note(e, size, probes, line, ok, C, N)
+        seen = ok[:, None] & reads_note(e0, e, size, probes, noted, line, ok, C, N, SOME)
         p, ds = weights(x, y, keys, values, seen, lift, scale, log, dl)
         dk = tl.dot(tl.trans(ds.to(DTYPE)), x, dk, input_precision="ieee")
         dv = tl.dot(tl.trans(p.to(DTYPE)), y, dv, input_precision="ieee")

@@ -100,12 +100,20 @@ def note_size(e, tick, count_base, before, bg, chunks, C, block, ring, end, KIND
 
 
 @triton.jit
-def reads_note(e, size, probes, line, ok, C, N: tl.constexpr):
-    """Which notes each row reads: REST of gates that it opened, ALL of every other gate."""
-    opened = (e < 0)[None, :] & ok[:, None]
-    for i in tl.static_range(N):
-        opened = opened | (tl.load(probes + line * N + i, mask=ok, other=-1)[:, None] == (e % C)[None, :])
-    return (size > 0)[None, :] & (opened == (e >= C)[None, :])
+def reads_note(e0, e, size, probes, noted, line, ok, C, N: tl.constexpr, SOME: tl.constexpr):
+    """Which of the notes e, which begin with e0, each row reads: REST of gates that it opened, ALL of every other gate.
+
+    SOME: ALL of the gates whose bit is set in `noted`, and no other.
+    """
+    if SOME:
+        word = tl.load(noted + line * tl.cdiv(C, 32) + e0 // 32, mask=ok, other=0)
+        reads = ((word[:, None] >> (e % 32)[None, :]) & 1) != 0
+    else:
+        opened = (e < 0)[None, :] & ok[:, None]
+        for i in tl.static_range(N):
+            opened = opened | (tl.load(probes + line * N + i, mask=ok, other=-1)[:, None] == (e % C)[None, :])
+        reads = opened == (e >= C)[None, :]
+    return (size > 0)[None, :] & reads
 
 
 @triton.jit
@@ -119,12 +127,12 @@ def near_rows(tile, hc, t0, rows, r, TT: tl.constexpr, RC: tl.constexpr, M: tl.c
 
 @triton.jit
 def near_kernel(
-    q, k, v, k_scale, v_scale, notes, before, count_base, probes, far_out, far_lse, weight, length, out, lse,
+    q, k, v, k_scale, v_scale, notes, before, count_base, probes, noted, far_out, far_lse, weight, length, out, lse,
     T, t0, rows, G, r, d, C, window, block, anchors, ring, chunks, note_ticks, scale,
     q_batch, q_token, k_batch, k_token, v_batch, v_token, out_batch,
-    KINDS: tl.constexpr, N: tl.constexpr, WEIGH: tl.constexpr, KEEP: tl.constexpr, INT8: tl.constexpr,
-    DTYPE: tl.constexpr, CH: tl.constexpr, TT: tl.constexpr, RC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    NB: tl.constexpr, NTT: tl.constexpr, DP: tl.constexpr,
+    KINDS: tl.constexpr, SOME: tl.constexpr, N: tl.constexpr, WEIGH: tl.constexpr, KEEP: tl.constexpr,
+    INT8: tl.constexpr, DTYPE: tl.constexpr, CH: tl.constexpr, TT: tl.constexpr, RC: tl.constexpr, M: tl.constexpr,
+    BN: tl.constexpr, NB: tl.constexpr, NTT: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Attention of the rows of TT tokens over window, anchors and notes, merged with the far results of their N probes.
 
@@ -173,10 +181,11 @@ def near_kernel(
                 held = (size > 0)[:, None] & (column < d)[None, :]
                 note_at = note + e[:, None] * (2 * d) + column[None, :]
                 keys, values = tl.load(note_at, mask=held, other=0.0), tl.load(note_at + d, mask=held, other=0.0)
-                seen = reads_note(e, size, probes, line, ok, C, N) & ((t // block)[:, None] == tick)
+                seen = reads_note(e0, e, size, probes, noted, line, ok, C, N, SOME)
+                seen = seen & ((t // block)[:, None] == tick)
                 lift = tl.log2(tl.maximum(size, 1).to(tl.float32))[None, :]
                 top, mass, acc = absorb(x, keys, values, seen, lift, scale, 1.0, top, mass, acc, DTYPE)
-        for i in tl.static_range(N):
+        for i in range(N):
             opened = tl.load(probes + line * N + i, mask=ok, other=-1) >= 0
             far = tl.load(far_lse + line * N + i, mask=opened, other=-float("inf")) * 1.4426950408889634
             part = tl.load(far_out + (line * N + i)[:, None] * d + column[None, :],

@@ -124,14 +124,15 @@ def order_kernel(gate, rank, count_base, first, order, T, C, window, chunks, CH:
 
 @triton.jit
 def probe_kernel(
-    q, q_out, prototypes, alive, position, inv_freq, awake, before, count_base, probes,
+    q, q_out, prototypes, alive, position, inv_freq, awake, before, count_base, probes, scores,
     T, t0, rows_end, G, r, d, C, n, block, chunks, q_batch, q_token, position_batch,
-    ROPE: tl.constexpr, AWAKE: tl.constexpr, PROBE: tl.constexpr, CH: tl.constexpr, HP: tl.constexpr,
-    CP: tl.constexpr, BT: tl.constexpr,
+    ROPE: tl.constexpr, AWAKE: tl.constexpr, PROBE: tl.constexpr, SCORE: tl.constexpr, CH: tl.constexpr,
+    HP: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Open the n gates with the largest q.p among those that hold a key, and write the queries rotated.
 
-    For rows t0 <= t < rows_end: q and q_out (B, rows, G r, d); probes (B, rows, G r, n), -1 for none.
+    For rows t0 <= t < rows_end: q and q_out (B, rows, G r, d); probes (B, rows, G r, n), -1 for none. SCORE: open none,
+    but write q.p to scores (B, rows, G r, C) float32, -inf for gates that hold no key.
     """
     at = tl.program_id(0) * BT + tl.arange(0, BT)
     t = t0 + at
@@ -162,7 +163,9 @@ def probe_kernel(
             if AWAKE:
                 is_awake = tl.load(awake + line, mask=rows, other=0) != 0
                 score = tl.where(is_awake[:, None], score, -float("inf"))
-            for i in range(n):
+            if SCORE:
+                tl.store(scores + line[:, None] * C + c[None, :], score, mask=here)
+            for i in range(0 if SCORE else n):
                 most, best = tl.max(score, 1, return_indices=True)
                 opened = most > -float("inf")
                 tl.store(probes + line * n + i, tl.where(opened, best, -1), mask=rows)

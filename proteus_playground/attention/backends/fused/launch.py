@@ -56,15 +56,16 @@ def read_rows(
             q, keys.k, keys.v, keys.k_scale, keys.v_scale, keys.order, keys.first, keys.before, keys.count_base,
             rows.bucket_count, rows.bucket_rows, far_out, far_lse,
             T, t0, size, G, d, C, plan.ring, plan.block, chunks, segments, scale * LOG2_E, *strides,
-            SEG=plan.segment, R=r, N=n, M=plan.tile_rows, BN=plan.tile_keys, **shared,
+            SEG=plan.segment, R=r, N=n, M=plan.tile_rows, BN=plan.ring_keys, **shared,
         )  # fmt: skip
     near_kernel[(triton.cdiv(size, plan.near_tokens), X, triton.cdiv(r, plan.near_heads))](
-        q, keys.k, keys.v, keys.k_scale, keys.v_scale, rows.notes, keys.before, keys.count_base, opened, far_out,
-        far_lse, weight, length, out, lse,
+        q, keys.k, keys.v, keys.k_scale, keys.v_scale, rows.notes, keys.before, keys.count_base, opened, rows.noted,
+        far_out, far_lse, weight, length, out, lse,
         T, t0, size, G, r, d, C, plan.window, plan.block, plan.anchors, plan.ring, chunks, rows.notes.shape[1],
         scale * LOG2_E, *strides, out.stride(0),
-        KINDS=plan.kinds, N=n, WEIGH=weight is not None, KEEP=length is not None, TT=plan.near_tokens,
-        RC=plan.near_heads, M=plan.tile_rows, BN=plan.tile_keys, NB=plan.tile_notes, NTT=plan.near_ticks, **shared,
+        KINDS=plan.kinds, SOME=plan.some_notes, N=n, WEIGH=weight is not None, KEEP=length is not None,
+        TT=plan.near_tokens, RC=plan.near_heads, M=plan.tile_rows, BN=plan.tile_keys, NB=plan.tile_notes,
+        NTT=plan.near_ticks, **shared,
     )  # fmt: skip
     return lse
 
@@ -81,7 +82,8 @@ def backward(
     shared = {"DTYPE": DTYPES[q.dtype], "M": 32 if wide else plan.tile_rows, "DP": plan.padded_dim,
               "num_warps": 8 if wide else 4, "num_stages": 1}  # fmt: skip
     step = 64 if plan.padded_dim <= 64 and not torch.version.hip else 32  # 64 spills on AMD
-    buckets = {"CH": plan.chunk, "SEG": plan.segment, "R": r, "N": n, "BN": step, **shared}
+    ring_step = min(step, plan.ring_keys)
+    buckets = {"CH": plan.chunk, "SEG": plan.segment, "R": r, "N": n, "BN": ring_step, **shared}
     keep = {"KEEP": lookup.length is not None}
     wait_for(rows.ready)
     delta = torch.empty_like(lse)
@@ -94,16 +96,16 @@ def backward(
             *stats, keys.order, keys.first, keys.before, keys.count_base, rows.bucket_count, rows.bucket_rows, far_dq,
             T, G, d, C, plan.ring, plan.block, chunks, segments, base2, *kv, **buckets,
         )  # fmt: skip
-        far_key_kernel[(triton.cdiv(T, step), X)](
+        far_key_kernel[(triton.cdiv(T, ring_step), X)](
             *stats, keys.gate, keys.rank, keys.order, keys.first, keys.before, keys.count_base, rows.bucket_count,
             rows.bucket_rows, far_kv, T, G, d, C, plan.window, plan.ring, plan.block, chunks, segments, base2, scale,
             *kv, **buckets,
         )  # fmt: skip
     dq = torch.empty_like(q)
     near_query_kernel[(triton.cdiv(T, plan.near_tokens), X, triton.cdiv(r, plan.near_heads))](
-        *stats, rows.notes, keys.before, keys.count_base, rows.probes, far_dq, lookup.length, dq,
+        *stats, rows.notes, keys.before, keys.count_base, rows.probes, rows.noted, far_dq, lookup.length, dq,
         T, G, r, d, C, plan.window, plan.block, plan.anchors, plan.ring, chunks, rows.notes.shape[1], base2, scale, *kv,
-        KINDS=plan.kinds, N=n, CH=plan.chunk, TT=plan.near_tokens, RC=plan.near_heads, BN=32,
+        KINDS=plan.kinds, SOME=plan.some_notes, N=n, CH=plan.chunk, TT=plan.near_tokens, RC=plan.near_heads, BN=32,
         NB=min(32, plan.tile_notes), NTT=plan.near_ticks, **keep, **{**shared, "M": plan.tile_rows},
     )  # fmt: skip
     del far_dq
@@ -131,9 +133,9 @@ def _spread_notes(stats, rows: Rows, keys: KeyIndex, plan: Plan, T, G, r, d, C, 
     if kinds:
         table, per, block = torch.empty_like(rows.notes), plan.chunk // plan.block, min(32, plan.tile_notes)
         note_grad_kernel[(ticks, X, triton.cdiv(kinds * C, block))](
-            q, grad, lse, delta, rows.notes, keys.before, keys.count_base, rows.probes, table,
+            q, grad, lse, delta, rows.notes, keys.before, keys.count_base, rows.probes, rows.noted, table,
             T, G, r, d, C, plan.block, plan.ring, chunks, ticks, base2, scale,
-            KINDS=kinds, N=plan.probes, CH=plan.chunk, NB=block, **shared,
+            KINDS=kinds, SOME=plan.some_notes, N=plan.probes, CH=plan.chunk, NB=block, **shared,
         )  # fmt: skip
         total = table.view(X, ticks // per, per, kinds, C, 2 * d).sum(2, dtype=torch.float32)
         later = torch.zeros_like(total)

@@ -32,10 +32,12 @@ def note_block(part, C, GB: tl.constexpr):
 
 @triton.jit
 def sum_keys(
-    total, gates, ring_too, x, scale, stride, gate, rank, first, order, u, end, T, window, ring, G, d,
+    total, gates, ring_too, values, k, v, k_scale, v_scale, k_token, v_token, gate, rank, first, order,
+    u, end, T, window, ring, G, d,
     INT8: tl.constexpr, DTYPE: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
-    """total (GB, DP) plus what is added to the notes of `gates` while keys at u < end leave the window.
+    """total (GB, DP) plus what is added to the notes of `gates` while keys at u < end leave the window: their keys, or
+    their `values`.
 
     The note ALL adds each key that leaves the window. The note REST adds the key that this one displaces from the ring,
     the key `ring` places earlier in the same gate.
@@ -47,7 +49,11 @@ def sum_keys(
         place = tl.load(rank + j, mask=real, other=0) - ring
         home = tl.where(place >= 0, home, -1)
         j = tl.load(order + tl.load(first + home, mask=home >= 0, other=0) + place, mask=home >= 0, other=0)
-    tile = load_rows(x, scale, j, stride, G, tl.arange(0, DP), home >= 0, d, INT8, DTYPE)
+    column = tl.arange(0, DP)
+    if values > 0:  # two loads and not one from a chosen address, on which the AMD compiler of Triton 3.6 fails
+        tile = load_rows(v, v_scale, j, v_token, G, column, home >= 0, d, INT8, DTYPE)
+    else:
+        tile = load_rows(k, k_scale, j, k_token, G, column, home >= 0, d, INT8, DTYPE)
     return tl.dot((gates[:, None] == home[None, :]).to(DTYPE), tile, total, input_precision="ieee")
 
 
@@ -65,14 +71,14 @@ def sums_kernel(
     b, g = bg // G, bg % G
     gates, values, ring_too = note_block(tl.program_id(2), C, GB)
     kinds = tl.num_programs(2) // (2 * tl.cdiv(C, GB))
-    x, scale, stride = k + b * k_batch + g * d, k_scale + b * T * G + g, k_token
-    if values > 0:
-        x, scale, stride = v + b * v_batch + g * d, v_scale + b * T * G + g, v_token
+    k, k_scale = k + b * k_batch + g * d, k_scale + b * T * G + g
+    v, v_scale = v + b * v_batch + g * d, v_scale + b * T * G + g
     total = tl.zeros((GB, DP), tl.float32)
     for at in range(0, CH, BS):
-        total = sum_keys(total, gates, ring_too, x, scale, stride, gate + bg * T, rank + bg * T, first + bg * C,
-                         order + bg * T, chunk * CH + at + tl.arange(0, BS), (chunk + 1) * CH, T, window, ring, G, d,
-                         INT8, DTYPE, DP)  # fmt: skip
+        total = sum_keys(total, gates, ring_too, values, k, v, k_scale, v_scale, k_token, v_token,
+                         gate + bg * T, rank + bg * T, first + bg * C, order + bg * T,
+                         chunk * CH + at + tl.arange(0, BS), (chunk + 1) * CH, T, window, ring, G, d, INT8, DTYPE,
+                         DP)  # fmt: skip
     line = ((bg * tl.num_programs(0) + chunk - chunk0) * kinds + ring_too) * C + gates
     column = tl.arange(0, DP)
     tl.store(sums + line[:, None] * (2 * d) + values * d + column[None, :], total,
@@ -90,9 +96,8 @@ def notes_kernel(
     b, g = bg // G, bg % G
     gates, values, ring_too = note_block(tl.program_id(2), C, GB)
     kinds = tl.num_programs(2) // (2 * tl.cdiv(C, GB))
-    x, scale, stride = k + b * k_batch + g * d, k_scale + b * T * G + g, k_token
-    if values > 0:
-        x, scale, stride = v + b * v_batch + g * d, v_scale + b * T * G + g, v_token
+    k, k_scale = k + b * k_batch + g * d, k_scale + b * T * G + g
+    v, v_scale = v + b * v_batch + g * d, v_scale + b * T * G + g
     column = values * d + tl.arange(0, DP)
     fits = (gates < C)[:, None] & (tl.arange(0, DP) < d)[None, :]
     line = ((bg * (tl.num_programs(0) + 1) + tl.program_id(0)) * kinds + ring_too) * C + gates
@@ -106,6 +111,7 @@ def notes_kernel(
         tl.store(notes + line[:, None] * (2 * d) + column[None, :], mean.to(DTYPE), mask=fits)
         begin = chunk * CH + tick * block
         for at in range(0, block, BS):
-            total = sum_keys(total, gates, ring_too, x, scale, stride, gate + bg * T, rank + bg * T,
-                             first + bg * C, order + bg * T, begin + at + tl.arange(0, BS), begin + block, T, window,
-                             ring, G, d, INT8, DTYPE, DP)  # fmt: skip
+            total = sum_keys(total, gates, ring_too, values, k, v, k_scale, v_scale, k_token, v_token,
+                             gate + bg * T, rank + bg * T, first + bg * C, order + bg * T,
+                             begin + at + tl.arange(0, BS), begin + block, T, window, ring, G, d, INT8, DTYPE,
+                             DP)  # fmt: skip

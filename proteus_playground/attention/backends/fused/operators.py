@@ -13,7 +13,7 @@ from ...budget import Budget
 from ...gates import Gates
 from ...shortlist import Shortlist
 from .launch import backward, read_rows, rotate_into
-from .plan import TILE_TOKENS, Plan, Sizes, make_plan, padded, sizes_of
+from .plan import Plan, Sizes, make_plan, padded, sizes_of, tile_tokens
 from .routing import route_kernel
 from .tables import GateLookup, KeyIndex, index_keys, index_rows, wait_for
 
@@ -61,8 +61,16 @@ def _shortlist(q: Tensor, k: Tensor, v: Tensor, lookup: GateLookup, awake: Tenso
         gate=keys.gate.view(B, G, T).transpose(1, 2).long(),
         retired=retired.view(B, G, -1, C).long(),
         probes=rows.probes.long(),
-        noted=None if plan.notes else rows.probes.new_empty(B, T, q.shape[2], 0, dtype=torch.int64),
+        noted=_noted(rows.noted, plan, C) if plan.some_notes or not plan.notes else None,
     )
+
+
+def _noted(bits: Tensor, plan: Plan, C: int) -> Tensor:
+    """Gates whose bits are set, `(B, T, H, e)` int64, in order of their index; -1 after the last."""
+    gate = torch.arange(C, device=bits.device)
+    chosen = bits[..., gate // 32] >> gate % 32 & 1 if plan.notes else bits.new_zeros(*bits.shape[:3], C)
+    first = torch.where(chosen > 0, gate, C).sort(dim=-1).values[..., : plan.notes]
+    return first.masked_fill(first == C, -1)
 
 
 def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor) -> Tensor:
@@ -78,11 +86,12 @@ def route(
     r = H // G
     awake = torch.empty(B, T, H, dtype=torch.int8, device=q.device)
     weight = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-    route_kernel[(triton.cdiv(T, TILE_TOKENS), B * G)](
+    tokens = tile_tokens(C)
+    route_kernel[(triton.cdiv(T, tokens), B * G)](
         q, logits, gates.prototypes, gates.alive, gates.confidence, gates.log_share, gates.head_of_gate, balance, awake,
         weight, T, G, r, d, C, budget.heads_awake_min, budget.heads_awake_max, float(budget.head_top_p),
         float(budget.flux_alpha), temperature, prior_max, *q.stride()[:2], *logits.stride()[:2],
-        HP=padded(d // 2), CP=padded(C), RP=padded(r), BT=TILE_TOKENS,
+        HP=padded(d // 2), CP=padded(C), RP=padded(r), BT=tokens,
     )  # fmt: skip
     return awake, weight
 
@@ -141,7 +150,7 @@ def _attend(q, keys: KeyIndex, lookup: GateLookup, awake, plan: Plan, scale: flo
     B, T, H, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, T, H, dtype=torch.float32, device=q.device)
-    step = max(plan.segment, TOKENS_PER_STEP // B // plan.segment * plan.segment)
+    step = plan.tokens_per_piece(TOKENS_PER_STEP // B)
     for t0 in range(0, T, step):
         cut = slice(t0, t0 + step)
         rows = index_rows(q[:, cut], keys, lookup, None if awake is None else awake[:, cut].contiguous(), t0, plan)

@@ -44,7 +44,7 @@ class Pieces:
 
     def tokens_per_piece(self, most: int) -> int:
         """The largest size of a piece up to `most` tokens; at least one segment."""
-        return max(self.plan.segment, most // self.plan.segment * self.plan.segment)
+        return self.plan.tokens_per_piece(most)
 
     def add_keys(self, k: Tensor, v: Tensor, t0: int) -> None:
         """Take in un-rotated keys and values `(B, n, G, d)` of tokens t0, t0 + 1, ..."""

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...budget import Budget
 
-TILE_TOKENS = 64  # tokens per tile of the kernels that build the index
+TILE_TOKENS = 64  # most tokens per tile of the kernels that build the index
 TILE_ROWS = 64  # rows per tile of the kernels that attend
 LOG2_E = 1.4426950408889634
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -29,7 +29,8 @@ class Sizes(NamedTuple):
     anchors: int
     probes: int
     ring: int
-    notes: int  # 0 or 1
+    ring_reads: int
+    notes: int
     heads_per_group: int
     head_dim: int
     gates_per_group: int
@@ -44,13 +45,18 @@ class Plan:
     anchors: int
     probes: int  # n, 0 where rings are empty
     ring: int
-    notes: bool
+    ring_reads: int
+    fills_rings: bool
+    notes: int
+    some_notes: bool  # whether a row reads the notes of some gates, and not of all
+    tile_tokens: int  # BT: tokens per tile of the kernels that match keys and queries with prototypes
     chunk: int  # CH: tokens per chunk of keys
     segment: int  # SEG: tokens per segment of rows
     near_tokens: int  # TT: tokens per tile of the near kernel
     near_heads: int  # RC: heads per tile of the near kernel
     tile_rows: int  # M: rows per tile
     tile_keys: int  # BN: keys per step of a tile
+    ring_keys: int  # BN of rings: keys per step
     tile_notes: int  # NB: notes per step of a tile
     tile_gates: int  # GB: gates per program when keys are summed
     tick_keys: int  # BS: keys per step when the keys of one tick are summed
@@ -60,10 +66,21 @@ class Plan:
 
     @property
     def kinds(self) -> int:
-        """Notes per gate: of all keys that have left the window, and, where rings are read, of those less the ring."""
+        """Notes per gate: of all keys that have left the window, and, where rows read the notes of gates that they have
+        opened, of those less the ring."""
         if not self.notes:
             return 0
-        return 2 if self.probes else 1
+        return 2 if self.probes and not self.some_notes else 1
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the gates of a row are chosen by their number of keys, or closed gates by their rank."""
+        return self.fills_rings or self.some_notes
+
+    def tokens_per_piece(self, most: int) -> int:
+        """Whole segments of up to `most` tokens, at least one; fewer where scores and rings take more memory."""
+        most = most // 4 if self.chooses else most
+        return max(self.segment, most // self.segment * self.segment)
 
     @property
     def near_ticks(self) -> int:
@@ -79,7 +96,8 @@ def sizes_of(budget: Budget, heads_per_group: int, head_dim: int, gates_per_grou
         anchors=budget.anchors,
         probes=budget.probes,
         ring=budget.ring,
-        notes=int(budget.notes > 0),
+        ring_reads=budget.ring_reads,
+        notes=budget.notes,
         heads_per_group=heads_per_group,
         head_dim=head_dim,
         gates_per_group=gates_per_group,
@@ -103,13 +121,18 @@ def make_plan(sizes: Sizes) -> Plan:
         anchors=sizes.anchors,
         probes=probes,
         ring=sizes.ring,
-        notes=bool(sizes.notes),
+        ring_reads=sizes.ring_reads,
+        fills_rings=sizes.probes * sizes.ring > sizes.ring_reads,
+        notes=sizes.notes,
+        some_notes=0 < sizes.notes < gates,
+        tile_tokens=tile_tokens(gates),
         chunk=min(segment, max(TILE_TOKENS, min(256, 16 * block))),
         segment=segment,
         near_tokens=tokens,
         near_heads=heads,
         tile_rows=TILE_ROWS,
         tile_keys=32 if d > 128 else 64,
+        ring_keys=max(16, min(32 if d > 128 else 64, _power(2 * sizes.ring))),
         tile_notes=max(16, min(32, _power(gates * (2 if probes else 1)))),
         tile_gates=max(16, min(32 if d > 128 else 64, _power(gates))),
         tick_keys=max(16, block),
@@ -117,6 +140,11 @@ def make_plan(sizes: Sizes) -> Plan:
         padded_gates=padded(gates),
         padded_dim=padded(d),
     )
+
+
+def tile_tokens(gates: int) -> int:
+    """Tokens per tile of a kernel that matches them with all prototypes: few enough for the registers."""
+    return max(16, min(TILE_TOKENS, (1 << 13) // padded(gates)))
 
 
 def _power(size: int) -> int:

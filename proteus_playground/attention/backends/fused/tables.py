@@ -14,9 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
+from .choose import bucket_bits_kernel, choose_kernel
 from .index import bucket_kernel, gates_kernel, order_kernel, probe_kernel, rank_kernel, scan_counts_kernel
 from .notes import notes_kernel, scan_sums_kernel, sums_kernel
-from .plan import DTYPES, TILE_TOKENS, Plan, compiler_options
+from .plan import DTYPES, Plan, compiler_options
 
 
 class Store(NamedTuple):
@@ -64,6 +65,7 @@ class Rows(NamedTuple):
 
     q: Tensor  # (B, rows, H, d) rotated
     probes: Tensor  # (B, rows, H, n) int32, -1 for none
+    noted: Tensor  # (B, rows, H, C / 32) int32, a bit for each gate whose note a row reads; empty where it reads all
     bucket_count: Tensor  # (X, segments, C) int32, (row, probe) pairs of a segment that open a gate
     bucket_rows: Tensor  # (X, segments, C, segment r) int32, their numbers; a row opens a gate at most once
     notes: Tensor  # (X, ticks, kinds, C, 2 d) mean of a gate's keys that have left the window; of those less the ring
@@ -89,12 +91,12 @@ def lure_keys(k: Tensor, v: Tensor, store: Store, lookup: GateLookup, plan: Plan
     k and v `(B, tokens, G, d)` un-rotated, feature stride 1. Where they are the store's own tensors nothing is copied.
     """
     (B, tokens, G, d), T, C = k.shape, store.gate.shape[1], lookup.prototypes.shape[1]
-    gates_kernel[(triton.cdiv(tokens, TILE_TOKENS), B * G)](
+    gates_kernel[(triton.cdiv(tokens, plan.tile_tokens), B * G)](
         k, v, lookup.prototypes, lookup.alive, lookup.positions, lookup.inv_freq, lookup.length, store.gate, store.k,
         store.v, store.k_scale, store.v_scale, T, t0, tokens, G, d, C, plan.anchors, *k.stride()[:2], *v.stride()[:2],
         lookup.position_stride, ROPE=lookup.inv_freq is not None, COPY=store.k is not k,
         INT8=store.k.dtype == torch.int8, KEEP=lookup.length is not None, HP=plan.padded_half, CP=plan.padded_gates,
-        BT=TILE_TOKENS,
+        BT=plan.tile_tokens,
     )  # fmt: skip
 
 
@@ -118,8 +120,9 @@ def count_keys(store: Store, C: int, plan: Plan) -> KeyIndex:
     before = torch.empty(X, chunks * (plan.chunk // plan.block), C, **ints)
     count, count_base = torch.empty(X, chunks, C, **ints), torch.empty(X, chunks + 1, C, **ints)
     rank_kernel[(chunks, X)](
-        store.gate, rank, before, count, T, C, plan.window, plan.block, CH=plan.chunk, BS=min(64, plan.chunk),
-        CP=plan.padded_gates, num_warps=2, num_stages=1,
+        store.gate, rank, before, count, T, C, plan.window, plan.block, CH=plan.chunk,
+        BS=min(plan.tile_tokens, plan.chunk), CP=plan.padded_gates, num_warps=2 if plan.padded_gates <= 64 else 4,
+        num_stages=1,
     )  # fmt: skip
     scan_counts_kernel[(X,)](count, count_base, first, chunks, C, CP=plan.padded_gates, ROWS=64)
     carry = torch.empty(X, plan.kinds * C * 2 * d, dtype=torch.float32, device=device)
@@ -155,26 +158,38 @@ def index_rows(
         return weigh() if weigh else None
 
     weight, ready = _on_side_stream(q.device, beside_the_probes)
-    tiles, segments = triton.cdiv(rows, TILE_TOKENS), triton.cdiv(rows, plan.segment)
+    tiles, segments = triton.cdiv(rows, plan.tile_tokens), triton.cdiv(rows, plan.segment)
     opened = torch.empty(B, rows, H, n, **ints)
+    words = triton.cdiv(C, 32) if plan.chooses else 0
+    bits, noted = (torch.empty(B, rows, H, words, **ints) for _ in range(2))
+    scores = torch.empty(B, rows, H, C if plan.chooses else 0, dtype=torch.float32, device=q.device)
     rope = lookup.inv_freq is not None
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device) if rope else q
-    if n or rope:
+    if n or rope or plan.chooses:
         probe_kernel[(tiles, X)](
             q, rotated, lookup.prototypes, lookup.alive, lookup.positions, lookup.inv_freq, awake, keys.before,
-            keys.count_base, opened, T, t0, t0 + rows, G, r, d, C, n, plan.block, chunks, *q.stride()[:2],
+            keys.count_base, opened, scores, T, t0, t0 + rows, G, r, d, C, n, plan.block, chunks, *q.stride()[:2],
             lookup.position_stride,
-            ROPE=rope, AWAKE=awake is not None, PROBE=n > 0, CH=plan.chunk, HP=plan.padded_half, CP=plan.padded_gates,
-            BT=TILE_TOKENS, **(compiler_options(plan) if r > 1 else {}),
+            ROPE=rope, AWAKE=awake is not None, PROBE=n > 0 or plan.chooses, SCORE=plan.chooses, CH=plan.chunk,
+            HP=plan.padded_half, CP=plan.padded_gates, BT=plan.tile_tokens,
+            **({"num_warps": 8} if plan.padded_gates > 64 else compiler_options(plan) if r > 1 else {}),
         )  # fmt: skip
+    if plan.chooses:
+        choose_kernel[(rows, X)](
+            scores, keys.before, keys.count_base, opened, bits, noted, T, t0, rows, G, r, C, n, plan.notes, plan.ring,
+            plan.ring_reads, plan.block, chunks, FILL=plan.fills_rings, CH=plan.chunk, RP=triton.next_power_of_2(r),
+            CP=plan.padded_gates, num_warps=1,
+        )  # fmt: skip
+    del scores
     bucket_count = torch.empty(X, segments, C, **ints)
     bucket_rows = torch.empty(X, segments, C, plan.segment * r if n else 0, **ints)
     if n:
-        bucket_kernel[(segments * triton.cdiv(C, 4), X)](
-            opened, bucket_count, bucket_rows, rows, G, C, segments, SEG=plan.segment, R=r, N=n, BT=1024,
-            num_warps=4 if r > 1 else 2,
+        sort = bucket_bits_kernel if plan.chooses else bucket_kernel
+        sort[(segments * triton.cdiv(C, 4), X)](
+            bits if plan.chooses else opened, bucket_count, bucket_rows, rows, G, C, segments, SEG=plan.segment, R=r,
+            N=n, BT=1024, num_warps=4 if r > 1 else 2,
         )  # fmt: skip
-    return Rows(rotated, opened, bucket_count, bucket_rows, notes, ready, weight)
+    return Rows(rotated, opened, noted, bucket_count, bucket_rows, notes, ready, weight)
 
 
 @cache

@@ -1,0 +1,162 @@
+"""Triton kernels that choose among many gates: those a row opens while their keys fit, and those whose notes it reads.
+
+One program compares all gates of a few rows; a set of gates is a bit each, in words of 32. Axes and names as in
+`index`.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import retired_at
+
+NOTHING = tl.constexpr(-0x7F800001)  # what `sortable` makes of -inf
+
+
+@triton.jit
+def sortable(score):
+    """Whole numbers in the order of float32 scores."""
+    return flip((score + 0.0).to(tl.int32, bitcast=True))  # -0.0 becomes 0.0
+
+
+@triton.jit
+def flip(bits):
+    """The bits of negative numbers turned round, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def between(low, high):
+    """A whole number above low and below high, in the middle of the scores that they stand for if there is one."""
+    score = (flip(low).to(tl.float32, bitcast=True) + flip(high).to(tl.float32, bitcast=True)) * 0.5
+    middle = sortable(score)
+    return tl.where((middle > low) & (middle < high), middle, (low >> 1) + (high >> 1) + (low & high & 1))
+
+
+@triton.jit
+def best_while_they_fit(key, cost, most):
+    """The largest keys of each row of key (M, CP) whose costs add up to `most` or less; of equal keys the first.
+
+    A cost is 65,536 for a gate, plus what it takes up; `most` likewise, and both parts must fit. Keys that are NOTHING
+    are never taken. Returns a mask.
+    """
+    high = tl.max(key, 1)  # keys above it fit
+    low = tl.min(tl.where(key > NOTHING, key, 0x7FFFFFFF), 1) - 1  # keys above it do not, unless all fit
+    taken = tl.zeros_like(high)  # what the keys above `high` cost
+    cost = tl.where(key > NOTHING, cost, 0)
+    beyond = tl.sum(cost, 1)  # what the keys above `low` cost
+    whole = fit(beyond, most)
+    high = tl.where(whole, NOTHING, high)
+    low = tl.where(whole, NOTHING, low)
+    taken = tl.where(whole, beyond, taken)
+    while tl.max(((high > low + 1) & ((beyond >> 16) > (taken >> 16) + 1)).to(tl.int32), 0) > 0:
+        middle = between(low, high)
+        here = tl.sum(tl.where(key > middle[:, None], cost, 0), 1)
+        fits = fit(here, most)
+        high, taken = tl.where(fits, middle, high), tl.where(fits, here, taken)
+        low, beyond = tl.where(fits, low, middle), tl.where(fits, beyond, here)
+    chosen = key > high[:, None]
+    if tl.max((~whole & ((beyond >> 16) > (taken >> 16) + 1)).to(tl.int32), 0) > 0:  # several keys are equal to `high`
+        equal = (key == high[:, None]) & ~whole[:, None]
+        chosen = chosen | (equal & fit(taken[:, None] + tl.cumsum(tl.where(equal, cost, 0), 1), most))
+    return chosen
+
+
+@triton.jit
+def fit(cost, most):
+    """Whether both parts of a cost are within `most`."""
+    return ((cost >> 16) <= (most >> 16)) & ((cost & 0xFFFF) <= (most & 0xFFFF))
+
+
+@triton.jit
+def store_bits(at, chosen, line, words, rows, M: tl.constexpr, CP: tl.constexpr):
+    """Write the mask chosen (M, CP) as words of 32 bits, `words` to a row."""
+    WORD: tl.constexpr = min(CP, 32)
+    word = tl.arange(0, CP // WORD)
+    bits = chosen.to(tl.int32).reshape(M, CP // WORD, WORD) << tl.arange(0, WORD)[None, None, :]
+    tl.store(at + line[:, None] * words + word[None, :], tl.sum(bits, 2), mask=rows[:, None] & (word < words)[None, :])
+
+
+@triton.jit
+def choose_kernel(
+    scores, before, count_base, probes, opened, noted,
+    T, t0, rows, G, r, C, n, e, ring, ring_reads, block, chunks,
+    FILL: tl.constexpr, CH: tl.constexpr, RP: tl.constexpr, CP: tl.constexpr,
+):  # fmt: skip
+    """The gates that the heads of one token and group open and, of the others, the e best, whose notes they read.
+
+    scores (B, rows, G r, C) float32, -inf for gates that cannot be opened; probes (B, rows, G r, n), -1 for none;
+    opened and noted (B, rows, G r, words) int32. With FILL a row opens gates only as long as their rings hold
+    ring_reads keys or fewer.
+    """
+    at, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, g = bg // G, bg % G
+    h, c = tl.arange(0, RP), tl.arange(0, CP)
+    line, heads = (b * rows + at) * (G * r) + g * r + h, h < r
+    here = heads[:, None] & (c < C)[None, :]
+    key = sortable(tl.load(scores + line[:, None] * C + c[None, :], mask=here, other=-float("inf")))
+    cost, most = tl.full((RP, CP), 1 << 16, tl.int32), n << 16
+    if FILL:
+        tick = (t0 + at) // block
+        held = retired_at(tick, count_base, before, bg, c, chunks, C, block, c < C, CH)
+        cost += tl.minimum(held, ring)[None, :]
+        most += ring_reads
+    chosen = best_while_they_fit(key, cost, most)
+    place = tl.cumsum(chosen.to(tl.int32), 1)
+    tl.store(probes + line[:, None] * n + place - 1, tl.broadcast_to(c[None, :], (RP, CP)), mask=chosen)
+    slot = tl.arange(0, CP)  # n is C or less
+    some = tl.max(place, 1)
+    tl.store(probes + line[:, None] * n + slot[None, :], -1,
+             mask=heads[:, None] & (slot[None, :] >= some[:, None]) & (slot < n)[None, :])  # fmt: skip
+    words = tl.cdiv(C, 32)
+    store_bits(opened, chosen, line, words, heads, RP, CP)
+    key = tl.where(chosen, NOTHING, key)
+    read = best_while_they_fit(key, tl.full((RP, CP), 1 << 16, tl.int32), e << 16)
+    store_bits(noted, read, line, words, heads, RP, CP)
+
+
+@triton.jit
+def count_bits(x):
+    """How many of the 32 bits of x are set."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + ((x >> 4) & 0x0F0F0F0F)) & 0x0F0F0F0F
+    return (x + (x >> 8) + (x >> 16) + (x >> 24)) & 0xFF
+
+
+@triton.jit
+def bucket_bits_kernel(
+    opened, bucket_count, bucket_rows, rows, G, C, segments,
+    SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """As `index.bucket_kernel`, from the bits `opened`: a row's probes come in the order of their gates."""
+    quads, words = tl.cdiv(C, 4), tl.cdiv(C, 32)
+    segment, quad = tl.program_id(0) // quads, tl.program_id(0) % quads
+    bg = tl.program_id(1).to(tl.int64)
+    b, g = bg // G, bg % G
+    bucket = (bg * segments + segment) * C + quad * 4
+    opened += ((b * rows + segment * SEG) * G + g) * (R * words)
+    shift = quad % 8 * 4
+    count = tl.zeros((1,), tl.int64)
+    for at in range(0, SEG * R, BT):
+        name = at + tl.arange(0, BT)
+        token = name // R
+        here = (name < SEG * R) & (segment * SEG + token < rows)
+        row = opened + token * (G * R * words) + name % R * words
+        word = tl.load(row + quad // 8, mask=here, other=0)
+        four = (word >> shift) & 15
+        if tl.max(four, 0) > 0:
+            slot = count_bits(word & ((1 << shift) - 1))
+            for w in range(quad // 8):
+                slot += count_bits(tl.load(row + w, mask=here, other=0))
+            wide = four.to(tl.int64)
+            one = (wide & 1) | ((wide & 2) << 15) | ((wide & 4) << 30) | ((wide & 8) << 45)
+            place = count + tl.cumsum(one, 0)
+            for i in tl.static_range(4):
+                hit = ((four >> i) & 1) != 0
+                tl.store(bucket_rows + (bucket + i) * (SEG * R) + ((place >> (16 * i)) & 0xFFFF) - 1, name * N + slot,
+                         mask=hit)  # fmt: skip
+                slot += hit.to(tl.int32)
+            count += tl.sum(one, 0)
+    four = tl.arange(0, 4)
+    tl.store(bucket_count + bucket + four, ((count >> (four * 16).to(tl.int64)) & 0xFFFF).to(tl.int32),
+             mask=quad * 4 + four < C)  # fmt: skip
