@@ -113,7 +113,7 @@ def playground(
     """A workbench to `display(...)`.
 
     text: "a shelf" (number `shelf`), "humble token", "python topics" or the path of a UTF-8 file; model: "shelf-mini",
-    "random" or a language model (a known name such as "smollm2", a hub id, the path of a folder or of a GGUF file);
+    "random" or a language model (a known name, a hub id, the path of a folder or of a GGUF file);
     length: tokens to read, 64 to 4,096; question: asked of shelf-mini behind the text; state: a short string such as
     "alpha=0.35&L=64&layer=12", JSON or a dict, as the workbench's own share box gives it;
     settings: any other field of the state by name, such as `flux_alpha=0.5` or `layer=3`. An argument
