@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..common.runs import flat
+from ..experiments.quality.baseline import baseline
 from ..hf.healing.history import summary
 from ..hf.healing.plan import Plan, plan_of
 from ..hf.healing.run import read_log
 from ..hf.healing.session import Session
+from ..hf.source import ModelSource
 
 Say = Callable[[str], object]
 Prompt = Callable[[str], str]
@@ -29,7 +31,7 @@ def ask(session: Session, say: Say, prompt: Prompt, only: str = "") -> bool:
             "metrics so far": show_metrics,
             "another corpus": change_corpus,
             f"settings of stage {following.name}": change_settings,
-            "exam on held-out text": examine,
+            "exam: held-out text and questions": examine,
             "stop": None,
         }
         if following.optional:
@@ -99,6 +101,12 @@ def examine(session: Session, say: Say, prompt: Prompt) -> None:
     say(f"Held-out text, nats per token: base {measured.base:.4f}, own dense pass {measured.dense:.4f}")
     for share, gap in measured.gaps.items():
         say(f"  gap {gap:.4f} with 1/{share} of the keys ({measured.reads[share]:.0f} reads per query)")
+    student = session.training.student
+    source = ModelSource(student.model, session.tokenizer, session.folder.path.name)
+    source.own_gates = {(at, layer.gates.gates_per_group): layer.gates for at, layer in student.layers.items()}
+    source.config = next(iter(student.layers.values())).config
+    for line in baseline(source)["sentences"]:  # the questions that the folder's baseline.json holds the marks of
+        say(f"  {line}")
 
 
 def skip(session: Session, say: Say, prompt: Prompt) -> None:

@@ -40,17 +40,17 @@ def gap_of(step: Step) -> float | None:
 
 def summary(steps: Sequence[Step]) -> str:
     """What each stage did, as Markdown."""
-    parts = ["# Healing\n"]
+    parts, read, seconds = ["# Healing\n"], 0, 0.0
     for name, group in groupby(steps, lambda step: step.stage):
         its = list(group)
-        first, last, tokens = its[0], its[-1], its[-1].read - its[0].read
-        seconds = last.seconds - (first.seconds if len(its) > 1 else 0)
+        tokens, took = its[-1].read - read, its[-1].seconds - seconds
+        read, seconds = its[-1].read, its[-1].seconds
         head = max(1, len(its) // 10)
         rows = [
             [label, *(f"{sum(getattr(s, field) for s in some) / len(some):.4f}" for some in (its[:head], its[-head:]))]
             for label, field in (("loss", "loss"), ("KL", "kl"), ("match", "match"), ("cross-entropy", "cross_entropy"))
         ]
-        parts.append(f"## Stage {name}\n\n{len(its):,} steps, {tokens:,} tokens, {spoken(seconds / 60)}.\n")
+        parts.append(f"## Stage {name}\n\n{len(its):,} steps, {tokens:,} tokens, {spoken(took / 60)}.\n")
         parts.append(markdown(["mean of", "first tenth of the steps", "last tenth"], rows) + "\n")
         measured = [step for step in its if step.held_out]
         if measured:
