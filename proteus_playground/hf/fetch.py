@@ -81,7 +81,7 @@ def from_hub(known: Known, into: Path, progress: bool, say: Say) -> Fetched:
         files = [file for file in info.siblings if file.rfilename in WELCOME or SHARD.fullmatch(file.rfilename)]
         names = {file.rfilename for file in files}
         if missing := NEEDED - names - ({WEIGHTS} if INDEX in names else set()):
-            raise HubAway(f"{known.hub_id} has no {', '.join(sorted(missing))}")
+            raise HubAway(f"{known.hub_id} has no {', '.join(sorted(missing))}{_instead(info.siblings)}")
     except HubAway:
         raise
     except Exception as err:  # the hub's clients raise their own families, which change between versions
@@ -114,6 +114,14 @@ def from_hub(known: Known, into: Path, progress: bool, say: Say) -> Fetched:
         raise PullError(f"the hub publishes no sha256 for the weights of {known.hub_id}")
     one = parts[WEIGHTS] if set(parts) == {WEIGHTS} else hashlib.sha256(str(sorted(parts.items())).encode()).hexdigest()
     return Fetched(f"{known.hub_id} (hub), revision {info.sha}", one, licence)
+
+
+def _instead(siblings) -> str:
+    """What to do with a repository that has its weights in another format."""
+    ends = {Path(file.rfilename).suffix for file in siblings}
+    if ".gguf" in ends:
+        return "; it has GGUF files: download one, and pull that by its path"
+    return "; open it once with transformers, save it, and give that folder's path" if ".bin" in ends else ""
 
 
 def _reason(err: Exception, known: Known) -> str:

@@ -14,11 +14,14 @@ from .own.stanza import is_own
 def load(name: str, device: str = "cpu", dtype=None):
     """The model called `name`, in evaluation mode and without gradients, and its tokenizer; errors as of `models.load`.
 
-    Of a converted folder, the base with what healing changed.
+    Of a converted folder, the base with what healing changed; of an exported model, its dense pass.
     """
     place = models.find(name)
     if not _converted(place):
-        return models.load(name, device, dtype)
+        model, tokenizer = models.load(name, device, dtype)
+        if hasattr(model, "slider"):
+            model.flux_alpha = 0.0
+        return model, tokenizer
     from .own.folder import open_folder
 
     slider = open_folder(place.home, device, dtype)
@@ -26,28 +29,21 @@ def load(name: str, device: str = "cpu", dtype=None):
 
 
 def load_source(name: str, device: str = "cpu", dtype=None):
-    """The model called `name` as a `ModelSource`. Of a converted folder, its gates are the source's own."""
+    """The model called `name` as a `ModelSource`. The gates of a converted or exported one are the source's own."""
     from .source import ModelSource
 
     place = models.find(name)
-    if not _converted(place):
-        model, tokenizer = models.load(name, device, dtype)
-        return (
-            ModelSource(model, tokenizer, title(name))
-            if not hasattr(model, "slider")
-            else _exported(model, tokenizer, title(name))
-        )
-    from .own.folder import open_folder
+    if _converted(place):
+        from .own.folder import open_folder
 
-    return open_folder(place.home, device, dtype).source()
-
-
-def _exported(model, tokenizer, name: str):
-    """The source of an exported model, with its own gates."""
+        return open_folder(place.home, device, dtype).source()
+    model, tokenizer = models.load(name, device, dtype)
+    if not hasattr(model, "slider"):
+        return ModelSource(model, tokenizer, title(name))
     from .own.folder import SliderModel
 
     slider = model.slider()
-    return SliderModel(model, tokenizer, slider.stanza, slider.gates, name).source()
+    return SliderModel(model, tokenizer, slider.stanza, slider.gates, title(name)).source()
 
 
 def title(name: str) -> str:

@@ -66,12 +66,15 @@ def test_an_exported_model_is_the_healed_one_bit_for_bit(kind, tmp_path, capfd):
     plain = model.generate(IDS, max_new_tokens=3, do_sample=False, flux_alpha=0)
     assert torch.equal(plain, slider.model.generate(IDS, max_new_tokens=3, do_sample=False))
 
+    with pytest.raises(ValueError, match="flux_alpha=2"):
+        model(IDS, flux_alpha=2)
     half = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.proteus["0"].prototypes.dtype == torch.float32
     model.flux_alpha = 0.5
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     assert again.flux_alpha == 0.5 and torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(opening.load(str(merged))[0]), dense)
     source = opening.load_source(str(merged))
     assert source.nll(IDS[0], 50, {}) == slider.source().nll(IDS[0], 50, {})  # the dense pass of both
     assert {at for at, _ in source.own_gates} == set(slider.gates)

@@ -67,6 +67,12 @@ def test_a_repository_that_does_not_open_says_why(place, monkeypatch, how, name,
     assert models.list_models() == []
 
 
+def test_a_repository_of_another_format_says_what_to_do(place, monkeypatch):
+    (place / "hub" / "model.safetensors").rename(place / "hub" / "tiny.Q4_1.gguf")
+    with pytest.raises(models.Unreachable, match="has no model.safetensors; it has GGUF files: download one"):
+        pulled(place, monkeypatch)
+
+
 def test_a_full_disk_and_a_model_larger_than_memory_are_noticed_before(place, monkeypatch):
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:

@@ -70,10 +70,9 @@ def _subclass(base: type) -> type:
         from ..patch import CACHE_NAMES, is_patched
 
         kept = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        slider = self.slider(flux_alpha)
-        if slider.alpha == 0 or hasattr(kept, "run_pass") or is_patched(self):
+        if hasattr(kept, "run_pass") or self._dense(flux_alpha) or is_patched(self):
             return base.forward(self, *args, **kwargs)
-        with slider.patched():
+        with self.slider(flux_alpha).patched():
             return base.forward(self, *args, **kwargs)
 
     given = inspect.signature(base.forward)
@@ -100,11 +99,19 @@ class _Slider:
     @property
     def flux_alpha(self) -> float | None:
         """Flux alpha of calls that name none; None follows the length."""
-        return self.slider().alpha
+        stanza = self.config.proteus_attention
+        return None if stanza.get("schedule") else stanza["settings"]["flux_alpha"]
 
     @flux_alpha.setter
     def flux_alpha(self, alpha: float | None) -> None:
         self.config.proteus_attention = self.slider(alpha).stanza.to_dict()
+
+    def _dense(self, flux_alpha) -> bool:
+        """Whether a call at this flux alpha runs the base's own attention in all layers."""
+        if flux_alpha is not CONFIGURED:
+            return flux_alpha == 0
+        overrides = self.config.proteus_attention.get("overrides", {}).values()
+        return self.flux_alpha == 0 and not any("flux_alpha" in its for its in overrides)
 
     def slider(self, flux_alpha=CONFIGURED):
         """The model as a `SliderModel`, at the config's flux alpha or at this one."""
@@ -119,10 +126,10 @@ class _Slider:
         """transformers' `generate`; above flux alpha 0 with a `ProteusCache`, unless another cache is given."""
         from ..patch import CACHE_NAMES, handed
 
-        slider = self.slider(flux_alpha)
-        if slider.alpha != 0 and not any(kwargs.get(name) is not None for name in CACHE_NAMES):
-            kwargs |= handed(self, slider.cache())
-        return super().generate(*args, flux_alpha=slider.alpha, **kwargs)
+        if not self._dense(flux_alpha) and not any(kwargs.get(name) is not None for name in CACHE_NAMES):
+            kwargs |= handed(self, self.slider(flux_alpha).cache())
+        alpha = self.flux_alpha if flux_alpha is CONFIGURED else flux_alpha
+        return super().generate(*args, flux_alpha=alpha, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As transformers' own, so that the folder opens again with the slider."""
