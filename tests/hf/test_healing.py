@@ -16,7 +16,7 @@ import heal_tiny as tiny  # noqa: E402 -- after the skips
 from tiny_llama import WORDS, build, family  # noqa: E402
 
 from proteus_playground.hf.healing import corpus as corpora  # noqa: E402
-from proteus_playground.hf.healing.adapters import read_adapter, switched_off, write_adapter  # noqa: E402
+from proteus_playground.hf.healing.adapters import apply_adapter, read_adapter, switched_off, write_adapter  # noqa: E402
 from proteus_playground.hf.healing.budgets import Drawn, ceiling, draw  # noqa: E402
 from proteus_playground.hf.healing.plan import Budgets, Data, Losses, Plan, Rates, Stage, plan_of, sized  # noqa: E402
 from proteus_playground.hf.healing.presets import PRESETS, preset  # noqa: E402
@@ -292,6 +292,11 @@ def test_an_adapter_s_file_is_small_and_gives_the_model_back(tmp_path):
         with torch.no_grad(), patched(each.model, each.layers):
             outs.append(each.model(input_ids=ids, use_cache=False).logits)
     assert torch.equal(*outs)
+    write_adapter(path, training.student.model, training.student.layers, {"plan": training.plan.to_dict()})
+    third = tiny.training(replace(tiny.PLAN, adapter=None))
+    merged = apply_adapter(path, third.student.model, third.student.layers)
+    with torch.no_grad(), patched(merged, third.student.layers):
+        assert_close(merged(input_ids=ids, use_cache=False).logits, outs[0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_plateau_ends_a_length_and_then_the_stage():

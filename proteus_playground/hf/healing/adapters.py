@@ -16,7 +16,7 @@ from torch import nn
 from ...attention import Gates
 from ...attention.adapter import ProteusLayer
 from ...common.tensors import read_tensors, write_tensors
-from .plan import ATTENTION, Adapter
+from .plan import ATTENTION, Adapter, plan_of
 
 GATES = ("prototypes", "confidence", "usage", "salience_quantiles")  # the other buffers of `Gates` are as when made
 WRITER = "proteus heal"
@@ -92,6 +92,18 @@ def read_adapter(path: str | Path, model: nn.Module, layers: Mapping[int, Proteu
     for layer, its in layers.items():
         load_gates(its.gates, {name: tensors[f"gates.{layer}.{name}"] for name in GATES})
     return about
+
+
+def apply_adapter(path: str | Path, model: nn.Module, layers: Mapping[int, ProteusLayer]) -> nn.Module:
+    """The plain model with a file's adapters added to its weights; the layers' gates are set as well.
+
+    path: a file of `write_adapter` whose `about` holds the plan. Raises as `read_adapter`.
+    """
+    about = read_tensors(path, WRITER)[1]
+    adapter = plan_of({"adapter": about["plan"]["adapter"]}).adapter
+    wrapped = add_adapters(model, adapter, 0)
+    read_adapter(path, wrapped, layers)
+    return wrapped.merge_and_unload().eval().requires_grad_(False)
 
 
 def load_gates(gates: Gates, tensors: Mapping[str, torch.Tensor]) -> None:
