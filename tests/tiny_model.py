@@ -67,10 +67,11 @@ def write_wheel(folder: Path, gguf: bytes = GGUF, name: str = KNOWN.gguf) -> Non
 
 
 @contextmanager
-def fake_hub(folder: Path, broken: str | None = None, silent: float = 0.0):
+def fake_hub(folder: Path, broken: str | None = None, silent: float = 0.0, gated: bool = False):
     """A hub on localhost that serves `folder` as someone/tiny; its address.
 
-    `broken` names a file whose content arrives changed; `silent` seconds pass before each answer.
+    `broken` names a file whose content arrives changed; `silent` seconds pass before each answer; `gated`: files are
+    refused until somebody accepts their terms.
     """
 
     class Hub(BaseHTTPRequestHandler):
@@ -88,11 +89,19 @@ def fake_hub(folder: Path, broken: str | None = None, silent: float = 0.0):
                 return self.answer(json.dumps(_tree(folder)).encode(), "application/json", body)
             file = folder / path.rsplit("/", 1)[-1]
             if not path.startswith(f"/someone/tiny/resolve/{REVISION}/") or not file.is_file():
-                return self.send_error(404)
+                return self.refuse(404, "RepoNotFound")
+            if gated:
+                return self.refuse(403, "GatedRepo")
             content = file.read_bytes()
             if file.name == broken:
                 content = content[:-1] + bytes([content[-1] ^ 1])
             self.answer(content, "application/octet-stream", body)
+
+        def refuse(self, code: int, why: str) -> None:
+            self.send_response(code)
+            self.send_header("X-Error-Code", why)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def answer(self, content: bytes, kind: str, body: bool) -> None:
             self.send_response(200)
@@ -129,7 +138,8 @@ def _listing(folder: Path) -> dict:
             sha256 = hashlib.sha256(content).hexdigest()
             entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
         siblings.append(entry)
-    return {"id": "someone/tiny", "modelId": "someone/tiny", "sha": REVISION, "siblings": siblings}
+    facts = {"cardData": {"license": "mit"}, "safetensors": {"parameters": {"F32": 4176}, "total": 4176}}
+    return {"id": "someone/tiny", "modelId": "someone/tiny", "sha": REVISION, "siblings": siblings} | facts
 
 
 def _tree(folder: Path) -> list[dict]:

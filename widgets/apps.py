@@ -21,7 +21,8 @@ from proteus_playground.experiments.needles import haystacks, subjects
 from proteus_playground.common.checks import whole_number
 from proteus_playground.common.progress import Progress, Stop
 from proteus_playground.common.texts import load_text, pasted
-from proteus_playground.hf.models import KNOWN, is_pulled
+from proteus_playground.hf.models import DEFAULT, find, is_pulled
+from proteus_playground.hf.opening import title
 from proteus_playground.lm import shipped
 from proteus_playground.lm.shelf import shelf
 from proteus_playground.playground.bank_reading import BankReader, open_reading
@@ -90,12 +91,12 @@ def _why_not(model: str) -> str:
             return "The weights of shelf-mini are not in this install: get proteus-playground again, or train them."
         return ""
     if find_spec("transformers") is None:
-        return f"{KNOWN[model].label} needs the hf extra: pip install 'proteus-playground[hf]'."
+        return f"{find(model).label} needs the hf extra: pip install 'proteus-playground[hf]'."
     if is_pulled(model):
         return ""
-    known = KNOWN[model]
+    place = find(model)
     return (
-        f"{known.label} is not on this machine: run “proteus models pull {model}” ({known.megabytes} MB), "
+        f"{place.label} is not on this machine: run “proteus models pull {model}”{place.download}, "
         "or press Pull under More controls."
     )
 
@@ -112,8 +113,9 @@ def playground(
     """A workbench to `display(...)`.
 
     text: "a shelf" (number `shelf`), "humble token", "python topics" or the path of a UTF-8 file; model: "shelf-mini",
-    "smollm2" or "random"; length: tokens to read, 64 to 4,096; question: asked of shelf-mini behind the text; state: a
-    short string such as "alpha=0.35&L=64&layer=12", JSON or a dict, as the workbench's own share box gives it;
+    "random" or a language model (a known name, a hub id, the path of a folder or of a GGUF file);
+    length: tokens to read, 64 to 4,096; question: asked of shelf-mini behind the text; state: a short string such as
+    "alpha=0.35&L=64&layer=12", JSON or a dict, as the workbench's own share box gives it;
     settings: any other field of the state by name, such as `flux_alpha=0.5` or `layer=3`. An argument
     takes precedence over `state`. probe: a ready `LayerProbe` to show instead. A model that is not pulled is replaced
     by a random layer, and the panel says so. ValueError or TypeError names an argument that is not allowed.
@@ -141,7 +143,7 @@ def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:
 
 def make_subject(model: str, folder: str):
     """The model, ready to score in context and to answer; the keys that it computes are kept in `folder`."""
-    return subjects.load(model, cache=Path(folder) / f"{model}.keys")
+    return subjects.load(model, cache=Path(folder) / f"{title(model)}.keys".replace("/", "--"))
 
 
 def stream_panel(
@@ -157,9 +159,10 @@ def stream_panel(
 
     text: "pydoc", "jargon" or "bible" where they are installed, "auto", or the path of a UTF-8 file; prompt: the
     question; needle: a sentence to plant, "" for none; settings: `page` to plant it on, `tokens` of the document,
-    `model` ("smollm2" or "random"), `chunk_tokens`, `per_chunk_budget`, `buffer_tokens`, `neighbours`. source, subject:
-    a ready document, and a ready model that scores it in context and answers. A model that is not pulled is replaced
-    by random word vectors, and the panel says so. ValueError or TypeError names an argument that is not allowed.
+    `model` (a language model or "random"), `chunk_tokens`, `per_chunk_budget`, `buffer_tokens`, `neighbours`. source,
+    subject: a ready document, and a ready model that scores it in context and answers. A model that is not pulled is
+    replaced by random word vectors, and the panel says so. ValueError or TypeError names an argument that is not
+    allowed.
     """
     state = StreamState()
     named = {"text": text, "prompt": prompt, "needle": needle}
@@ -170,7 +173,7 @@ def stream_panel(
 
 def bank_panel(
     text: str = "humble token",
-    model: str = "smollm2",
+    model: str = DEFAULT,
     *,
     tokens: int = 1024,
     start: int = 256,
@@ -180,7 +183,7 @@ def bank_panel(
 ) -> BankPanel:
     """The KV bank panel, to `display(...)`.
 
-    text: a name or path for `load_text`; model: "smollm2" or "random"; tokens: read from the text
+    text: a name or path for `load_text`; model: a language model or "random"; tokens: read from the text
     before the model goes on writing, the first `start` of them at once; layer, group: whose bank is shown first;
     reading: a ready `BankReader` instead. A model that is not pulled is replaced by a random layer.
     """

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ...common.machine import environment
 from ...common.options import Device, Folder, Lengths, choose_some, parse_lengths, pick_device
 from ...common.progress import resumable
+from ...hf.models import DEFAULT
 from .pairs import load_pairs
 from .report import PAGE, sentences, write_report
 from .subjects import load
@@ -43,7 +44,7 @@ def verify_command(
     seeds: Annotated[int, typer.Option(help="Number of seeds; each plants other facts in other places.")] = 3,
     answers: Annotated[int, typer.Option(help="Cases of each kind that the model also answers.")] = 0,
     read: Annotated[int, typer.Option(help="Best tokens of a buffer that the model reads to answer.")] = 1024,
-    model: Annotated[str, typer.Option(help="A pulled model, or layer: random weights, for chance level.")] = "smollm2",
+    model: Annotated[str, typer.Option(help="A model, or layer: random weights, for chance level.")] = DEFAULT,
     device: Device = "cpu",
     dtype: Annotated[
         str, typer.Option(help="float32, float16 or bfloat16, twice as fast with AVX512-BF16.")

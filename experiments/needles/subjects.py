@@ -74,16 +74,16 @@ def _layer(seed: int = 0) -> Subject:
 def _model(name: str, device: str, cache: Path | None, dtype: str, answers: bool) -> Subject:
     import torch
 
-    from ...hf import models
+    from ...hf import opening
     from ...hf.chat import ChatReader
     from ...hf.scorer import Asker
 
-    model, tokenizer = models.load(name, device, getattr(torch, dtype))
-    asker = Asker(model, tokenizer, name, cache=cache)
-    note = f"{name} scores tokens by content match in heads (layer.head) {asker.heads_named}."
+    model, tokenizer = opening.load(name, device, getattr(torch, dtype))
+    asker = Asker(model, tokenizer, opening.base_name(name), cache=cache)
+    note = f"{opening.title(name)} scores tokens by content match in heads (layer.head) {asker.heads_named}."
     slow = model.device.type == "cpu" and model.dtype != torch.float32  # a step of one token takes five times as long
-    reader = ChatReader(models.load(name)[0] if slow else model, tokenizer) if answers else None
-    return Subject(name, note, TokenWords(tokenizer), asker.ask, reader, str(model.device), dtype)
+    reader = ChatReader(opening.load(name)[0] if slow else model, tokenizer) if answers else None
+    return Subject(opening.title(name), note, TokenWords(tokenizer), asker.ask, reader, str(model.device), dtype)
 
 
 class TokenWords:

@@ -24,7 +24,8 @@ from ...attention.calibration import CHARS_PER_TOKEN, SEED, layer_seed, new_gate
 from ...common.machine import environment, markdown
 from ...common.options import Device, Out, pick_device
 from ...common.texts import load_text
-from ...hf import models
+from ...hf.models import DEFAULT
+from ...hf.opening import load_source
 from ...hf.source import ModelSource
 from ..intervals import standard_error
 from ..speed.measure import measured_on, publish
@@ -140,7 +141,7 @@ def measure_choices(
 def choice_command(
     text: Annotated[list[str], typer.Option(help="Text to judge by: a file or a named text. May be repeated.")],
     calibrate: Annotated[list[str], typer.Option(help="Text to fit gates to, another one. May be repeated.")],
-    model: Annotated[str, typer.Option(help="A pulled model.")] = "smollm2",
+    model: Annotated[str, typer.Option(help="A model.")] = DEFAULT,
     tokens: Annotated[int, typer.Option(help="Tokens of a passage.", min=64)] = 2048,
     passages_each: Annotated[int, typer.Option("--passages", help="Passages of each text.", min=1)] = 3,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens read of each calibration text.", min=512)] = 16384,
@@ -152,7 +153,7 @@ def choice_command(
     dev = pick_device(device)
     if both := sorted(set(text) & set(calibrate)):
         raise typer.BadParameter(f"{both[0]!r} is judged and calibrated on: must be two texts", param_hint="--text")
-    source = ModelSource(*models.load(model, str(dev)), model)
+    source = load_source(model, str(dev))
     try:
         texts = {name: passages(source, name, tokens, passages_each) for name in text}
         keys = keys_of(source, calibrate, calibration_tokens)

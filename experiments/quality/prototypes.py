@@ -14,7 +14,8 @@ from ...common.machine import environment
 from ...common.options import Device, pick_device
 from ...common.outputs import output_file
 from ...common.texts import load_text
-from ...hf import models
+from ...hf.models import DEFAULT
+from ...hf.opening import load
 from ...hf.patch import find_decoder
 from ...hf.shipped_gates import write_gates
 from ...hf.source import ModelSource
@@ -26,14 +27,14 @@ def prototypes_command(
         list[str], typer.Option(help="Text to fit gates to: a file or a named text. May be repeated.")
     ],
     out: Annotated[str, typer.Option(help="File for the gates, .safetensors.", callback=output_file)],
-    model: Annotated[str, typer.Option(help="A pulled model.")] = "smollm2",
+    model: Annotated[str, typer.Option(help="A model.")] = DEFAULT,
     gates: Annotated[int, typer.Option(help="Gates per KV group.", min=1)] = 256,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens read of each text.", min=512)] = 16384,
     device: Device = "cpu",
 ) -> None:
     """Fit gates to a model's keys of several texts, and write them as the package ships them."""
     dev = pick_device(device)
-    net, tokenizer = models.load(model, str(dev))
+    net, tokenizer = load(model, str(dev))
     source = ModelSource(net, tokenizer, model)
     texts = {name: load_text(name).body for name in calibrate}
     recipe = {

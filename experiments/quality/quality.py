@@ -13,6 +13,7 @@ from ...common.machine import environment
 from ...common.options import Device, Folder, Seed, choose_some, fields_of, parse_config, parse_lengths, pick_device
 from ...common.outputs import check_different, output_file
 from ...common.progress import resumable
+from ...hf.models import DEFAULT
 from ..speed.measure import publish
 from .arms import arm_names, arms
 from .cells import REPORT, QualitySettings, measure
@@ -25,7 +26,8 @@ EVERY = ", ".join(TASKS)
 
 
 def quality_command(
-    model: Annotated[str, typer.Option(help="A pulled model, or shelf-mini.")] = "smollm2",
+    target: Annotated[str, typer.Argument(metavar="[MODEL]", help="The same as --model.")] = "",
+    model: Annotated[str, typer.Option(help="A model, a converted folder, or shelf-mini.")] = DEFAULT,
     text: Annotated[
         list[str] | None, typer.Option(help="Text to judge by: a file or a named text. May be repeated.")
     ] = None,
@@ -69,7 +71,7 @@ def quality_command(
     settings_of_ours = [parse_config(fields, "--ours") for fields in ours or []]
     chosen = arms(_some("--arms", arm, arm_names()), settings_of_ours, selector or [])
     dev, rows = pick_device(device), []
-    subject = load(model, dev, text or [], calibrate or [], calibration_tokens)
+    subject = load(target or model, dev, text or [], calibrate or [], calibration_tokens)
 
     def show() -> None:
         if rows:

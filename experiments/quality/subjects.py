@@ -16,7 +16,7 @@ from torch import Tensor
 from ...attention import AttentionConfig, Gates
 from ...attention.settings import config_for, default_settings
 from ...common.texts import BOOK, TOPICS, load_text
-from ...hf import models
+from ...hf.opening import load_source
 from ...hf.source import ModelSource
 from ...lm.shelf import shelf
 from ...lm.shelf.exam import HELD_OUT
@@ -69,11 +69,12 @@ class Subject:
         return sha256("\0".join(bodies).encode()).hexdigest()[:16]
 
     def config(self, **fields) -> AttentionConfig:
-        """The defaults for a model trained without a slider, with these fields.
+        """The layers of a converted folder, or the defaults for a model without a slider, with these fields.
 
         Raises `TypeError` or `ValueError` naming one that does not fit.
         """
-        return replace(config_for(default_settings(self.calibration_tokens), self.source.shape), **fields)
+        trained = self.source.config or config_for(default_settings(self.calibration_tokens), self.source.shape)
+        return replace(trained, **fields)
 
     def passages(self, tokens: int, count: int) -> list[Tensor]:
         """`count` passages `(tokens,)` of each text."""
@@ -139,5 +140,5 @@ def load(name: str, device: torch.device, texts: list[str], calibrate: list[str]
     texts, calibrate, own = texts or [TOPICS], calibrate or [BOOK], not calibrate
     if both := sorted(set(texts) & set(calibrate)):
         raise ValueError(f"text={both[0]!r} is judged and calibrated on: must be two texts")
-    model, tokenizer = models.load(name, str(device))
-    return Subject(ModelSource(model, tokenizer, name), tokenizer, texts, calibrate, calibration_tokens, own)
+    source = load_source(name, str(device))
+    return Subject(source, source.tokenizer, texts, calibrate, calibration_tokens, own)

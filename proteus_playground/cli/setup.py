@@ -40,8 +40,8 @@ def main(args: list[str] | None = None) -> int:
     proteus = [str(python), "-m", "proteus_playground"]
     if chosen.job == "test":
         return subprocess.call([str(python), "-m", "pytest", "-q", *rest], cwd=CLONE)
-    if subprocess.call([*proteus, "models", "pull", "smollm2"]):
-        print("SmolLM2 could not be fetched: the playground opens on shelf-mini, which is part of this repository.")
+    if subprocess.call([*proteus, "models", "pull"]):
+        print("No language model was fetched: the playground opens on shelf-mini, which is part of this repository.")
     return subprocess.call([*proteus, "play", *rest])
 
 

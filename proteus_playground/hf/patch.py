@@ -143,6 +143,11 @@ def patched(
         yield
 
 
+def is_patched(model) -> bool:
+    """Whether a `patched` block is open for `model`."""
+    return find_decoder(model) in _PATCHED
+
+
 def _add(undo: ExitStack, table: WeakKeyDictionary, key: nn.Module, value) -> None:
     table[key] = value
     undo.callback(table.pop, key, None)

@@ -10,14 +10,17 @@ Axes: `R` rows of a prompt, `n` tokens, `N` windows, `L` layers, `H` query heads
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from os.path import commonprefix
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..common.files import cache_dir, write_json
 from ..common.progress import Progress, Stop, check_stop, tell
 from .key_reader import Head, first_layers
 from .patch import full_attention_layers
@@ -28,6 +31,7 @@ WINDOW, WINDOWS = 256, 32  # the calibration text: tokens per window, and window
 CANDIDATES = 20  # the set is chosen from so many heads, the best ones alone
 FLOOR = 1e-3  # added to each share, so that an easy fact does not outweigh a hard one in the mean logarithm
 DATA = files(__package__) / "data"
+KEPT = "retrieval_heads.json"  # in the package for known models, in the cache for others
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,19 @@ class Calibrated:
 
 def known_heads(name: str) -> tuple[Head, ...] | None:
     """Heads that an earlier calibration found in the model called `name`, or None."""
-    found = json.loads((DATA / "retrieval_heads.json").read_text(encoding="utf-8")).get(name)
-    return None if found is None else tuple(Head(*pair) for pair in found["heads"])
+    for file in (DATA / KEPT, cache_dir() / KEPT):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return tuple(Head(*pair) for pair in json.loads(file.read_text(encoding="utf-8"))[name]["heads"])
+    return None
+
+
+def keep_heads(name: str, heads: Sequence[Head]) -> Path:
+    """Write the heads found in the model called `name` into the cache, for `known_heads`; returns the file."""
+    file, found = cache_dir() / KEPT, {}
+    with suppress(OSError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, found | {name: {"heads": [[head.layer, head.head] for head in heads]}})
+    return file
 
 
 def calibration_pairs() -> list[dict]:

@@ -120,7 +120,10 @@ class Asker:
     ):
         chosen = heads or known_heads(name)
         if not chosen and text is None:
-            raise ValueError(f"heads=None: none are known for {name!r}; give heads, or a text on which to find them")
+            raise ValueError(
+                f"heads=None: none are known for {name!r}; `proteus models heads {name}` finds and keeps them; or give "
+                "heads, or a text on which to find them"
+            )
         if not chosen:
             *_, last = find_heads(model, tokenizer, text)
             chosen = last.heads

@@ -35,13 +35,23 @@ def shipped_gates(decoder: nn.Module, shape: LayerShape) -> dict[tuple[int, int]
         if tensors[KNOWN_BY].shape == norm.shape and about["layers"] == decoder.config.num_hidden_layers:
             ours = tensors[KNOWN_BY].float()
             if torch.allclose(norm.detach().float().cpu(), ours, rtol=TOLERANCE, atol=TOLERANCE * ours.abs().mean()):
-                return {(layer, about["gates"]): _gates(tensors, layer, shape, about["gates"]) for layer in about["of"]}
+                return {(layer, about["gates"]): _gates(tensors, layer, shape) for layer in about["of"]}
     return {}
+
+
+def read_gates(path: Path, shapes: Mapping[int, LayerShape]) -> dict[int, Gates]:
+    """Gates on the CPU that `write_gates` wrote, of the layers of `shapes`. Raises `ValueError` for another file."""
+    tensors, _ = read_tensors(path, "proteus convert")
+    try:
+        return {layer: _gates(tensors, layer, shape) for layer, shape in shapes.items()}
+    except (KeyError, RuntimeError) as err:
+        raise ValueError(f"path={str(path)!r}: not the gates of this model's layers ({err})") from err
 
 
 def write_gates(path: Path, decoder: nn.Module, gates: Mapping[int, Gates], recipe: dict) -> Path:
     """Write the gates of a model's layers, prototypes in half precision. Raises `OSError`."""
-    tensors = {KNOWN_BY: getattr(decoder, KNOWN_BY).weight.detach().half().cpu()}
+    norm = getattr(getattr(decoder, KNOWN_BY, None), "weight", None)
+    tensors = {} if norm is None else {KNOWN_BY: norm.detach().half().cpu()}
     for layer, its in gates.items():
         tensors |= {f"{layer}.{name}": getattr(its, name).half().cpu() for name in STORED}
     first = next(iter(gates.values()))
@@ -60,8 +70,8 @@ def _stored() -> list[tuple[dict[str, Tensor], dict]]:
     return found
 
 
-def _gates(tensors: Mapping[str, Tensor], layer: int, shape: LayerShape, count: int) -> Gates:
-    gates = new_gates(shape, count)
+def _gates(tensors: Mapping[str, Tensor], layer: int, shape: LayerShape) -> Gates:
+    gates = new_gates(shape, tensors[f"{layer}.prototypes"].shape[1])
     for name in STORED:
         getattr(gates, name).copy_(tensors[f"{layer}.{name}"])
     gates.prototypes.copy_(F.normalize(gates.prototypes, dim=-1))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import Gates
+from ..attention import AttentionConfig, Gates
 from ..attention.captured import CapturedLayer
 from ..common.tensors import fingerprint
 from .families import survey
@@ -30,13 +30,14 @@ class ModelSource:
     random = False
     routers = {}  # it was trained without any
     gates_from = "with the package"
+    config: AttentionConfig | None = None  # of its layers, where the model has a slider of its own
 
     def __init__(self, model, tokenizer, name: str):
         decoder = find_decoder(model)
         self.full_layers = full_attention_layers(model)
         if not self.full_layers:
             raise ValueError(f"model={name!r}: every layer reads a sliding window, so there is nothing to replace")
-        self.name, self._model, self._tokenizer = name, model, tokenizer
+        self.name, self._model, self.tokenizer = name, model, tokenizer
         self._layers = survey(decoder).layers
         self.shape = layer_shape(model, self.full_layers[0])
         self.n_layers, self.width = len(self._layers), decoder.config.hidden_size
@@ -46,6 +47,16 @@ class ModelSource:
         self.fingerprint = fingerprint(model)
         self._lock = RLock()  # a pass goes through the patch of whoever patched last, so one pass at a time
 
+    @property
+    def model(self):
+        """The transformers model."""
+        return self._model
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return self._model.get_input_embeddings().weight.shape[0]
+
     @cached_property
     def own_gates(self) -> dict[tuple[int, int], Gates]:
         """(layer, gates per group) -> the gates that come with the package."""
@@ -54,18 +65,18 @@ class ModelSource:
 
     def encode(self, body: str) -> list[int]:
         """Token ids, with whatever the tokenizer puts in front of a text. Control tokens in the text stay text."""
-        return text_ids(self._tokenizer, body)
+        return text_ids(self.tokenizer, body)
 
     def ids(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens)
 
     def decode(self, ids: list[int]) -> str:
         """The text of some tokens, without control tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def strings(self, tokens: list[int]) -> list[str]:
         """What each token reads as on its own."""
-        return self._tokenizer.batch_decode([[token] for token in tokens], clean_up_tokenization_spaces=False)
+        return self.tokenizer.batch_decode([[token] for token in tokens], clean_up_tokenization_spaces=False)
 
     def project(self, layer: int, out: Tensor) -> Tensor:
         """The layer's output projection: `(T, H d)` -> `(T, D)`. Raises `ValueError` where more than that follows."""

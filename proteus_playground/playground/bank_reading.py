@@ -17,6 +17,7 @@ from ..attention.bank.view import BankContents
 from ..attention.calibration import Calibration
 from ..attention.settings import Settings, config_for
 from ..common.progress import Progress, Stop, check_stop, tell
+from ..hf.models import DEFAULT
 from ..common.texts import Text, calibration_text
 from ..lm.sampling import Sampling
 from .random_source import RandomSource
@@ -49,7 +50,7 @@ class BankReader(Protocol):
 
 def open_reading(
     text: Text,
-    model: str = "smollm2",
+    model: str = DEFAULT,
     *,
     tokens: int = 1024,
     start: int = 256,
@@ -64,9 +65,9 @@ def open_reading(
     asked = {"tokens": tokens, "start": start, "progress": progress, "stop": stop}
     if model == "random":
         return RandomReader(text, **asked)
-    from ..hf.models import load
+    from ..hf.opening import load, title
 
-    return ModelReader(*load(model), model, text, **asked)
+    return ModelReader(*load(model), title(model), text, **asked)
 
 
 class RandomReader:

@@ -26,6 +26,7 @@ from ..common.checks import whole_number
 from ..common.files import cache_dir
 from ..common.machine import fast_dtype
 from ..common.progress import Progress, Stop, Stopped, check_stop, tell
+from ..hf.models import DEFAULT
 from ..common.texts import Text
 from ..common.timing import Stopwatch
 from .layer_view import LoadedLayer, group_map, layer_view, load_layer
@@ -101,25 +102,24 @@ class LayerProbe:
         cls,
         text,
         *,
-        model: str = "smollm2",
+        model: str = DEFAULT,
         max_tokens: int = 1024,
         device: str | None = None,
         progress: Progress | None = None,
         stop: Stop | None = None,
     ) -> LayerProbe:
-        """A probe of a model fetched by `proteus models pull`. device: None means a GPU if there is one, else the CPU.
+        """A probe of any model that `hf.opening` opens, such as a pulled one.
 
-        float32 on the CPU; on a GPU bfloat16 if the hardware supports it, else float16.
+        device: None means a GPU if there is one, else the CPU. float32 on the CPU; on a GPU bfloat16 if the hardware
+        supports it, else float16.
         Raises `ValueError` for a model that is not pulled or a text or length that does not fit.
         """
-        from ..hf.models import load
-        from ..hf.source import ModelSource
+        from ..hf.opening import load_source
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         tell(progress, 0.0, f"loading {model}")
         check_stop(stop)
-        net, tokenizer = load(model, device, fast_dtype(torch.device(device)))
-        source, kept = ModelSource(net, tokenizer, model), cache_dir() / "gates"
+        source, kept = load_source(model, device, fast_dtype(torch.device(device))), cache_dir() / "gates"
         return cls(source, text, max_tokens=max_tokens, cache=kept, progress=progress, stop=stop)
 
     @classmethod

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..hf import models
+from ..hf import opening
 from ..hf.chat import ROOM, ChatReader
 from ..hf.scorer import Asker, ModelScorer
 from .buffer import Champions
@@ -44,10 +44,10 @@ class StreamModel:
             allowed = "a question; --model layer also scores by salience"
             raise ValueError(f"prompt={prompt!r}: must be {allowed}")
         self._prompt = prompt
-        self._model, self._tokenizer = models.load(name, device)
+        self._model, self._tokenizer = opening.load(name, device)
         self.encode, self.fingerprint = encoder(self._tokenizer)
-        self._asker = Asker(self._model, self._tokenizer, name)
-        self.name = f"{name}, heads {self._asker.heads_named}"
+        self._asker = Asker(self._model, self._tokenizer, opening.base_name(name))
+        self.name = f"{opening.title(name)}, heads {self._asker.heads_named}"
 
     def generated(self, tokens: int) -> Store:
         raise ValueError(f"generated={tokens!r}: random rows mean nothing to {self.name}; use --model layer")

@@ -26,6 +26,9 @@ INPUTS = {
     "stream FILE", "stream --prompt", "stream --generated", "train --start", "duel --text", "duel --tokenizer",
     "verify --pairs", "verify --haystack", "bench page REPORT", "bench exam --model", "bench top-a --model",
     "bench choice --text", "bench prototypes --calibrate", "quality --text", "quality --selector",
+    "bench healing --text", "bench healing --held-out", "bench healing --plan", "heal FOLDER", "heal --data",
+    "quality --model", "quality TARGET", "convert MODEL", "models pull NAME", "models remove NAME", "models heads NAME",
+    "export FOLDER",
 }  # fmt: skip
 SPEAKS_OF_FILES = re.compile(r"\b(files?|folder|page)\b|\.npy", re.IGNORECASE)
 
@@ -236,7 +239,10 @@ ALLOWED_WRITERS = {
     "experiments/speed/measure.py": "/proc/self/clear_refs",
     "experiments/speed/slider.py": "a notebook in a temporary folder",
     "experiments/speed/stream.py": "embeddings in a temporary folder",
+    "hf/convert.py": "copies into a hidden folder, which becomes the checked one when all is written",
+    "hf/export.py": "the same",
     "hf/fetch.py": "a download in a folder of its own",
+    "hf/healing/session.py": "a hidden folder, which takes the place of the old one when all is written",
     "hf/key_reader.py": "appends after file_place",
     "hf/models.py": "a record in a folder of its own",
     "streaming/token_cache.py": "the part of whole",

@@ -41,7 +41,7 @@ def test_a_shortlist_that_holds_everything_has_no_gap_and_a_smaller_one_reads_le
 
 
 def test_the_command_writes_one_row_per_choice_and_text(run, net, books, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load", lambda name, device: net)
+    monkeypatch.setattr(models, "load", lambda name, device, dtype=None: net)
     monkeypatch.setattr(choice, "choices", lambda L: [choice.Choice("few", {"gates_per_group": 8, "probes": 2})])
     code, out, _ = run(
         "choice", "--text", books["judged"], "--calibrate", books["fitted"], "--tokens", "128", "--passages", "2",
@@ -59,7 +59,7 @@ def test_the_command_writes_one_row_per_choice_and_text(run, net, books, tmp_pat
     [({"--calibrate": "judged"}, "is judged and calibrated on"), ({"--tokens": "5000"}, "must have at least")],
 )
 def test_what_cannot_be_judged_is_refused(run, net, books, monkeypatch, options, said):
-    monkeypatch.setattr(models, "load", lambda name, device: net)
+    monkeypatch.setattr(models, "load", lambda name, device, dtype=None: net)
     given = {"--text": "judged", "--calibrate": "fitted"} | options
     words = [word for name, value in given.items() for word in (name, books.get(value, value))]
     code, _, err = run("choice", *words)

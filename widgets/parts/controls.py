@@ -9,7 +9,7 @@ import ipywidgets as w
 from traitlets import HasTraits
 
 from proteus_playground.attention.settings import CONTROLS, Control
-from proteus_playground.hf.models import KNOWN
+from proteus_playground.hf.models import KNOWN, find
 
 from .boxes import button, labelled
 from .state import BY_NAME, MAX_LENGTH, PRESET_TIPS, PRESETS, SETTINGS, SHELF, PlayState, opening, preset_settings
@@ -188,15 +188,23 @@ class ModelChoice(w.HBox):
     )
 
     def __init__(self, state: PlayState):
-        self.buttons = w.ToggleButtons(options=self.NAMES, value=state.model, tooltips=self.TIPS)
+        self.buttons, self._following = w.ToggleButtons(), False
         super().__init__([labelled("model", self.buttons)])
         self.add_class("pp-model")
+        self._follow(state.model)
         self.buttons.observe(lambda change: self._choose(state, change["new"]), "value")
-        state.observe(lambda change: setattr(self.buttons, "value", change["new"]), "model")
+        state.observe(lambda change: self._follow(change["new"]), "model")
 
-    @staticmethod
-    def _choose(state: PlayState, model: str) -> None:
-        if model != state.model:
+    def _follow(self, model: str) -> None:
+        """Show `model` as chosen; one that is not among the names gets a button at their end."""
+        self._following = True  # new options choose their first for a moment
+        if model not in dict(self.buttons.options).values():
+            other = () if model in dict(self.NAMES).values() else ((find(model).label, model),)
+            self.buttons.options, self.buttons.tooltips = self.NAMES + other, self.TIPS + tuple(m for _, m in other)
+        self.buttons.value, self._following = model, False
+
+    def _choose(self, state: PlayState, model: str) -> None:
+        if model != state.model and not self._following:
             kept = ("flux_alpha", "keep_ratio", "shortlist", "length", "shelf")
             state.update(opening(model) | {name: getattr(state, name) for name in kept})
 
@@ -231,7 +239,7 @@ class SourceControls(w.VBox):
         """Shows a button that downloads the model `name`; None hides it."""
         self.pull.layout.display = "none" if name is None else ""
         if name is not None:
-            self.pull.description = f"Pull {KNOWN[name].label} ({KNOWN[name].megabytes} MB)"
+            self.pull.description = f"Pull {find(name).label}{find(name).download}"
 
     def _kind_of_state(self) -> str:
         if self._state.pasted:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 from traitlets import Bool, Float, HasTraits, Int, TraitType, Unicode, validate
 
 from proteus_playground.attention.settings import CONTROLS, Control, Settings, settings_of
-from proteus_playground.hf.models import KNOWN
+from proteus_playground.hf.models import ALLOWED, DEFAULT, KNOWN, find
 
 NUMBERS = (
     *(control for control in CONTROLS if not control.switch),
@@ -28,7 +28,22 @@ BY_NAME = {control.name: control for control in (*NUMBERS, *CONTROLS)}
 WORDS = {"text": "text", "model": "model", "pasted": "pasted", "question": "ask"}  # trait -> key
 KEYS = {control.key: name for name, control in BY_NAME.items()} | {key: name for name, key in WORDS.items()}
 SHELF = "a shelf"  # the text that is written anew for every number
-MODELS = ("shelf-mini", *KNOWN, "random")
+
+
+class ModelNames(tuple):
+    """Names of models that a panel offers. It contains every other name too that leads to a model."""
+
+    def __contains__(self, name) -> bool:
+        try:
+            return super().__contains__(name) or find(name) is not None
+        except ValueError:
+            return False
+
+    def __str__(self) -> str:
+        return f"{', '.join(map(repr, self))}, {ALLOWED}"
+
+
+MODELS = ModelNames(("shelf-mini", *KNOWN, "random"))
 SETTINGS = tuple(control.name for control in CONTROLS)
 MAX_LENGTH = {"pasted": 200_000, "question": 300}  # characters
 
@@ -50,10 +65,10 @@ PRESET_TIPS = {
 
 
 def default_model() -> str:
-    """The small model that comes with the package; SmolLM2 in an install that came without its weights."""
+    """The small model that comes with the package; a language model in an install that came without its weights."""
     from proteus_playground.lm.shipped import shipped_models
 
-    return "shelf-mini" if "shelf-mini" in shipped_models() else "smollm2"
+    return "shelf-mini" if "shelf-mini" in shipped_models() else DEFAULT
 
 
 def opening(model: str) -> dict:
@@ -72,7 +87,7 @@ def _as_trained() -> dict:
     return {name: value for name, value in trained.items() if name not in ("flux_alpha", "shortlist")}
 
 
-def preset_settings(name: str, model: str = "smollm2") -> dict:
+def preset_settings(name: str, model: str = DEFAULT) -> dict:
     """All settings of a preset, what it leaves out as `model` opens. ValueError names an unknown `name`."""
     if name not in PRESETS:
         raise ValueError(f"preset={name!r}: allowed is {', '.join(map(repr, PRESETS))}")
@@ -101,7 +116,9 @@ def checker(
         if not isinstance(value, str):
             raise TypeError(f"{name}={value!r}: allowed is a string")
         if name in choices and value not in choices[name]:
-            raise ValueError(f"{name}={value!r}: allowed is {', '.join(map(repr, choices[name]))}")
+            allowed = choices[name]
+            words = str(allowed) if isinstance(allowed, ModelNames) else ", ".join(map(repr, allowed))
+            raise ValueError(f"{name}={value!r}: allowed is {words}")
         if len(value) > longest.get(name, len(value)):
             raise ValueError(f"{name} holds {len(value):,} characters: allowed is up to {longest[name]:,}")
         return value
@@ -164,7 +181,7 @@ TEXTS = {
     "text": Unicode("humble token"),  # SHELF, a name or a path for `load_text`; with `pasted`, a title
     "pasted": Unicode(""),  # the text itself, where the user pasted one
     "question": Unicode(""),  # put to the shelf model, after the text
-    "model": Unicode("smollm2"),
+    "model": Unicode(DEFAULT),
 }
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from traitlets import Unicode
 
 from proteus_playground.attention.settings import Control
-from proteus_playground.hf.models import KNOWN
+from proteus_playground.hf.models import DEFAULT, KNOWN
 from proteus_playground.streaming.buffer import StreamPlan
 
-from ..parts.state import checked_traits, checker
+from ..parts.state import ModelNames, checked_traits, checker
 
 NUMBERS = (
     Control("chunk_tokens", "chunk", "chunk", 512, 65_536, 4096,
@@ -29,7 +29,7 @@ BY_NAME = {control.name: control for control in NUMBERS}
 PLAN = tuple(control.name for control in NUMBERS[:4])  # the fields of a `StreamPlan`
 NEEDLE = "The secret ingredient of Grandmother Odalys's potato soup is one spoonful of horseradish."
 PROMPT = "What is the secret ingredient of the potato soup?"
-CHOICES = {"model": (*KNOWN, "random"), "judge": ("words", "layers")}
+CHOICES = {"model": ModelNames((*KNOWN, "random")), "judge": ("words", "layers")}
 MAX_WORDS = 2000  # characters of a prompt or a needle
 
 
@@ -37,7 +37,7 @@ TEXTS = {
     "prompt": Unicode(PROMPT),
     "needle": Unicode(NEEDLE),
     "text": Unicode("pydoc"),  # what `haystacks.build` reads
-    "model": Unicode("smollm2"),
+    "model": Unicode(DEFAULT),
     "judge": Unicode("words"),  # what scores: "words" alone, at once, or the model's "layers", in context
 }
 check = checker(BY_NAME, TEXTS, CHOICES, dict.fromkeys(("prompt", "needle"), MAX_WORDS))

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from proteus_playground.attention.settings import Settings
-from proteus_playground.hf.models import KNOWN, pull
+from proteus_playground.hf.models import find, pull
 from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
 from proteus_playground.playground.views import LayerView, ModelView
 
@@ -172,7 +172,7 @@ class Workbench(Board):
         self._fitted.clear()
         self.banner.value = readout.banner_html(probe, why)
         self.run_model.disabled = probe.random
-        self.source_controls.offer_pull(state.model if why and state.model in KNOWN else None)
+        self.source_controls.offer_pull(state.model if why and state.model not in ("shelf-mini", "random") else None)
         self.layer_controls.knobs["layer"].limit(probe.n_layers - 1)
         self.layer_controls.knobs["head"].limit(probe.n_heads - 1)
         shelf = probe if isinstance(probe, ShelfProbe) else None
@@ -235,8 +235,8 @@ class Workbench(Board):
 
     def _pull(self) -> None:
         model = self.state.model
-        known = KNOWN[model]
-        self.say("busy", 0.0, f"fetching {known.label}, {known.megabytes} MB; this cannot be cancelled")
+        place = find(model)
+        self.say("busy", 0.0, f"fetching {place.label}{place.download}; this cannot be cancelled")
         self.worker.submit("load", lambda stop, progress: pull(model, progress=False), lambda n, path: self._load(),
                            self._failed, self._progress)  # fmt: skip
 

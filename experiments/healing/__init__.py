@@ -1,0 +1,1 @@
+"""How a model was healed: the plan of a shipped adapter, and the command that trains and measures one."""

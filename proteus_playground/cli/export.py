@@ -1,0 +1,22 @@
+"""`proteus export`: a converted folder as something to keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..common.outputs import output_folder
+from ..hf.export import export
+
+
+def export_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that `proteus convert` made.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.", file_okay=False, callback=output_folder)],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="One checkpoint with all weights, for transformers; else a few MB.")
+    ] = False,
+) -> None:
+    """Write a converted model to keep: settings, gates and adapter alone, or one checkpoint for transformers."""
+    export(folder, out, merged=merged, say=typer.echo)

@@ -1,0 +1,131 @@
+"""`proteus heal`: train a converted folder stage by stage, with a panel in the terminal and a menu after each stage."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..common.files import write_json
+from ..common.options import Device, pick_device
+from ..common.progress import Stopped
+from ..hf.healing.history import Board, gap_of, summary
+from ..hf.healing.plan import sized
+from ..hf.healing.run import read_log
+from ..hf.healing.session import BEFORE, Session
+from .heal_menu import ask
+from .heal_panel import Panel
+
+
+def heal_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that proteus convert made.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text, a file (.txt, .jsonl) or hub:owner/dataset, in place of the plan's. May be repeated."
+        ),
+    ] = None,
+    stage: Annotated[str, typer.Option(help="Run only this stage of the plan: A, B, C or D.")] = "",
+    full: Annotated[bool, typer.Option("--full", help="Train all weights, not adapters.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive/--non-interactive", help="Show a menu after each stage and on Ctrl-C.")
+    ] = True,
+    seconds: Annotated[float | None, typer.Option(help="Stop after so many; the same command goes on.", min=1)] = None,
+    save_seconds: Annotated[float, typer.Option(help="Seconds between two saves of the state.", min=0)] = 60.0,
+    device: Device = "cpu",
+) -> None:
+    """Train a converted folder's model to need few keys.
+
+    A stopped or killed run goes on by the same command. What is trained is written back into the folder.
+    """
+    session = Session(folder, data=data or (), full=full, device=str(pick_device(device)))
+    training = session.training
+    if stage:
+        session.go_to(stage)
+    if training.stage is None:
+        typer.echo(f"Run {session.run_folder.name} is finished. proteus convert with another --preset adds a plan.")
+        return
+    if training.accelerator.is_main_process:
+        _begin(session)
+    board, done = Board(session.run_folder), True
+    interactive = interactive and training.accelerator.num_processes == 1
+    with Panel(training, seconds) as panel:
+        while training.stage is not None and (not stage or training.stage.name == stage):
+            done = _stage(session, panel, board, save_seconds)
+            if panel.over or not (interactive or done):
+                break
+            if interactive:
+                with panel.paused():
+                    if not ask(session, typer.echo, _prompt, only=stage):
+                        break
+    board.close()
+    if training.accelerator.is_main_process:
+        _end(session, done)
+    if not done:
+        raise typer.Exit(130)
+
+
+def _stage(session: Session, panel: Panel, board: Board, save_seconds: float) -> bool:
+    """Train what is left of the stage at work. False where Ctrl-C or the time stopped it."""
+    try:
+        with interrupts() as interrupted:
+            for step in session.run.steps(save_seconds=save_seconds, stop=lambda: interrupted() or panel.over):
+                board.add(step)
+                panel.show(step)
+    except Stopped:
+        return False
+    session.finish_stage()
+    return True
+
+
+def _prompt(text: str) -> str:
+    return typer.prompt(text, default="", show_default=False)
+
+
+def _begin(session: Session) -> None:
+    """Measure before the first step, and say how long the plan takes here."""
+    training, before = session.training, session.run_folder / BEFORE
+    if not before.is_file() and training.position.step == 0:
+        typer.echo("Measuring held-out text before the first step.")
+        write_json(before, training.measure().to_dict())
+        fit = sized(training.plan, training.speed())
+        session.use_plan(fit.plan)
+        typer.echo(fit.sentence)
+    elif training.position.step:
+        typer.echo(f"Going on after step {training.position.step:,}, in stage {training.stage.name}.")
+
+
+def _end(session: Session, done: bool) -> None:
+    log = read_log(session.run_folder)
+    if not done:
+        typer.echo("Stopped. The same command goes on from here.", err=True)
+    elif log:
+        gap = gap_of(log[-1])
+        typer.echo(summary(log))
+        before = session.run_folder / BEFORE
+        if gap is not None and before.is_file():
+            first = json.loads(before.read_text())["gaps"].values()
+            typer.echo(f"Mean held-out gap: {sum(first) / len(first):.4f} before, {gap:.4f} now.")
+        typer.echo(f"Written into {session.folder.path}: what was trained, and its gates.")
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether Ctrl-C was pressed, which else does nothing; the second one ends at once."""
+    seen: list[bool] = []
+
+    def note(number, frame) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""Healing: training a model until sparse attention costs it little. `plan` says what is trained, `run` trains."""

@@ -1,0 +1,1 @@
+"""A folder that gives a model of yours the slider: made by `proteus convert`, trained by `proteus heal`."""
