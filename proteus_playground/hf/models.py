@@ -220,7 +220,9 @@ def _fetch(place: Place, progress: bool, say: Say) -> None:
             found = _convert(place.gguf, model, progress, say)
         else:
             found = _download(place.known, model, download, progress, say)
-        (model / RECORD).write_text(json.dumps({"name": str(place.gguf or place.name)} | vars(found), indent=1), encoding="utf-8")
+        (model / RECORD).write_text(
+            json.dumps({"name": str(place.gguf or place.name)} | vars(found), indent=1), encoding="utf-8"
+        )
         shutil.rmtree(place.home, ignore_errors=True)
         os.replace(model, place.home)
     except Exception:  # not KeyboardInterrupt: the next pull continues the download
