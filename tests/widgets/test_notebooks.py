@@ -10,7 +10,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "notebooks"
 SHOWN = {
     "00_start_here": ("workbench",), "02_duel": ("panel",), "03_gates_and_prototypes": ("panel",),
-    "04_million_tokens": ("panel", "bank", "million"), "05_evidence": ("panel",),
+    "04_million_tokens": ("panel", "bank", "million"), "08_evidence": ("panel",),
 }  # fmt: skip
 
 
