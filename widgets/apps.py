@@ -17,6 +17,7 @@ from proteus_playground.experiments.duel.curve import held_out_curve
 from proteus_playground.experiments.duel.duel import PRESETS, duel
 from proteus_playground.experiments.evidence.committed import Study, committed
 from proteus_playground.experiments.needles import haystacks, subjects
+from proteus_playground.experiments.speed.wall import LENGTHS, LIMIT_S, climb
 
 from proteus_playground.common.checks import whole_number
 from proteus_playground.common.progress import Progress, Stop
@@ -39,6 +40,7 @@ from .stream.frames import Source
 from .stream.panel import StreamPanel
 from .stream.state import StreamState
 from .stream.state import check as check_stream
+from .wall.panel import WallPanel
 from .workbench.workbench import Workbench
 
 
@@ -231,3 +233,21 @@ def duel_panel(
     if "length" in settings:
         settings = {"shortlist": None, **settings}  # None: a fixed share of the new length
     return DuelPanel(preset, replace(PRESETS[preset], **settings), run or duel, curve or held_out_curve, out)
+
+
+def wall_panel(
+    *, device: str | None = None, lengths: list[int] | None = None, limit_s: float = LIMIT_S, run=None
+) -> WallPanel:
+    """The live benchmark of dense attention and Proteus by length, to `display(...)`.
+
+    device: "cpu" or "cuda", by default the GPU where there is one; lengths: in tokens, growing; limit_s: a line stops
+    after a call of more than so many seconds; run: instead of `experiments.speed.wall.climb`. ValueError names an
+    argument that is not allowed.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    lengths = list(lengths or LENGTHS[where.type])
+    if lengths != sorted(set(lengths)) or lengths[0] < 1:
+        raise ValueError(f"lengths={lengths!r}: allowed are whole numbers >= 1, each larger than the one before")
+    if not limit_s > 0:
+        raise ValueError(f"limit_s={limit_s!r}: allowed is a number of seconds > 0")
+    return WallPanel(run or climb, where, lengths, limit_s)

@@ -17,7 +17,9 @@ import pytest
 from fake_probe import FakeProbe
 from proteus_playground.experiments.evidence import committed
 from proteus_playground.experiments.needles.haystacks import Haystack
-from proteus_playground.widgets import bank_panel, duel_panel, evidence_panel, playground, prototype_panel, stream_panel
+from proteus_playground.widgets import (
+    bank_panel, duel_panel, evidence_panel, playground, prototype_panel, stream_panel, wall_panel,
+)  # fmt: skip
 from proteus_playground.widgets.parts import panel as panels
 from proteus_playground.widgets.parts.panel import Panel
 from proteus_playground.widgets.parts.worker import Worker
@@ -63,6 +65,21 @@ def a_duel(**settings):
     return duel_panel("small", run=lambda *a, **k: iter(()), curve=lambda *a, **k: iter(()), **settings)
 
 
+def a_wall(why: str = ""):
+    """Measured at two lengths, where unfused attention stops at the second."""
+
+    def run(rows, alpha, shortlist, device, lengths, limit_s, stop):
+        for tokens, who in ((512, "mha"), (512, "proteus"), (1024, "mha"), (1024, "proteus")):
+            ours, broken = who == "proteus", who == "mha" and tokens == 1024
+            yield {"tokens": tokens, "who": who, "alpha": alpha if ours else None,
+                   "shortlist": shortlist if ours else None, "ms": None if broken else 5.0,
+                   "mb": None if broken else 2.0, "keys": 9.0, "why": why or "too slow" if broken else ""}  # fmt: skip
+
+    panel = wall_panel(device="cpu", lengths=[512, 1024], run=run)
+    panel.begin()
+    return panel
+
+
 @pytest.fixture(scope="module")
 def live():
     return random_bytes(load_text("humble token"), tokens=200)
@@ -73,7 +90,7 @@ def study(tmp_path_factory):
     return committed.committed(made_study.write(tmp_path_factory.mktemp("studies")))[0]
 
 
-PANELS = ("workbench", "stream", "bank", "prototypes", "duel", "evidence")
+PANELS = ("workbench", "stream", "bank", "prototypes", "duel", "evidence", "wall")
 
 
 @pytest.fixture
@@ -86,6 +103,7 @@ def opened(live, study) -> Callable[[str], Panel]:
         "prototypes": lambda: prototype_panel(live=live),
         "duel": a_duel,
         "evidence": lambda: evidence_panel([study]),
+        "wall": a_wall,
     }
 
     def open_panel(name: str) -> Panel:
@@ -226,6 +244,7 @@ def with_markup(live, study) -> dict[str, Callable[[], Panel]]:
         "prototypes": lambda: prototype_panel(live=marked),
         "duel": lambda: a_duel(text=MARKUP),
         "evidence": lambda: evidence_panel([replace(study, note=MARKUP)]),
+        "wall": lambda: a_wall(MARKUP),
     }
 
 
