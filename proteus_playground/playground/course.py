@@ -33,12 +33,12 @@ def compare(what: str, measured: float | None) -> None:
     """Prints the guess of `what` beside the measurement, and how far they are apart. `NotYet` where one is missing."""
     if what not in _GUESSES:
         raise NotYet(f"You have not guessed “{what}” yet: fill in the cell with predict(...) above, and run it.")
-    if not measured:
+    if not measured and measured != 0:
         raise NotYet(f"Nothing is measured yet for “{what}”: use the panel above first, then run this cell again.")
     guess = _GUESSES[what]
     print(f"{what}\n  your guess: {guess:,.6g}\n  measured:   {measured:,.6g}")
     ratio = max(guess / measured, measured / guess) if guess * measured > 0 else float("inf")
-    if ratio <= 1.25:
+    if guess == measured or ratio <= 1.25:
         print("  Your guess was close.")
     elif ratio <= 3:
         print(f"  Your guess was {'high' if guess > measured else 'low'}, by a factor of {ratio:.1f}.")

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import ipywidgets
 import made_study
@@ -17,8 +18,9 @@ import pytest
 from fake_probe import FakeProbe
 from proteus_playground.experiments.evidence import committed
 from proteus_playground.experiments.needles.haystacks import Haystack
+from proteus_playground.experiments.needles.live import Found
 from proteus_playground.widgets import (
-    bank_panel, duel_panel, evidence_panel, playground, prototype_panel, stream_panel, wall_panel,
+    bank_panel, duel_panel, evidence_panel, needle_panel, playground, prototype_panel, stream_panel, wall_panel,
 )  # fmt: skip
 from proteus_playground.widgets.parts import panel as panels
 from proteus_playground.widgets.parts.panel import Panel
@@ -80,6 +82,19 @@ def a_wall(why: str = ""):
     return panel
 
 
+def a_needle(text: str = "the soup has · horseradish"):
+    """One case of each task, without a model."""
+
+    def run(subject, pairs, haystack, tasks, stop):
+        for task in tasks:
+            yield Found(task, 1024, 0.5 if task == "single" else None, "?", {"proteus": 1.0, "bm25": 0.0, "random": 0.0,
+                        "recency": 0.0}, (1.0, 0.0), (1.0, 0.8), 31, text)  # fmt: skip
+
+    panel = needle_panel(subject=SimpleNamespace(note=text), run=run)
+    panel.begin()
+    return panel
+
+
 @pytest.fixture(scope="module")
 def live():
     return random_bytes(load_text("humble token"), tokens=200)
@@ -90,7 +105,7 @@ def study(tmp_path_factory):
     return committed.committed(made_study.write(tmp_path_factory.mktemp("studies")))[0]
 
 
-PANELS = ("workbench", "stream", "bank", "prototypes", "duel", "evidence", "wall")
+PANELS = ("workbench", "stream", "bank", "prototypes", "duel", "evidence", "wall", "needles")
 
 
 @pytest.fixture
@@ -104,6 +119,7 @@ def opened(live, study) -> Callable[[str], Panel]:
         "duel": a_duel,
         "evidence": lambda: evidence_panel([study]),
         "wall": a_wall,
+        "needles": a_needle,
     }
 
     def open_panel(name: str) -> Panel:
@@ -245,6 +261,7 @@ def with_markup(live, study) -> dict[str, Callable[[], Panel]]:
         "duel": lambda: a_duel(text=MARKUP),
         "evidence": lambda: evidence_panel([replace(study, note=MARKUP)]),
         "wall": lambda: a_wall(MARKUP),
+        "needles": lambda: a_needle(MARKUP),
     }
 
 
@@ -375,3 +392,21 @@ def test_a_closed_worker_runs_nothing_and_its_thread_ends():
     worker.submit("model", forever, lambda *_: heard.append("done"), lambda *_: heard.append("failed"))
     worker.wait(1)
     assert heard == [] and worker._thread is None
+
+
+# Needles
+
+
+def test_a_needle_of_ones_own_is_checked_and_measured():
+    panel = a_needle()
+    wait(panel)
+    assert [one.task for one in panel.found] == ["single", "jigsaw", "clustered", "fading"]
+    assert "Mentions with 100% ✓, 80% ✗" in panel.said.value and panel.problem == ""
+    panel.answer.value = "elsewhere"
+    panel.begin(own=True)
+    assert "must contain the answer 'elsewhere'" in panel.problem and panel.found == []
+    panel.answer.value = "kitchen stairs"
+    panel.begin(own=True)
+    wait(panel)
+    assert [one.task for one in panel.found] == ["single", "jigsaw", "fading"] and panel.problem == ""
+    panel.close()
