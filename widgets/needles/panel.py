@@ -20,8 +20,8 @@ from .figure import COLOURS, NAMES, TASKS, NeedlePictures
 
 OWN_TASKS = ("single", "jigsaw", "fading")  # one fact makes no cluster
 ABOUT = (
-    "A fact is planted in a text, and a buffer of 3% of the tokens keeps what fits the question best. The question uses "
-    "other words than the fact. Every method keeps equally many tokens."
+    "A fact is planted in a text, and a buffer of 3% of the tokens keeps what fits the question best. The question "
+    "uses other words than the fact. Every method keeps equally many tokens."
 )
 FIRST = (
     "Old Tobias keeps his silver trumpet under the kitchen stairs.",
