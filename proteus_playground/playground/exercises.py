@@ -111,6 +111,17 @@ def _words(text: str) -> set[str]:
     return {"".join(c for c in word if c.isalnum()) for word in text.lower().split()}
 
 
+def _own(answer) -> str:
+    if not isinstance(answer, dict):
+        return f"{answer!r} is no dictionary of layers."
+    if any(not isinstance(layer, str) for layer in answer):
+        return "JSON has no whole numbers as keys: write the layers as texts, such as \"0\"."
+    if set(answer) != {"0", "1"}:
+        return f"the layers are {sorted(answer)}; they must be 0 and 1."
+    wrong = {layer: settings for layer, settings in answer.items() if settings != {"shortlist": 512}}
+    return f"layer {min(wrong)} has {wrong[min(wrong)]!r}; it must be {{'shortlist': 512}}." if wrong else ""
+
+
 def _selector(function) -> str:
     chosen = function if isinstance(function, Selector) else Selector("yours", function, "yours")
     try:
@@ -178,6 +189,12 @@ EXERCISES: dict[str, Exercise] = {
          "Replace each noun and verb of the question by another word for the same thing."),
         'mine = (\n    "Old Tobias keeps his silver trumpet under the kitchen stairs.",\n'
         '    "Where does the aged musician hide an instrument of precious metal?",\n    "under the kitchen stairs",\n)',
+    ),
+    "own": Exercise(
+        "Write the overrides that give the layers 0 and 1 a shortlist of 512 keys.", _own,
+        "All other layers keep the settings of the stanza.",
+        ("The keys are layer numbers as texts.", "The value of a layer is a dictionary from setting to number."),
+        'answer = {"0": {"shortlist": 512}, "1": {"shortlist": 512}}',
     ),
     "selector": Exercise(
         "Write mine(sight, rows): a mask (B, H, R, T), True where a row reads a key, at most L of them.",

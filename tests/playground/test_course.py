@@ -18,6 +18,8 @@ SAID = {  # exercise -> code of a wrong answer -> what the check says about it
                 "lambda s, n: [0, 1, 2]": "first tokens"},
     "needles": {"('The cat sleeps here.', 'Where is the cat sleeping? here', 'here')": "gives the answer",
                 "('Grandma hides money.', 'Who hides cash?', 'Grandma')": "share hides", "('', 'a', 'b')": "empty"},
+    "own": {"{0: {'shortlist': 512}}": "as texts", "{'0': {'shortlist': 512}}": "must be 0 and 1", "512": "no dictionary",
+            "{'0': 512, '1': 512}": "layer 0 has 512"},
     "selector": {"lambda s, r: s.window(r + 1, 3)": "later", "lambda s, r: s.window(r, 10**6)": "reads"},
     "evidence": {"lambda r, n: (r / n, r / n)": "expected", "lambda r, n: (0.551, 0.649)": "1.96"},
 }  # fmt: skip
