@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..common.files import shipped_notebooks, whole
+from ..common.files import shipped_notebooks, write_text
 
 BUILDS = ("instructor", "student")
 NOTES = {"minutes": "Time", "wrong": "What people get wrong", "say": "What to say"}
@@ -30,8 +30,7 @@ def build(out: Path) -> list[Path]:
             book["cells"] = [made for cell in book["cells"] for made in _cells(cell, kind, path.name)]
             text = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
             place = out / kind / path.name
-            with whole(place) as part:
-                part.write_text(text, encoding="utf-8")
+            write_text(place, text)
             written.append(place)
     return written
 

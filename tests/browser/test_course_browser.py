@@ -1,4 +1,4 @@
-"""The course's notebooks in a real browser: every cell runs, one thing is moved, an exercise is wrong and then right."""
+"""The course's notebooks in a real browser: cells run, one thing is moved, an exercise is wrong, then right."""
 
 from __future__ import annotations
 
