@@ -115,7 +115,7 @@ def _own(answer) -> str:
     if not isinstance(answer, dict):
         return f"{answer!r} is no dictionary of layers."
     if any(not isinstance(layer, str) for layer in answer):
-        return "JSON has no whole numbers as keys: write the layers as texts, such as \"0\"."
+        return 'JSON has no whole numbers as keys: write the layers as texts, such as "0".'
     if set(answer) != {"0", "1"}:
         return f"the layers are {sorted(answer)}; they must be 0 and 1."
     wrong = {layer: settings for layer, settings in answer.items() if settings != {"shortlist": 512}}
