@@ -17,6 +17,9 @@ from proteus_playground.experiments.duel.curve import held_out_curve
 from proteus_playground.experiments.duel.duel import PRESETS, duel
 from proteus_playground.experiments.evidence.committed import Study, committed
 from proteus_playground.experiments.needles import haystacks, subjects
+from proteus_playground.experiments.needles.live import live as live_needles
+from proteus_playground.experiments.needles.pairs import load_pairs
+from proteus_playground.experiments.speed.wall import LENGTHS, LIMIT_S, climb
 
 from proteus_playground.common.checks import whole_number
 from proteus_playground.common.progress import Progress, Stop
@@ -34,12 +37,14 @@ from proteus_playground.streaming.random_words import RandomWords
 from .bank.panel import BankPanel
 from .duel.panel import DuelPanel
 from .evidence.panel import CASES, EvidencePanel
+from .needles.panel import NeedlePanel
 from .parts.state import SHELF, PlayState, parse
 from .prototypes.panel import PrototypePanel
 from .stream.frames import Source
 from .stream.panel import StreamPanel
 from .stream.state import StreamState
 from .stream.state import check as check_stream
+from .wall.panel import WallPanel
 from .workbench.workbench import Workbench
 
 
@@ -234,3 +239,38 @@ def duel_panel(
     if "length" in settings:
         settings = {"shortlist": None, **settings}  # None: a fixed share of the new length
     return DuelPanel(preset, replace(PRESETS[preset], **settings), run or duel, curve or held_out_curve, out)
+
+
+def wall_panel(
+    *, device: str | None = None, lengths: list[int] | None = None, limit_s: float = LIMIT_S, run=None
+) -> WallPanel:
+    """The live benchmark of dense attention and Proteus by length, to `display(...)`.
+
+    device: "cpu" or "cuda", by default the GPU where there is one; lengths: in tokens, growing; limit_s: a line stops
+    after a call of more than so many seconds; run: instead of `experiments.speed.wall.climb`. ValueError names an
+    argument that is not allowed.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    lengths = list(lengths or LENGTHS[where.type])
+    if lengths != sorted(set(lengths)) or lengths[0] < 1:
+        raise ValueError(f"lengths={lengths!r}: allowed are whole numbers >= 1, each larger than the one before")
+    if not limit_s > 0:
+        raise ValueError(f"limit_s={limit_s!r}: allowed is a number of seconds > 0")
+    return WallPanel(run or climb, where, lengths, limit_s)
+
+
+def needle_panel(
+    model: str = "smollm2", *, subject: subjects.Subject | None = None, pairs=None, run=None
+) -> NeedlePanel:
+    """The validation suite, live, to `display(...)`.
+
+    model: a pulled model, or "layer", a random layer that shows the chance level and replaces a model that is not
+    pulled. subject: a ready one instead; pairs: facts, by default those of the package; run: instead of
+    `experiments.needles.live.live`.
+    """
+
+    def open_subject() -> tuple[subjects.Subject, str]:
+        why = "" if subject or model == subjects.LAYER else _why_not(model)
+        return subject or subjects.load(subjects.LAYER if why else model, answers=False), why
+
+    return NeedlePanel(open_subject, pairs or load_pairs(), run or live_needles)

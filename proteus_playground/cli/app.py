@@ -46,6 +46,8 @@ models_app = typer.Typer(help="Fetch, list and remove language models.", no_args
 bench_app = typer.Typer(cls=Bench, help="Measure, and print the README's tables.", no_args_is_help=True, **PLAIN)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
+course_app = typer.Typer(help="The notebooks as a course for a room.", no_args_is_help=True, **PLAIN)
+app.add_typer(course_app, name="course")
 
 ModelName = Annotated[
     str, typer.Argument(help=f"{DEFAULT}, a hub id such as owner/name, or the path of a folder or of a GGUF file.")
@@ -82,6 +84,24 @@ def doctor() -> None:
             typer.echo(f"{'':17} {finding.meaning}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@course_app.callback()
+def course() -> None:
+    """The notebooks as a course for a room."""
+
+
+@course_app.command("build")
+def course_build(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for instructor/ and student/.", callback=output_folder)
+    ] = Path("proteus-course"),
+) -> None:
+    """Write the notebooks twice: with solutions, timing and notes for the teacher, and without for the students."""
+    from proteus_playground.cli.course import build
+
+    written = build(out)
+    typer.echo(f"{len(written) // 2} notebooks each in {out / 'instructor'} and {out / 'student'}.")
 
 
 @models_app.command("pull")

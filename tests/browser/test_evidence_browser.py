@@ -26,7 +26,7 @@ def evidence(lab):
         pytest.skip("no study is committed in experiments/results")
     page, address = lab
     page.set_viewport_size({"width": 1400, "height": 1180})
-    driver.start_all(page, address, "notebooks/05_evidence.ipynb")
+    driver.start_all(page, address, "notebooks/08_evidence.ipynb")
     page.keyboard.press("Control+b")
     page.wait_for_selector(f"{NUMBERS}[data-request]", timeout=READY_MS)
     page.wait_for_function("() => document.querySelector('.pp-evidence .js-plotly-plot')?.data?.length === 8")

@@ -78,8 +78,8 @@ def click(panel, words: str):
 
 
 def test_every_cell_ran(page):
-    assert page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').count() == 0
     said = page.locator(".jp-Notebook").inner_text()
+    assert "Traceback" not in said  # the cells of the course that wait for a guess raise one sentence
     assert "are kept." in said and ") promoted, " in said
 
 

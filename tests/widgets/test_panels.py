@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import ipywidgets
 import made_study
@@ -17,7 +18,10 @@ import pytest
 from fake_probe import FakeProbe
 from proteus_playground.experiments.evidence import committed
 from proteus_playground.experiments.needles.haystacks import Haystack
-from proteus_playground.widgets import bank_panel, duel_panel, evidence_panel, playground, prototype_panel, stream_panel
+from proteus_playground.experiments.needles.live import Found
+from proteus_playground.widgets import (
+    bank_panel, duel_panel, evidence_panel, needle_panel, playground, prototype_panel, stream_panel, wall_panel,
+)  # fmt: skip
 from proteus_playground.widgets.parts import panel as panels
 from proteus_playground.widgets.parts.panel import Panel
 from proteus_playground.widgets.parts.worker import Worker
@@ -63,6 +67,34 @@ def a_duel(**settings):
     return duel_panel("small", run=lambda *a, **k: iter(()), curve=lambda *a, **k: iter(()), **settings)
 
 
+def a_wall(why: str = ""):
+    """Measured at two lengths, where unfused attention stops at the second."""
+
+    def run(rows, alpha, shortlist, device, lengths, limit_s, stop):
+        for tokens, who in ((512, "mha"), (512, "proteus"), (1024, "mha"), (1024, "proteus")):
+            ours, broken = who == "proteus", who == "mha" and tokens == 1024
+            yield {"tokens": tokens, "who": who, "alpha": alpha if ours else None,
+                   "shortlist": shortlist if ours else None, "ms": None if broken else 5.0,
+                   "mb": None if broken else 2.0, "keys": 9.0, "why": why or "too slow" if broken else ""}  # fmt: skip
+
+    panel = wall_panel(device="cpu", lengths=[512, 1024], run=run)
+    panel.begin()
+    return panel
+
+
+def a_needle(text: str = "the soup has · horseradish"):
+    """One case of each task, without a model."""
+
+    def run(subject, pairs, haystack, tasks, stop):
+        for task in tasks:
+            yield Found(task, 1024, 0.5 if task == "single" else None, "?", {"proteus": 1.0, "bm25": 0.0, "random": 0.0,
+                        "recency": 0.0}, (1.0, 0.0), (1.0, 0.8), 31, text)  # fmt: skip
+
+    panel = needle_panel(subject=SimpleNamespace(note=text), run=run)
+    panel.begin()
+    return panel
+
+
 @pytest.fixture(scope="module")
 def live():
     return random_bytes(load_text("humble token"), tokens=200)
@@ -73,7 +105,7 @@ def study(tmp_path_factory):
     return committed.committed(made_study.write(tmp_path_factory.mktemp("studies")))[0]
 
 
-PANELS = ("workbench", "stream", "bank", "prototypes", "duel", "evidence")
+PANELS = ("workbench", "stream", "bank", "prototypes", "duel", "evidence", "wall", "needles")
 
 
 @pytest.fixture
@@ -86,6 +118,8 @@ def opened(live, study) -> Callable[[str], Panel]:
         "prototypes": lambda: prototype_panel(live=live),
         "duel": a_duel,
         "evidence": lambda: evidence_panel([study]),
+        "wall": a_wall,
+        "needles": a_needle,
     }
 
     def open_panel(name: str) -> Panel:
@@ -226,6 +260,8 @@ def with_markup(live, study) -> dict[str, Callable[[], Panel]]:
         "prototypes": lambda: prototype_panel(live=marked),
         "duel": lambda: a_duel(text=MARKUP),
         "evidence": lambda: evidence_panel([replace(study, note=MARKUP)]),
+        "wall": lambda: a_wall(MARKUP),
+        "needles": lambda: a_needle(MARKUP),
     }
 
 
@@ -356,3 +392,21 @@ def test_a_closed_worker_runs_nothing_and_its_thread_ends():
     worker.submit("model", forever, lambda *_: heard.append("done"), lambda *_: heard.append("failed"))
     worker.wait(1)
     assert heard == [] and worker._thread is None
+
+
+# Needles
+
+
+def test_a_needle_of_ones_own_is_checked_and_measured():
+    panel = a_needle()
+    wait(panel)
+    assert [one.task for one in panel.found] == ["single", "jigsaw", "clustered", "fading"]
+    assert "Mentions with 100% ✓, 80% ✗" in panel.said.value and panel.problem == ""
+    panel.answer.value = "elsewhere"
+    panel.begin(own=True)
+    assert "must contain the answer 'elsewhere'" in panel.problem and panel.found == []
+    panel.answer.value = "kitchen stairs"
+    panel.begin(own=True)
+    wait(panel)
+    assert [one.task for one in panel.found] == ["single", "jigsaw", "fading"] and panel.problem == ""
+    panel.close()
