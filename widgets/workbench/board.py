@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import ipywidgets as w
 
+from proteus_playground.attention.selectors import Way
 from proteus_playground.attention.settings import Settings
 from proteus_playground.playground.views import GateMap, LayerView, ModelView, RowView
 
@@ -18,6 +19,8 @@ from ..parts.panel import Panel
 from ..parts.state import PlayState
 from . import readout
 from .ask_box import AskBox
+from .next_bars import no_bars_html
+from .ways_box import WaysBox
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Wanted:
     layer: int
     head: int
     token: int
+    way: Way = Way()
+    pin: tuple[Settings, Way] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Frame:
     row: RowView
     gate_map: GateMap
     group: int
+    other: LayerView | None = None  # of the settings that are pinned
+    other_row: RowView | None = None
 
 
 LEGENDS = {"heads": readout.HEAT_LEGEND, "gates": readout.GATE_LEGEND, "row": "", "text": readout.TEXT_LEGEND}
@@ -50,7 +57,7 @@ class Board(Panel):
 
     def __init__(
         self, state: PlayState, pictures: w.DOMWidget, text: w.DOMWidget, on_pull: Callable[[], None],
-        on_show: Callable[[int], None],
+        on_show: Callable[[int], None], verdict: str = "",
     ):  # fmt: skip
         super().__init__(readout.TITLE, LEGENDS)
         self.state, self.drawn = state, None
@@ -64,7 +71,8 @@ class Board(Panel):
         self.more.observe(lambda change: self._show_more(change["new"]), "value")
         self.layer_controls = LayerControls(state)
         self.source_controls = SourceControls(state, on_pull)
-        self.ask_box = AskBox(state, on_show)
+        self.ask_box, self.ways = AskBox(state, on_show), WaysBox(state, verdict)
+        self.next = w.HTML(no_bars_html("The model is loaded …"))
         self.share_controls = ShareControls(state)
         self.drawer = w.GridBox([self.layer_controls, self.source_controls, self.share_controls])
         self.drawer.add_class("pp-drawer")
@@ -74,8 +82,8 @@ class Board(Panel):
         self.model_choice = ModelChoice(state)
         over = [self.captions[name] for name in ("heads", "gates", "row")]
         self.place(
-            "pp-workbench", row("pp-banner", self.banner, self.model_choice), knobs, self.ask_box, self.drawer,
-            self.numbers, self.beside([pictures, *over], [self.captions["text"], text]),
+            "pp-workbench", row("pp-banner", self.banner, self.model_choice), knobs, self.ways, self.ask_box, self.drawer,
+            self.numbers, self.beside([pictures, *over], [self.captions["text"], text, self.next]),
         )  # fmt: skip
         self._show_more(False)
         self._show_empty(
@@ -86,16 +94,25 @@ class Board(Panel):
         view, row, tokens = frame.view, frame.row, probe.tokens
         name = sentences.token_name(tokens, row.token)
         self._draw_numbers(timed, runs)
-        self.caption("heads", f"Heads: {view.head_map_kind}", sentences.heads_sentence(view, row.head))
+        self.ways.follow(view.layer, frame.group, row, tokens)
+        two = frame.other is not None
+        what = f"B − A in {view.head_map_kind}" if two else view.head_map_kind
+        self.caption("heads", f"Heads: {what}", sentences.heads_sentence(view, row.head),
+                     readout.TWO_HEAT_LEGEND if two else None)  # fmt: skip
         self.caption("gates", f"Prototypes of KV group {frame.group}", sentences.gates_sentence(row, tokens))
-        self.caption("row", f"What {name} reads in head {row.head}", sentences.row_sentence(row, tokens),
+        said = sentences.row_sentence(row, tokens)
+        if two:
+            said = f"B, above: {said} A, below: {sentences.row_sentence(frame.other_row, tokens)}"
+        self.caption("row", f"What {name} reads in head {row.head}", said,
                      readout.legend_html(row.kind[: row.token + 1], bool(getattr(probe, "fact", None))))  # fmt: skip
-        self.caption("text", "The text", sentences.text_sentence(view, row, tokens))
+        self.caption("text", "The text", sentences.text_sentence(view, row, tokens),
+                     readout.TWO_TEXT_LEGEND if two else None)  # fmt: skip
         self.title.value = readout.workbench_title_html(probe.name, probe.n_layers, len(tokens), self.state.text, view)
         self._draw_split()
 
     def _draw_numbers(self, view: LayerView, runs: int) -> None:
-        self.numbers.value = readout.readout_html(self.number, view, runs, self.model_view, self.drawn.wanted.settings)
+        self.numbers.value = readout.readout_html(self.number, view, runs, self.model_view, self.drawn.wanted.settings,
+                                                  self.drawn.other)  # fmt: skip
 
     def _show_empty(self, why: str) -> None:
         for name, title in EMPTY_TITLES.items():
