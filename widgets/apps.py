@@ -6,7 +6,7 @@ that the cell made before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -42,6 +42,9 @@ from .stream.state import StreamState
 from .stream.state import check as check_stream
 from .workbench.ways_box import verdict_html
 from .workbench.workbench import Workbench
+
+
+FIRST_QUESTION = "what does the copper engine cost?"  # the shelf that opens first answers it
 
 
 def make_probe(source: Mapping, stop, progress) -> tuple:
@@ -110,6 +113,8 @@ def playground(
     state: str | Mapping | None = None,
     probe=None,
     selector: str | Callable | None = None,
+    hide: Iterable[str] = (),
+    fixed: Mapping | None = None,
     **settings,
 ) -> Workbench:
     """A workbench to `display(...)`.
@@ -119,7 +124,9 @@ def playground(
     short string such as "alpha=0.35&L=64&layer=12", JSON or a dict, as the workbench's own share box gives it;
     settings: any other field of the state by name, such as `flux_alpha=0.5` or `layer=3`. An argument
     takes precedence over `state`. selector: who chooses the keys: "ours", the name of a selector, or a function of your
-    own (docs/selectors.md), which is checked first; the panel shows the verdict. probe: a ready `LayerProbe` to show instead. A model that is not pulled is replaced
+    own (docs/selectors.md), which is checked first; the panel shows the verdict. hide: controls that are
+    not shown, such as "keep_ratio", "presets", "selectors"; fixed: values that nothing changes, such as {"flux_alpha": 1}.
+    Without any argument the panel opens with a question that is asked at once. probe: a ready `LayerProbe` to show instead. A model that is not pulled is replaced
     by a random layer, and the panel says so. ValueError or TypeError names an argument that is not allowed.
     """
     now = PlayState()
@@ -129,7 +136,16 @@ def playground(
     if selector is not None:
         name, verdict = guest(selector) if callable(selector) else (selector, "")
         now.update({"selector": name})
-    return Workbench(now, make_probe if probe is None else lambda source, stop, progress: (probe, ""), verdict)
+    if probe is None and not (state or text or model or length or settings) and now.model == "shelf-mini":
+        now.question = FIRST_QUESTION
+    made = Workbench(now, make_probe if probe is None else lambda source, stop, progress: (probe, ""), verdict)
+    try:
+        made.fix(fixed or {})
+        made.hide(hide)
+    except (TypeError, ValueError):
+        made.close()
+        raise
+    return made
 
 
 def guest(choose: Callable) -> tuple[str, str]:

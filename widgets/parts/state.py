@@ -215,7 +215,19 @@ class PlayState(checked_traits(BY_NAME.values(), check, **TEXTS)):
     """
 
     def __init__(self, model: str | None = None):
+        self.fixed: dict = {}  # trait -> value that a lesson has fixed: whatever is set, it stays
         super().__init__(**opening(default_model() if model is None else model))
+
+    @validate(*BY_NAME, *TEXTS)
+    def _valid(self, proposal):
+        name = proposal["trait"].name
+        return self.fixed.get(name, check(name, proposal["value"]))
+
+    def fix(self, values: Mapping) -> None:
+        """Sets `values` for good, so that no control, preset or link changes them. All or none."""
+        values = {KEYS.get(name, name): value for name, value in values.items()}
+        self.update(values)
+        self.fixed |= {name: getattr(self, name) for name in values}
 
     def settings(self) -> Settings:
         now = {name: getattr(self, name) for name in SETTINGS}

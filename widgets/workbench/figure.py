@@ -28,6 +28,7 @@ STUB = -3.8  # log10 of the height at which a key of smaller weight is drawn
 UNDER = -4.5  # log10 of the height, below the axis, at which lines run from stem to stem
 MARKED = "#f3c9e0"
 BOTH = ((466, 546), (550, 630))  # the row of B, and below it the row of A, where settings are pinned
+HIDDEN = (HEIGHT - 1, HEIGHT)  # its background would lie over the row of B
 RGB = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in (*GATE_COLOURS, GREY)])
 HEAT_STEPS = 250  # weights are sent as whole numbers 0..250, and -1 where the head slept
 
@@ -134,7 +135,8 @@ class Pictures:
         """Makes room for A, or takes it back."""
         self._two, layout = two, self.widget.layout
         layout.yaxis3.domain = domain(HEIGHT, *(BOTH[0] if two else BOTTOM))
-        layout.yaxis4.visible = two
+        layout.yaxis4.update(visible=two, domain=domain(HEIGHT, *(BOTH[1] if two else HIDDEN)))
+        layout.xaxis3.anchor = "y4" if two else "y3"
         layout.yaxis3.title.text = "B (log)" if two else "attention (log)"
         colours = TWO_SCALE if two else _slept_then_cividis(1 / (HEAT_STEPS + 1))
         self._heat.update(zmin=-HEAT_STEPS if two else -1, colorscale=colours)
@@ -290,6 +292,6 @@ def _layout() -> dict:
         "yaxis3": titled("attention (log)", showgrid=True, gridcolor="#eef0f2", domain=across(*BOTTOM),
                          anchor="x3", range=[FLOOR, 0.05], tickvals=[-4, -3, -2, -1, 0],
                          ticktext=["≤0.01%", "0.1%", "1%", "10%", "100%"]),
-        "yaxis4": titled("A (log)", showgrid=True, gridcolor="#eef0f2", domain=across(*BOTH[1]), anchor="x3",
+        "yaxis4": titled("A (log)", showgrid=True, gridcolor="#eef0f2", domain=across(*HIDDEN), anchor="x3",
                          range=[0.05, FLOOR], tickvals=[-3, -1], ticktext=["0.1%", "10%"], visible=False),
     }  # fmt: skip

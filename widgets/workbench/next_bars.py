@@ -29,7 +29,7 @@ def bars_html(request: int, seen: NextTokens, tokens: list[str], token: int) -> 
     said = sentence(seen)
     return (
         f'<div class="pp-next" data-request="{request}" role="img" aria-label="{escape(said)}">'
-        f"<b>What comes after {escape(token_name(tokens, token))}: KL {seen.kl:.2g} nats</b>"
+        f"<b>What comes after {escape(token_name(tokens, token))}: KL {_nats(seen.kl)}</b>"
         f'<p title="{escape(HOW)}">{with_terms(said)}</p><table><tr><th></th><th scope="col">{escape(first)}</th>'
         f'<th scope="col">{escape(second)}</th></tr>{lines}</table></div>'
     )
@@ -43,6 +43,10 @@ def sentence(seen: NextTokens) -> str:
     if was == now:
         return f"Likeliest with {first}: {top}; with {second} still, {seen.after[now]:.0%}."
     return f"Likeliest with {first}: {top}; with {second}: ‘{shown(seen.words[now])}’, {seen.after[now]:.0%}."
+
+
+def _nats(kl: float) -> str:
+    return f"{kl:.3f} nats" if kl >= 0.0005 else "under 0.001 nats"
 
 
 def _bar(share: float, name: str) -> str:

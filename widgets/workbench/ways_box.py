@@ -45,7 +45,7 @@ class WaysBox(w.VBox):
         self.verdict = w.HTML(verdict)
         self._names = {"head": "", "gate": "", "key": ""}
         away = w.HTML('<span class="pp-knob-name">take away</span>')
-        choose = row("pp-ways-row", labelled("who chooses the keys", self.choice, "150px"), self.about)
+        choose = row("pp-ways-row", labelled("who chooses the keys", self.choice, "172px"), self.about)
         less = row("pp-ways-row", away, *self.parts.values(), *self.local.values(), self.chips, self.back)
         super().__init__([choose, self.verdict, less, row("pp-ways-row", self.pin, self.swap, self.pinned)])
         self.add_class("pp-ways")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +22,9 @@ from ..parts.text_panel import TextPanel
 from . import readout
 from .board import Board, Frame, Wanted
 from .figure import Pictures
+from .keep import keep
 from .next_bars import NONE, bars_html, no_bars_html
+from .tradeoff import measure
 
 PAINT_SECONDS = 0.25  # after which the next picture is sent even if the browser has not painted the last one
 REST_SECONDS = 0.8  # without a move, after which the layer is timed again
@@ -39,7 +43,9 @@ class Workbench(Board):
         self._painted = threading.Event()
         self._moved = threading.Event()  # set as soon as a slider moves
         self._seen = False  # whether a browser has ever painted a picture
-        super().__init__(state, self.pictures.widget, self.text, self._pull, self._go_to, verdict)
+        super().__init__(
+            state, self.pictures.widget, self.text, self._pull, self._go_to, verdict, self._measure_curve, self.keep
+        )
         self.probe = None
         self.reply: Reply | None = None
         self._make_probe = make_probe
@@ -143,6 +149,8 @@ class Workbench(Board):
             changed.add("view")
         self._painted.clear()
         self.drawn, self.number, self.problem = frame, number, ""
+        if self.kl is not None:
+            self.kl = replace(self.kl, old=True)
         self._fitted.add((now.layer, now.settings.gates))
         if "view" in changed:
             self._timed, self._runs = frame.view, 1
@@ -181,6 +189,9 @@ class Workbench(Board):
             return compare(*made, probe.words_of, names)
 
         def show(_: int, seen) -> None:
+            if isinstance(probe, ShelfProbe) and wanted.pin is None and self.drawn is frame:
+                self.kl = readout.Far(seen.kl, names[0])
+                self._draw_numbers(self._timed, self._runs)
             self.next.value = bars_html(self.number, seen, probe.tokens, wanted.token)
 
         self.worker.submit("next", compute, show, self._no_next)
@@ -206,7 +217,7 @@ class Workbench(Board):
 
     def _answered(self, _: int, reply: Reply) -> None:
         self.reply = reply
-        self.ask_box.answered(reply)
+        self.ask_box.answered(reply, "" if self.wanted().way.plain else OURS_ANSWERS)
 
     # Work that takes longer
 
@@ -222,12 +233,14 @@ class Workbench(Board):
     def _loaded(self, _: int, made: tuple) -> None:
         probe, why = made
         state = self.state
-        self.worker.cancel("frame", "next", "ask", "repeat", "model")
+        self.worker.cancel("frame", "next", "ask", "repeat", "model", "curve")
         place = self._place(probe)
         self.probe, self.drawn, self.model_view, self._view, self.reply = probe, None, None, None, None
         self._fitted.clear()
         self._expected.clear()
-        self._other = None
+        self._other, self.kl = None, readout.Far(None, "dense") if isinstance(probe, ShelfProbe) else None
+        self.curve.clear()
+        self.pays.value = readout.pays_html(len(probe.tokens))
         self.next.value = no_bars_html("…" if probe.predicts else NONE)
         self.banner.value = readout.banner_html(probe, why)
         self.run_model.disabled = probe.random
@@ -296,6 +309,28 @@ class Workbench(Board):
 
         self.worker.submit("repeat", again, show, lambda number, err: None)
 
+    def _measure_curve(self) -> None:
+        """Cost and quality over alpha, of the layer on show."""
+        probe, wanted = self.probe, self.wanted()
+        if probe is None:
+            return
+        self.say("busy", 0.0, "cost against quality")
+        self._stop_timing()
+        name = f"Layer {wanted.layer}, {len(probe.tokens):,} tokens, {wanted.way.selector}, on this machine"
+
+        def show(_: int, rows: list) -> None:
+            self.curve.draw(rows, name)
+            self.say("fresh" if self.wanted() == self._shown() else "stale")
+
+        self.worker.submit(
+            "curve", lambda stop, progress: measure(probe, wanted.layer, wanted.settings, wanted.way, stop, progress), show,
+            self._failed, self._progress,
+        )  # fmt: skip
+
+    def keep(self, path: str | Path, only: str | None = None) -> Path:
+        """Writes what is on show as one page that needs no network. See `keep.keep`."""
+        return keep(self, path, only)
+
     def _pull(self) -> None:
         model = self.state.model
         known = KNOWN[model]
@@ -339,6 +374,9 @@ class Workbench(Board):
     def _pace(self) -> None:
         if self._seen and self.worker.busy == "frame":
             self._painted.wait(PAINT_SECONDS)
+
+
+OURS_ANSWERS = "The answer is that of our own selector, with nothing taken away; the bars of the next token show what other keys do."
 
 
 def _again(old: LayerView | None, probe, layer: int, settings: Settings, way: Way, stop) -> LayerView:
