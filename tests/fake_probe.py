@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from proteus_playground.attention.budget import split_shortlist
-from proteus_playground.attention.selectors.way import Way
+from proteus_playground.attention.selectors.way import PLAIN, Way
 from proteus_playground.attention.settings import Settings
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, GateMap, LayerView, ModelView, RowView
 
@@ -27,7 +27,7 @@ class FakeProbe:
         self.predicts = True
         self.calls = {"next_logprobs": 0, "view": 0, "row": 0, "gate_map": 0, "run_model": 0}
 
-    def view(self, layer: int, settings: Settings, *, way: Way = Way(), stop=None) -> LayerView:
+    def view(self, layer: int, settings: Settings, *, way: Way = PLAIN, stop=None) -> LayerView:
         self.calls["view"] += 1
         self._wait(stop)
         size, rng = len(self.tokens), np.random.default_rng(layer)
@@ -47,7 +47,7 @@ class FakeProbe:
             budget=budget, backend="fake", backend_reason="made up", device="cpu", way=way,
         )  # fmt: skip
 
-    def row(self, layer: int, settings: Settings, token: int, head: int, way: Way = Way()) -> RowView:
+    def row(self, layer: int, settings: Settings, token: int, head: int, way: Way = PLAIN) -> RowView:
         self.calls["row"] += 1
         size, budget = len(self.tokens), self._budget(settings)
         kind = np.zeros(size, np.uint8)
@@ -73,7 +73,7 @@ class FakeProbe:
         keys = keys + 0.06 * rng.normal(size=keys.shape).astype(np.float32)
         return GateMap(layer, group, keys.astype(np.float32), prototypes, 0.31)
 
-    def next_logprobs(self, token: int, settings, way: Way = Way(), *, stop=None) -> np.ndarray:
+    def next_logprobs(self, token: int, settings, way: Way = PLAIN, *, stop=None) -> np.ndarray:
         self.calls["next_logprobs"] += 1
         logits = np.random.default_rng(token).normal(size=len(WORDS)) * (2 + len(str(way.without)) + (settings is None))
         return (logits - np.log(np.exp(logits).sum())).astype(np.float32)

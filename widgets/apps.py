@@ -125,8 +125,9 @@ def playground(
     settings: any other field of the state by name, such as `flux_alpha=0.5` or `layer=3`. An argument
     takes precedence over `state`. selector: who chooses the keys: "ours", the name of a selector, or a function of your
     own (docs/selectors.md), which is checked first; the panel shows the verdict. hide: controls that are
-    not shown, such as "keep_ratio", "presets", "selectors"; fixed: values that nothing changes, such as {"flux_alpha": 1}.
-    Without any argument the panel opens with a question that is asked at once. probe: a ready `LayerProbe` to show instead. A model that is not pulled is replaced
+    not shown, such as "keep_ratio", "presets", "selectors"; fixed: values that nothing changes, such as
+    {"flux_alpha": 1}. Without any argument the panel opens with a question that is asked at once. probe: a ready
+    `LayerProbe` to show instead. A model that is not pulled is replaced
     by a random layer, and the panel says so. ValueError or TypeError names an argument that is not allowed.
     """
     now = PlayState()

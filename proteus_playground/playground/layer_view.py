@@ -19,7 +19,7 @@ from ..attention.backends.dispatch import dense_lse
 from ..attention.captured import CapturedLayer
 from ..attention.rope import rotate
 from ..attention.selectors.seen import Seeing, SeenRun, see_layer
-from ..attention.selectors.way import Way
+from ..attention.selectors.way import PLAIN, Way
 from ..attention.settings import Settings
 from ..common.timing import RUNS, Stopwatch
 from .source import Source
@@ -74,8 +74,13 @@ def load_layer(index: int, captured: CapturedLayer, source: Source, watch: Stopw
 
 
 def layer_view(
-    layer: LoadedLayer, runner: ProteusLayer, settings: Settings, source: Source, watch: Stopwatch,
-    way: Way = Way(), stop: Callable[[], object] = lambda: None,
+    layer: LoadedLayer,
+    runner: ProteusLayer,
+    settings: Settings,
+    source: Source,
+    watch: Stopwatch,
+    way: Way = PLAIN,
+    stop: Callable[[], object] = lambda: None,
 ) -> LayerView:
     """Run `layer` at `settings` and collect everything that is shown. Only the run itself is timed.
 
@@ -85,11 +90,17 @@ def layer_view(
     machine cannot distort. A `way` that the backends do not serve is computed by masks; `stop` is called between parts.
     """
     device, shape = source.device, source.shape
-    run, latency_ms = watch.run(
-        "proteus",
-        (layer.index, settings),
-        lambda: runner.run(layer.q, layer.k, layer.v, inv_freq=layer.inv_freq, scale=layer.scale, logits=layer.logits),
-    ) if way.plain else (see_layer(seeing(layer, runner, way), stop), 0.0)
+    run, latency_ms = (
+        watch.run(
+            "proteus",
+            (layer.index, settings),
+            lambda: runner.run(
+                layer.q, layer.k, layer.v, inv_freq=layer.inv_freq, scale=layer.scale, logits=layer.logits
+            ),
+        )
+        if way.plain
+        else (see_layer(seeing(layer, runner, way), stop), 0.0)
+    )
     if watch.count("dense", None) < RUNS:
         at = torch.arange(layer.q.shape[1], device=device)[None]
         watch.run("dense", None, lambda: dense_attention(layer.q, layer.k, layer.v, layer.inv_freq, at, layer.scale))

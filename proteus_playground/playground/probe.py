@@ -22,7 +22,7 @@ from ..attention.adapter import ProteusLayer
 from ..attention.calibration import Calibration, watch
 from ..attention.captured import check_cache
 from ..attention.selectors.seen import refuse_long, see_row
-from ..attention.selectors.way import Way
+from ..attention.selectors.way import PLAIN, Way
 from ..attention.settings import Settings, config_for
 from ..common.checks import whole_number
 from ..common.files import cache_dir
@@ -142,7 +142,7 @@ class LayerProbe:
         return cls(RandomSource(seed), text, max_tokens=max_tokens)
 
     @torch.no_grad()
-    def view(self, layer: int, settings: Settings, *, way: Way = Way(), stop: Stop | None = None) -> LayerView:
+    def view(self, layer: int, settings: Settings, *, way: Way = PLAIN, stop: Stop | None = None) -> LayerView:
         """Re-run one layer at `settings`. Raises `ValueError` for a value out of range, `Stopped` on request.
 
         way: who chooses the keys, and what is taken away. A selector that breaks the rules raises as `choose`.
@@ -155,7 +155,7 @@ class LayerProbe:
             return layer_view(loaded, runner, settings, self._source, self._watch, way, lambda: check_stop(stop))
 
     @torch.no_grad()
-    def row(self, layer: int, settings: Settings, token: int, head: int, way: Way = Way()) -> RowView:
+    def row(self, layer: int, settings: Settings, token: int, head: int, way: Way = PLAIN) -> RowView:
         """The keys that one query row reads at `settings`; token in [0, T), head in [0, H)."""
         whole_number("token", token, 0, len(self.tokens) - 1)
         whole_number("head", head, 0, self.n_heads - 1)
@@ -195,7 +195,7 @@ class LayerProbe:
 
     @torch.no_grad()
     def next_logprobs(
-        self, token: int, settings: Settings | None, way: Way = Way(), *, stop: Stop | None = None
+        self, token: int, settings: Settings | None, way: Way = PLAIN, *, stop: Stop | None = None
     ) -> np.ndarray:
         """Log-probability of every token to come after `token` `(V,)`; settings None: dense. See `next_token`.
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..attention.adapter import ProteusLayer
 from ..attention.calibration import KeySource
 
-
 Look = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 

@@ -11,7 +11,7 @@ from proteus_playground.attention.rope import rope_frequencies, rotate
 from proteus_playground.attention.rows import row_reads
 from proteus_playground.attention.selectors import SELECTORS, Sight, attend_all
 from proteus_playground.attention.selectors.seen import Seeing, see_layer, see_row
-from proteus_playground.attention.selectors.way import Way, Without, offered
+from proteus_playground.attention.selectors.way import PLAIN, Way, Without, offered
 
 H, G, D, T = 4, 2, 8, 150
 
@@ -23,7 +23,7 @@ def layer():
     gates = Gates(G, 16, D).eval()
     gates.fit(torch.randn(1, 400, G, D, generator=gen))
 
-    def make(way=Way(), **changes):
+    def make(way=PLAIN, **changes):
         config = AttentionConfig(
             d_model=H * D, n_heads=H, n_kv_heads=G, head_dim=D, gates_per_group=16, n_anchors=2, backend="reference",
             **{"shortlist": 40, "flux_alpha": 1.0, "route_heads": False, "probes": 3} | changes,

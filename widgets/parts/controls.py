@@ -272,7 +272,8 @@ class ShareControls(w.VBox):
         self.file = w.Text(value="workbench.html", layout=w.Layout(width="220px"))
         tip(self.file, "A .html file to write; a folder on the machine that runs the kernel.")
         self.keep = button("Keep as a page", "Writes figures, numbers, text and settings as one page that needs no "
-                           "network; its figures can be saved as PNG and SVG there", self._keep, icon="save")  # fmt: skip
+                           "network; its figures can be saved as PNG and SVG there",
+                           self._keep, icon="save")  # fmt: skip
         tip(self.cell, "In a notebook cell, this line opens the workbench as it is now.")
         tip(self.json, "The state of every control; paste another one, or a short string, and press Restore.")
         state.observe(lambda _: self._write(), list(state.to_dict()))

@@ -86,8 +86,10 @@ class Board(Panel):
         self.model_choice = ModelChoice(state)
         over = [self.captions[name] for name in ("heads", "gates", "row")]
         self.place(
-            "pp-workbench", row("pp-banner", self.banner, self.model_choice), knobs, self.ways, self.ask_box, self.drawer,
-            self.numbers, self.pays, self.beside([pictures, *over], [self.captions["text"], text, self.next]), self.curve,
+            "pp-workbench", row("pp-banner", self.banner, self.model_choice), knobs, self.ways, self.ask_box,
+            self.drawer,
+            self.numbers, self.pays, self.beside([pictures, *over], [self.captions["text"], text, self.next]),
+            self.curve,
         )  # fmt: skip
         self._show_more(False)
         self._show_empty(

@@ -14,8 +14,8 @@ NONE = (
     "says what changed."
 )
 HOW = (
-    "Only this token's row reads as set, in every layer; the tokens before it were read densely, as when a prompt is read "
-    "densely and the answer is written sparsely."
+    "Only this token's row reads as set, in every layer; the tokens before it were read densely, as when a prompt is "
+    "read densely and the answer is written sparsely."
 )
 
 

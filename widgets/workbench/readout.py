@@ -70,12 +70,14 @@ def readout_html(request: int, view: LayerView, runs: int, model: ModelView | No
 def _error_cell(view: LayerView, kl: Far | None) -> str:
     if kl is not None:
         value = "…" if kl.nats is None else f"{kl.nats:.3f} nats" if kl.nats >= 0.0005 else f"as {kl.source}"
-        return cell("next token", value, f"KL from {kl.source}", "How far the model's expectation of the next token is from that "
+        return cell("next token", value, f"KL from {kl.source}",
+                    "How far the model's expectation of the next token is from that "
                     "of dense attention. The layer's own output differs by "
                     f"{view.error:.0%}: this model was trained to answer with sleeping heads and few keys, not to copy "
                     "its dense output.", "pp-old" if kl.old else "")  # fmt: skip
     return cell("output error", f"{view.error:.1%}" if view.error >= 5e-4 else "none", "relative to dense",
-                f"How far this layer's output is from that of dense attention, as a share of it: {view.error:.2e}.")  # fmt: skip
+                f"How far this layer's output is from that of dense attention, as a share of it: "
+                f"{view.error:.2e}.")  # fmt: skip
 
 
 @cache
@@ -94,8 +96,8 @@ def pays_sentence(tokens: int) -> str:
     said = ", ".join(f"{ratio:.1f}× at {size:,}" for size, ratio in faster)
     now = "Here the text is short, so that you see every key" if tokens < faster[0][0] else "This text is long enough"
     return (
-        f"{now} ({tokens:,} tokens). In time the layer pays somewhere between {slower:,} and {faster[0][0]:,} tokens on a "
-        f"CPU: dense took {said} tokens as long as ours ({where}, proteus bench layer)."
+        f"{now} ({tokens:,} tokens). In time the layer pays somewhere between {slower:,} and {faster[0][0]:,} tokens "
+        f"on a CPU: dense took {said} tokens as long as ours ({where}, proteus bench layer)."
     )
 
 
@@ -115,7 +117,8 @@ def _two(b: LayerView, a: LayerView) -> list[str]:
     pairs = (
         ("keys per query", mean_reads(b), mean_reads(a), lambda x: f"{x:,.0f}"),
         ("tokens kept", float(b.kept.sum()), float(a.kept.sum()), lambda x: f"{x:,.0f}"),
-        ("heads awake", float(b.awake[b.kept].sum(1).mean()), float(a.awake[a.kept].sum(1).mean()), lambda x: f"{x:.1f}"),
+        ("heads awake", float(b.awake[b.kept].sum(1).mean()), float(a.awake[a.kept].sum(1).mean()),
+         lambda x: f"{x:.1f}"),
         ("latency", b.latency_ms, a.latency_ms, milliseconds) if timed else
         ("looks per query", b.looks, a.looks, lambda x: f"{x:,.0f}"),
         ("work, predicted", b.flops, a.flops, lambda x: quantity(x, "FLOP")),
@@ -123,7 +126,8 @@ def _two(b: LayerView, a: LayerView) -> list[str]:
         ("output error", b.error, a.error, lambda x: f"{x:.1%}"),
     )  # fmt: skip
     return [cell(f"{label}: B", words(now), f"A {words(was)}{_ratio(now, was)}",
-                 "B is set by the sliders, A is pinned; × is B divided by A.") for label, now, was, words in pairs]  # fmt: skip
+                 "B is set by the sliders, A is pinned; × is B divided by A.")
+            for label, now, was, words in pairs]  # fmt: skip
 
 
 def _ratio(now: float, was: float) -> str:

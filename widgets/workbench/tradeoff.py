@@ -41,7 +41,8 @@ class Tradeoff(w.VBox):
     def __init__(self, state: PlayState, on_measure: Callable[[], object]):
         self.state, self.rows = state, []
         self.measure = button("Cost against quality over α", "Runs this layer at nine positions of flux α, three times "
-                              "each, and draws time, keys read and output error", on_measure, icon="line-chart")  # fmt: skip
+                              "each, and draws time, keys read and output error",
+                              on_measure, icon="line-chart")  # fmt: skip
         self.said, self.widget = w.HTML(), None
         self.place = row("pp-curve")
         super().__init__([row("pp-ways-row", self.measure, self.said), self.place])
@@ -59,8 +60,8 @@ class Tradeoff(w.VBox):
             self.follow()
         cheapest = min(rows, key=lambda one: one[2])
         self.said.value = (
-            f'<span class="pp-note" role="note">{what}. At α {cheapest[0]:g} a query reads {cheapest[2]:.0%} of the keys; '
-            f"the layer's output differs from dense by {cheapest[3]:.0%}. Click a point to go there.</span>"
+            f'<span class="pp-note" role="note">{what}. At α {cheapest[0]:g} a query reads {cheapest[2]:.0%} '
+            f"of the keys; its output differs from dense by {cheapest[3]:.0%}. Click a point to go there.</span>"
         )
 
     def follow(self) -> None:
@@ -81,7 +82,7 @@ class Tradeoff(w.VBox):
             **PAPER, "height": 230, "margin": {"l": 60, "r": 12, "t": 8, "b": 40}, "showlegend": True,
             "legend": {"orientation": "h", "y": 1.12, "x": 0},
             "xaxis": titled("flux α", range=[-0.02, 1.02]),
-            "yaxis": titled("share of dense (log)", type="log", range=[-2.2, 1], tickvals=[0.01, 0.1, 1, 10],
+            "yaxis": titled("share of dense (log)", type="log", range=[-2.2, 1.3], tickvals=[0.01, 0.1, 1, 10],
                             ticktext=["1%", "10%", "100%", "10×"], showgrid=True, gridcolor="#eef0f2"),
         }  # fmt: skip
         lines = [

@@ -19,8 +19,8 @@ from ..parts.state import SETTINGS, PlayState, pin_of, unpin
 OURS_TITLE = "Ours: the window, the anchors, and keys and notes of the gates that a query opens."
 WHAT = {
     "notes": "No query reads a note, in any layer; the reads that this saves are not spent on other keys.",
-    "rings": "No query reads a key that was fetched from far away, in any layer: not those of opened gates, nor those that "
-    "another selector chose.",
+    "rings": "No query reads a key that was fetched from far away, in any layer: not those of opened gates, nor those "
+    "that another selector chose.",
 }
 
 
@@ -60,7 +60,7 @@ class WaysBox(w.VBox):
             "gate": (f"gate {layer}:{group}:{seen.gates_opened[0]}", f"gate {seen.gates_opened[0]}",
                      "The gate that the query matches best: none of its far keys is read, nor its note.")
             if seen.gates_opened else ("", "gate", "This row opened no gate."),
-            "key": (f"key {key}", f"key ‘{shown(tokens[key])}’", "The key with most attention is hidden, in all layers.")
+            "key": (f"key {key}", f"key ‘{shown(tokens[key])}’", "The key with most attention is hidden in all layers.")
             if key is not None else ("", "key", "This row reads no other key."),
         }  # fmt: skip
         for name, (part, words, what) in names.items():
@@ -118,12 +118,12 @@ def verdict_html(name: str, broken: str = "") -> str:
     """What a check of a guest's selector found."""
     if broken:
         return (
-            f'<p class="pp-verdict-line pp-wrong"><i>✗ {escape(name)} is not used yet.</i> {escape(broken)}. Mend it and '
-            "run the cell again; until then the panel shows ours.</p>"
+            f'<p class="pp-verdict-line pp-wrong"><i>✗ {escape(name)} is not used yet.</i> {escape(broken)}. Mend it '
+            "and run the cell again; until then the panel shows ours.</p>"
         )
     return (
-        f'<p class="pp-verdict-line pp-right"><i>✓ {escape(name)} keeps the rules:</i> no later key, at most L reads, the same '
-        "choice at every call. It is in the list, beside the others.</p>"
+        f'<p class="pp-verdict-line pp-right"><i>✓ {escape(name)} keeps the rules:</i> no later key, at most L reads, '
+        "the same choice at every call. It is in the list, beside the others.</p>"
     )
 
 

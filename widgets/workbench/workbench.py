@@ -164,6 +164,8 @@ class Workbench(Board):
             self._draw_words(frame, self.probe, self._timed, self._runs)
             if self.wanted() == now:
                 self.say("fresh")
+        if self.reply is not None and old is not None and old.wanted.way != now.way:
+            self._answered(0, self.reply)
         self._ask_next(frame)
         self._ask_model(now.settings)
         if "view" in changed:
@@ -323,8 +325,8 @@ class Workbench(Board):
             self.say("fresh" if self.wanted() == self._shown() else "stale")
 
         self.worker.submit(
-            "curve", lambda stop, progress: measure(probe, wanted.layer, wanted.settings, wanted.way, stop, progress), show,
-            self._failed, self._progress,
+            "curve", lambda *told: measure(probe, wanted.layer, wanted.settings, wanted.way, *told), show, self._failed,
+            self._progress,
         )  # fmt: skip
 
     def keep(self, path: str | Path, only: str | None = None) -> Path:
@@ -376,7 +378,10 @@ class Workbench(Board):
             self._painted.wait(PAINT_SECONDS)
 
 
-OURS_ANSWERS = "The answer is that of our own selector, with nothing taken away; the bars of the next token show what other keys do."
+OURS_ANSWERS = (
+    "The answer is that of our own selector, with nothing taken away; "
+    "the bars of the next token show what other keys do."
+)
 
 
 def _again(old: LayerView | None, probe, layer: int, settings: Settings, way: Way, stop) -> LayerView:

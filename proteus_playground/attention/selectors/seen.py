@@ -124,6 +124,8 @@ def see_layer(seeing: Seeing, stop: Callable[[], object] = lambda: None) -> Seen
     first = max(1, seeing.budget.anchors)
     outs, reads, firsts, looks = [], [], [], 0.0
     selector = way.chooser()
+    if selector is None and not seeing.budget.dense:
+        looks = float(seeing.gates.gates_per_group * len(seeing.at))
     for rows in row_steps(1, sight.q.shape[1], len(seeing.at), sight.q.device):
         stop()
         seen = seeing.see(rows)
@@ -139,7 +141,7 @@ def see_layer(seeing: Seeing, stop: Callable[[], object] = lambda: None) -> Seen
         reads = reads.masked_fill(~awake, 0)
     out = seeing.scatter(seeing.finish(torch.cat(outs, 1)))
     gate = seeing.scatter(seeing.gate + 1) - 1
-    why = "masks, made for display; the time of such a pass says nothing"
+    why = "for display, not timed"
     result = AttentionResult(out, None, reads, gate, "masks", why)
     first_share = seeing.scatter(torch.cat(firsts, 1))
     return SeenRun(out, result, seeing.budget, decisions.keep, awake, decisions.weight, first_share,

@@ -107,6 +107,9 @@ class Way:
         return SELECTORS[self.selector]
 
 
+PLAIN = Way()
+
+
 def offered() -> tuple[str, ...]:
     """Ours, the selectors worth a comparison, and those that were registered since."""
     from . import known
