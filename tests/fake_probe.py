@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from proteus_playground.attention.budget import split_shortlist
+from proteus_playground.attention.selectors.way import PLAIN, Way
 from proteus_playground.attention.settings import Settings
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE, GateMap, LayerView, ModelView, RowView
 
@@ -23,9 +24,10 @@ class FakeProbe:
         self.device = "cpu"
         self.seconds = seconds
         self._maps: dict[tuple, GateMap] = {}
-        self.calls = {"view": 0, "row": 0, "gate_map": 0, "run_model": 0}
+        self.predicts = True
+        self.calls = {"next_logprobs": 0, "view": 0, "row": 0, "gate_map": 0, "run_model": 0}
 
-    def view(self, layer: int, settings: Settings, *, stop=None) -> LayerView:
+    def view(self, layer: int, settings: Settings, *, way: Way = PLAIN, stop=None) -> LayerView:
         self.calls["view"] += 1
         self._wait(stop)
         size, rng = len(self.tokens), np.random.default_rng(layer)
@@ -42,10 +44,10 @@ class FakeProbe:
             gate_of_key=rng.integers(0, settings.gates, (size, self.n_groups)),
             error=0.2 * settings.flux_alpha, latency_ms=1 + 9 * share, dense_ms=10.0,
             flops=1e9 * share, dense_flops=1e9, bytes=1e6 * share, dense_bytes=1e6,
-            budget=budget, backend="fake", backend_reason="made up", device="cpu",
+            budget=budget, backend="fake", backend_reason="made up", device="cpu", way=way,
         )  # fmt: skip
 
-    def row(self, layer: int, settings: Settings, token: int, head: int) -> RowView:
+    def row(self, layer: int, settings: Settings, token: int, head: int, way: Way = PLAIN) -> RowView:
         self.calls["row"] += 1
         size, budget = len(self.tokens), self._budget(settings)
         kind = np.zeros(size, np.uint8)
@@ -70,6 +72,14 @@ class FakeProbe:
         keys = prototypes[rng.integers(0, gates, len(self.tokens))]
         keys = keys + 0.06 * rng.normal(size=keys.shape).astype(np.float32)
         return GateMap(layer, group, keys.astype(np.float32), prototypes, 0.31)
+
+    def next_logprobs(self, token: int, settings, way: Way = PLAIN, *, stop=None) -> np.ndarray:
+        self.calls["next_logprobs"] += 1
+        logits = np.random.default_rng(token).normal(size=len(WORDS)) * (2 + len(str(way.without)) + (settings is None))
+        return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+
+    def words_of(self, ids) -> list[str]:
+        return [WORDS[i] for i in ids]
 
     def run_model(self, settings: Settings, *, layers=None, progress=None, stop=None) -> ModelView:
         self.calls["run_model"] += 1

@@ -1,7 +1,14 @@
 """The playground's widgets: `display(playground())`."""
 
 from .apps import (
-    bank_panel, duel_panel, evidence_panel, needle_panel, playground, prototype_panel, stream_panel, wall_panel,
+    bank_panel,
+    duel_panel,
+    evidence_panel,
+    needle_panel,
+    playground,
+    prototype_panel,
+    stream_panel,
+    wall_panel,
 )  # fmt: skip
 from .parts.state import PRESETS, PlayState
 from .workbench.workbench import Workbench

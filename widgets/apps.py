@@ -6,7 +6,7 @@ that the cell made before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from proteus_playground.experiments.needles.live import live as live_needles
 from proteus_playground.experiments.needles.pairs import load_pairs
 from proteus_playground.experiments.speed.wall import LENGTHS, LIMIT_S, climb
 
+from proteus_playground.attention.selectors import OURS, SELECTORS, Selector, check_selector, register
 from proteus_playground.common.checks import whole_number
 from proteus_playground.common.progress import Progress, Stop
 from proteus_playground.common.texts import load_text, pasted
@@ -45,7 +46,10 @@ from .stream.panel import StreamPanel
 from .stream.state import StreamState
 from .stream.state import check as check_stream
 from .wall.panel import WallPanel
+from .workbench.ways_box import verdict_html
 from .workbench.workbench import Workbench
+
+FIRST_QUESTION = "what does the copper engine cost?"  # the shelf that opens first answers it
 
 
 def make_probe(source: Mapping, stop, progress) -> tuple:
@@ -113,6 +117,9 @@ def playground(
     length: int | None = None,
     state: str | Mapping | None = None,
     probe=None,
+    selector: str | Callable | None = None,
+    hide: Iterable[str] = (),
+    fixed: Mapping | None = None,
     **settings,
 ) -> Workbench:
     """A workbench to `display(...)`.
@@ -122,15 +129,44 @@ def playground(
     length: tokens to read, 64 to 4,096; question: asked of shelf-mini behind the text; state: a short string such as
     "alpha=0.35&L=64&layer=12", JSON or a dict, as the workbench's own share box gives it;
     settings: any other field of the state by name, such as `flux_alpha=0.5` or `layer=3`. An argument
-    takes precedence over `state`. probe: a ready `LayerProbe` to show instead. A model that is not pulled is replaced
+    takes precedence over `state`. selector: who chooses the keys: "ours", the name of a selector, or a function of your
+    own (docs/selectors.md), which is checked first; the panel shows the verdict. hide: controls that are
+    not shown, such as "keep_ratio", "presets", "selectors"; fixed: values that nothing changes, such as
+    {"flux_alpha": 1}. Without any argument the panel opens with a question that is asked at once. probe: a ready
+    `LayerProbe` to show instead. A model that is not pulled is replaced
     by a random layer, and the panel says so. ValueError or TypeError names an argument that is not allowed.
     """
     now = PlayState()
     named = {"text": text, "model": model, "length": length}
     now.restore({**parse(state or {}), **{key: v for key, v in named.items() if v is not None}, **settings})
-    if probe is not None:
-        return Workbench(now, lambda source, stop, progress: (probe, ""))
-    return Workbench(now, make_probe)
+    verdict = ""
+    if selector is not None:
+        name, verdict = guest(selector) if callable(selector) else (selector, "")
+        now.update({"selector": name})
+    if probe is None and not (state or text or model or length or settings) and now.model == "shelf-mini":
+        now.question = FIRST_QUESTION
+    made = Workbench(now, make_probe if probe is None else lambda source, stop, progress: (probe, ""), verdict)
+    try:
+        made.fix(fixed or {})
+        made.hide(hide)
+    except (TypeError, ValueError):
+        made.close()
+        raise
+    return made
+
+
+def guest(choose: Callable) -> tuple[str, str]:
+    """Checks a function as a selector and registers it. (Its name, or "ours" where it breaks a rule; the verdict.)"""
+    made = next((one for one in SELECTORS.values() if one.choose is choose), None)
+    name = getattr(choose, "__name__", "yours") if made is None else made.name
+    title = (choose.__doc__ or f"{name}, a function of your own.").strip().split("\n")[0]
+    try:
+        check_selector(made or Selector(name, choose, title))
+        if made is None:
+            register(name, title)(choose)
+    except Exception as err:  # whatever a function of a guest may raise
+        return OURS, verdict_html(name, str(err) or type(err).__name__)
+    return name, verdict_html(name)
 
 
 def make_source(model: str, text: str, tokens: int, stop, progress) -> Source:

@@ -110,6 +110,15 @@ class ModelSource:
         """The likeliest token at each position `first` .. T of `ids` `(T,)`, given what is before it."""
         return self._logits(ids.to(self.device), len(ids) - first + 1, layers).argmax(-1).tolist()
 
+    @torch.inference_mode()
+    def next_logits(self, ids: Tensor, look: Callable) -> Tensor:
+        """Logits `(V,)` of the token after `ids`, the last few of a text; `look` as in `playground.source.Source`."""
+
+        def attend(call) -> Tensor:
+            return look(call.layer, call.q[0], call.k[0], call.v[0], None)[None]
+
+        return self._logits(ids.to(self.device), 1, dict.fromkeys(self.full_layers, attend))[0]
+
     def _logits(self, ids: Tensor, last: int, layers: Mapping[int, Attend], before_layer=None) -> Tensor:
         """Of the last rows of a pass over `ids` `(T,)`: `(last, V)`."""
         with self._lock, patched(self._model, layers, before_layer):

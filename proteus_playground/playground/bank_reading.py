@@ -17,8 +17,8 @@ from ..attention.bank.view import BankContents
 from ..attention.calibration import Calibration
 from ..attention.settings import Settings, config_for
 from ..common.progress import Progress, Stop, check_stop, tell
-from ..hf.models import DEFAULT
 from ..common.texts import Text, calibration_text
+from ..hf.models import DEFAULT
 from ..lm.sampling import Sampling
 from .random_source import RandomSource
 

@@ -5,6 +5,7 @@ Axes: `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `D` model width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from ..attention.adapter import LayerRun, ProteusLayer, dense_attention, predict
 from ..attention.backends.dispatch import dense_lse
 from ..attention.captured import CapturedLayer
 from ..attention.rope import rotate
+from ..attention.selectors.seen import Seeing, SeenRun, see_layer
+from ..attention.selectors.way import PLAIN, Way
 from ..attention.settings import Settings
 from ..common.timing import RUNS, Stopwatch
 from .source import Source
@@ -71,20 +74,32 @@ def load_layer(index: int, captured: CapturedLayer, source: Source, watch: Stopw
 
 
 def layer_view(
-    layer: LoadedLayer, runner: ProteusLayer, settings: Settings, source: Source, watch: Stopwatch
+    layer: LoadedLayer,
+    runner: ProteusLayer,
+    settings: Settings,
+    source: Source,
+    watch: Stopwatch,
+    way: Way = PLAIN,
+    stop: Callable[[], object] = lambda: None,
 ) -> LayerView:
     """Run `layer` at `settings` and collect everything that is shown. Only the run itself is timed.
 
     latency_ms covers the keep decision, routing, rotation and attention; dense_ms covers rotation and fused
     attention. Neither covers the projections, which are the same for both. Dense attention takes equally long in
     every layer, so its runs are pooled: dense_ms is the median over the first few views, which one busy moment of the
-    machine cannot distort.
+    machine cannot distort. A `way` that the backends do not serve is computed by masks; `stop` is called between parts.
     """
     device, shape = source.device, source.shape
-    run, latency_ms = watch.run(
-        "proteus",
-        (layer.index, settings),
-        lambda: runner.run(layer.q, layer.k, layer.v, inv_freq=layer.inv_freq, scale=layer.scale, logits=layer.logits),
+    run, latency_ms = (
+        watch.run(
+            "proteus",
+            (layer.index, settings),
+            lambda: runner.run(
+                layer.q, layer.k, layer.v, inv_freq=layer.inv_freq, scale=layer.scale, logits=layer.logits
+            ),
+        )
+        if way.plain
+        else (see_layer(seeing(layer, runner, way), stop), 0.0)
     )
     if watch.count("dense", None) < RUNS:
         at = torch.arange(layer.q.shape[1], device=device)[None]
@@ -95,7 +110,8 @@ def layer_view(
     awake = keep[:, None].expand(T, H) if run.awake is None else run.awake[0] & keep[:, None]
     out = source.project(layer.index, run.out[0].flatten(1)).float()
     reads = result.reads[0]
-    looked_up = 0 if run.budget.dense else settings.gates
+    looks = getattr(run, "looks", 0.0)
+    looked_up = 0 if run.budget.dense else settings.gates if way.chooser() is None else round(looks)
     rows, kept = int(awake.sum()), int(keep.sum())
     itemsize = layer.q.element_size()
     flops, moved = predicted_cost(int(reads.sum()), rows, kept, looked_up, shape, itemsize)
@@ -108,8 +124,14 @@ def layer_view(
         error=float((out - layer.dense).norm()) / max(layer.dense_norm, 1e-9), latency_ms=latency_ms,
         dense_ms=watch.median("dense", None), flops=flops, dense_flops=dense_flops, bytes=moved,
         dense_bytes=dense_moved, budget=run.budget.to_dict(), backend=result.backend,
-        backend_reason=result.backend_reason, device=str(device),
+        backend_reason=result.backend_reason, device=str(device), way=way, looks=looks,
     )  # fmt: skip
+
+
+def seeing(layer: LoadedLayer, runner: ProteusLayer, way: Way) -> Seeing:
+    """The layer, ready to be asked for rows of any `way`."""
+    given = dict(inv_freq=layer.inv_freq, scale=layer.scale, logits=layer.logits)
+    return Seeing(way, layer.index, runner, layer.q, layer.k, layer.v, **given)
 
 
 def _head_map(layer: LoadedLayer, run: LayerRun, keep: Tensor, awake: Tensor) -> tuple[Tensor, str]:
@@ -117,7 +139,8 @@ def _head_map(layer: LoadedLayer, run: LayerRun, keep: Tensor, awake: Tensor) ->
     if run.weight is not None:
         r, alpha = run.weight.shape[2] // layer.k.shape[2], run.budget.flux_alpha
         return run.weight[0] * keep[:, None] / (1 - alpha + alpha * r), "routing weight"
-    return (1 - _anchor_mass(layer, run, keep)) * awake, "attention to other keys than anchors"
+    mass = run.first[0] if isinstance(run, SeenRun) else _anchor_mass(layer, run, keep)
+    return (1 - mass) * awake, "attention to other keys than anchors"
 
 
 def _anchor_mass(layer: LoadedLayer, run: LayerRun, keep: Tensor) -> Tensor:

@@ -21,15 +21,18 @@ from ..attention import AttentionConfig, row_reads
 from ..attention.adapter import ProteusLayer
 from ..attention.calibration import Calibration, watch
 from ..attention.captured import check_cache
+from ..attention.selectors.seen import refuse_long, see_row
+from ..attention.selectors.way import PLAIN, Way
 from ..attention.settings import Settings, config_for
 from ..common.checks import whole_number
 from ..common.files import cache_dir
 from ..common.machine import fast_dtype
 from ..common.progress import Progress, Stop, Stopped, check_stop, tell
-from ..hf.models import DEFAULT
 from ..common.texts import Text
 from ..common.timing import Stopwatch
-from .layer_view import LoadedLayer, group_map, layer_view, load_layer
+from ..hf.models import DEFAULT
+from .layer_view import LoadedLayer, group_map, layer_view, load_layer, seeing
+from .next_token import next_logprobs
 from .random_source import RandomSource
 from .source import Source
 from .text_window import cut_text, describe
@@ -139,15 +142,20 @@ class LayerProbe:
         return cls(RandomSource(seed), text, max_tokens=max_tokens)
 
     @torch.no_grad()
-    def view(self, layer: int, settings: Settings, *, stop: Stop | None = None) -> LayerView:
-        """Re-run one layer at `settings`. Raises `ValueError` for a value out of range, `Stopped` on request."""
+    def view(self, layer: int, settings: Settings, *, way: Way = PLAIN, stop: Stop | None = None) -> LayerView:
+        """Re-run one layer at `settings`. Raises `ValueError` for a value out of range, `Stopped` on request.
+
+        way: who chooses the keys, and what is taken away. A selector that breaks the rules raises as `choose`.
+        """
+        if not way.plain:
+            refuse_long(len(self.tokens))
         with self._lock:
             loaded, runner = self._ready(layer, settings, stop)
             check_stop(stop)
-            return layer_view(loaded, runner, settings, self._source, self._watch)
+            return layer_view(loaded, runner, settings, self._source, self._watch, way, lambda: check_stop(stop))
 
     @torch.no_grad()
-    def row(self, layer: int, settings: Settings, token: int, head: int) -> RowView:
+    def row(self, layer: int, settings: Settings, token: int, head: int, way: Way = PLAIN) -> RowView:
         """The keys that one query row reads at `settings`; token in [0, T), head in [0, H)."""
         whole_number("token", token, 0, len(self.tokens) - 1)
         whole_number("head", head, 0, self.n_heads - 1)
@@ -158,8 +166,11 @@ class LayerProbe:
             if (keep is not None and not keep[0, token]) or (awake is not None and not awake[0, token, head]):
                 empty = np.zeros(len(self.tokens))
                 return RowView(token, head, empty.astype(np.uint8), empty.astype(np.float32), (), 0, True)
-            row = dict(token=token, head=head, inv_freq=loaded.inv_freq, keep=keep, scale=loaded.scale)
-            seen = row_reads(loaded.q, loaded.k, loaded.v, runner.gates, budget, **row)
+            if way.plain:
+                row = dict(token=token, head=head, inv_freq=loaded.inv_freq, keep=keep, scale=loaded.scale)
+                seen = row_reads(loaded.q, loaded.k, loaded.v, runner.gates, budget, **row)
+            else:
+                seen = see_row(seeing(loaded, runner, way), token, head)
             return RowView(token, head, seen.kind, seen.weight, seen.gates_opened, seen.notes_read, False)
 
     @torch.no_grad()
@@ -176,6 +187,31 @@ class LayerProbe:
                 while len(self._maps) > 64:
                     self._maps.popitem(last=False)
             return self._maps[at]
+
+    @property
+    def predicts(self) -> bool:
+        """Whether `next_logprobs` can be asked: the weights were learned, and every layer reads the whole past."""
+        return not self.random and len(self.layers) == self.n_layers
+
+    @torch.no_grad()
+    def next_logprobs(
+        self, token: int, settings: Settings | None, way: Way = PLAIN, *, stop: Stop | None = None
+    ) -> np.ndarray:
+        """Log-probability of every token to come after `token` `(V,)`; settings None: dense. See `next_token`.
+
+        Raises `ValueError` where `predicts` is False or a value is out of range, `Stopped` on request.
+        """
+        whole_number("token", token, 0, len(self.tokens) - 1)
+        if not self.predicts:
+            raise ValueError(f"model={self.name!r}: it has random weights or sliding windows, so no token is predicted")
+        with self._model_lock:
+            config = None if settings is None else config_for(settings, self._source.shape)
+            runners = None if config is None else {i: self._runner(i, config, stop) for i in self.layers}
+            return next_logprobs(self._source, self._captured, self._ids, token, runners, way, stop)
+
+    def words_of(self, ids: Sequence[int]) -> list[str]:
+        """The text of tokens of the vocabulary, each on its own."""
+        return self._source.strings(list(ids))
 
     def run_model(
         self,

@@ -23,6 +23,7 @@ from ..common.progress import Stop, check_stop
 from ..common.tensors import fingerprint
 from ..hf.attention_call import Attend, AttentionCall
 from ..lm.model import ProteusLM
+from .source import Look
 
 # Fields of `AttentionConfig` that no control changes.
 TRAINED = ("prior_max", "prior_temperature", "heads_awake_min", "heads_awake_max")
@@ -117,6 +118,14 @@ class ShelfSource:
         return (states @ self._model.embed.weight.T).argmax(-1).tolist()
 
     @torch.inference_mode()
+    def next_logits(self, ids: Tensor, look: Look) -> Tensor:
+        """See `Source`."""
+        twin = self._twin({})
+        for index, block in enumerate(twin.blocks):
+            block.attn = _Looked(index, self._model.blocks[index].attn, look)
+        return twin.hidden(ids.to(self.device)[None])[0, -1] @ self._model.embed.weight.T
+
+    @torch.inference_mode()
     def answer(
         self, ids: Tensor, layers: Mapping[int, ProteusLayer], ends: Iterable[int], most: int, stop: Stop | None = None
     ) -> list[int]:
@@ -181,6 +190,19 @@ class _Called(nn.Module):
         at = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         call = AttentionCall(self.index, *attn.project(x), attn.inv_freq, at, scale, None)
         return attn.o_proj(self.attend(call).flatten(2))
+
+
+class _Looked(nn.Module):
+    """Takes the place of a layer and asks a `Look`."""
+
+    def __init__(self, index: int, attn: nn.Module, look: Look):
+        super().__init__()
+        self.index, self.attn, self.look = index, attn, look
+
+    def forward(self, x: Tensor, **options):
+        logits = None if self.attn.router is None else self.attn.router(x)[0]
+        q, k, v = (part[0] for part in self.attn.project(x))
+        return self.attn.o_proj(self.look(self.index, q, k, v, logits).flatten(1)[None])
 
 
 class _Untrained(nn.Module):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..attention.adapter import ProteusLayer
 from ..attention.calibration import KeySource
 
+Look = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
 
 class Source(KeySource, Protocol):
     """A model and its tokenizer. Its weights are never changed, and it works in evaluation mode.
@@ -36,6 +38,13 @@ class Source(KeySource, Protocol):
 
     def project(self, layer: int, out: Tensor) -> Tensor:
         """The layer's output projection: concatenated head outputs `(T, H d)` -> `(T, D)`."""
+
+    def next_logits(self, ids: Tensor, look: Look) -> Tensor:
+        """Logits `(V,)` of the token after `ids`, the last few tokens of a text.
+
+        look: called in place of each layer's attention as look(layer, q, k, v, logits): un-rotated `(n, heads, d)` and
+        the router's logits `(n, G, C)` or None, for these n tokens; returns the heads' outputs `(n, H, d)`.
+        """
 
     def nll(
         self,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..attention.rows import ANCHOR, DNA, LOCAL, NOTE, UNSEEN  # noqa: F401 - the codes in `RowView.kind`
+from ..attention.selectors.way import Way
 from ..attention.settings import Settings
 
 
@@ -39,6 +40,8 @@ class LayerView:
     backend: str
     backend_reason: str
     device: str
+    way: Way = Way()  # who chose the keys, and what was taken away
+    looks: float = 0.0  # summaries or keys that a row of another selector compares without reading them, a mean
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,14 @@ class ModelView:
     @property
     def dense_perplexity(self) -> float:
         return float(np.exp(self.dense_nll))
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """What the model expects after a token, twice: `before` and `after` a change. The likeliest of both, most first."""
+
+    words: tuple[str, ...]
+    before: np.ndarray  # (len(words),) probability
+    after: np.ndarray
+    kl: float  # KL(before, after) over the whole vocabulary, nats
+    names: tuple[str, str]  # what before and after are

@@ -39,8 +39,11 @@ def shelf(notebook):
 def asked(shelf) -> str:
     """The first question is asked and answered; what the figure showed before."""
     before = shelf.evaluate(TRACES)
+    old = shelf.locator(".pp-reply").inner_text()
+    shelf.locator(".pp-ask select").select_option(index=3)
     shelf.locator('.pp-ask button:text-is("Ask")').click()
-    shelf.wait_for_selector(".pp-verdict", timeout=60_000)
+    new = "document.querySelector('.pp-reply').innerText !== old && document.querySelector('.pp-verdict')"
+    shelf.wait_for_function(f"(old) => {new}", arg=old, timeout=60_000)
     driver.settle(shelf)
     shelf.wait_for_timeout(300)
     return before

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from proteus_playground.cli.app import app
 from typer.testing import CliRunner
 
+from proteus_playground.cli.app import app
 from proteus_playground.cli.course import build
 from proteus_playground.common.files import shipped_notebooks
 from proteus_playground.playground.exercises import EXERCISES

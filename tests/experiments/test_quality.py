@@ -253,7 +253,9 @@ def test_gaps_are_those_to_the_dense_pass_of_the_same_passage():
 def quality(capsys, monkeypatch, tmp_path, shelves, english):
     """Run `proteus quality` on the tiny models: exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load", lambda name, device, dtype=None: (english.source._model, english.source.tokenizer))
+    monkeypatch.setattr(
+        models, "load", lambda name, device, dtype=None: (english.source._model, english.source.tokenizer)
+    )
     tiny = shelves.source._model, shelves.source._tokenizer
     monkeypatch.setattr(subjects, "load_shipped", lambda name, device: tiny)
     return partial(run_command, capsys, "quality")

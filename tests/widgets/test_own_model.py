@@ -4,10 +4,11 @@ import pytest
 import tiny_llama
 
 pytest.importorskip("transformers")
-from proteus_playground.hf.convert import convert  # noqa: E402 -- after the skip
 from proteus_playground.widgets import apps  # noqa: E402
 from proteus_playground.widgets.parts.controls import ModelChoice  # noqa: E402
 from proteus_playground.widgets.parts.state import PlayState, check  # noqa: E402
+
+from proteus_playground.hf.convert import convert  # noqa: E402 -- after the skip
 
 
 def test_a_folder_is_a_model_of_the_workbench(tmp_path, monkeypatch):

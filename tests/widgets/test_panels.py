@@ -20,7 +20,14 @@ from proteus_playground.experiments.evidence import committed
 from proteus_playground.experiments.needles.haystacks import Haystack
 from proteus_playground.experiments.needles.live import Found
 from proteus_playground.widgets import (
-    bank_panel, duel_panel, evidence_panel, needle_panel, playground, prototype_panel, stream_panel, wall_panel,
+    bank_panel,
+    duel_panel,
+    evidence_panel,
+    needle_panel,
+    playground,
+    prototype_panel,
+    stream_panel,
+    wall_panel,
 )  # fmt: skip
 from proteus_playground.widgets.parts import panel as panels
 from proteus_playground.widgets.parts.panel import Panel

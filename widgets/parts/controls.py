@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from math import log2
 
@@ -270,19 +271,24 @@ class SourceControls(w.VBox):
 class ShareControls(w.VBox):
     """Behind "More controls": the state as a short string for a cell and as JSON; either can be pasted back."""
 
-    def __init__(self, state: PlayState):
-        self._state = state
+    def __init__(self, state: PlayState, on_keep: Callable[[str], object] = str):
+        self._state, self._on_keep = state, on_keep
         self.cell = w.Text(layout=w.Layout(width="auto"))
         self.json = w.Textarea(layout=w.Layout(width="auto", height="96px"))
         self.restore = button("Restore", "Set every control to the state in the box above", self._restore)
         self.message = w.HTML()
+        self.file = w.Text(value="workbench.html", layout=w.Layout(width="220px"))
+        tip(self.file, "A .html file to write; a folder on the machine that runs the kernel.")
+        self.keep = button("Keep as a page", "Writes figures, numbers, text and settings as one page that needs no "
+                           "network; its figures can be saved as PNG and SVG there",
+                           self._keep, icon="save")  # fmt: skip
         tip(self.cell, "In a notebook cell, this line opens the workbench as it is now.")
         tip(self.json, "The state of every control; paste another one, or a short string, and press Restore.")
         state.observe(lambda _: self._write(), list(state.to_dict()))
         super().__init__([
             w.HTML('<span class="pp-knob-name">This workbench in a cell</span>'), self.cell,
             w.HTML('<span class="pp-knob-name">State: copy it, or paste another and press Restore</span>'), self.json,
-            w.HBox([self.restore, self.message]),
+            w.HBox([self.restore, self.file, self.keep, self.message]),
         ])  # fmt: skip
         self.visible = False
 
@@ -299,6 +305,12 @@ class ShareControls(w.VBox):
         if self._visible:
             self.cell.value = f"playground(state={self._state.to_string()!r})"
             self.json.value = self._state.to_json()
+
+    def _keep(self) -> None:
+        try:
+            self.message.value = f'<span class="pp-note">kept in {escape(str(self._on_keep(self.file.value)))}</span>'
+        except (OSError, ValueError) as err:
+            self.message.value = f'<span class="pp-error">{escape(str(err))}</span>'
 
     def _restore(self) -> None:
         try:

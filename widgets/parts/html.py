@@ -51,7 +51,8 @@ def note_html(note: str, random: str = "") -> str:
 def caption_html(title: str, legend: str, sentence: str) -> str:
     """A picture's title, its legend (HTML) and one sentence (text) on what it shows."""
     return (
-        f'<div class="pp-cap"><div><b>{with_terms(title)}</b><span class="pp-legend">{legend}</span></div>'
+        f'<div class="pp-cap" role="img" aria-label="{escape(title)}. {escape(sentence)}">'
+        f'<div><b>{with_terms(title)}</b><span class="pp-legend">{legend}</span></div>'
         f'<p title="{escape(sentence)}">{with_terms(sentence)}</p></div>'
     )
 

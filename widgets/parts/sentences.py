@@ -81,6 +81,23 @@ def gates_sentence(row: RowView, tokens: list[str]) -> str:
     return f"The query of {name} opened {which}. It reads {keys} from {rings}{notes}."
 
 
+def shares(row: RowView) -> str:
+    """`86% to rings, 9% to the anchors and 5% to the window`."""
+    if row.asleep:
+        return "nothing, it sleeps"
+    found = [(float(row.weight[row.kind == kind].sum()), word) for kind, word in KIND_WORDS.items()]
+    found = sorted((share for share in found if share[0] > 0), reverse=True)
+    return listed([f"{percent(share)} to {word}" for share, word in found]) if found else "nothing"
+
+
+def two_heads_sentence(view: LayerView, other: LayerView) -> str:
+    apart = np.abs(view.head_map - other.head_map).mean(0)
+    if apart.max() < 5e-4:
+        return "A and B are alike here, whichever keys they read: which heads wake does not depend on the keys."
+    most = int(apart.argmax())
+    return f"B less A, head by head: head {most} differs most ({percent(float(apart[most]))} on average)."
+
+
 def row_sentence(row: RowView, tokens: list[str]) -> str:
     name = token_name(tokens, row.token)
     if row.asleep:

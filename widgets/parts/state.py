@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 from traitlets import Bool, Float, HasTraits, Int, TraitType, Unicode, validate
 
+from proteus_playground.attention.selectors import OURS, Way, Without
 from proteus_playground.attention.settings import CONTROLS, Control, Settings, settings_of
 from proteus_playground.hf.models import ALLOWED, DEFAULT, KNOWN, find
 
@@ -25,7 +26,10 @@ NUMBERS = (
     Control("shelf", "shelf", "shelf", 0, 999_999, 1, "The number of the shelf; every number is another text."),
 )
 BY_NAME = {control.name: control for control in (*NUMBERS, *CONTROLS)}
-WORDS = {"text": "text", "model": "model", "pasted": "pasted", "question": "ask"}  # trait -> key
+WORDS = {
+    "text": "text", "model": "model", "pasted": "pasted", "question": "ask", "selector": "by", "without": "without",
+    "pinned": "pin",
+}  # trait -> key  # fmt: skip
 KEYS = {control.key: name for name, control in BY_NAME.items()} | {key: name for name, key in WORDS.items()}
 SHELF = "a shelf"  # the text that is written anew for every number
 
@@ -45,7 +49,7 @@ class ModelNames(tuple):
 
 MODELS = ModelNames(("shelf-mini", *KNOWN, "random"))
 SETTINGS = tuple(control.name for control in CONTROLS)
-MAX_LENGTH = {"pasted": 200_000, "question": 300}  # characters
+MAX_LENGTH = {"pasted": 200_000, "question": 300, "without": 2_000, "pinned": 4_000}  # characters
 
 PRESETS: dict[str, dict] = {
     "dense": {"flux_alpha": 0.0},
@@ -75,6 +79,7 @@ def opening(model: str) -> dict:
     """The value of every trait when `model` opens. ValueError names an unknown `model`."""
     plain = {name: control.default for name, control in BY_NAME.items()}
     words = {"text": "humble token", "pasted": "", "question": "", "model": check("model", model)}
+    words |= {"selector": OURS, "without": "", "pinned": ""}
     return plain | words | (_as_trained() | {"text": SHELF, "layer": 0, "head": 0} if model == "shelf-mini" else {})
 
 
@@ -100,11 +105,13 @@ def checker(
     texts: Iterable[str],
     choices: Mapping[str, tuple[str, ...]],
     longest: Mapping[str, int],
+    forms: Mapping[str, Callable[[str], str]] | None = None,
 ) -> Callable[[str, object], object]:
     """A function `check(name, value)` that returns `value` as the trait `name` holds it.
 
-    numbers, texts: the traits; choices: what a text may be; longest: its most characters. `check` raises ValueError or
-    TypeError, which name the argument, the value and what is allowed.
+    numbers, texts: the traits; choices: what a text may be; longest: its most characters; forms: name -> a function
+    that returns a text as it is kept. `check` raises ValueError or TypeError, which name the argument, the value and
+    what is allowed.
     """
     known = (*numbers, *texts)
 
@@ -121,12 +128,42 @@ def checker(
             raise ValueError(f"{name}={value!r}: allowed is {words}")
         if len(value) > longest.get(name, len(value)):
             raise ValueError(f"{name} holds {len(value):,} characters: allowed is up to {longest[name]:,}")
-        return value
+        return forms[name](value) if forms and name in forms else value
 
     return check
 
 
-check = checker(BY_NAME, WORDS, {"model": MODELS}, MAX_LENGTH)
+def _selector(name: str) -> str:
+    Way(name).chooser()
+    return name
+
+
+def pin_of(values: Mapping) -> str:
+    """The settings, the selector and what is taken away, of a state's `to_dict`, as a trait `pinned` holds them."""
+    keys = {name: key for key, name in KEYS.items()}
+    return urlencode({keys[name]: _short(values[name]) for name in (*SETTINGS, "selector", "without")}, quote_via=quote)
+
+
+def _pin(text: str) -> str:
+    """Raises ValueError or TypeError for a text that `pin_of` does not make."""
+    if text and not set(parse(text)) <= {*SETTINGS, "selector", "without"}:
+        raise ValueError(f"pinned={text!r}: allowed is settings, a selector and what is taken away, as in a link")
+    return text
+
+
+def unpin(text: str, model: str) -> tuple[Settings, Way]:
+    """What a trait `pinned` holds; what it leaves out is as `model` opens."""
+    now = opening(model) | parse(text)
+    settings = Settings(**{name: now[name] for name in SETTINGS} | {"probes": min(now["probes"], now["gates"])})
+    return settings, Way(now["selector"], Without.parse(now["without"]))
+
+
+def _short(value):
+    return int(value) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+
+
+FORMS = {"without": lambda text: str(Without.parse(text)), "selector": _selector, "pinned": _pin}
+check = checker(BY_NAME, WORDS, {"model": MODELS}, MAX_LENGTH, FORMS)
 
 
 def switch(control: Control, value) -> bool:
@@ -182,6 +219,9 @@ TEXTS = {
     "pasted": Unicode(""),  # the text itself, where the user pasted one
     "question": Unicode(""),  # put to the shelf model, after the text
     "model": Unicode(DEFAULT),
+    "selector": Unicode(OURS),  # who chooses the keys: a name of `selectors.offered()`
+    "without": Unicode(""),  # what is taken away, as `Without.parse` reads it
+    "pinned": Unicode(""),  # settings to compare with, as `pin_of` writes them; "" for none
 }
 
 
@@ -192,11 +232,30 @@ class PlayState(checked_traits(BY_NAME.values(), check, **TEXTS)):
     """
 
     def __init__(self, model: str | None = None):
+        self.fixed: dict = {}  # trait -> value that a lesson has fixed: whatever is set, it stays
         super().__init__(**opening(default_model() if model is None else model))
+
+    @validate(*BY_NAME, *TEXTS)
+    def _valid(self, proposal):
+        name = proposal["trait"].name
+        return self.fixed.get(name, check(name, proposal["value"]))
+
+    def fix(self, values: Mapping) -> None:
+        """Sets `values` for good, so that no control, preset or link changes them. All or none."""
+        values = {KEYS.get(name, name): value for name, value in values.items()}
+        self.update(values)
+        self.fixed |= {name: getattr(self, name) for name in values}
 
     def settings(self) -> Settings:
         now = {name: getattr(self, name) for name in SETTINGS}
         return Settings(**now | {"probes": min(self.probes, self.gates)})
+
+    def way(self) -> Way:
+        return Way(self.selector, Without.parse(self.without))
+
+    def pin(self) -> tuple[Settings, Way] | None:
+        """The settings and the way that are pinned, to compare with."""
+        return unpin(self.pinned, self.model) if self.pinned else None
 
     def preset(self) -> str | None:
         """The name of the preset that the settings are at, if any."""
@@ -213,9 +272,7 @@ class PlayState(checked_traits(BY_NAME.values(), check, **TEXTS)):
         """What differs from what the model opens with, as `alpha=0.35&L=64`. Empty for a new state."""
         fresh = opening(self.model) | {"model": default_model()}
         changed = {key: getattr(self, name) for key, name in KEYS.items() if getattr(self, name) != fresh[name]}
-        short = {key: int(v) if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else v
-                 for key, v in changed.items()}  # fmt: skip
-        return urlencode(short, quote_via=quote, safe=" /")
+        return urlencode({key: _short(value) for key, value in changed.items()}, quote_via=quote, safe=" /")
 
     def restore(self, saved: str | Mapping) -> None:
         """From `to_json`, `to_string` or a dict; what it leaves out is as the model opens. All or nothing."""

@@ -39,14 +39,17 @@ function render({ model, el }) {
     const salience = bytes(model.get("salience"));
     const kept = bytes(model.get("kept"));
     const kind = bytes(model.get("kind"));
+    const other = bytes(model.get("other"));
+    const one = (code) => code > 0 && code < 4; // read one by one
     const [from, to] = model.get("marked");
     for (let i = 0; i < spans.length; i++) {
-      const look = `${salience[i]},${kept[i]},${kind[i]},${i === chosen}`;
+      const look = `${salience[i]},${kept[i]},${kind[i]},${other[i]},${i === chosen}`;
       if (look === before[i]) continue;
       before[i] = look;
       const span = spans[i];
       const seen = KINDS[kind[i]] || "unseen";
-      span.className = `pp-tok pp-${seen}${kept[i] ? "" : " pp-dropped"}${i === chosen ? " pp-chosen" : ""}${i >= from && i < to ? " pp-fact" : ""}`;
+      const only = !other.length || one(kind[i]) === one(other[i]) ? "" : one(kind[i]) ? " pp-only-b" : " pp-only-a";
+      span.className = `pp-tok pp-${seen}${kept[i] ? "" : " pp-dropped"}${i === chosen ? " pp-chosen" : ""}${i >= from && i < to ? " pp-fact" : ""}${only}`;
       span.style.backgroundColor = `rgba(240, 228, 66, ${((salience[i] || 0) / 255 * 0.75).toFixed(2)})`;
       if (i === chosen) span.setAttribute("aria-selected", "true");
       else span.removeAttribute("aria-selected");

@@ -28,6 +28,7 @@ class TextPanel(anywidget.AnyWidget):
     salience = Bytes(b"").tag(sync=True)  # (T,) uint8
     kept = Bytes(b"").tag(sync=True)  # (T,) uint8, 1 where the token took part
     kind = Bytes(b"").tag(sync=True)  # (T,) uint8, the codes of `views`
+    other = Bytes(b"").tag(sync=True)  # (T,) uint8, as `kind`, of the settings that are pinned; empty for none
     gate = Bytes(b"").tag(sync=True)  # (T,) int16, -1 for none
     raw = Bytes(b"").tag(sync=True)  # (T,) float32, the salience itself
     chosen = Int(-1).tag(sync=True)
@@ -36,7 +37,7 @@ class TextPanel(anywidget.AnyWidget):
     clicked = List([-1, 0]).tag(sync=True)
 
     def draw(self, request: int, salience: np.ndarray, kept: np.ndarray, kind: np.ndarray, gate: np.ndarray,
-             chosen: int) -> None:  # fmt: skip
+             chosen: int, other: np.ndarray | None = None) -> None:  # fmt: skip
         """Sends one message. All arrays are `(T,)`. Shades grow with the square of salience."""
         low, high = np.quantile(salience, [0.02, 0.98]) if salience.size else (0.0, 1.0)
         shade = np.clip((salience - low) / max(float(high - low), 1e-9), 0, 1)
@@ -45,6 +46,7 @@ class TextPanel(anywidget.AnyWidget):
             self.raw = salience.astype("<f4").tobytes()
             self.kept = kept.astype(np.uint8).tobytes()
             self.kind = kind.astype(np.uint8).tobytes()
+            self.other = b"" if other is None else other.astype(np.uint8).tobytes()
             self.gate = gate.astype("<i2").tobytes()
             self.chosen = int(chosen)
             self.request = request

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-LANES = ("load", "frame", "ask", "model", "repeat")  # in the order in which waiting requests are served
+LANES = (
+    "load",
+    "frame",
+    "next",
+    "ask",
+    "model",
+    "curve",
+    "repeat",
+)  # in the order in which waiting requests are served
 QUIET_SECONDS = 2.0  # without a request, after which freed memory is handed back to the system
 IDLE_SECONDS = 10.0  # then, after which the thread ends; the next request starts another
 

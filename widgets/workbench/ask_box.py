@@ -65,8 +65,9 @@ class AskBox(w.VBox):
         self.show.layout.display = "none" if probe.value is None else ""
         self.reply.value = f'<div class="pp-reply">{HINT if not probe.question else "…"}</div>'
 
-    def answered(self, reply: Reply) -> None:
-        self.reply.value = reply_html(self.probe, reply)
+    def answered(self, reply: Reply, note: str = "") -> None:
+        """note: a sentence that replaces the one on the heads that read the fact."""
+        self.reply.value = reply_html(self.probe, reply, note)
 
     def grey(self, old: bool) -> None:
         """Greys the answer while the settings differ from those it was given at."""
@@ -99,7 +100,7 @@ LOOKED = (
 )
 
 
-def reply_html(probe: ShelfProbe, reply: Reply) -> str:
+def reply_html(probe: ShelfProbe, reply: Reply, note: str = "") -> str:
     """Both answers, marked right or wrong, and one sentence on the heads that read the fact."""
     said = (("at these settings", reply.said, reply.right), ("dense", reply.dense, reply.dense_right))
     cells = "".join(
@@ -107,7 +108,9 @@ def reply_html(probe: ShelfProbe, reply: Reply) -> str:
         f"<i>{MARKS[right][1]}</i></span>"
         for label, words, right in said
     )
-    return f'<div class="pp-reply">{cells}<p title="{LOOKED}">{with_terms(fact_sentence(probe, reply))}</p></div>'
+    return (
+        f'<div class="pp-reply">{cells}<p title="{LOOKED}">{with_terms(note or fact_sentence(probe, reply))}</p></div>'
+    )
 
 
 MARKS = {True: ("pp-right", "✓ right"), False: ("pp-wrong", "✗ wrong"), None: ("", "")}

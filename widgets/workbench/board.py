@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import ipywidgets as w
 
+from proteus_playground.attention.selectors import Way
 from proteus_playground.attention.settings import Settings
 from proteus_playground.playground.views import GateMap, LayerView, ModelView, RowView
 
 from ..parts import sentences
 from ..parts.boxes import button, column, row
-from ..parts.controls import LayerControls, ModelChoice, Presets, ShareControls, SourceControls, main_knobs
+from ..parts.controls import Knob, LayerControls, ModelChoice, Presets, ShareControls, SourceControls, main_knobs
 from ..parts.html import no_tiles_html
 from ..parts.panel import Panel
 from ..parts.state import PlayState
 from . import readout
 from .ask_box import AskBox
+from .next_bars import no_bars_html
+from .tradeoff import Tradeoff
+from .ways_box import WaysBox
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Wanted:
     layer: int
     head: int
     token: int
+    way: Way = Way()
+    pin: tuple[Settings, Way] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Frame:
     row: RowView
     gate_map: GateMap
     group: int
+    other: LayerView | None = None  # of the settings that are pinned
+    other_row: RowView | None = None
 
 
 LEGENDS = {"heads": readout.HEAT_LEGEND, "gates": readout.GATE_LEGEND, "row": "", "text": readout.TEXT_LEGEND}
@@ -50,7 +58,9 @@ class Board(Panel):
 
     def __init__(
         self, state: PlayState, pictures: w.DOMWidget, text: w.DOMWidget, on_pull: Callable[[], None],
-        on_show: Callable[[int], None],
+        on_show: Callable[[int], None], verdict: str = "",
+        on_curve: Callable[[], object] = lambda: None,
+        on_keep: Callable[[str], object] = str,
     ):  # fmt: skip
         super().__init__(readout.TITLE, LEGENDS)
         self.state, self.drawn = state, None
@@ -64,18 +74,22 @@ class Board(Panel):
         self.more.observe(lambda change: self._show_more(change["new"]), "value")
         self.layer_controls = LayerControls(state)
         self.source_controls = SourceControls(state, on_pull)
-        self.ask_box = AskBox(state, on_show)
-        self.share_controls = ShareControls(state)
+        self.ask_box, self.ways = AskBox(state, on_show), WaysBox(state, verdict)
+        self.curve, self.pays = Tradeoff(state, on_curve), w.HTML()
+        self.kl: readout.Far | None = None
+        self.next = w.HTML(no_bars_html("The model is loaded …"))
+        self.share_controls = ShareControls(state, on_keep)
         self.drawer = w.GridBox([self.layer_controls, self.source_controls, self.share_controls])
         self.drawer.add_class("pp-drawer")
-        knobs = column(
-            "pp-top", main_knobs(state), row("pp-actions", Presets(state), self.run_model, self.cancel, self.more)
-        )
+        self.presets, self.main = Presets(state), main_knobs(state)
+        knobs = column("pp-top", self.main, row("pp-actions", self.presets, self.run_model, self.cancel, self.more))
         self.model_choice = ModelChoice(state)
         over = [self.captions[name] for name in ("heads", "gates", "row")]
         self.place(
-            "pp-workbench", row("pp-banner", self.banner, self.model_choice), knobs, self.ask_box, self.drawer,
-            self.numbers, self.beside([pictures, *over], [self.captions["text"], text]),
+            "pp-workbench", row("pp-banner", self.banner, self.model_choice), knobs, self.ways, self.ask_box,
+            self.drawer,
+            self.numbers, self.pays, self.beside([pictures, *over], [self.captions["text"], text, self.next]),
+            self.curve,
         )  # fmt: skip
         self._show_more(False)
         self._show_empty(
@@ -86,21 +100,56 @@ class Board(Panel):
         view, row, tokens = frame.view, frame.row, probe.tokens
         name = sentences.token_name(tokens, row.token)
         self._draw_numbers(timed, runs)
-        self.caption("heads", f"Heads: {view.head_map_kind}", sentences.heads_sentence(view, row.head))
+        self.ways.follow(view.layer, frame.group, row, tokens)
+        two = frame.other is not None
+        what = f"B − A in {view.head_map_kind}" if two else view.head_map_kind
+        heads = sentences.two_heads_sentence(view, frame.other) if two else sentences.heads_sentence(view, row.head)
+        self.caption("heads", f"Heads: {what}", heads, readout.TWO_HEAT_LEGEND if two else None)  # fmt: skip
         self.caption("gates", f"Prototypes of KV group {frame.group}", sentences.gates_sentence(row, tokens))
-        self.caption("row", f"What {name} reads in head {row.head}", sentences.row_sentence(row, tokens),
+        said = sentences.row_sentence(row, tokens)
+        if two:
+            below = sentences.shares(frame.other_row)
+            said = f"B, above: {sentences.shares(row)}. A, hanging below: {below}."
+        self.caption("row", f"What {name} reads in head {row.head}", said,
                      readout.legend_html(row.kind[: row.token + 1], bool(getattr(probe, "fact", None))))  # fmt: skip
-        self.caption("text", "The text", sentences.text_sentence(view, row, tokens))
+        self.caption("text", "The text", sentences.text_sentence(view, row, tokens),
+                     readout.TWO_TEXT_LEGEND if two else None)  # fmt: skip
         self.title.value = readout.workbench_title_html(probe.name, probe.n_layers, len(tokens), self.state.text, view)
         self._draw_split()
 
     def _draw_numbers(self, view: LayerView, runs: int) -> None:
-        self.numbers.value = readout.readout_html(self.number, view, runs, self.model_view, self.drawn.wanted.settings)
+        self.numbers.value = readout.readout_html(self.number, view, runs, self.model_view, self.drawn.wanted.settings,
+                                                  self.drawn.other, self.kl)  # fmt: skip
 
     def _show_empty(self, why: str) -> None:
         for name, title in EMPTY_TITLES.items():
             self.caption(name, title, why if name == "heads" else "", "")
         self.numbers.value = no_tiles_html(0, why)
+
+    def knobs(self) -> dict[str, Knob]:
+        """Every slider by the name of its trait."""
+        return {knob._control.name: knob for knob in (*self.main.children, *self.layer_controls.knobs.values())}
+
+    def fix(self, values: Mapping) -> None:
+        """Sets `values` of the state for good, and greys their sliders. ValueError as of the state."""
+        self.state.fix(values)
+        for name, knob in self.knobs().items():
+            if name in self.state.fixed:
+                for part in (knob.slider, knob.number, knob.undo):
+                    part.disabled = True
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Hides controls for a lesson: traits that have a slider, or the parts named here. ValueError for another."""
+        knobs = self.knobs()
+        parts = knobs | {
+            "model": self.model_choice, "selectors": self.ways, "question": self.ask_box, "presets": self.presets,
+            "more": self.more, "run_model": self.run_model, "next": self.next, "curve": self.curve, "pays": self.pays,
+            "text": self.source_controls, "link": self.share_controls,
+        }  # fmt: skip
+        for name in names:
+            if name not in parts:
+                raise ValueError(f"hide={name!r}: allowed is {', '.join(parts)}")
+            parts[name].add_class("pp-hidden")
 
     def _show_more(self, shown: bool) -> None:
         self.drawer.layout.display = "" if shown else "none"

@@ -27,6 +27,8 @@ FLOOR = -4.0  # log10 of the smallest weight drawn: 0.01%
 STUB = -3.8  # log10 of the height at which a key of smaller weight is drawn
 UNDER = -4.5  # log10 of the height, below the axis, at which lines run from stem to stem
 MARKED = "#f3c9e0"
+BOTH = ((466, 546), (550, 630))  # the row of B, and below it the row of A, where settings are pinned
+HIDDEN = (HEIGHT - 1, HEIGHT)  # its background would lie over the row of B
 RGB = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in (*GATE_COLOURS, GREY)])
 HEAT_STEPS = 250  # weights are sent as whole numbers 0..250, and -1 where the head slept
 
@@ -44,6 +46,12 @@ def heat_cells(view: LayerView) -> tuple[np.ndarray, np.ndarray]:
     mean = (weight * rows).reshape(columns, step, heads).sum(1) / np.maximum(count, 1)
     cells = np.where(count > 0, np.rint(np.clip(mean, 0, 1) * HEAT_STEPS), -1)
     return cells.T.astype(np.int16), np.arange(columns) * step + (step - 1) / 2
+
+
+def change_cells(view: LayerView, other: LayerView) -> tuple[np.ndarray, np.ndarray]:
+    """As `heat_cells`: `view` less `other`, -250..250; 0 where one of them slept."""
+    (b, middle), (a, _) = heat_cells(view), heat_cells(other)
+    return np.where((a < 0) | (b < 0), 0, b - a).astype(np.int16), middle
 
 
 def stems(row: RowView, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,6 +80,7 @@ class Pictures:
         self._keys = {kind: np.empty(0, int) for kind in OKABE_ITO}
         self._lit_index = self._gates = np.empty(0, int)
         self._map: GateMap | None = None
+        self._two = False
         self._box = np.zeros(2), np.ones(2)  # lower left and upper right corner of the picture of keys
         self._add_traces()
 
@@ -91,29 +100,57 @@ class Pictures:
             self._map = None
 
     def draw(
-        self, request: int, view: LayerView, row: RowView, gate_map: GateMap, group: int, changed: set[str]
+        self,
+        request: int,
+        view: LayerView,
+        row: RowView,
+        gate_map: GateMap,
+        group: int,
+        changed: set[str],
+        other: LayerView | None = None,
+        other_row: RowView | None = None,
     ) -> None:
         """Sets the data, inside the caller's `batch_update` of `widget`.
 
-        changed: which of "view" and "gates" differ from the last picture; the row is always drawn.
+        changed: which of "view" and "gates" differ from the last picture; the row is always drawn. other, other_row: of
+        the settings that are pinned: the heat map shows the difference, and their row hangs below.
         """
         if "view" in changed:
-            cells, middle = heat_cells(view)
+            cells, middle = heat_cells(view) if other is None else change_cells(view, other)
             self._heat.update(z=cells, x=middle.astype(np.float32))
+        if (other is not None) != self._two:
+            self._show_two(other is not None)
+        if self._two:
+            self._draw_row(other_row, self._other_stems)
+            self._set(self._other_lit, **_points(gate_map, np.flatnonzero(other_row.kind == DNA)))
         if changed:
             self._draw_keys(view, gate_map, group)
-        self._draw_row(row)
+        self._draw_row(row, self._stems)
+        self._here.update(x=[row.token, row.token], y=[FLOOR, 0])
         self._draw_lit(row, gate_map)
         self._cursor.update(x=[row.token], y=[row.head])
         self._here.meta = request
 
-    def _draw_row(self, row: RowView) -> None:
-        for kind, trace in self._stems.items():
+    def _show_two(self, two: bool) -> None:
+        """Makes room for A, or takes it back."""
+        self._two, layout = two, self.widget.layout
+        layout.yaxis3.domain = domain(HEIGHT, *(BOTH[0] if two else BOTTOM))
+        layout.yaxis4.update(visible=two, domain=domain(HEIGHT, *(BOTH[1] if two else HIDDEN)))
+        layout.xaxis3.anchor = "y4" if two else "y3"
+        layout.yaxis3.title.text = "B (log)" if two else "attention (log)"
+        colours = TWO_SCALE if two else _slept_then_cividis(1 / (HEAT_STEPS + 1))
+        self._heat.update(zmin=-HEAT_STEPS if two else -1, colorscale=colours)
+        if not two:
+            for trace in (*self._other_stems.values(), self._other_lit):
+                trace.update(x=[], y=[])
+
+    def _draw_row(self, row: RowView, traces: dict) -> None:
+        for kind, trace in traces.items():
             x, y, keys = stems(row, kind)
-            self._keys[kind] = keys
+            if traces is self._stems:
+                self._keys[kind] = keys
             words = [self.tokens[i] for i in keys]
             trace.update(x=x, y=y, customdata=row.weight[keys].astype(np.float32), text=words)
-        self._here.update(x=[row.token, row.token], y=[FLOOR, 0])
 
     def _draw_keys(self, view: LayerView, gate_map: GateMap, group: int) -> None:
         gate = view.gate_of_key[:, group]
@@ -171,7 +208,8 @@ class Pictures:
             fig.add_trace(trace)
         self._heat, self._cursor, self._hover, self._lit, self._opened, self._star = fig.data[:6]
         self._stems = dict(zip(OKABE_ITO, fig.data[6:10], strict=True))
-        self._here = fig.data[10]
+        self._other_stems = dict(zip(OKABE_ITO, fig.data[10:14], strict=True))
+        self._other_lit, self._here = fig.data[14:]
         self._heat.on_click(self._clicked_heat)
         self._lit.on_click(lambda _, points, __: self._pick(points, self._lit_index))
         self._hover.on_click(lambda _, points, __: self._pick(points, np.arange(len(self.tokens))))
@@ -187,6 +225,14 @@ class Pictures:
             self.on_pick(int(tokens[points.point_inds[0]]), None)
 
 
+def _points(gate_map: GateMap, keys: np.ndarray) -> dict:
+    at = gate_map.keys[keys]
+    return {"x": at[:, 0], "y": at[:, 1]}
+
+
+TWO_SCALE = [[0, "#b35806"], [0.25, "#f1a340"], [0.5, "#f7f7f7"], [0.75, "#998ec3"], [1, "#542788"]]
+
+
 def _traces() -> list:
     """In drawing order, which `Pictures._add_traces` relies on."""
     first, second, third = ({"xaxis": f"x{n}", "yaxis": f"y{n}"} for n in ("", "2", "3"))
@@ -197,6 +243,8 @@ def _traces() -> list:
         hovertemplate="token %{x:.0f}, head %{y}<extra></extra>", **first,
     )  # fmt: skip
     ring = {"symbol": "square-open", "size": 15, "color": "#D55E00", "line": {"width": 3}}
+    fourth = {"xaxis": "x3", "yaxis": "y4"}
+    other = {"size": 13, "color": INK, "symbol": "circle-open", "line": {"width": 1.5}}
     lit = {"size": 9, "color": OKABE_ITO[DNA], "line": {"width": 1.5, "color": "white"}}
     opened = {"symbol": "diamond", "size": 19, "color": INK, "line": {"width": 1.5, "color": "white"}}
     star = {"symbol": "star", "size": 16, "color": "#D55E00", "line": {"width": 1.2, "color": "white"}}
@@ -212,7 +260,9 @@ def _traces() -> list:
         go.Scatter(mode="markers+text", marker=opened, textfont={"color": "white", "size": 10}, **skip, **second),
         go.Scatter(mode="markers", marker=star, **skip, **second),
         *[go.Scatter(mode="lines", line={"color": colour, "width": 2, "simplify": False},
-                     hovertemplate=share, showlegend=False, **third) for colour in OKABE_ITO.values()],
+                     hovertemplate=share, showlegend=False, **axes) for axes in (third, fourth)
+          for colour in OKABE_ITO.values()],
+        go.Scatter(mode="markers", marker=other, **skip, **second),
         go.Scatter(mode="lines", line={"color": "#D55E00", "width": 1.5, "dash": "dot"}, **skip, **third),
     ]  # fmt: skip
 
@@ -242,4 +292,6 @@ def _layout() -> dict:
         "yaxis3": titled("attention (log)", showgrid=True, gridcolor="#eef0f2", domain=across(*BOTTOM),
                          anchor="x3", range=[FLOOR, 0.05], tickvals=[-4, -3, -2, -1, 0],
                          ticktext=["≤0.01%", "0.1%", "1%", "10%", "100%"]),
+        "yaxis4": titled("A (log)", showgrid=True, gridcolor="#eef0f2", domain=across(*HIDDEN), anchor="x3",
+                         range=[0.05, FLOOR], tickvals=[-3, -1], ticktext=["0.1%", "10%"], visible=False),
     }  # fmt: skip

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
 import numpy as np
 
 from proteus_playground.attention.settings import Settings
@@ -17,11 +22,26 @@ TITLE = "Proteus workbench"
 SPLIT_COLOURS = {"window": "#0072B2", "anchors": "#E69F00", "rings": "#009E73", "notes": "#CC79A7"}
 
 
-def readout_html(request: int, view: LayerView, runs: int, model: ModelView | None, settings: Settings) -> str:
-    """All tiles. runs: `view.latency_ms` is their median; model: may have been run at other `settings`."""
+@dataclass(frozen=True)
+class Far:
+    """How far the next token is from that of `source`, nats; None while it is not known. old: of an earlier picture."""
+
+    nats: float | None
+    source: str
+    old: bool = False
+
+
+def readout_html(request: int, view: LayerView, runs: int, model: ModelView | None, settings: Settings,
+                 other: LayerView | None = None, kl: Far | None = None) -> str:  # fmt: skip
+    """All tiles. runs: `view.latency_ms` is their median; model: may have been run at other `settings`.
+
+    other: of the settings that are pinned as A; each tile then shows A below, and how B compares.
+    kl: for a model that was trained with the slider; None for others.
+    """
+    if other is not None:
+        return tiles_html(request, _two(view, other))
     size, heads = view.head_map.shape
-    rows = view.awake & view.kept[:, None]
-    reads = float(view.reads[rows].mean()) if rows.any() else 0.0
+    reads = mean_reads(view)
     kept = int(view.kept.sum())
     timed = "one run" if runs == 1 else f"the median of {runs} runs"
     cells = [
@@ -30,6 +50,9 @@ def readout_html(request: int, view: LayerView, runs: int, model: ModelView | No
         cell("tokens kept", f"{kept:,}", f"of {size:,}", "Tokens that take part in this layer."),
         cell("heads awake", f"{view.awake[view.kept].sum(1).mean() if kept else 0:.1f}", f"of {heads}",
               "Heads that computed a row, averaged over the tokens that take part."),
+        cell("looks per query", f"{view.looks:,.0f}", "not timed (masks)",
+              "Summaries or keys that a query compares to choose its keys, without reading them. The time of masks "
+              "says nothing about this way of choosing.") if not view.way.plain else
         cell("latency", milliseconds(view.latency_ms), f"dense {milliseconds(view.dense_ms)}",
               f"Measured time of this layer's attention at these settings, {timed} after a warm-up run. "
               "Dense is PyTorch's fused attention on the same tensors."),
@@ -38,11 +61,77 @@ def readout_html(request: int, view: LayerView, runs: int, model: ModelView | No
               "them is measured."),
         cell("bytes, predicted", quantity(view.bytes, "B"), f"dense {quantity(view.dense_bytes, 'B')}",
               "Bytes of queries, keys and values that are moved at these settings. They are calculated, not measured."),
-        cell("output error", f"{view.error:.1%}" if view.error >= 5e-4 else "none", "relative to dense",
-              f"How far this layer's output is from that of dense attention, as a share of it: {view.error:.2e}."),
+        _error_cell(view, kl),
         _model_cell(model, settings),
     ]  # fmt: skip
     return tiles_html(request, cells)
+
+
+def _error_cell(view: LayerView, kl: Far | None) -> str:
+    if kl is not None:
+        value = "…" if kl.nats is None else f"{kl.nats:.3f} nats" if kl.nats >= 0.0005 else f"as {kl.source}"
+        return cell("next token", value, f"KL from {kl.source}",
+                    "How far the model's expectation of the next token is from that "
+                    "of dense attention. The layer's own output differs by "
+                    f"{view.error:.0%}: this model was trained to answer with sleeping heads and few keys, not to copy "
+                    "its dense output.", "pp-old" if kl.old else "")  # fmt: skip
+    return cell("output error", f"{view.error:.1%}" if view.error >= 5e-4 else "none", "relative to dense",
+                f"How far this layer's output is from that of dense attention, as a share of it: "
+                f"{view.error:.2e}.")  # fmt: skip
+
+
+@cache
+def _measured_layer() -> tuple[str, tuple[tuple[int, float], ...]]:
+    """The machine of `proteus bench layer` on a CPU, and (tokens, time of dense / time of ours)."""
+    found = json.loads((files("proteus_playground.experiments.results") / "layer_cpu.json").read_text("utf-8"))
+    rows = tuple((row["tokens"], row["speedup"]) for row in found["rows"] if row["status"] == "ok")
+    return f"{found['threads']} threads of an {found['device']}", rows
+
+
+def pays_sentence(tokens: int) -> str:
+    """At which length the layer begins to pay in time, as measured."""
+    where, rows = _measured_layer()
+    slower = max(size for size, ratio in rows if ratio < 1)
+    faster = [(size, ratio) for size, ratio in rows if ratio >= 1]
+    said = ", ".join(f"{ratio:.1f}× at {size:,}" for size, ratio in faster)
+    now = "Here the text is short, so that you see every key" if tokens < faster[0][0] else "This text is long enough"
+    return (
+        f"{now} ({tokens:,} tokens). In time the layer pays somewhere between {slower:,} and {faster[0][0]:,} tokens "
+        f"on a CPU: dense took {said} tokens as long as ours ({where}, proteus bench layer)."
+    )
+
+
+def pays_html(tokens: int) -> str:
+    return f'<div class="pp-note">{with_terms(pays_sentence(tokens))}</div>'
+
+
+def mean_reads(view: LayerView) -> float:
+    """Keys and notes per query, averaged over the rows that were computed."""
+    rows = view.awake & view.kept[:, None]
+    return float(view.reads[rows].mean()) if rows.any() else 0.0
+
+
+def _two(b: LayerView, a: LayerView) -> list[str]:
+    """Tiles of B with A below and the ratio."""
+    timed = a.way.plain and b.way.plain
+    pairs = (
+        ("keys per query", mean_reads(b), mean_reads(a), lambda x: f"{x:,.0f}"),
+        ("tokens kept", float(b.kept.sum()), float(a.kept.sum()), lambda x: f"{x:,.0f}"),
+        ("heads awake", float(b.awake[b.kept].sum(1).mean()), float(a.awake[a.kept].sum(1).mean()),
+         lambda x: f"{x:.1f}"),
+        ("latency", b.latency_ms, a.latency_ms, milliseconds) if timed else
+        ("looks per query", b.looks, a.looks, lambda x: f"{x:,.0f}"),
+        ("work, predicted", b.flops, a.flops, lambda x: quantity(x, "FLOP")),
+        ("bytes, predicted", b.bytes, a.bytes, lambda x: quantity(x, "B")),
+        ("output error", b.error, a.error, lambda x: f"{x:.1%}"),
+    )  # fmt: skip
+    return [cell(f"{label}: B", words(now), f"A {words(was)}{_ratio(now, was)}",
+                 "B is set by the sliders, A is pinned; × is B divided by A.")
+            for label, now, was, words in pairs]  # fmt: skip
+
+
+def _ratio(now: float, was: float) -> str:
+    return f" (× {now / was:.2g})" if was > 0 else ""
 
 
 def _model_cell(model: ModelView | None, settings: Settings) -> str:
@@ -114,6 +203,8 @@ GATE_LEGEND = (
     + key(OKABE_ITO[3], "ring")
     + '<span style="color:#D55E00">★ this token</span>'
 )
+TWO_HEAT_LEGEND = '<span class="pp-two">A more <i></i> B more</span>'
+TWO_TEXT_LEGEND = key("#1b1f24", "read by B only", line=True) + key("#8c959f", "read by A only, dashed", line=True)
 TEXT_LEGEND = key("#f6ee92", "salient") + "".join(
     key(OKABE_ITO[kind], word, line=True) for kind, word in ((1, "window"), (2, "anchor"), (3, "ring"), (4, "note"))
 )

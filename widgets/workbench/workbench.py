@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+
+from proteus_playground.attention.selectors import Way, Without
 from proteus_playground.attention.settings import Settings
+from proteus_playground.common.progress import Stopped
 from proteus_playground.hf.models import find, pull
+from proteus_playground.playground.next_token import compare
 from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
 from proteus_playground.playground.views import LayerView, ModelView
 
@@ -15,22 +22,30 @@ from ..parts.text_panel import TextPanel
 from . import readout
 from .board import Board, Frame, Wanted
 from .figure import Pictures
+from .keep import keep
+from .next_bars import NONE, bars_html, no_bars_html
+from .tradeoff import measure
 
 PAINT_SECONDS = 0.25  # after which the next picture is sent even if the browser has not painted the last one
 REST_SECONDS = 0.8  # without a move, after which the layer is timed again
+NEXT_SECONDS = 0.1  # likewise, after which the next token is asked for
+KEPT = 8  # predictions that are kept
 REPEATS = 4  # extra runs, so that the latency shown is a median
+WAYS = ("selector", "without", "pinned")
 SOURCE = ("model", "text", "pasted", "length", "shelf", "question")
 
 
 class Workbench(Board):
     """What `playground` returns. `state` is a `PlayState`, `drawn` the last `Frame` shown and `number` its request."""
 
-    def __init__(self, state: PlayState, make_probe: Callable):
+    def __init__(self, state: PlayState, make_probe: Callable, verdict: str = ""):
         self.pictures, self.text = Pictures(self._picked), TextPanel()
         self._painted = threading.Event()
         self._moved = threading.Event()  # set as soon as a slider moves
         self._seen = False  # whether a browser has ever painted a picture
-        super().__init__(state, self.pictures.widget, self.text, self._pull, self._go_to)
+        super().__init__(
+            state, self.pictures.widget, self.text, self._pull, self._go_to, verdict, self._measure_curve, self.keep
+        )
         self.probe = None
         self.reply: Reply | None = None
         self._make_probe = make_probe
@@ -39,12 +54,14 @@ class Workbench(Board):
             None  # the last run of the layer on show; its latency is the median of `_runs` runs
         )
         self._runs = 0
+        self._other: LayerView | None = None  # the last one computed of the settings that are pinned
+        self._expected: dict[tuple, np.ndarray] = {}  # (token, settings, way) -> log-probabilities of the next token
         self._fitted: set[tuple[int, int]] = set()  # (layer, gates) whose prototypes are fitted
         self.run_model.on_click(lambda _: self._run_whole_model())
         self.cancel.on_click(lambda _: self.stop())
         self.text.observe(self._text_painted, "painted")
         self.text.observe(lambda change: self._picked(change["new"][0], None), "clicked")
-        state.observe(lambda _: self._settings_changed(), [*SETTINGS, "layer"])
+        state.observe(lambda _: self._settings_changed(), [*SETTINGS, *WAYS, "layer"])
         state.observe(lambda _: self._ask(), ["head", "token"])
         state.observe(lambda _: self._load(), list(SOURCE))
         self._load()
@@ -55,14 +72,14 @@ class Workbench(Board):
         """What the controls ask for, within the layers, heads and tokens that exist."""
         state, probe = self.state, self.probe
         if probe is None:
-            return Wanted(state.settings(), state.layer, state.head, state.token)
+            return Wanted(state.settings(), state.layer, state.head, state.token, state.way(), state.pin())
         return Wanted(state.settings(), min(state.layer, probe.n_layers - 1), min(state.head, probe.n_heads - 1),
-                      min(state.token, len(probe.tokens) - 1))  # fmt: skip
+                      min(state.token, len(probe.tokens) - 1), state.way(), state.pin())  # fmt: skip
 
     def _settings_changed(self) -> None:
         if self.worker.busy == "model":
             self.worker.cancel("model")  # its result would belong to the old settings
-        self.worker.cancel("ask")  # likewise; the next question is sent after the picture
+        self.worker.cancel("ask", "next")  # likewise; the next question is sent after the picture
         if self.reply is not None:
             self.ask_box.grey(self.reply.settings != self.state.settings())
         self._ask()
@@ -83,6 +100,7 @@ class Workbench(Board):
         """The controls are back at the picture on show: drops the picture on its way, and asks the model if need be."""
         if self.worker.cancel("frame") and self.worker.busy != "model":
             self.say("fresh")
+        self._ask_next(self.drawn)
         self._ask_model(self.drawn.wanted.settings)
         if self._runs == 1:
             self._stop_timing()
@@ -108,15 +126,18 @@ class Workbench(Board):
 
     def _compute(self, probe, wanted: Wanted, stop) -> Frame:
         """On the worker: computes what differs from the last picture."""
-        view, settings, layer = self._view, wanted.settings, wanted.layer
-        if view is None or (view.layer, view.settings) != (layer, settings):
-            view = probe.view(layer, settings, stop=stop)
+        settings, layer, way = wanted.settings, wanted.layer, wanted.way
+        view = _again(self._view, probe, layer, settings, way, stop)
         group = wanted.head * probe.n_groups // probe.n_heads
-        row = probe.row(layer, settings, wanted.token, wanted.head)
+        row = probe.row(layer, settings, wanted.token, wanted.head, way)
         gate_map = probe.gate_map(layer, group, settings.gates)
+        other = other_row = None
+        if wanted.pin is not None:
+            other = _again(self._other, probe, layer, *wanted.pin, stop)
+            other_row = probe.row(layer, wanted.pin[0], wanted.token, wanted.head, wanted.pin[1])
         if probe is self.probe:
-            self._view = view
-        return Frame(wanted, view, row, gate_map, group)
+            self._view, self._other = view, other
+        return Frame(wanted, view, row, gate_map, group, other, other_row)
 
     # What is shown
 
@@ -124,22 +145,70 @@ class Workbench(Board):
         old, now = self.drawn, frame.wanted
         changed = {name for name, part in (("view", "view"), ("gates", "gate_map"))
                    if old is None or getattr(old, part) is not getattr(frame, part)}  # fmt: skip
+        if old is not None and old.other is not frame.other:
+            changed.add("view")
         self._painted.clear()
         self.drawn, self.number, self.problem = frame, number, ""
+        if self.kl is not None:
+            self.kl = replace(self.kl, old=True)
         self._fitted.add((now.layer, now.settings.gates))
         if "view" in changed:
             self._timed, self._runs = frame.view, 1
         # The figure's message is sent at the end of the batch, after the small ones: one repaint shows all of them.
         with self.pictures.widget.batch_update():
-            self.pictures.draw(number, frame.view, frame.row, frame.gate_map, frame.group, changed)
+            self.pictures.draw(number, frame.view, frame.row, frame.gate_map, frame.group, changed,
+                               frame.other, frame.other_row)  # fmt: skip
             self.text.draw(number, frame.view.salience, frame.view.kept, frame.row.kind,
-                           frame.view.gate_of_key[:, frame.group], now.token)  # fmt: skip
+                           frame.view.gate_of_key[:, frame.group], now.token,
+                           None if frame.other_row is None else frame.other_row.kind)  # fmt: skip
             self._draw_words(frame, self.probe, self._timed, self._runs)
             if self.wanted() == now:
                 self.say("fresh")
+        if self.reply is not None and old is not None and old.wanted.way != now.way:
+            self._answered(0, self.reply)
+        self._ask_next(frame)
         self._ask_model(now.settings)
         if "view" in changed:
             self._time_again(frame)
+
+    def _ask_next(self, frame: Frame) -> None:
+        """Asks what the model expects after the chosen token, once the sliders rest."""
+        probe, wanted = self.probe, frame.wanted
+        if not probe.predicts:
+            return
+        settings, way = wanted.settings, wanted.way
+        before, names = (None, Way()), ("dense", "these settings")
+        if wanted.pin is not None:
+            before, names = wanted.pin, ("A", "B")
+        elif way.without != Without():
+            before, names = (settings, Way(way.selector)), ("all", "less")
+        moved = self._moved = threading.Event()
+
+        def compute(stop, _):
+            if moved.wait(NEXT_SECONDS):
+                raise Stopped
+            made = [self._expect(probe, wanted.token, *one, stop) for one in (before, (settings, way))]
+            return compare(*made, probe.words_of, names)
+
+        def show(_: int, seen) -> None:
+            if isinstance(probe, ShelfProbe) and wanted.pin is None and self.drawn is frame:
+                self.kl = readout.Far(seen.kl, names[0])
+                self._draw_numbers(self._timed, self._runs)
+            self.next.value = bars_html(self.number, seen, probe.tokens, wanted.token)
+
+        self.worker.submit("next", compute, show, self._no_next)
+
+    def _expect(self, probe, token: int, settings: Settings | None, way: Way, stop) -> np.ndarray:
+        at = (id(probe), token, settings, way)
+        if at not in self._expected:
+            if len(self._expected) >= KEPT:
+                self._expected.pop(next(iter(self._expected)))
+            self._expected[at] = probe.next_logprobs(token, settings, way, stop=stop)
+        return self._expected[at]
+
+    def _no_next(self, _: int, err: BaseException) -> None:
+        if not isinstance(err, Stopped):
+            self.next.value = no_bars_html(str(err))
 
     def _ask_model(self, settings: Settings) -> None:
         """Asks the question again at the settings of the picture that has just been drawn."""
@@ -150,7 +219,7 @@ class Workbench(Board):
 
     def _answered(self, _: int, reply: Reply) -> None:
         self.reply = reply
-        self.ask_box.answered(reply)
+        self.ask_box.answered(reply, "" if self.wanted().way.plain else OURS_ANSWERS)
 
     # Work that takes longer
 
@@ -166,10 +235,15 @@ class Workbench(Board):
     def _loaded(self, _: int, made: tuple) -> None:
         probe, why = made
         state = self.state
-        self.worker.cancel("frame", "ask", "repeat", "model")
+        self.worker.cancel("frame", "next", "ask", "repeat", "model", "curve")
         place = self._place(probe)
         self.probe, self.drawn, self.model_view, self._view, self.reply = probe, None, None, None, None
         self._fitted.clear()
+        self._expected.clear()
+        self._other, self.kl = None, readout.Far(None, "dense") if isinstance(probe, ShelfProbe) else None
+        self.curve.clear()
+        self.pays.value = readout.pays_html(len(probe.tokens))
+        self.next.value = no_bars_html("…" if probe.predicts else NONE)
         self.banner.value = readout.banner_html(probe, why)
         self.run_model.disabled = probe.random
         self.source_controls.offer_pull(state.model if why and state.model not in ("shelf-mini", "random") else None)
@@ -207,14 +281,18 @@ class Workbench(Board):
         self.model_view = view
         if self.drawn is not None:
             self._draw_numbers(self._timed, self._runs)
+            self._ask_next(self.drawn)
             if self._runs == 1:
                 self._time_again(self.drawn)
         self.say("fresh" if self.wanted() == self._shown() else "stale")
 
     def _time_again(self, frame: Frame) -> None:
         """Runs the layer a few more times once the slider rests, so that the latency shown is a median."""
-        probe, wanted = self.probe, frame.wanted
-        moved = self._moved = threading.Event()
+        probe, wanted, moved = self.probe, frame.wanted, self._moved
+        if not wanted.way.plain:
+            return
+        if moved.is_set():
+            moved = self._moved = threading.Event()
 
         def again(stop, _):
             if moved.wait(REST_SECONDS):
@@ -232,6 +310,28 @@ class Workbench(Board):
                 self._draw_numbers(view, self._runs)
 
         self.worker.submit("repeat", again, show, lambda number, err: None)
+
+    def _measure_curve(self) -> None:
+        """Cost and quality over alpha, of the layer on show."""
+        probe, wanted = self.probe, self.wanted()
+        if probe is None:
+            return
+        self.say("busy", 0.0, "cost against quality")
+        self._stop_timing()
+        name = f"Layer {wanted.layer}, {len(probe.tokens):,} tokens, {wanted.way.selector}, on this machine"
+
+        def show(_: int, rows: list) -> None:
+            self.curve.draw(rows, name)
+            self.say("fresh" if self.wanted() == self._shown() else "stale")
+
+        self.worker.submit(
+            "curve", lambda *told: measure(probe, wanted.layer, wanted.settings, wanted.way, *told), show, self._failed,
+            self._progress,
+        )  # fmt: skip
+
+    def keep(self, path: str | Path, only: str | None = None) -> Path:
+        """Writes what is on show as one page that needs no network. See `keep.keep`."""
+        return keep(self, path, only)
 
     def _pull(self) -> None:
         model = self.state.model
@@ -276,6 +376,19 @@ class Workbench(Board):
     def _pace(self) -> None:
         if self._seen and self.worker.busy == "frame":
             self._painted.wait(PAINT_SECONDS)
+
+
+OURS_ANSWERS = (
+    "The answer is that of our own selector, with nothing taken away; "
+    "the bars of the next token show what other keys do."
+)
+
+
+def _again(old: LayerView | None, probe, layer: int, settings: Settings, way: Way, stop) -> LayerView:
+    """`old` if it shows the same, else a new run of the layer."""
+    if old is not None and (old.layer, old.settings, old.way) == (layer, settings, way):
+        return old
+    return probe.view(layer, settings, way=way, stop=stop)
 
 
 def _last_word(tokens: list[str]) -> int:

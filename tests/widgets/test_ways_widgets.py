@@ -1,0 +1,197 @@
+"""The workbench with other selectors, two settings, and something taken away; what is kept, hidden and fixed."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from fake_probe import FakeProbe
+from helpers import text_of
+from proteus_playground.widgets import PlayState, playground
+from proteus_playground.widgets.parts.plot import OKABE_ITO
+from proteus_playground.widgets.parts.state import pin_of
+from proteus_playground.widgets.workbench import figure, keep, readout
+from proteus_playground.widgets.workbench.tradeoff import ALPHAS
+from test_widgets import rest
+
+from proteus_playground.attention.selectors import SELECTORS, Way, Without
+from proteus_playground.attention.settings import Settings
+from proteus_playground.common.texts import Text
+from proteus_playground.playground.probe import LayerProbe
+
+
+@pytest.fixture
+def bench():
+    made = playground(model="smollm2", probe=FakeProbe())
+    made.worker.wait()
+    rest(made)
+    yield made
+    made.close()
+
+
+def test_two_settings_stand_side_by_side_and_a_link_restores_them(bench):
+    bench.ways.pin.click()
+    bench.state.update({"flux_alpha": 0.5, "selector": "quest", "without": "notes, head 1:2"})
+    rest(bench)
+    frame = bench.drawn
+    assert frame.other.settings.flux_alpha == 1 and frame.view.settings.flux_alpha == 0.5
+    assert frame.view.way == Way("quest", Without.parse("notes, head 1:2")) and frame.other.way == Way()
+    said = text_of(bench.numbers.value)
+    assert "A 128 (× " in said.replace("A 127", "A 128") or re.search(r"A \d+ \(× [\d.]+\)", said)
+    below = bench.pictures._other_stems
+    assert any(len(trace.x) for trace in below.values()) and bench.pictures.widget.layout.yaxis4.visible
+    assert len(bench.text.other) == len(bench.probe.tokens)
+    assert "flux alpha 1 → 0.5, ours → quest" in bench.ways.pinned.value
+    other = PlayState()
+    other.restore(bench.state.to_string())
+    assert (other.settings(), other.way(), other.pin()) == (
+        bench.state.settings(),
+        bench.state.way(),
+        bench.state.pin(),
+    )
+    bench.ways.swap.click()
+    rest(bench)
+    assert bench.drawn.view.settings.flux_alpha == 1 and bench.state.pin()[1].selector == "quest"
+    bench.ways.pin.click()
+    rest(bench)
+    assert not any(len(trace.x) for trace in below.values()) and not bench.text.other and bench.drawn.other is None
+
+
+def test_the_next_token_follows_what_is_taken_away(bench):
+    bench.worker.wait()
+    assert "dense" in text_of(bench.next.value) and "KL" in bench.next.value
+    bench.ways.local["head"].click()
+    bench.ways.parts["rings"].click()
+    rest(bench)
+    bench.worker.wait()
+    head = f"head {bench.drawn.wanted.layer}:{bench.drawn.row.head}"
+    assert bench.state.without == f"rings, {head}" and "less" in text_of(bench.next.value)
+    assert [chip.part for chip in bench.ways.chips.children] == [head]
+    bench.ways.chips.children[0].click()
+    assert bench.state.without == "rings"
+    bench.ways.back.click()
+    assert not bench.state.without and not bench.ways.chips.children
+
+
+def test_a_function_of_a_guest_is_checked_and_joins_the_list():
+    def near(sight, rows):
+        """The nearest keys alone."""
+        return sight.window(rows, sight.shortlist)
+
+    def late(sight, rows):
+        return ~sight.window(rows, 2)
+
+    made = LayerProbe.random_layer(Text("a", "one two three four " * 20, "test"), max_tokens=64)
+    good, bad = playground(selector=near, probe=made), playground(selector=late, probe=FakeProbe(40))
+    try:
+        good.worker.wait()
+        rest(good)
+        assert good.drawn.view.way.selector == "near" and "near" in good.ways.choice.options
+        assert "keeps the rules" in good.ways.verdict.value and "The nearest keys alone." in good.ways.about.value
+        assert bad.state.selector == "ours" and "must read no later key" in bad.ways.verdict.value
+        assert "random" in bad.next.value or bad.next.value
+        good.worker.wait()
+        assert "no next token" in good.next.value
+    finally:
+        good.close()
+        bad.close()
+        SELECTORS.pop("near", None)
+
+
+def test_cost_against_quality_is_measured_and_clicked(bench):
+    bench.curve.measure.click()
+    bench.worker.wait()
+    rows = bench.curve.rows
+    assert [row[0] for row in rows] == list(ALPHAS) and rows[0][3] == 0 and rows[-1][2] < rows[0][2]
+
+    class Points:
+        xs = (0.25,)
+
+    bench.curve._clicked(None, Points, None)
+    rest(bench)
+    assert bench.drawn.view.settings.flux_alpha == 0.25 and bench.curve.widget.data[3].x[0] == 0.25
+
+
+def test_what_is_kept_needs_no_network(bench, tmp_path):
+    page = bench.keep(tmp_path / "all.html").read_text(encoding="utf-8")
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?http", page) and "Plotly.newPlot" in page
+    assert all(f'id="{name}"' in page for name in keep.PANELS)
+    assert "playground(state=" in page and "&quot;torch&quot;" in page and "pp-tok" in page
+    one = keep.panel_figure(bench.pictures.widget, "row")
+    assert one.layout.xaxis3.domain == (0, 1) and len(one.data) == 9
+    with pytest.raises(ValueError, match="path="):
+        bench.keep(tmp_path / "all.png")
+    with pytest.raises(ValueError, match="only='text'"):
+        bench.keep(tmp_path / "all.html", "text")
+
+
+def test_a_lesson_hides_and_fixes_controls():
+    made = playground(hide=["keep_ratio", "presets"], fixed={"flux_alpha": 0.5}, probe=FakeProbe(50))
+    try:
+        knobs = made.knobs()
+        assert "pp-hidden" in knobs["keep_ratio"]._dom_classes and knobs["flux_alpha"].slider.disabled
+        made.state.update({"flux_alpha": 1.0, "shortlist": 64})
+        made.state.restore("alpha=0.1&L=32")
+        assert (made.state.flux_alpha, made.state.shortlist) == (0.5, 32)
+    finally:
+        made.close()
+    with pytest.raises(ValueError, match="hide='colour'"):
+        playground(hide=["colour"], probe=FakeProbe(50))
+    with pytest.raises(ValueError, match="flux_alpha"):
+        playground(fixed={"alpha": 2}, probe=FakeProbe(50))
+
+
+@pytest.mark.bad_input
+def test_bad_ways_are_refused_by_name():
+    state = PlayState()
+    for name, value in (("selector", "best"), ("without", "head 3"), ("pinned", "layer=3"), ("pinned", "alpha=2")):
+        with pytest.raises(ValueError, match="selector=|without=|pinned=|flux_alpha="):
+            state.update({name: value})
+    assert set(PlayState("smollm2").to_dict()) >= {"selector", "without", "pinned"}
+    assert pin_of(state.to_dict()).startswith("alpha=1&keep=1")
+
+
+def test_a_difference_is_zero_where_a_head_slept():
+    one, two = (FakeProbe(100).view(0, Settings(route_heads=True, flux_alpha=alpha)) for alpha in (0.0, 1.0))
+    cells, _ = figure.change_cells(one, two)
+    assert cells.min() >= -250 and cells.max() > 0 and (cells[figure.heat_cells(one)[0] < 0] == 0).all()
+    assert "pays somewhere between 1,024 and 4,096" in readout.pays_sentence(900)
+
+
+# Colours. Matrices: Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
+
+SIMULATED = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* of linear sRGB under D65."""
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+    xyz = np.array(to_xyz) @ np.clip(rgb, 0, 1) / [0.95047, 1, 1.08883]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def linear(colour: str) -> np.ndarray:
+    s = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(s <= 0.04045, s / 12.92, ((s + 0.055) / 1.055) ** 2.4)
+
+
+PALETTES = {
+    "kinds of keys": [*OKABE_ITO.values(), "#ffffff"],
+    "A and B": ["#b35806", "#542788", "#f7f7f7"],
+    "before and after": ["#8c959f", "#0072B2", "#ffffff"],
+    "time, reads, error": ["#D55E00", "#0072B2", "#1b1f24", "#ffffff"],
+}
+
+
+@pytest.mark.parametrize("name", PALETTES)
+def test_colours_stay_apart_for_colour_blind_readers(name):
+    for kind, matrix in {"full colour": np.eye(3), **SIMULATED}.items():
+        seen = [lab(np.array(matrix) @ linear(colour)) for colour in PALETTES[name]]
+        apart = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
+        assert min(apart) > 15, (kind, apart)

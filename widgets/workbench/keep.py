@@ -1,0 +1,96 @@
+"""The workbench as one page that needs no network: figures, numbers, the text, and what made them."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+
+import plotly.graph_objects as go
+import plotly.io as pio
+import torch
+
+from proteus_playground.common.machine import environment
+
+from ..parts.html import style_sheets
+from ..parts.plot import INK
+
+PANELS = {"heads": ("x", "y"), "gates": ("x2", "y2"), "row": ("x3", "y3", "y4")}
+BUTTONS = "<p><button onclick=\"save('{0}','png')\">PNG</button> <button onclick=\"save('{0}','svg')\">SVG</button></p>"
+SCRIPT = (
+    "<script>function save(id, format) { Plotly.downloadImage(document.getElementById(id), "
+    "{format, filename: 'proteus-' + id, scale: format === 'png' ? 2 : 1}); }</script>"
+)
+
+
+def panel_figure(figure: go.FigureWidget, name: str) -> go.Figure:
+    """One panel of the workbench's figure as a figure of its own."""
+    axes = PANELS[name]
+    made = go.Figure([trace for trace in figure.data if (trace.yaxis or "y") in axes])
+    layout = figure.layout.to_plotly_json()
+    kept = {f"{axis[0]}axis{axis[1:]}" for axis in axes}
+    for key in [key for key in layout if "axis" in key and key not in kept]:
+        del layout[key]
+    for part in ("images", "shapes"):
+        layout[part] = [one for one in layout.get(part, ()) if one["xref"] == axes[0]]
+    spans = [layout[key]["domain"] for key in kept if key.startswith("y")]
+    low, high = min(span[0] for span in spans), max(span[1] for span in spans)
+    for key in kept:
+        start, end = layout[key]["domain"]
+        whole = key.startswith("x") or high <= low
+        layout[key]["domain"] = [0, 1] if whole else [(start - low) / (high - low), (end - low) / (high - low)]
+    made.update_layout(layout)
+    made.update_layout(height=320, margin={"l": 60, "r": 12, "t": 10, "b": 46}, autosize=True, font={"color": INK})
+    return made
+
+
+def page(bench, only: str | None = None) -> str:
+    """The page of a workbench that has drawn something. only: a name in `PANELS`; None: all of it."""
+    if only is not None and only not in PANELS:
+        raise ValueError(f"only={only!r}: allowed is {', '.join(map(repr, PANELS))}")
+    if bench.drawn is None:
+        raise ValueError("the workbench has drawn nothing yet: wait until it says that it is up to date")
+    parts, plotly = [SCRIPT], True
+    for name in PANELS if only is None else (only,):
+        figure = pio.to_html(
+            panel_figure(bench.pictures.widget, name), include_plotlyjs=plotly, full_html=False, div_id=name
+        )
+        parts += [bench.captions[name].value, figure, BUTTONS.format(name)]
+        plotly = False
+    if only is None:
+        parts = [bench.title.value, bench.banner.value, bench.numbers.value, *parts, bench.captions["text"].value,
+                 _text(bench), bench.next.value]  # fmt: skip
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Proteus workbench</title>'
+        f"<style>{style_sheets()} body {{ max-width: 1100px; margin: 16px auto; }} "
+        ".pp-text { height: auto; } .pp-cap { position: static; }</style>"
+        f'<body class="pp-app">{body}<h3>What made this page</h3><pre>{escape(_made_by(bench))}</pre></body></html>'
+    )
+
+
+def _text(bench) -> str:
+    chosen, kinds = bench.drawn.row.token, ("unseen", "local", "anchor", "dna", "note-only")
+    words = "".join(
+        f'<span class="pp-tok pp-{kinds[kind]}{" pp-chosen" if i == chosen else ""}">{escape(token)}</span>'
+        for i, (token, kind) in enumerate(zip(bench.probe.tokens, bench.drawn.row.kind, strict=True))
+    )
+    return f'<div class="pp-text">{words}</div>'
+
+
+def _made_by(bench) -> str:
+    """Settings, seed, device and versions, and the line that opens the same workbench."""
+    view, state = bench.drawn.view, bench.state
+    facts = {"link": f"playground(state={state.to_string()!r})", "state": state.to_dict(), "device": view.device,
+             "backend": view.backend, "note": bench.probe.note, "shelf (the seed of its text)": state.shelf,
+             **environment(torch.device(view.device))}  # fmt: skip
+    return json.dumps(facts, indent=1, ensure_ascii=False, default=str)
+
+
+def keep(bench, path: str | Path, only: str | None = None) -> Path:
+    """Writes `page` to `path` (.html) and returns it. Raises as `page`, and `ValueError` for another kind of file."""
+    path = Path(path).expanduser()
+    if path.suffix != ".html" or not path.parent.is_dir():
+        raise ValueError(f"path={str(path)!r}: must be a .html file in a folder that is there")
+    path.write_text(page(bench, only), encoding="utf-8")
+    return path
