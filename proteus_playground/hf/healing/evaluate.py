@@ -12,6 +12,7 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from ...attention.adapter import ProteusLayer
 from ..patch import patched
@@ -52,7 +53,7 @@ def measure(student: Student, rows: Sequence[Batch], shares: Sequence[int]) -> M
     """Measure rows at L = length / share for each share, all layers sparse at flux alpha 1."""
     base, dense, sparse, reads = [], [], {share: [] for share in shares}, {share: [] for share in shares}
     model = student.model
-    for row in rows:
+    for row in tqdm(rows, "held-out rows", leave=False, disable=None):
         row = row.to(next(model.parameters()).device)
         dense.append(_nll(model, student.head, row))
         with switched_off(student.teacher):

@@ -28,6 +28,7 @@ from .student import Student, prepare_training
 
 FIGURES = ("kl", "match", "cross_entropy", "gates")
 SHARES = (32, 16, 8)  # L of held-out measurements is the length divided by each
+SPEED_S = 10.0  # seconds of training passes that a CPU's speed is judged by
 MIXED = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
 
 
@@ -219,27 +220,29 @@ class Training:
     def speed(self, passes: int = 4) -> float:
         """Tokens per second in the stage with most tokens, from passes of several budgets; they change nothing.
 
-        Each runs twice, and the second run is timed: the first may compile kernels.
+        On a GPU each runs twice, and the second run is timed: the first may compile kernels. Elsewhere a pass is one
+        row, and no other follows once `SPEED_S` seconds are over.
         """
         before, tokens, took = self.position, [stage.tokens for stage in self.plan.stages], 0.0
         self.position = Position(tokens.index(max(tokens)))
         self._begin()
         kept = {at: dict(layer.gates.named_buffers()) for at, layer in self.student.layers.items()}
-        stage, (batch, parts) = self.stage, self._batch()
-        for number in range(passes):
-            budget = draw(stage.budgets, self.length, 1.0, [self.plan.seed, number])
-            for _ in range(2):
+        stage, (batch, parts), on_gpu = self.stage, self._batch(), self.accelerator.device.type == "cuda"
+        rows, timed = parts[0][1] if on_gpu else parts[0][1].part(0, 1), 0
+        while timed < passes and (on_gpu or took < SPEED_S or self.accelerator.num_processes > 1):
+            budget = draw(stage.budgets, self.length, 1.0, [self.plan.seed, timed])
+            for _ in range(2 if on_gpu else 1):
                 began = perf_counter()
-                self._pass(parts[0][1], 0, budget, batch.learned, last=True)["loss"].item()
+                self._pass(rows, 0, budget, batch.learned, last=True)["loss"].item()
                 self._wait()
-            took += perf_counter() - began
+            took, timed = took + perf_counter() - began, timed + 1
         self.student.zero_grad(set_to_none=True)
         for at, layer in self.student.layers.items():
             for name, buffer in kept[at].items():
                 setattr(layer.gates, name, buffer)
         self.position = before
         self._begin()
-        return passes * parts[0][1].ids.numel() * self.accelerator.num_processes / took
+        return timed * rows.ids.numel() * self.accelerator.num_processes / took
 
     def _wait(self) -> None:
         if self.accelerator.device.type == "cuda":
