@@ -16,8 +16,8 @@ from proteus_playground.common.outputs import output_folder
 from proteus_playground.hf.models import DEFAULT
 
 EXPERIMENTS = "proteus_playground.experiments"
-SPEED = ("sweep", "page", "longest", "profile", "layer", "heads", "decode", "stream", "exam", "top-a", "slider",
-         "families")  # fmt: skip
+SPEED = ("sweep", "page", "longest", "profile", "layer", "heads", "decode", "model", "stream", "exam", "top-a",
+         "slider", "families")  # fmt: skip
 
 
 class Proteus(LazyGroup):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_llama
 import torch
 from benches import SMALL, saved
 from helpers import config
@@ -187,6 +188,20 @@ def test_bench_decode_reports_time_and_memory_by_context(run):
     assert rows["dense", 256]["bytes"] == 2 * 257 * 2 * 8 * 4
     assert all(row["eager"]["median_ms"] > 0 and row["eager"]["runs"] == 2 for row in rows.values())
     assert "memory 1.00x" in shown and report["seed"] == 0 and report["dtype"] == "float32"
+
+
+def test_bench_model_reads_and_writes_both_ways(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROTEUS_CACHE", str(tmp_path / "cache"))
+    for part in tiny_llama.build(max_position_embeddings=512):
+        part.save_pretrained(tmp_path / "tiny")
+    small = ["--lengths", "48,96", "--new", "2", "--repeats", "1", "--shortlist", "16"]
+    code, shown, err = run("model", "--model", str(tmp_path / "tiny"), *small, "--out", "out.json")
+    assert code == 0, err
+    rows = {(row["who"], row["tokens"]): row for row in saved()["rows"]}
+    assert rows["dense", 96]["cache_bytes"] == 3 * 2 * (96 + 2) * 2 * 8 * 4  # layers, k and v, tokens, groups, features
+    assert rows["proteus", 96]["cache_bytes"] == rows["proteus", 48]["cache_bytes"]
+    assert all(row["prefill"]["median_ms"] > 0 and row["token"]["runs"] == 2 for row in rows.values())
+    assert "one more token, ms: Proteus" in shown
 
 
 PLAN = StreamPlan(chunk_tokens=100, buffer_tokens=60, per_chunk_budget=12, nucleus=0.9, neighbours=1)
