@@ -73,20 +73,24 @@ LARGE = (
 )  # fmt: skip
 NEAREST = {"nearest_gates": True, "gates_per_group": 256, "probes": 16}  # a row reads the notes of some gates
 CHOSEN = (
-    "gates_kernel", "rank_kernel", "probe_kernel", "bucket_kernel", "far_kernel", "near_kernel", "near_query_kernel",
-    "note_grad_kernel",
+    "gates_kernel", "rank_kernel", "probe_kernel", "choose_kernel", "bucket_bits_kernel", "far_kernel", "near_kernel",
+    "near_query_kernel", "note_grad_kernel",
 )  # fmt: skip
-CASES = [  # what runs, at which sizes, and which kernels of it are built (none named: all)
+EVERY_KERNEL = [  # what runs, at which sizes, and which kernels of it are built (none named: all)
     (layer, {}, ()),
     (training, {}, ()),
+    (training, NEAREST, CHOSEN),
+]
+CASES = [
+    *EVERY_KERNEL,
     (layer, {"dtype": torch.float16, "groups": 8, "int8": True}, STORED),
     (layer, {**THREES, "head_top_p": 0.6}, ("probe_kernel", "route_kernel")),
     (training, {**THREES, "keep": True}, ()),
-    (training, NEAREST, CHOSEN),
     (layer, {"dtype": torch.float16, "d": 256, "int8": True}, ("far_kernel", "near_kernel")),
     *((training, {"d": d}, LARGE) for d in (128, 96, 80)),  # the last two are kernels of 128: compiled once
 ]
-LARGEST = (training, {"d": 256}, LARGE)  # takes longest; not for sm_90, whose blocks may have twice the memory of sm_80
+LARGEST = (training, {"d": 256}, LARGE)  # takes longest
+LIKE_OTHERS = ("sm_90", "gfx1101")  # the compilers of sm_80 and gfx942, and as much memory or more: each kernel once
 
 
 class Absent:
@@ -152,7 +156,8 @@ def main(name: str, *names: str) -> None:
     triton.runtime.driver.set_active(Absent(name))
     torch.version.hip = name if name.startswith("gfx") else None  # the host code chooses options by it
     JITFunction.run = lambda fn, *args, **options: builder.run(fn, *args, **options)
-    for run, sizes, only in CASES[:1] if names else [*CASES, *([LARGEST] if name != "sm_90" else [])]:
+    cases = EVERY_KERNEL if name in LIKE_OTHERS else [*CASES, LARGEST]
+    for run, sizes, only in cases[:1] if names else cases:
         builder.case = " ".join([run.__name__, *(f"{key}={value}" for key, value in sizes.items())])
         builder.only = names or only
         run(**sizes)

@@ -132,14 +132,14 @@ def probe_kernel(
     """Open the n gates with the largest q.p among those that hold a key, and write the queries rotated.
 
     For rows t0 <= t < rows_end: q and q_out (B, rows, G r, d); probes (B, rows, G r, n), -1 for none. SCORE: open none,
-    but write q.p to scores (B, rows, G r, C) float32, -inf for gates that hold no key.
+    but write q.p to scores (B, rows, G r, C) float32, -inf for gates that hold no key, CP gates to a program.
     """
     at = tl.program_id(0) * BT + tl.arange(0, BT)
     t = t0 + at
     bg = tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
     rows = t < rows_end
-    half, c = tl.arange(0, HP), tl.arange(0, CP)
+    half, c = tl.arange(0, HP), tl.program_id(2) * CP + tl.arange(0, CP)
     fits = rows[:, None] & (half < d // 2)[None, :]
     size = rows_end - t0
     if ROPE:
@@ -172,9 +172,9 @@ def probe_kernel(
                 score = tl.where(best[:, None] == c[None, :], -float("inf"), score)
         if ROPE:
             first, second = turn(first, second, cos, sin)
-            out = q_out + line[:, None] * d + half[None, :]
-            tl.store(out, first, mask=fits)
-            tl.store(out + d // 2, second, mask=fits)
+            out, mine = q_out + line[:, None] * d + half[None, :], fits & (tl.program_id(2) == 0)
+            tl.store(out, first, mask=mine)
+            tl.store(out + d // 2, second, mask=mine)
 
 
 @triton.jit

@@ -62,6 +62,7 @@ class Plan:
     tick_keys: int  # BS: keys per step when the keys of one tick are summed
     padded_half: int  # HP: d / 2 as a power of two of at least 16
     padded_gates: int  # CP: C, likewise
+    probe_gates: int  # CP of the probe kernel: all gates, or some of them where it only scores them
     padded_dim: int  # DP: d, likewise
 
     @property
@@ -109,6 +110,7 @@ def make_plan(sizes: Sizes) -> Plan:
     """The plan for these sizes."""
     block, gates, d = sizes.block, sizes.gates_per_group, sizes.head_dim
     probes = sizes.probes if sizes.ring else 0
+    fills, some = sizes.probes * sizes.ring > sizes.ring_reads, 0 < sizes.notes < gates
     row_probes = sizes.heads_per_group * max(probes, 1)  # (row, probe) pairs per token
     wanted = _power(-(-256 * gates // row_probes))  # about 256 rows per (segment, gate)
     segment = min(4096, max(TILE_TOKENS, wanted), max(TILE_TOKENS, 1 << 15 >> (row_probes - 1).bit_length()))
@@ -122,9 +124,9 @@ def make_plan(sizes: Sizes) -> Plan:
         probes=probes,
         ring=sizes.ring,
         ring_reads=sizes.ring_reads,
-        fills_rings=sizes.probes * sizes.ring > sizes.ring_reads,
         notes=sizes.notes,
-        some_notes=0 < sizes.notes < gates,
+        some_notes=some,
+        fills_rings=fills,
         tile_tokens=tile_tokens(gates),
         chunk=min(segment, max(TILE_TOKENS, min(256, 16 * block))),
         segment=segment,
@@ -138,6 +140,7 @@ def make_plan(sizes: Sizes) -> Plan:
         tick_keys=max(16, block),
         padded_half=padded(d // 2),
         padded_gates=padded(gates),
+        probe_gates=min(padded(gates), 64) if fills or some else padded(gates),
         padded_dim=padded(d),
     )
 

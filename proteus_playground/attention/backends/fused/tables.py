@@ -17,7 +17,7 @@ from torch import Tensor
 from .choose import bucket_bits_kernel, choose_kernel
 from .index import bucket_kernel, gates_kernel, order_kernel, probe_kernel, rank_kernel, scan_counts_kernel
 from .notes import notes_kernel, scan_sums_kernel, sums_kernel
-from .plan import DTYPES, Plan, compiler_options
+from .plan import DTYPES, TILE_TOKENS, Plan, compiler_options
 
 
 class Store(NamedTuple):
@@ -158,7 +158,7 @@ def index_rows(
         return weigh() if weigh else None
 
     weight, ready = _on_side_stream(q.device, beside_the_probes)
-    tiles, segments = triton.cdiv(rows, plan.tile_tokens), triton.cdiv(rows, plan.segment)
+    tiles, segments = triton.cdiv(rows, TILE_TOKENS), triton.cdiv(rows, plan.segment)
     opened = torch.empty(B, rows, H, n, **ints)
     words = triton.cdiv(C, 32) if plan.chooses else 0
     bits, noted = (torch.empty(B, rows, H, words, **ints) for _ in range(2))
@@ -166,13 +166,12 @@ def index_rows(
     rope = lookup.inv_freq is not None
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device) if rope else q
     if n or rope or plan.chooses:
-        probe_kernel[(tiles, X)](
+        probe_kernel[(tiles, X, triton.cdiv(C, plan.probe_gates))](
             q, rotated, lookup.prototypes, lookup.alive, lookup.positions, lookup.inv_freq, awake, keys.before,
             keys.count_base, opened, scores, T, t0, t0 + rows, G, r, d, C, n, plan.block, chunks, *q.stride()[:2],
             lookup.position_stride,
             ROPE=rope, AWAKE=awake is not None, PROBE=n > 0 or plan.chooses, SCORE=plan.chooses, CH=plan.chunk,
-            HP=plan.padded_half, CP=plan.padded_gates, BT=plan.tile_tokens,
-            **({"num_warps": 8} if plan.padded_gates > 64 else compiler_options(plan) if r > 1 else {}),
+            HP=plan.padded_half, CP=plan.probe_gates, BT=TILE_TOKENS, **(compiler_options(plan) if r > 1 else {}),
         )  # fmt: skip
     if plan.chooses:
         choose_kernel[(rows, X)](
