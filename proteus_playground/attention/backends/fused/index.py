@@ -172,9 +172,10 @@ def probe_kernel(
                 score = tl.where(best[:, None] == c[None, :], -float("inf"), score)
         if ROPE:
             first, second = turn(first, second, cos, sin)
-            out, mine = q_out + line[:, None] * d + half[None, :], fits & (tl.program_id(2) == 0)
-            tl.store(out, first, mask=mine)
-            tl.store(out + d // 2, second, mask=mine)
+            out = q_out + line[:, None] * d + half[None, :]
+            if tl.program_id(2) == 0:
+                tl.store(out, first, mask=fits)
+                tl.store(out + d // 2, second, mask=fits)
 
 
 @triton.jit
