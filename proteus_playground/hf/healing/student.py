@@ -1,7 +1,7 @@
-"""The model as a student of itself: one dense pass without adapters teaches, one sparse pass with them learns.
+"""The model as its own teacher: a dense pass without adapters gives the target, a sparse pass with them is trained.
 
-The dense pass is the model's own attention, untouched. The sparse pass goes through `hf.patch.patched`, so the keys
-that are read are those of the product.
+The dense pass is the model's own attention, unchanged. The sparse pass goes through `hf.patch.patched`, so it reads the
+same keys as in use.
 
 Axes: `B` batch, `T` tokens, `D` model width.
 """
