@@ -1,4 +1,4 @@
-"""The wall, live: three kinds of attention at growing lengths on this machine, until all but one have stopped.
+"""The wall, live: three kinds of attention at growing lengths on this machine, until they stop.
 
 The measurements are those of `proteus bench sweep`; this file adds the order, the stopping and the sentences.
 """
