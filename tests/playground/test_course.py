@@ -12,7 +12,7 @@ SAID = {  # exercise -> code of a wrong answer -> what the check says about it
     "start": {"4096**2": "about half", "4096 * 4095 // 2": "itself", "7": "is not the sum"},
     "wall": {"32768": "17.2 GB", "8192": "twice as many", "10_000": "no power of two"},
     "duel": {"lambda x: sum(map(exp, x)) / len(x)": "mean of the losses first", "lambda x: 1 / 0": "ZeroDivisionError"},
-    "gates": {"lambda k, p: (k @ p.T).argmax(0)": "other way round", "lambda k, p: (k @ p.T).max(-1).values": "whole",
+    "gates": {"lambda k, p: (k @ p.T).argmax(0)": "must find the best prototype", "lambda k, p: (k @ p.T).max(-1).values": "whole",
               "lambda k, p: k @ p.T": "(3, 3)", "lambda k, p: (k @ p.T).argmin(-1)": "least similar"},
     "million": {"lambda s, n: s.topk(n).indices": "order of score", "lambda s, n: [0, 1, 3]": "best three",
                 "lambda s, n: s > 0": "holds 5", "lambda s, n: [0, 1, 2]": "first tokens"},
