@@ -1,4 +1,4 @@
-"""Who chooses the keys, what is taken away, and the settings that are pinned to compare with."""
+"""What chooses the keys, what is taken away, and the settings that are pinned to compare with."""
 
 from __future__ import annotations
 
