@@ -78,7 +78,7 @@ class Student(nn.Module):
 
     @contextmanager
     def patch(self, drawn: Drawn, tokens: int, stage: Stage) -> Iterator[None]:
-        """Around a pass over rows of `tokens` tokens and its backward pass."""
+        """A context for a pass over rows of `tokens` tokens and its backward pass: layers run at the drawn budget."""
         self._gate_losses = []
         layers = {at: self._attend(at, layer, drawn, tokens, stage) for at, layer in self.layers.items()}
         dropouts = [part for name, part in self.model.named_modules() if name.endswith("lora_dropout")]
@@ -129,7 +129,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def after_step(self, stage: Stage) -> None:
-        """Let gates take over what the step changed: the trained prototypes, or the keys it saw."""
+        """Give the gates the trained prototypes, or move their prototypes to the keys of the step."""
         for layer, prototypes in self.prototypes.items():
             prototypes.copy_(nn.functional.normalize(prototypes, dim=-1))
             self.layers[int(layer)].gates.prototypes = prototypes.detach().clone()
