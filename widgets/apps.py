@@ -132,8 +132,9 @@ def playground(
     takes precedence over `state`. selector: what chooses the keys: "ours", the name of a selector, or a function of
     your own (docs/selectors.md), which is checked first; the panel shows the result. hide: controls that are not shown,
     such as "keep_ratio", "presets", "selectors"; fixed: values that no control can change, such as {"flux_alpha": 1}.
-    Without any argument the panel opens with a question that is asked already. probe: a ready `LayerProbe` to show instead. A model that is not pulled is replaced
-    by a random layer, and the panel says so. ValueError or TypeError names an argument that is not allowed.
+    Without any argument the panel opens with a question that is asked already. probe: a ready `LayerProbe`
+    to show instead. A model that is not pulled is replaced by a random layer, and the panel says so. ValueError or
+    TypeError names an argument that is not allowed.
     """
     now = PlayState()
     named = {"text": text, "model": model, "length": length}

@@ -93,7 +93,7 @@ class Board(Panel):
         )  # fmt: skip
         self._show_more(False)
         self._show_empty(
-            "The model is being loaded and then reads the text once. After that, only the layer that is shown runs again."
+            "The model is being loaded, then it reads the text once. After that, only the layer on show runs again."
         )
 
     def _draw_words(self, frame: Frame, probe, timed: LayerView, runs: int) -> None:

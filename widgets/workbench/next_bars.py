@@ -14,8 +14,8 @@ NONE = (
     "above says what changed."
 )
 HOW = (
-    "In every layer only this token's query reads as the controls say. The tokens before it were read densely, as when a "
-    "prompt is read densely and the answer is written sparsely."
+    "In every layer only this token's query reads as the controls say. The tokens before it were read densely, as when "
+    "a prompt is read densely and the answer is written sparsely."
 )
 
 

@@ -31,7 +31,8 @@ class WaysBox(w.VBox):
         self.choice = w.Dropdown(options=offered(), value=state.selector, layout={"width": "170px"})
         bind(state, "selector", self.choice)
         self.about = w.HTML()
-        self.pin = button("Pin as A", "Keeps these settings as A; then move a slider: it sets B, and every picture shows A and B",
+        self.pin = button("Pin as A", "Keeps these settings as A; then move a slider: it sets B, and every "
+                          "picture shows A and B",
                           self._pin, icon="thumb-tack")  # fmt: skip
         self.pin.add_class("pp-pin")
         self.swap = button(
@@ -63,7 +64,8 @@ class WaysBox(w.VBox):
             "gate": (f"gate {layer}:{group}:{seen.gates_opened[0]}", f"gate {seen.gates_opened[0]}",
                      "Neither the far keys nor the note of this gate are read. The query matches this gate best.")
             if seen.gates_opened else ("", "gate", "This row opened no gate."),
-            "key": (f"key {key}", f"key ‘{shown(tokens[key])}’", "No other row reads this key, in any layer. It gets most attention here.")
+            "key": (f"key {key}", f"key ‘{shown(tokens[key])}’",
+                    "No other row reads this key, in any layer. It gets most attention here.")
             if key is not None else ("", "key", "This row reads no other key."),
         }  # fmt: skip
         for name, (part, words, what) in names.items():

@@ -379,8 +379,8 @@ class Workbench(Board):
 
 
 OURS_ANSWERS = (
-    "This answer comes from our own selector, with nothing taken away. The bars of the next token show the effect of the "
-    "chosen selector and of what is taken away."
+    "This answer comes from our own selector, with nothing taken away. The bars of the next token show the effect of "
+    "the chosen selector and of what is taken away."
 )
 
 
