@@ -129,12 +129,12 @@ def playground(
     length: tokens to read, 64 to 4,096; question: asked of shelf-mini behind the text; state: a short string such as
     "alpha=0.35&L=64&layer=12", JSON or a dict, as the workbench's own share box gives it;
     settings: any other field of the state by name, such as `flux_alpha=0.5` or `layer=3`. An argument
-    takes precedence over `state`. selector: who chooses the keys: "ours", the name of a selector, or a function of your
-    own (docs/selectors.md), which is checked first; the panel shows the verdict. hide: controls that are
-    not shown, such as "keep_ratio", "presets", "selectors"; fixed: values that nothing changes, such as
-    {"flux_alpha": 1}. Without any argument the panel opens with a question that is asked at once. probe: a ready
-    `LayerProbe` to show instead. A model that is not pulled is replaced
-    by a random layer, and the panel says so. ValueError or TypeError names an argument that is not allowed.
+    takes precedence over `state`. selector: what chooses the keys: "ours", the name of a selector, or a function of
+    your own (docs/selectors.md), which is checked first; the panel shows the result. hide: controls that are not shown,
+    such as "keep_ratio", "presets", "selectors"; fixed: values that no control can change, such as {"flux_alpha": 1}.
+    Without any argument the panel opens with a question that is asked already. probe: a ready `LayerProbe`
+    to show instead. A model that is not pulled is replaced by a random layer, and the panel says so. ValueError or
+    TypeError names an argument that is not allowed.
     """
     now = PlayState()
     named = {"text": text, "model": model, "length": length}

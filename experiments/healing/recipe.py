@@ -1,4 +1,4 @@
-"""`proteus bench healing`: train an adapter by a plan, from text files alone, and measure what it is worth.
+"""`proteus bench healing`: train an adapter by a plan on text files, and measure the gap before and after.
 
 Held-out files are measured before and after: the untouched base, the trained model's own dense pass, and its sparse
 pass at several L. The run goes on where it was stopped or killed. `smollm2_slider.json` is the plan of the adapter that
@@ -44,9 +44,11 @@ def healing_command(
     held_out: Annotated[list[str], typer.Option(help="Text file to measure on, never trained on. May be repeated.")],
     out: Folder,
     model: Annotated[str, typer.Option(help="A pulled model.")] = "smollm2",
-    plan: Annotated[str, typer.Option(help="JSON file with a plan; by default the one of smollm2-slider.")] = "",
-    minutes: Annotated[float | None, typer.Option(help="Shorten the plan to about so many minutes.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Stop after so many; the same command goes on.")] = None,
+    plan: Annotated[str, typer.Option(help="JSON file with a plan; by default that of smollm2-slider.")] = "",
+    minutes: Annotated[
+        float | None, typer.Option(help="Shorten the plan so that it takes at most about so many minutes.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Stop after so many seconds; the same command goes on.")] = None,
     lengths: Annotated[str, typer.Option(help="Token counts to measure at: 2k,8k.")] = "2k,8k",
     rows: Annotated[int, typer.Option(help="Most rows of each held-out text to measure.", min=1)] = 8,
     save_seconds: Annotated[float, typer.Option(help="Seconds between two saves of the state.", min=1)] = 60.0,
@@ -54,7 +56,9 @@ def healing_command(
 ) -> None:
     """Train an adapter by a plan on text files, and measure the gap before and after on others."""
     if both := sorted(set(text) & set(held_out)):
-        raise typer.BadParameter(f"{both[0]!r} is trained and measured on: must be two texts", param_hint="--text")
+        raise typer.BadParameter(
+            f"{both[0]!r} is given for training and for measuring: must be two texts", param_hint="--text"
+        )
     ends, at = monotonic() + (seconds or 1e12), parse_lengths(lengths)
     accelerator = make_accelerator("auto", device)
     chosen = _plan(plan, out, text, held_out, rows)

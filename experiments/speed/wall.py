@@ -1,4 +1,4 @@
-"""The wall, live: three kinds of attention at growing lengths on this machine, until all but one have stopped.
+"""The wall, live: three kinds of attention at growing lengths on this machine, until they stop.
 
 The measurements are those of `proteus bench sweep`; this file adds the order, the stopping and the sentences.
 """
@@ -144,11 +144,11 @@ def stand_in() -> tuple[str, tuple[dict, ...]]:
     """(what was measured, its rows): a large GPU that may use only a free T4's memory and kernels."""
     report = json.loads((files("proteus_playground.experiments.results") / STAND_IN).read_text("utf-8"))
     note = (
-        f"No T4 but one {report['device']} that may use only a T4's {report['settings']['cap_gb']} GB and the "
+        f"Measured on one {report['device']} that was limited to a T4's {report['settings']['cap_gb']} GB and to the "
         f"kernels that a T4 has (attention without projections, {report['settings']['dtype']}, 2 KV groups, "
-        f"L {report['settings']['shortlist']}, torch {report['torch']}, {report['date']}). A T4 is about "
-        f"15 times slower in arithmetic; the memory is as shown. Unfused attention was not measured: its scores alone "
-        f"take {size_words(8 * 32768**2 * 2)} at 32,768 tokens."
+        f"L {report['settings']['shortlist']}, torch {report['torch']}, {report['date']}). A T4 computes "
+        f"about 15 times more slowly; it needs the memory that is shown. Unfused attention was not measured: its "
+        f"scores alone take {size_words(8 * 32768**2 * 2)} at 32,768 tokens."
     )
     rows = sorted((row for row in report["rows"] if row["scope"] == "attention"), key=lambda row: row["tokens"])
     return note, tuple(rows)

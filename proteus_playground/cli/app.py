@@ -46,7 +46,7 @@ models_app = typer.Typer(help="Fetch, list and remove language models.", no_args
 bench_app = typer.Typer(cls=Bench, help="Measure, and print the README's tables.", no_args_is_help=True, **PLAIN)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
-course_app = typer.Typer(help="The notebooks as a course for a room.", no_args_is_help=True, **PLAIN)
+course_app = typer.Typer(help="Make a course for a class from the notebooks.", no_args_is_help=True, **PLAIN)
 app.add_typer(course_app, name="course")
 
 ModelName = Annotated[
@@ -88,7 +88,7 @@ def doctor() -> None:
 
 @course_app.callback()
 def course() -> None:
-    """The notebooks as a course for a room."""
+    """Make a course for a class from the notebooks."""
 
 
 @course_app.command("build")
@@ -97,7 +97,7 @@ def course_build(
         Path, typer.Option("--out", help="Folder for instructor/ and student/.", callback=output_folder)
     ] = Path("proteus-course"),
 ) -> None:
-    """Write the notebooks twice: with solutions, timing and notes for the teacher, and without for the students."""
+    """Write the notebooks twice: for the teacher with solutions, times and notes, and for the students without them."""
     from proteus_playground.cli.course import build
 
     written = build(out)

@@ -17,19 +17,22 @@ from ..hf.source import ModelSource
 
 
 def convert_command(
-    model: Annotated[str, typer.Argument(help="A known model, a hub id, or the path of a folder or GGUF file.")],
+    model: Annotated[str, typer.Argument(help="A known model, a hub id, or the path of a folder or of a GGUF file.")],
     out: Annotated[Path, typer.Option(help="The folder to make.", file_okay=False, callback=output_folder)],
     preset: Annotated[str, typer.Option(help=f"Size of the plan for healing: {', '.join(PRESETS)}.")] = "try",
-    copy: Annotated[bool, typer.Option("--copy", help="Copy the weights too, instead of a reference to them.")] = False,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the weights into the folder, instead of referring to them.")
+    ] = False,
     measure: Annotated[bool, typer.Option(help="Measure likelihood and answers, for comparison after healing.")] = True,
     device: Device = "cpu",
     dtype: Annotated[
-        str, typer.Option(help="In which the model runs meanwhile: float32, float16 or bfloat16.")
+        str, typer.Option(help="Number type of the model while it is converted: float32, float16 or bfloat16.")
     ] = "float32",
 ) -> None:
-    """Give a model the slider: settings, prototypes and a plan for healing in a folder.
+    """Give a model the slider: make a folder with its settings, its prototypes and a plan for healing.
 
-    No tensor is changed. Nothing is asked: what can be measured is measured. The same command again does nothing.
+    No weight is changed. The command asks no questions. The same command again changes nothing; with another --preset
+    it adds a plan.
     """
     choose("--preset", preset, PRESETS)
     began, kind = perf_counter(), choose("--dtype", dtype, DTYPES)

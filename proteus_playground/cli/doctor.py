@@ -79,4 +79,4 @@ def _models() -> Finding:
     names = [info.name for info in list_models()]
     if names:
         return Finding("models", ", ".join(names))
-    return Finding("models", "none", f"The layer shown is random until you run: proteus models pull {DEFAULT}")
+    return Finding("models", "none", f"Only shelf-mini is here. For another, run: proteus models pull {DEFAULT}")

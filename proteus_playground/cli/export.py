@@ -1,4 +1,4 @@
-"""`proteus export`: a converted folder as something to keep."""
+"""`proteus export`: write a converted model into a folder to keep or to share."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def export_command(
     folder: Annotated[Path, typer.Argument(help="A folder that `proteus convert` made.")],
     out: Annotated[Path, typer.Option(help="The folder to make.", file_okay=False, callback=output_folder)],
     merged: Annotated[
-        bool, typer.Option("--merged", help="One checkpoint with all weights, for transformers; else a few MB.")
+        bool, typer.Option("--merged", help="One checkpoint with all weights, for transformers. Without it: a few MB.")
     ] = False,
 ) -> None:
-    """Write a converted model to keep: settings, gates and adapter alone, or one checkpoint for transformers."""
+    """Export a converted model: its settings, gates and adapter alone, or one checkpoint for transformers."""
     export(folder, out, merged=merged, say=typer.echo)

@@ -27,28 +27,34 @@ def heal_command(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="A text, a file (.txt, .jsonl) or hub:owner/dataset, in place of the plan's. May be repeated."
+            help="Text to train on in place of the plan's: a name, a file (.txt, .jsonl) or hub:owner/dataset. "
+            "May be repeated."
         ),
     ] = None,
     stage: Annotated[str, typer.Option(help="Run only this stage of the plan: A, B, C or D.")] = "",
-    full: Annotated[bool, typer.Option("--full", help="Train all weights, not adapters.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of adapters.")] = False,
     interactive: Annotated[
         bool, typer.Option("--interactive/--non-interactive", help="Show a menu after each stage and on Ctrl-C.")
     ] = True,
-    seconds: Annotated[float | None, typer.Option(help="Stop after so many; the same command goes on.", min=1)] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Stop after so many seconds; the same command goes on.", min=1)
+    ] = None,
     save_seconds: Annotated[float, typer.Option(help="Seconds between two saves of the state.", min=0)] = 60.0,
     device: Device = "cpu",
 ) -> None:
-    """Train a converted folder's model to need few keys.
+    """Train the model of a converted folder so that it reads few keys with little loss.
 
-    A stopped or killed run goes on by the same command. What is trained is written back into the folder.
+    The same command continues a run that was stopped or killed. After each stage, adapters or weights and prototypes
+    are written into the folder.
     """
     session = Session(folder, data=data or (), full=full, device=str(pick_device(device)))
     training = session.training
     if stage:
         session.go_to(stage)
     if training.stage is None:
-        typer.echo(f"Run {session.run_folder.name} is finished. proteus convert with another --preset adds a plan.")
+        typer.echo(
+            f"Run {session.run_folder.name} is finished. To add a plan, run proteus convert with another --preset."
+        )
         return
     if training.accelerator.is_main_process:
         _begin(session)
@@ -71,7 +77,7 @@ def heal_command(
 
 
 def _stage(session: Session, panel: Panel, board: Board, save_seconds: float) -> bool:
-    """Train what is left of the stage at work. False where Ctrl-C or the time stopped it."""
+    """Train what is left of the present stage. False if Ctrl-C or the time limit stopped it."""
     try:
         with interrupts() as interrupted:
             for step in session.run.steps(save_seconds=save_seconds, stop=lambda: interrupted() or panel.over):
@@ -111,12 +117,12 @@ def _end(session: Session, done: bool) -> None:
         if gap is not None and before.is_file():
             first = json.loads(before.read_text())["gaps"].values()
             typer.echo(f"Mean held-out gap: {sum(first) / len(first):.4f} before, {gap:.4f} now.")
-        typer.echo(f"Written into {session.folder.path}: what was trained, and its gates.")
+        typer.echo(f"Adapters or weights and prototypes are written into {session.folder.path}.")
 
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed, which else does nothing; the second one ends at once."""
+    """Yields a function that says whether Ctrl-C was pressed. A second Ctrl-C ends the program at once."""
     seen: list[bool] = []
 
     def note(number, frame) -> None:

@@ -28,10 +28,10 @@ def ask(session: Session, say: Say, prompt: Prompt, only: str = "") -> bool:
             return False
         choices = {
             f"go on with stage {following.name}": None,
-            "metrics so far": show_metrics,
-            "another corpus": change_corpus,
-            f"settings of stage {following.name}": change_settings,
-            "exam: held-out text and questions": examine,
+            "show metrics": show_metrics,
+            "take another corpus": change_corpus,
+            f"change settings of stage {following.name}": change_settings,
+            "measure held-out text and questions": examine,
             "stop": None,
         }
         if following.optional:
@@ -58,10 +58,13 @@ def show_metrics(session: Session, say: Say, prompt: Prompt) -> None:
 def change_corpus(session: Session, say: Say, prompt: Prompt) -> None:
     """Sources are separated by commas."""
     now = ", ".join(session.training.plan.data.sources)
-    sources = [part.strip() for part in prompt(f"Texts, files or hub:owner/dataset, by commas (now {now})").split(",")]
+    sources = [
+        part.strip()
+        for part in prompt(f"Texts, files or hub:owner/dataset, with commas between them (now {now})").split(",")
+    ]
     session.use_data([source for source in sources if source])
     tokens = sum(len(corpus.ids) for corpus in session.training.corpora)
-    say(f"{tokens:,} tokens are trained on from here on.")
+    say(f"The text to train on now has {tokens:,} tokens.")
 
 
 def change_settings(session: Session, say: Say, prompt: Prompt) -> None:
@@ -79,7 +82,7 @@ def change_settings(session: Session, say: Say, prompt: Prompt) -> None:
             _set(stage, name.strip(), json.loads(value))
             session.use_plan(_same_seed(plan_of(plan), training.plan))
         except (KeyError, ValueError, TypeError) as err:
-            say(f"{answer!r}: must be a line above with another value ({err})")
+            say(f"{answer!r}: must be a line above, with another value ({err})")
 
 
 def _same_seed(plan: Plan, before: Plan) -> Plan:
@@ -105,7 +108,7 @@ def examine(session: Session, say: Say, prompt: Prompt) -> None:
     source = ModelSource(student.model, session.tokenizer, session.folder.path.name)
     source.own_gates = {(at, layer.gates.gates_per_group): layer.gates for at, layer in student.layers.items()}
     source.config = next(iter(student.layers.values())).config
-    for line in baseline(source)["sentences"]:  # the questions that the folder's baseline.json holds the marks of
+    for line in baseline(source)["sentences"]:  # the questions of the folder's baseline.json
         say(f"  {line}")
 
 

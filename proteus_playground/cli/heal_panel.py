@@ -16,7 +16,7 @@ LINE_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 class Panel:
-    """Shows steps while it is entered. over: whether the seconds that it was given have passed."""
+    """Shows steps inside a `with` block. over: whether its `seconds` have passed."""
 
     def __init__(self, training: Training, seconds: float | None = None, console=None):
         from rich.console import Console

@@ -1,6 +1,6 @@
 """Gives a model the slider: a folder with settings, prototypes, a plan for healing, and a reference to its weights.
 
-No tensor is changed. The folder is written under a hidden name and renamed at the end, so a conversion that is killed
+No weight is changed. The folder is written under a hidden name and renamed at the end, so a conversion that is killed
 leaves nothing that looks like one.
 """
 
@@ -85,7 +85,7 @@ def convert(
     if copy:
         check_disk(weights, out.parent, f"a copy of {model}")
     say(f"{model}: {read_config(home / CONFIG).get('model_type')}, {weights_of(home)}, in {home}")
-    say(f"No tensor is changed; the weights are {f'copied, {size(weights)}' if copy else 'read from there'}.")
+    say(f"No weight is changed; the weights are {f'copied, {size(weights)}' if copy else 'read from there'}.")
     made = _measured_parts(model, base, device, dtype)
     say(
         f"{len(made.gates)} of {made.source.n_layers} layers get the slider, with {made.stanza.settings.gates} gates "
@@ -207,8 +207,8 @@ Made by `proteus convert {model}`. The weights are those of {base.model}, unchan
 In this folder, next:
 
 ```bash
-proteus heal .                               # train the loss away, by the newest plan in runs/
-proteus quality . --quick                    # what the slider costs, beside other ways to choose keys
+proteus heal .                               # train it by the newest plan in runs/, so that the slider costs less
+proteus quality . --quick                    # what the slider costs, compared with other selectors
 proteus export . --merged --out ../merged    # one checkpoint for transformers
 ```
 

@@ -1,4 +1,4 @@
-"""A converted folder as something to keep: the slider and the adapter alone, or one checkpoint for transformers.
+"""Writes a converted model into a folder to keep: slider and adapter alone, or one checkpoint for transformers.
 
 Like a conversion, an export is written under a hidden name and renamed at the end.
 """
@@ -115,7 +115,7 @@ def _licence(model: str) -> str:
     pulled = {info.name: info.licence for info in models.list_models()}
     if model in pulled:
         return pulled[model]
-    return "Not stated in the files of the base: look where you got it, since it binds this model too."
+    return "The files of the base model do not state it. Look it up where you got them: it holds for this model too."
 
 
 def _stages(found: Folder) -> str:
@@ -127,7 +127,7 @@ def _stages(found: Folder) -> str:
             lines += [f"- stage {s.name}: up to {s.tokens:,} tokens in rows of {max(s.lengths):,}" for s in plan.stages]
         summaries = sorted(run.glob("*.md"))
         lines += ["", *(summary.read_text(encoding="utf-8") for summary in summaries)]
-    done = "What is planned; the run's summary, where there is one, says what was done.\n\n"
+    done = "The lists show what was planned. A summary below a list shows what was done.\n\n"
     return done + "\n".join(lines) if lines else "None: this model was not healed."
 
 

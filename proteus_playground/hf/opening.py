@@ -14,7 +14,7 @@ from .own.stanza import is_own
 def load(name: str, device: str = "cpu", dtype=None):
     """The model called `name`, in evaluation mode and without gradients, and its tokenizer; errors as of `models.load`.
 
-    Of a converted folder, the base with what healing changed; of an exported model, its dense pass.
+    A converted folder gives its base with what healing changed; an exported model gives its dense pass.
     """
     place = models.find(name)
     if not _converted(place):
@@ -63,7 +63,7 @@ def files_of(name: str) -> Path:
 
 
 def base_name(name: str) -> str:
-    """The model that facts about heads are kept under: of a converted folder, its base."""
+    """The name under which a model's retrieval heads are kept; for a converted folder, that of its base."""
     place = models.find(name)
     if not _converted(place):
         return name if place.known else str(place.gguf or place.home)

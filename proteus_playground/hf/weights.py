@@ -69,13 +69,13 @@ def _free(device) -> tuple[float, str]:
 
 
 def check_disk(needed: float, folder: Path, what: str) -> None:
-    """Raise `OSError` where the disk of `folder` has not `needed` bytes free."""
+    """Raise `OSError` where the disk of `folder` has less than `needed` bytes free."""
     existing = next(place for place in (folder, *folder.parents) if place.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise OSError(
             f"{what} needs {size(needed)} of disk, and {str(existing)!r} has {size(free)} free: make room there, or "
-            "let the environment variable PROTEUS_CACHE name a folder on another disk"
+            "set the environment variable PROTEUS_CACHE to a folder on another disk"
         )
 
 

@@ -43,7 +43,7 @@ def compare(what: str, measured: float | None) -> None:
     elif ratio <= 3:
         print(f"  Your guess was {'high' if guess > measured else 'low'}, by a factor of {ratio:.1f}.")
     else:
-        print("  The guess and the measurement are far apart: what did you assume that does not hold?")
+        print("  The guess and the measurement are far apart: which assumption was wrong?")
 
 
 def check(name: str, answer) -> None:

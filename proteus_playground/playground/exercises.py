@@ -71,7 +71,7 @@ def _gates(function) -> str:
     if found.tolist() == (keys @ prototypes.T).argmin(-1).tolist():
         return "it takes the least similar prototype."
     if found.tolist() == (keys @ prototypes.T).argmax(0).tolist():
-        return "it finds the best key of each prototype; it is the other way round: the best prototype of each key."
+        return "it finds the best key of each prototype; it must find the best prototype of each key."
     if found.tolist() != [1, 1, 0]:
         return f"the keys (3, 0.1), (0.5, 0.4), (-0.2, 1) go to gates 1, 1, 0; the function says {found.tolist()}."
     return ""
@@ -137,7 +137,7 @@ def _evidence(function) -> str:
     if low > high:
         return "the lower end comes first."
     if isclose(high - low, 2 * 1.96 * sqrt(0.24), rel_tol=1e-3):
-        return "the spread shrinks with the number of questions: divide by it under the root."
+        return "the interval gets narrower with more questions: divide p (1 - p) by their number under the root."
     if isclose(high - low, 2 * sqrt(0.24 / 100), rel_tol=0.02):
         return "this is one standard error to each side; a 95% interval takes 1.96 of them."
     if isclose(high - low, 2 * 1.96 * 0.24 / 100, rel_tol=0.02):
@@ -158,7 +158,7 @@ EXERCISES: dict[str, Exercise] = {
     "wall": Exercise(
         "8 heads store one score of 2 bytes for each pair of tokens. Which power of two is the longest text whose "
         "table of scores fits into a T4's 15 GB?", _wall,
-        "Twice the length needs four times the memory, 17.2 GB: this is where the unfused benchmark broke on a T4.",
+        "Twice the length needs four times the memory, 17.2 GB, which a T4 does not have.",
         ("The table has 8 x T x T scores.", "Solve 8 x T x T x 2 bytes <= 15e9 bytes for T, and round down to 2^n."),
         "answer = 16384",
     ),
@@ -184,7 +184,7 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "needles": Exercise(
         "Write a fact, a question in other words, and the answer.", _needles,
-        "No word of more than three letters is shared: whoever finds this fact compares meanings.",
+        "No word of more than three letters is shared, so a search for equal words misses this fact.",
         ("The answer stands in the fact and not in the question.",
          "Replace each noun and verb of the question by another word for the same thing."),
         'mine = (\n    "Old Tobias keeps his silver trumpet under the kitchen stairs.",\n'
@@ -193,12 +193,13 @@ EXERCISES: dict[str, Exercise] = {
     "own": Exercise(
         "Write the overrides that give the layers 0 and 1 a shortlist of 512 keys.", _own,
         "All other layers keep the settings of the stanza.",
-        ("The keys are layer numbers as texts.", "The value of a layer is a dictionary from setting to number."),
+        ("The keys of the dictionary are layer numbers as texts.",
+         "The value of a layer is a dictionary from setting to number."),
         'answer = {"0": {"shortlist": 512}, "1": {"shortlist": 512}}',
     ),
     "selector": Exercise(
         "Write mine(sight, rows): a mask (B, H, R, T), True where a row reads a key, at most L of them.",
-        _selector, "No later key, no more than L reads, the same choice every time: it may stand beside the others.",
+        _selector, "It reads no later key and at most L keys, and its choice is always the same.",
         ("A score for each key is enough: sight.best(score, rows) adds the window and keeps within the budget.",
          "sight.q[:, :, rows] @ sight.k.transpose(-1, -2) is the likeness of queries and keys before RoPE."),
         "def mine(sight, rows):\n    return sight.best(sight.q[:, :, rows] @ sight.k.transpose(-1, -2), rows)",

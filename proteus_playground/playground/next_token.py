@@ -1,4 +1,4 @@
-"""What a model expects after one token, when that token's row reads as the controls say in every layer.
+"""Probabilities of the token after a chosen one, whose row reads as the controls say in every layer.
 
 The earlier tokens were read densely, as when a prompt is read densely and the answer is written sparsely. So only one
 row is computed in each layer, against the recorded keys and values of the tokens before it, which takes milliseconds.

@@ -145,7 +145,7 @@ class LayerProbe:
     def view(self, layer: int, settings: Settings, *, way: Way = PLAIN, stop: Stop | None = None) -> LayerView:
         """Re-run one layer at `settings`. Raises `ValueError` for a value out of range, `Stopped` on request.
 
-        way: who chooses the keys, and what is taken away. A selector that breaks the rules raises as `choose`.
+        way: what chooses the keys, and what is taken away. A selector that breaks the rules raises as `choose`.
         """
         if not way.plain:
             refuse_long(len(self.tokens))

@@ -22,7 +22,7 @@ def test_the_way_from_a_checkpoint_to_an_export(run, tmp_path):
     code, out, _ = run("convert", "base", "--out", "mine")
     assert code == 0
     for word in (
-        "No tensor is changed",
+        "No weight is changed",
         "3 of 3 layers get the slider",
         "nats per token dense",
         "minutes here",

@@ -37,4 +37,6 @@ def test_a_row_is_measured_and_the_stand_in_is_labelled():
     row = wall._measured(80, wall.OURS, 1.0, 16, CPU, 1.0)
     assert row["why"] == "" and row["ms"] > 0 and row["mb"] >= 0 and 0 < row["keys"] <= 16
     note, rows = wall.stand_in()
-    assert note.startswith("No T4") and "14.7 GB" in note and {r["who"] for r in rows} == {wall.OURS, "efficient"}
+    assert (
+        "was limited to a T4's" in note and "14.7 GB" in note and {r["who"] for r in rows} == {wall.OURS, "efficient"}
+    )

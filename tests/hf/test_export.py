@@ -94,9 +94,9 @@ def test_what_cannot_be_exported_is_refused_and_the_card_says_what_it_is(tmp_pat
     merged = export(own, tmp_path / "merged", merged=True, say=said.append)
     assert "from_pretrained" in said[0]
     text = (merged / "README.md").read_text()
-    for word in ("not healed", "It can count.", "Not stated in the files", "stage B", str(tmp_path / "base")):
+    for word in ("not healed", "It can count.", "The files of the base model", "stage B", str(tmp_path / "base")):
         assert word in text
-    with pytest.raises(ValueError, match="an exported model, which transformers opens"):
+    with pytest.raises(ValueError, match="an exported model. Open it with transformers"):
         export(merged, tmp_path / "new")
     save("llama", own / HEALED)
     with pytest.raises(ValueError, match="only merged=True holds them"):

@@ -156,7 +156,7 @@ def test_a_difference_is_zero_where_a_head_slept():
     one, two = (FakeProbe(100).view(0, Settings(route_heads=True, flux_alpha=alpha)) for alpha in (0.0, 1.0))
     cells, _ = figure.change_cells(one, two)
     assert cells.min() >= -250 and cells.max() > 0 and (cells[figure.heat_cells(one)[0] < 0] == 0).all()
-    assert "pays somewhere between 1,024 and 4,096" in readout.pays_sentence(900)
+    assert "faster than dense attention between 1,024 and 4,096" in readout.pays_sentence(900)
 
 
 # Colours. Matrices: Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.

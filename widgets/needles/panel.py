@@ -20,7 +20,7 @@ from .figure import COLOURS, NAMES, TASKS, NeedlePictures
 
 OWN_TASKS = ("single", "jigsaw", "fading")  # one fact makes no cluster
 ABOUT = (
-    "A fact is planted in a text, and a buffer of 3% of the tokens keeps what fits the question best. The question "
+    "A fact is planted in a text, and a buffer keeps the 3% of the tokens that fit the question best. The question "
     "uses other words than the fact. Every method keeps equally many tokens."
 )
 FIRST = (
@@ -47,9 +47,9 @@ class NeedlePanel(Panel):
         self.fact, self.question = w.Text(FIRST[0], **wide), w.Text(FIRST[1], **wide)
         self.answer = w.Text(FIRST[2], layout={"width": "auto", "flex": "0 1 190px"})
         self.text = w.Text("pydoc", layout={"width": "260px"})
-        tip(self.text, "pydoc: Python's manual; or the path of a text file of yours")
+        tip(self.text, "pydoc is Python's manual; or write the path of a text file of yours")
         start = button("Start", "Run the suite with the facts of the package", self.begin, button_style="info")
-        mine = button("with my needle", "Run it with the fact below", lambda: self.begin(own=True))
+        mine = button("with my needle", "Run the suite with the fact below", lambda: self.begin(own=True))
         self.cancel = button("Stop", "Stop after this case", self.halt, disabled=True)
         first = row("pp-actions", labelled("text", self.text, "38px"), start, mine, self.cancel)
         own = row("pp-actions", self.fact, self.question, self.answer)

@@ -278,9 +278,9 @@ class ShareControls(w.VBox):
         self.restore = button("Restore", "Set every control to the state in the box above", self._restore)
         self.message = w.HTML()
         self.file = w.Text(value="workbench.html", layout=w.Layout(width="220px"))
-        tip(self.file, "A .html file to write; a folder on the machine that runs the kernel.")
+        tip(self.file, "The .html file to write, on the machine that runs the notebook.")
         self.keep = button("Keep as a page", "Writes figures, numbers, text and settings as one page that needs no "
-                           "network; its figures can be saved as PNG and SVG there",
+                           "network. The page can save each figure as PNG or SVG",
                            self._keep, icon="save")  # fmt: skip
         tip(self.cell, "In a notebook cell, this line opens the workbench as it is now.")
         tip(self.json, "The state of every control; paste another one, or a short string, and press Restore.")

@@ -93,9 +93,14 @@ def shares(row: RowView) -> str:
 def two_heads_sentence(view: LayerView, other: LayerView) -> str:
     apart = np.abs(view.head_map - other.head_map).mean(0)
     if apart.max() < 5e-4:
-        return "A and B are alike here, whichever keys they read: which heads wake does not depend on the keys."
+        why = (
+            ": which heads wake does not depend on the keys that are read"
+            if view.head_map_kind == "routing weight"
+            else ""
+        )
+        return f"A and B show the same here{why}."
     most = int(apart.argmax())
-    return f"B less A, head by head: head {most} differs most ({percent(float(apart[most]))} on average)."
+    return f"B minus A, for each head: head {most} differs most ({percent(float(apart[most]))} on average)."
 
 
 def row_sentence(row: RowView, tokens: list[str]) -> str:

@@ -219,7 +219,7 @@ TEXTS = {
     "pasted": Unicode(""),  # the text itself, where the user pasted one
     "question": Unicode(""),  # put to the shelf model, after the text
     "model": Unicode(DEFAULT),
-    "selector": Unicode(OURS),  # who chooses the keys: a name of `selectors.offered()`
+    "selector": Unicode(OURS),  # what chooses the keys: a name of `selectors.offered()`
     "without": Unicode(""),  # what is taken away, as `Without.parse` reads it
     "pinned": Unicode(""),  # settings to compare with, as `pin_of` writes them; "" for none
 }

@@ -45,7 +45,7 @@ class WallPanel(Panel):
         self.state, self.pictures = WallState(), WallPictures(lengths)
         self.said, self.beside_it = w.HTML(), w.HTML(stand_in_html())
         self.start = button("Start", "Measure all three at growing lengths", self.begin, button_style="info")
-        self.cancel = button("Stop", "Stop after this call; Start goes on from there", self.halt, disabled=True)
+        self.cancel = button("Stop", "Stop after this call; Start continues from there", self.halt, disabled=True)
         again = button("measure anew", "Forget everything that was measured", self._forget)
         knobs = [Knob(self.state, BY_NAME[name], live=False) for name in ("flux_alpha", "shortlist")]
         controls = column("pp-top", grid(knobs, 210), row("pp-actions", self.start, self.cancel, again))
@@ -61,7 +61,7 @@ class WallPanel(Panel):
         return self.state.flux_alpha, self.state.shortlist
 
     def _moved(self) -> None:
-        """Another α or L: dense attention stays as measured, Proteus is measured anew if anything was measured."""
+        """For another α or L: keeps the rows of dense attention, and measures Proteus again if there are any rows."""
         self._draw()
         if self.rows:
             self.begin()
@@ -116,7 +116,7 @@ def banner(device: torch.device, limit_s: float) -> str:
         f"One attention layer of 8 heads reads random vectors on this machine: {here['device']}, "
         f"torch {here['torch']}, {kind}. “Unfused” keeps the whole table of scores in memory; "
         f"“fused” is PyTorch's own attention, which never "
-        f"stores it. A line stops when a call takes over {limit_s:g} s or memory would not suffice."
+        f"stores it. A line stops when a call takes longer than {limit_s:g} s or would not fit into memory."
     )
 
 
@@ -149,6 +149,6 @@ def stand_in_html() -> str:
         }
         body += f"<tr><th>{label}</th>" + "".join(f"<td>{at.get(n, '–')}</td>" for n in lengths) + "</tr>"
     return (
-        f'<details class="pp-stand-in" open><summary><b>Beside it: what a free T4 would show</b></summary>'
+        f'<details class="pp-stand-in" open><summary><b>For comparison: what a free T4 would show</b></summary>'
         f"<table><tr><th>tokens</th>{head}</tr>{body}</table>{note_html(note)}</details>"
     )

@@ -77,7 +77,7 @@ class Board(Panel):
         self.ask_box, self.ways = AskBox(state, on_show), WaysBox(state, verdict)
         self.curve, self.pays = Tradeoff(state, on_curve), w.HTML()
         self.kl: readout.Far | None = None
-        self.next = w.HTML(no_bars_html("The model is loaded …"))
+        self.next = w.HTML(no_bars_html("The model is being loaded …"))
         self.share_controls = ShareControls(state, on_keep)
         self.drawer = w.GridBox([self.layer_controls, self.source_controls, self.share_controls])
         self.drawer.add_class("pp-drawer")
@@ -93,7 +93,7 @@ class Board(Panel):
         )  # fmt: skip
         self._show_more(False)
         self._show_empty(
-            "The model is loaded and reads the text once. From then on, only the layer that is shown runs again."
+            "The model is being loaded, then it reads the text once. After that, only the layer on show runs again."
         )
 
     def _draw_words(self, frame: Frame, probe, timed: LayerView, runs: int) -> None:
@@ -109,7 +109,7 @@ class Board(Panel):
         said = sentences.row_sentence(row, tokens)
         if two:
             below = sentences.shares(frame.other_row)
-            said = f"B, above: {sentences.shares(row)}. A, hanging below: {below}."
+            said = f"Attention of B, above: {sentences.shares(row)}. Of A, below: {below}."
         self.caption("row", f"What {name} reads in head {row.head}", said,
                      readout.legend_html(row.kind[: row.token + 1], bool(getattr(probe, "fact", None))))  # fmt: skip
         self.caption("text", "The text", sentences.text_sentence(view, row, tokens),

@@ -49,7 +49,7 @@ def page(bench, only: str | None = None) -> str:
     if only is not None and only not in PANELS:
         raise ValueError(f"only={only!r}: allowed is {', '.join(map(repr, PANELS))}")
     if bench.drawn is None:
-        raise ValueError("the workbench has drawn nothing yet: wait until it says that it is up to date")
+        raise ValueError("the workbench has drawn nothing yet: wait until its status is “up to date”")
     parts, plotly = [SCRIPT], True
     for name in PANELS if only is None else (only,):
         figure = pio.to_html(

@@ -10,12 +10,12 @@ from ..parts.sentences import shown, token_name
 from ..parts.terms import with_terms
 
 NONE = (
-    "This layer is random, or the model has sliding windows, so there is no next token to show; the output error above "
-    "says what changed."
+    "There is no next token to show, because this layer is random or the model has sliding windows. The output error "
+    "above says what changed."
 )
 HOW = (
-    "Only this token's row reads as set, in every layer; the tokens before it were read densely, as when a prompt is "
-    "read densely and the answer is written sparsely."
+    "In every layer only this token's query reads as the controls say. The tokens before it were read densely, as when "
+    "a prompt is read densely and the answer is written sparsely."
 )
 
 

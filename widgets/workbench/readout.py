@@ -71,8 +71,8 @@ def _error_cell(view: LayerView, kl: Far | None) -> str:
     if kl is not None:
         value = "…" if kl.nats is None else f"{kl.nats:.3f} nats" if kl.nats >= 0.0005 else f"as {kl.source}"
         return cell("next token", value, f"KL from {kl.source}",
-                    "How far the model's expectation of the next token is from that "
-                    "of dense attention. The layer's own output differs by "
+                    f"How far the probabilities of the next token are from those with {kl.source} (KL divergence). "
+                    "This layer's output differs from dense by "
                     f"{view.error:.0%}: this model was trained to answer with sleeping heads and few keys, not to copy "
                     "its dense output.", "pp-old" if kl.old else "")  # fmt: skip
     return cell("output error", f"{view.error:.1%}" if view.error >= 5e-4 else "none", "relative to dense",
@@ -89,15 +89,15 @@ def _measured_layer() -> tuple[str, tuple[tuple[int, float], ...]]:
 
 
 def pays_sentence(tokens: int) -> str:
-    """At which length the layer begins to pay in time, as measured."""
+    """From which length on our layer is faster than dense attention, as measured."""
     where, rows = _measured_layer()
     slower = max(size for size, ratio in rows if ratio < 1)
     faster = [(size, ratio) for size, ratio in rows if ratio >= 1]
     said = ", ".join(f"{ratio:.1f}× at {size:,}" for size, ratio in faster)
-    now = "Here the text is short, so that you see every key" if tokens < faster[0][0] else "This text is long enough"
+    now = "too short for that" if tokens < faster[0][0] else "long enough"
     return (
-        f"{now} ({tokens:,} tokens). In time the layer pays somewhere between {slower:,} and {faster[0][0]:,} tokens "
-        f"on a CPU: dense took {said} tokens as long as ours ({where}, proteus bench layer)."
+        f"This text is {now} ({tokens:,} tokens): on a CPU our layer becomes faster than dense attention between "
+        f"{slower:,} and {faster[0][0]:,} tokens. It was faster by {said} tokens ({where}, proteus bench layer)."
     )
 
 

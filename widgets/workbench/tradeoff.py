@@ -40,8 +40,8 @@ class Tradeoff(w.VBox):
 
     def __init__(self, state: PlayState, on_measure: Callable[[], object]):
         self.state, self.rows = state, []
-        self.measure = button("Cost against quality over α", "Runs this layer at nine positions of flux α, three times "
-                              "each, and draws time, keys read and output error",
+        self.measure = button("Cost against quality over α", "Runs this layer at nine positions of flux α and draws "
+                              "time, keys read and output error",
                               on_measure, icon="line-chart")  # fmt: skip
         self.said, self.widget = w.HTML(), None
         self.place = row("pp-curve")

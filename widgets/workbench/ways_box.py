@@ -1,4 +1,4 @@
-"""Who chooses the keys, what is taken away, and the settings that are pinned to compare with."""
+"""What chooses the keys, what is taken away, and the settings that are pinned to compare with."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from ..parts.state import SETTINGS, PlayState, pin_of, unpin
 OURS_TITLE = "Ours: the window, the anchors, and keys and notes of the gates that a query opens."
 WHAT = {
     "notes": "No query reads a note, in any layer; the reads that this saves are not spent on other keys.",
-    "rings": "No query reads a key that was fetched from far away, in any layer: not those of opened gates, nor those "
-    "that another selector chose.",
+    "rings": "No query reads a key beyond the window and the anchors, in any layer, whichever selector chose the key.",
 }
 
 
@@ -32,20 +31,25 @@ class WaysBox(w.VBox):
         self.choice = w.Dropdown(options=offered(), value=state.selector, layout={"width": "170px"})
         bind(state, "selector", self.choice)
         self.about = w.HTML()
-        self.pin = button("Pin as A", "Keeps these settings as A; move a slider, and every picture shows A and B",
+        self.pin = button("Pin as A", "Keeps these settings as A; then move a slider: it sets B, and every "
+                          "picture shows A and B",
                           self._pin, icon="thumb-tack")  # fmt: skip
         self.pin.add_class("pp-pin")
-        self.swap = button("A ⇄ B", "Goes to the settings that are pinned, and pins the present ones", self._swap)
+        self.swap = button(
+            "A ⇄ B", "Exchanges A and B: the sliders take the settings of A, and those of B are pinned", self._swap
+        )
         self.pinned = w.HTML()
         self.parts = {part: self._toggle(part, words, WHAT[part])
-                      for part, words in (("notes", "notes"), ("rings", "fetched keys"))}  # fmt: skip
+                      for part, words in (("notes", "notes"), ("rings", "far keys"))}  # fmt: skip
         self.local = {name: self._toggle("", "") for name in ("head", "gate", "key")}
         self.chips = row("pp-chips")
-        self.back = button("give all back", "Nothing is taken away any more", lambda: setattr(state, "without", ""))
+        self.back = button(
+            "give all back", "Gives back everything that was taken away", lambda: setattr(state, "without", "")
+        )
         self.verdict = w.HTML(verdict)
         self._names = {"head": "", "gate": "", "key": ""}
         away = w.HTML('<span class="pp-knob-name">take away</span>')
-        choose = row("pp-ways-row", labelled("who chooses the keys", self.choice, "172px"), self.about)
+        choose = row("pp-ways-row", labelled("selector", self.choice, "172px"), self.about)
         less = row("pp-ways-row", away, *self.parts.values(), *self.local.values(), self.chips, self.back)
         super().__init__([choose, self.verdict, less, row("pp-ways-row", self.pin, self.swap, self.pinned)])
         self.add_class("pp-ways")
@@ -56,11 +60,12 @@ class WaysBox(w.VBox):
         """The row on show: its head, the gate that it opened first, the key that it gives most attention."""
         key = _strongest(seen)
         names = {
-            "head": (f"head {layer}:{seen.head}", f"head {seen.head}", "This layer's head gives nothing."),
+            "head": (f"head {layer}:{seen.head}", f"head {seen.head}", "The output of this head in this layer is 0."),
             "gate": (f"gate {layer}:{group}:{seen.gates_opened[0]}", f"gate {seen.gates_opened[0]}",
-                     "The gate that the query matches best: none of its far keys is read, nor its note.")
+                     "Neither the far keys nor the note of this gate are read. The query matches this gate best.")
             if seen.gates_opened else ("", "gate", "This row opened no gate."),
-            "key": (f"key {key}", f"key ‘{shown(tokens[key])}’", "The key with most attention is hidden in all layers.")
+            "key": (f"key {key}", f"key ‘{shown(tokens[key])}’",
+                    "No other row reads this key, in any layer. It gets most attention here.")
             if key is not None else ("", "key", "This row reads no other key."),
         }  # fmt: skip
         for name, (part, words, what) in names.items():
@@ -118,12 +123,12 @@ def verdict_html(name: str, broken: str = "") -> str:
     """What a check of a guest's selector found."""
     if broken:
         return (
-            f'<p class="pp-verdict-line pp-wrong"><i>✗ {escape(name)} is not used yet.</i> {escape(broken)}. Mend it '
-            "and run the cell again; until then the panel shows ours.</p>"
+            f'<p class="pp-verdict-line pp-wrong"><i>✗ {escape(name)} is not used yet.</i> {escape(broken)}. Correct '
+            "it and run the cell again. Until then the workbench uses our own selector.</p>"
         )
     return (
         f'<p class="pp-verdict-line pp-right"><i>✓ {escape(name)} keeps the rules:</i> no later key, at most L reads, '
-        "the same choice at every call. It is in the list, beside the others.</p>"
+        "the same choice at every call. It is in the list of selectors.</p>"
     )
 
 
@@ -146,7 +151,7 @@ def _chip(part: str, take: Callable[[str], None]) -> _Chip:
 def pin_words(state: PlayState) -> str:
     """How A differs from B, in words."""
     if not state.pinned:
-        return "Two settings side by side: pin these as A, then move B."
+        return "To compare two settings, press Pin as A, then move the sliders: they set B."
     settings, way = unpin(state.pinned, state.model)
     now, here = state.settings(), state.way()
     differ = [f"{name.replace('_', ' ')} {getattr(settings, name):g} → {getattr(now, name):g}"

@@ -379,8 +379,8 @@ class Workbench(Board):
 
 
 OURS_ANSWERS = (
-    "The answer is that of our own selector, with nothing taken away; "
-    "the bars of the next token show what other keys do."
+    "This answer comes from our own selector, with nothing taken away. The bars of the next token show the effect of "
+    "the chosen selector and of what is taken away."
 )
 
 

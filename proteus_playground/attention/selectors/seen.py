@@ -1,4 +1,4 @@
-"""What rows of one layer read and give, whoever chooses the keys and whatever is taken away: for display, by masks.
+"""What rows of one layer read and give, for each selector and for each thing that is taken away: for display, by masks.
 
 Our own choice follows the rule of the `reference` backend, at every flux alpha, with dropped tokens and sleeping heads.
 Other selectors get the same L, the same tokens and the same awake heads.

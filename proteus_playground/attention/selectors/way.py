@@ -33,7 +33,7 @@ class Without:
 
     @classmethod
     def parse(cls, text: str) -> Without:
-        """From `str(without)`. ValueError names the part that is none."""
+        """From `str(without)`. ValueError names the part that it cannot read."""
         keys, heads, gates, whole = [], [], [], set()
         for part in filter(None, (part.strip() for part in text.split(","))):
             found = PART.fullmatch(part)
@@ -95,7 +95,7 @@ class Way:
 
     @property
     def plain(self) -> bool:
-        """Whether the backends serve it, at any length; else masks do."""
+        """Whether a backend computes it, at any length; else it is computed by masks."""
         return self == Way()
 
     def chooser(self) -> Selector | None:
@@ -111,7 +111,7 @@ PLAIN = Way()
 
 
 def offered() -> tuple[str, ...]:
-    """Ours, the selectors worth a comparison, and those that were registered since."""
+    """Ours, the selectors of `OFFERED`, and those that a user has registered."""
     from . import known
 
     own = {name for name, one in SELECTORS.items() if one.choose.__module__ == known.__name__}

@@ -1,7 +1,7 @@
 """Texts to train on as token ids, document by document.
 
-A row of training text never holds parts of two documents, so nothing leaks from one into another: attention over a row
-needs no mask between documents, which the patch would refuse. The price is padding, which is never learned.
+A row of training text never holds parts of two documents, so attention needs no mask between documents; the patch would
+refuse such a mask. Short documents are padded instead, and padding is never learned.
 """
 
 from __future__ import annotations

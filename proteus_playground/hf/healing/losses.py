@@ -1,4 +1,4 @@
-"""What a student is trained by. Logits are made for a few hundred tokens at a time, so all of them never exist at once.
+"""The losses of a student. Logits are made for a few hundred tokens at a time, so all of them never exist at once.
 
 Axes: `N` tokens, `D` model width, `V` vocabulary, `B` batch, `T` tokens of a row, `H` query heads, `G` KV groups,
 `C` gates per group, `d` head dim, `R` query rows.

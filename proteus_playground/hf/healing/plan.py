@@ -69,7 +69,7 @@ class Budgets(_Checked):
 
 @dataclass(frozen=True)
 class Rates(_Checked):
-    """Largest learning rate of each group of parameters; a cosine leads each down to `end` of it."""
+    """Largest learning rate of each group of parameters. It falls along a cosine to the share `end` of it."""
 
     prototypes: float = knob(1e-3, 0.0)
     """Prototypes, where the stage trains them by a loss."""
@@ -194,7 +194,7 @@ class Data(_Checked):
 
 @dataclass(frozen=True)
 class Plan(_Checked):
-    """A healing run as data. `Plan.read(path)` and `plan.write(path)` are a file's way in and out."""
+    """A healing run as data. `plan.write(path)` writes it to a file and `Plan.read(path)` reads it."""
 
     stages: tuple[Stage, ...] = (Stage(),)
     seed: int = knob(0, 0)

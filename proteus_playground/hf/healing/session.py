@@ -39,7 +39,8 @@ class Session:
     ):  # fmt: skip
         """data: sources in place of the plan's. full: train all weights, not adapters.
 
-        Raises `ValueError` where the folder is none of `proteus convert`, has no plan, or its run was begun otherwise.
+        Raises `ValueError` where `proteus convert` did not make the folder, where it has no plan, or where its run was
+        begun with other adapters or another seed.
         """
         from transformers import AutoTokenizer
 

@@ -1,7 +1,7 @@
-"""The model as a student of itself: one dense pass without adapters teaches, one sparse pass with them learns.
+"""The model as its own teacher: a dense pass without adapters gives the target, a sparse pass with them is trained.
 
-The dense pass is the model's own attention, untouched. The sparse pass goes through `hf.patch.patched`, so the keys
-that are read are those of the product.
+The dense pass is the model's own attention, unchanged. The sparse pass goes through `hf.patch.patched`, so it reads the
+same keys as in use.
 
 Axes: `B` batch, `T` tokens, `D` model width.
 """
@@ -78,7 +78,7 @@ class Student(nn.Module):
 
     @contextmanager
     def patch(self, drawn: Drawn, tokens: int, stage: Stage) -> Iterator[None]:
-        """Around a pass over rows of `tokens` tokens and its backward pass."""
+        """A context for a pass over rows of `tokens` tokens and its backward pass: layers run at the drawn budget."""
         self._gate_losses = []
         layers = {at: self._attend(at, layer, drawn, tokens, stage) for at, layer in self.layers.items()}
         dropouts = [part for name, part in self.model.named_modules() if name.endswith("lora_dropout")]
@@ -129,7 +129,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def after_step(self, stage: Stage) -> None:
-        """Let gates take over what the step changed: the trained prototypes, or the keys it saw."""
+        """Give the gates the trained prototypes, or move their prototypes to the keys of the step."""
         for layer, prototypes in self.prototypes.items():
             prototypes.copy_(nn.functional.normalize(prototypes, dim=-1))
             self.layers[int(layer)].gates.prototypes = prototypes.detach().clone()

@@ -49,7 +49,7 @@ class Folder:
         return self.path if self.stanza.base.copied else place_of(self.stanza.base.model)
 
     def check_base(self) -> None:
-        """Raise `ValueError` unless the base is file by file what was converted."""
+        """Raise `ValueError` if a file of the base has changed since the conversion, or is gone."""
         place, base = self.base_path(), self.stanza.base
         for name, wanted in base.files.items():
             if base.copied and name == CONFIG:
@@ -81,7 +81,9 @@ def read_folder(path: str | Path) -> Folder:
             "that has it"
         )
     if stanza.base is None:
-        raise ValueError(f"folder={str(path)!r}: an exported model, which transformers opens; convert its base to heal")
+        raise ValueError(
+            f"folder={str(path)!r}: an exported model. Open it with transformers; to heal, convert its base model"
+        )
     if not (path / GATES).is_file():
         raise ValueError(f"folder={str(path)!r}: {GATES} is missing; convert the model again")
     healed = path / HEALED
@@ -147,7 +149,8 @@ def open_folder(
     """The model of a converted folder with its slider, in evaluation mode and without gradients.
 
     merge: add an adapter to the weights, so that passes cost no more than the base's; False keeps it beside them, where
-    `with model.disable_adapter():` switches it off. Raises `ValueError` for a folder or a base that is not as it was.
+    `with model.disable_adapter():` switches it off. Raises `ValueError` for a folder that is not complete,
+    or a base that has changed.
     """
     folder = read_folder(path)
     folder.check_base()

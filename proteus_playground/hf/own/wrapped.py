@@ -1,4 +1,4 @@
-"""A model with its slider as transformers knows it: `AutoModelForCausalLM.from_pretrained` opens an exported folder.
+"""A model with its slider as a class of transformers: `AutoModelForCausalLM.from_pretrained` opens exported folders.
 
 One class serves every family: it is a subclass, made when a model is loaded, of the base's own class, with the gates as
 one more module. So names of weights, `generate`, and everything else are the base's. Its passes run through the slider
@@ -27,7 +27,7 @@ CONFIGURED = object()  # flux_alpha of a call that names none
 
 
 class ProteusForCausalLM(PreTrainedModel):
-    """What transformers is given to make; it makes models of a subclass of the base's class."""
+    """The class that transformers opens; what it returns is of a subclass of the base's own class."""
 
     config_class = ProteusConfig
 
@@ -82,7 +82,7 @@ def _subclass(base: type) -> type:
     forward = wraps(base.forward)(forward)
     forward.__signature__ = given.replace(parameters=parameters)
     kept = [*(getattr(base, "_keep_in_fp32_modules_strict", None) or ()), "proteus"]
-    # It has the base's name: transformers looks up by it how older checkpoints call a weight.
+    # It keeps the base's name, because transformers looks up older names of weights by it.
     body = {"forward": forward, "_keep_in_fp32_modules_strict": kept, "__module__": base.__module__}
     return type(base.__name__, (_Slider, base), body)
 
