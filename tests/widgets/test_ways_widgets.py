@@ -11,7 +11,7 @@ from helpers import text_of
 from proteus_playground.widgets import PlayState, playground
 from proteus_playground.widgets.parts.plot import OKABE_ITO
 from proteus_playground.widgets.parts.state import pin_of
-from proteus_playground.widgets.workbench import figure, keep, readout
+from proteus_playground.widgets.workbench import figure, keep, readout, workbench
 from proteus_playground.widgets.workbench.tradeoff import ALPHAS
 from test_widgets import rest
 
@@ -19,6 +19,14 @@ from proteus_playground.attention.selectors import SELECTORS, Way, Without
 from proteus_playground.attention.settings import Settings
 from proteus_playground.common.texts import Text
 from proteus_playground.playground.probe import LayerProbe
+from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch):
+    """The layer is timed again, and the next token asked for, at once."""
+    monkeypatch.setattr(workbench, "REST_SECONDS", 0.0)
+    monkeypatch.setattr(workbench, "NEXT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -58,6 +66,40 @@ def test_two_settings_stand_side_by_side_and_a_link_restores_them(bench):
     assert not any(len(trace.x) for trace in below.values()) and not bench.text.other and bench.drawn.other is None
 
 
+class FakeShelf(FakeProbe, ShelfProbe):
+    """A made-up probe that gives the same answer at all settings."""
+
+    questions, question, asked, start, predicts = (), "where is it?", None, None, True
+
+    def ask(self, settings, *, stop=None):
+        self.calls["ask"] = self.calls.get("ask", 0) + 1
+        return Reply(settings, "here", "there", None, None, (), (0, 0))
+
+
+def test_ask_says_that_it_answers_by_ours_whole():
+    made = playground(model="smollm2", probe=FakeShelf(60))
+
+    def said() -> str:
+        rest(made)
+        made.worker.wait()
+        return text_of(made.ask_box.reply.value)
+
+    try:
+        made.worker.wait()
+        assert "at these settings here" in said() and workbench.OURS_ANSWERS not in said() and "ours" not in said()
+        for change in ({"selector": "quest"}, {"selector": "ours", "without": "notes"}):
+            made.state.update(change)
+            assert "ours at these settings here" in said() and workbench.OURS_ANSWERS in said()
+        made.state.without = ""
+        assert workbench.OURS_ANSWERS not in text_of(made.ask_box.reply.value)  # at once, before the new picture
+        assert workbench.OURS_ANSWERS not in said() and made.probe.calls["ask"] == 1
+        made.state.update({"flux_alpha": 0.5, "selector": "quest"})
+        assert "pp-old" in made.ask_box.reply.value
+        assert workbench.OURS_ANSWERS in said() and "pp-old" not in made.ask_box.reply.value
+    finally:
+        made.close()
+
+
 def test_the_next_token_follows_what_is_taken_away(bench):
     bench.worker.wait()
     assert "dense" in text_of(bench.next.value) and "KL" in bench.next.value
@@ -70,6 +112,9 @@ def test_the_next_token_follows_what_is_taken_away(bench):
     assert [chip.part for chip in bench.ways.chips.children] == [head]
     bench.ways.chips.children[0].click()
     assert bench.state.without == "rings"
+    model = bench.probe.run_model(bench.state.settings())
+    said = text_of(readout.readout_html(1, bench.drawn.view, 1, model, bench.state.settings()))
+    assert "NLL, our selector" in said  # the whole model runs with nothing taken away
     bench.ways.back.click()
     assert not bench.state.without and not bench.ways.chips.children
 
