@@ -9,7 +9,8 @@ import pytest
 from fake_probe import FakeProbe
 from helpers import text_of
 from proteus_playground.widgets import PlayState, playground
-from proteus_playground.widgets.parts.plot import OKABE_ITO
+from proteus_playground.widgets.parts.html import style_sheets
+from proteus_playground.widgets.parts.plot import GREY, OKABE_ITO
 from proteus_playground.widgets.parts.state import pin_of
 from proteus_playground.widgets.workbench import figure, keep, readout, workbench
 from proteus_playground.widgets.workbench.tradeoff import ALPHAS
@@ -64,6 +65,27 @@ def test_two_settings_stand_side_by_side_and_a_link_restores_them(bench):
     bench.ways.pin.click()
     rest(bench)
     assert not any(len(trace.x) for trace in below.values()) and not bench.text.other and bench.drawn.other is None
+
+
+def test_the_heads_of_b_are_shown_where_a_has_the_same(bench):
+    heat, caption = bench.pictures._heat, bench.captions["heads"]
+    bench.state.route_heads = True
+    rest(bench)
+    bench.ways.pin.click()
+    bench.state.selector = "quest"
+    rest(bench)
+    assert "routing weight of B" in caption.value and "which heads wake does not depend on the keys" in caption.value
+    assert (heat.z == figure.heat_cells(bench.drawn.view)[0]).all() and np.max(heat.z) > 20 and heat.zmin == -1
+    assert figure.AS_IT_IS in bench.pictures.widget._dom_classes and "pp-two" not in caption.value
+    bench.state.flux_alpha = 0.5
+    rest(bench)
+    assert "B − A in routing weight" in caption.value and "pp-two" in caption.value and heat.zmin == -250
+    assert (heat.z == figure.change_cells(bench.drawn.view, bench.drawn.other)[0]).all()
+    assert figure.AS_IT_IS not in bench.pictures.widget._dom_classes
+    bench.state.route_heads = False
+    rest(bench)
+    assert "picture is that of B alone, because that of A shows routing weight" in caption.value and heat.zmin == -1
+    assert figure.AS_IT_IS in bench.pictures.widget._dom_classes
 
 
 class FakeShelf(FakeProbe, ShelfProbe):
@@ -224,6 +246,36 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 def linear(colour: str) -> np.ndarray:
     s = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     return np.where(s <= 0.04045, s / 12.92, ((s + 0.055) / 1.055) ** 2.4)
+
+
+def filtered(rgb: np.ndarray, filters: str) -> np.ndarray:
+    """sRGB `(3,)` after the CSS filters `invert` and a `hue-rotate` by half a turn."""
+    for name, value in re.findall(r"([\w-]+)\(([\d.]+)", filters):
+        if name == "invert":
+            rgb = rgb * (1 - 2 * float(value)) + float(value)
+        else:
+            assert (name, value) == ("hue-rotate", "180")
+            rgb = 2 * rgb @ [0.213, 0.715, 0.072] - rgb
+        rgb = np.clip(rgb, 0, 1)
+    return rgb
+
+
+def light(colour: str, filters: str) -> float:
+    """Luma in 0..1 of `#rrggbb` on a dark page."""
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return float(filtered(rgb, filters) @ [0.213, 0.715, 0.072])
+
+
+def test_in_dark_mode_the_high_end_is_the_bright_one():
+    sheet = style_sheets()
+    whole = re.search(r'"false"\] \.pp-app { filter: ([^;]+);', sheet)[1]
+    kept = re.search(rf'"false"\] \.{figure.AS_IT_IS} :is\(\.heatmaplayer, i\) {{ filter: ([^;]+);', sheet)[1]
+    assert light("#ffffff", whole) < 0.15 and light(GREY, whole) < 0.3
+    steps = [light(colour, f"{kept} {whole}") for _, colour in figure.CIVIDIS[2:]]
+    assert all(a < b for a, b in zip(steps[:-1], steps[1:], strict=True)) and steps[0] < 0.3 and steps[-1] > 0.7
+    ends = [light(colour, whole) for _, colour in figure.TWO_SCALE]
+    assert min(ends) == ends[2] < 0.15 and min(ends[0], ends[-1]) > 0.5
+    assert figure.AS_IT_IS in readout.HEAT_LEGEND and figure.AS_IT_IS not in readout.TWO_HEAT_LEGEND
 
 
 PALETTES = {

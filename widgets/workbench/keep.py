@@ -32,7 +32,7 @@ def panel_figure(figure: go.FigureWidget, name: str) -> go.Figure:
     for key in [key for key in layout if "axis" in key and key not in kept]:
         del layout[key]
     for part in ("images", "shapes"):
-        layout[part] = [one for one in layout.get(part, ()) if one["xref"] == axes[0]]
+        layout[part] = [one for one in layout.get(part, ()) if one["xref"].split()[0] == axes[0]]
     spans = [layout[key]["domain"] for key in kept if key.startswith("y")]
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     for key in kept:
