@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+from collections import defaultdict
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -118,6 +122,7 @@ def test_ask_says_that_it_answers_by_ours_whole():
         made.state.update({"flux_alpha": 0.5, "selector": "quest"})
         assert "pp-old" in made.ask_box.reply.value
         assert workbench.OURS_ANSWERS in said() and "pp-old" not in made.ask_box.reply.value
+        assert "<p>where is it?</p>" + made.ask_box.reply.value in keep.page(made)
     finally:
         made.close()
 
@@ -180,13 +185,52 @@ def test_cost_against_quality_is_measured_and_clicked(bench):
     assert bench.drawn.view.settings.flux_alpha == 0.25 and bench.curve.widget.data[3].x[0] == 0.25
 
 
+class Page(HTMLParser):
+    """What a page loads, its titles, and whether every element is closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.loads, self.said = [], [], defaultdict(str)
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.loads += [given[name] for name in ("src", "href", "srcset", "action") if name in given]
+        if tag not in ("meta", "br", "img", "link", "input", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.said[self.open[-1] if self.open else ""] += data
+
+
 def test_what_is_kept_needs_no_network(bench, tmp_path):
+    bench.ways.pin.click()
+    bench.state.update({"flux_alpha": 0.5, "selector": "quest"})
+    rest(bench)
     page = bench.keep(tmp_path / "all.html").read_text(encoding="utf-8")
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?http", page) and "Plotly.newPlot" in page
-    assert all(f'id="{name}"' in page for name in keep.PANELS)
-    assert "playground(state=" in page and "&quot;torch&quot;" in page and "pp-tok" in page
+    seen = Page(page)
+    assert not seen.open and not seen.loads, (seen.open, seen.loads)  # nothing is fetched, not even from this machine
+    assert not re.search(r"@import|url\([\"']?(http|//)", seen.said["style"])
+    assert seen.said["title"] == "Proteus workbench: Fake, layer 3, humble token" and page.startswith("<!doctype html>")
+    made = json.loads(seen.said["pre"])
+    assert made["state"] == bench.state.to_dict() and {"torch", "python", "plotly", "device", "date"} <= set(made)
+    again = PlayState()
+    again.restore(ast.literal_eval(re.fullmatch(r"playground\(state=(.*)\)", made["link"])[1]))
+    assert again.to_dict() == bench.state.to_dict()
+    assert page.count("Plotly.newPlot") >= 3 and "Plotly.downloadImage(document.getElementById(id)" in page
+    for name in keep.PANELS:
+        assert f'id="{name}"' in page and f"save('{name}','png')" in page and f"save('{name}','svg')" in page
     one = keep.panel_figure(bench.pictures.widget, "row")
     assert one.layout.xaxis3.domain == (0, 1) and len(one.data) == 9
+    heads = keep.panel_figure(bench.pictures.widget, "heads")
+    assert [shape.fillcolor for shape in heads.layout.shapes] == [GREY]
+    bench.ways.pin.click()
+    rest(bench)
+    alone = keep.panel_figure(bench.pictures.widget, "row")
+    assert alone.layout.yaxis3.domain == (0, 1) and len(alone.data) == 5 and "yaxis4" not in alone.layout
     with pytest.raises(ValueError, match="path="):
         bench.keep(tmp_path / "all.png")
     with pytest.raises(ValueError, match="only='text'"):
