@@ -62,8 +62,8 @@ def page(bench, only: str | None = None) -> str:
     if only is None:
         asked = bench.reply is not None
         answer = f"<p>{escape(bench.probe.question)}</p>{bench.ask_box.reply.value}" if asked else ""
-        parts = [bench.title.value, bench.banner.value, answer, bench.numbers.value, *parts, bench.captions["text"].value,
-                 _text(bench), bench.next.value]  # fmt: skip
+        above = [bench.title.value, bench.banner.value, answer, bench.numbers.value]
+        parts = [*above, *parts, bench.captions["text"].value, _text(bench), bench.next.value]
     body = "\n".join(parts)
     title = f"{TITLE}: {bench.probe.name}, layer {bench.drawn.view.layer}, {bench.state.text}"
     return (
