@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_shelf
@@ -77,6 +79,10 @@ def test_views_and_rows_of_a_way_agree(probe):
         read = int((np.isin(row.kind, (1, 2, 3))).sum()) + row.notes_read
         assert view.way == way and view.reads[80, 1] == read and view.error > 0
         assert row.weight.sum() == pytest.approx(1, abs=1e-3)
+    routed = replace(HERE, route_heads=True)
+    ours, quest = probe.view(1, routed), probe.view(1, routed, way=Way("quest"))
+    assert ours.head_map_kind == "routing weight" and not ours.awake.all()
+    np.testing.assert_allclose(quest.head_map, ours.head_map, atol=1e-6)  # which heads wake does not depend on the keys
     plain, same = probe.view(1, HERE), probe.view(1, HERE, way=Way(without=Without.parse("head 0:0")))
     assert same.error == pytest.approx(plain.error, rel=1e-3) and (same.reads == plain.reads).all()
     np.testing.assert_allclose(same.head_map, plain.head_map, atol=2e-3)

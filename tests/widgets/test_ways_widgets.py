@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
+from collections import defaultdict
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from fake_probe import FakeProbe
 from helpers import text_of
 from proteus_playground.widgets import PlayState, playground
-from proteus_playground.widgets.parts.plot import OKABE_ITO
+from proteus_playground.widgets.parts.html import style_sheets
+from proteus_playground.widgets.parts.plot import GREY, OKABE_ITO
 from proteus_playground.widgets.parts.state import pin_of
-from proteus_playground.widgets.workbench import figure, keep, readout
+from proteus_playground.widgets.workbench import figure, keep, readout, workbench
 from proteus_playground.widgets.workbench.tradeoff import ALPHAS
 from test_widgets import rest
 
@@ -19,6 +24,14 @@ from proteus_playground.attention.selectors import SELECTORS, Way, Without
 from proteus_playground.attention.settings import Settings
 from proteus_playground.common.texts import Text
 from proteus_playground.playground.probe import LayerProbe
+from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch):
+    """The layer is timed again, and the next token asked for, at once."""
+    monkeypatch.setattr(workbench, "REST_SECONDS", 0.0)
+    monkeypatch.setattr(workbench, "NEXT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -58,6 +71,62 @@ def test_two_settings_stand_side_by_side_and_a_link_restores_them(bench):
     assert not any(len(trace.x) for trace in below.values()) and not bench.text.other and bench.drawn.other is None
 
 
+def test_the_heads_of_b_are_shown_where_a_has_the_same(bench):
+    heat, caption = bench.pictures._heat, bench.captions["heads"]
+    bench.state.route_heads = True
+    rest(bench)
+    bench.ways.pin.click()
+    bench.state.selector = "quest"
+    rest(bench)
+    assert "routing weight of B" in caption.value and "which heads wake does not depend on the keys" in caption.value
+    assert (heat.z == figure.heat_cells(bench.drawn.view)[0]).all() and np.max(heat.z) > 20 and heat.zmin == -1
+    assert figure.AS_IT_IS in bench.pictures.widget._dom_classes and "pp-two" not in caption.value
+    bench.state.flux_alpha = 0.5
+    rest(bench)
+    assert "B − A in routing weight" in caption.value and "pp-two" in caption.value and heat.zmin == -250
+    assert (heat.z == figure.change_cells(bench.drawn.view, bench.drawn.other)[0]).all()
+    assert figure.AS_IT_IS not in bench.pictures.widget._dom_classes
+    bench.state.route_heads = False
+    rest(bench)
+    assert "picture is that of B alone, because that of A shows routing weight" in caption.value and heat.zmin == -1
+    assert figure.AS_IT_IS in bench.pictures.widget._dom_classes
+
+
+class FakeShelf(FakeProbe, ShelfProbe):
+    """A made-up probe that gives the same answer at all settings."""
+
+    questions, question, asked, start, predicts = (), "where is it?", None, None, True
+
+    def ask(self, settings, *, stop=None):
+        self.calls["ask"] = self.calls.get("ask", 0) + 1
+        return Reply(settings, "here", "there", None, None, (), (0, 0))
+
+
+def test_ask_says_that_it_answers_by_ours_whole():
+    made = playground(model="smollm2", probe=FakeShelf(60))
+
+    def said() -> str:
+        rest(made)
+        made.worker.wait()
+        return text_of(made.ask_box.reply.value)
+
+    try:
+        made.worker.wait()
+        assert "at these settings here" in said() and workbench.OURS_ANSWERS not in said() and "ours" not in said()
+        for change in ({"selector": "quest"}, {"selector": "ours", "without": "notes"}):
+            made.state.update(change)
+            assert "ours at these settings here" in said() and workbench.OURS_ANSWERS in said()
+        made.state.without = ""
+        assert workbench.OURS_ANSWERS not in text_of(made.ask_box.reply.value)  # at once, before the new picture
+        assert workbench.OURS_ANSWERS not in said() and made.probe.calls["ask"] == 1
+        made.state.update({"flux_alpha": 0.5, "selector": "quest"})
+        assert "pp-old" in made.ask_box.reply.value
+        assert workbench.OURS_ANSWERS in said() and "pp-old" not in made.ask_box.reply.value
+        assert "<p>where is it?</p>" + made.ask_box.reply.value in keep.page(made)
+    finally:
+        made.close()
+
+
 def test_the_next_token_follows_what_is_taken_away(bench):
     bench.worker.wait()
     assert "dense" in text_of(bench.next.value) and "KL" in bench.next.value
@@ -70,6 +139,9 @@ def test_the_next_token_follows_what_is_taken_away(bench):
     assert [chip.part for chip in bench.ways.chips.children] == [head]
     bench.ways.chips.children[0].click()
     assert bench.state.without == "rings"
+    model = bench.probe.run_model(bench.state.settings())
+    said = text_of(readout.readout_html(1, bench.drawn.view, 1, model, bench.state.settings()))
+    assert "NLL, our selector" in said  # the whole model runs with nothing taken away
     bench.ways.back.click()
     assert not bench.state.without and not bench.ways.chips.children
 
@@ -113,13 +185,52 @@ def test_cost_against_quality_is_measured_and_clicked(bench):
     assert bench.drawn.view.settings.flux_alpha == 0.25 and bench.curve.widget.data[3].x[0] == 0.25
 
 
+class Page(HTMLParser):
+    """What a page loads, its titles, and whether every element is closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.loads, self.said = [], [], defaultdict(str)
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.loads += [given[name] for name in ("src", "href", "srcset", "action") if name in given]
+        if tag not in ("meta", "br", "img", "link", "input", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.said[self.open[-1] if self.open else ""] += data
+
+
 def test_what_is_kept_needs_no_network(bench, tmp_path):
+    bench.ways.pin.click()
+    bench.state.update({"flux_alpha": 0.5, "selector": "quest"})
+    rest(bench)
     page = bench.keep(tmp_path / "all.html").read_text(encoding="utf-8")
-    assert not re.search(r"<(script|link|img)[^>]+(src|href)=[\"']?http", page) and "Plotly.newPlot" in page
-    assert all(f'id="{name}"' in page for name in keep.PANELS)
-    assert "playground(state=" in page and "&quot;torch&quot;" in page and "pp-tok" in page
+    seen = Page(page)
+    assert not seen.open and not seen.loads, (seen.open, seen.loads)  # nothing is fetched, not even from this machine
+    assert not re.search(r"@import|url\([\"']?(http|//)", seen.said["style"])
+    assert seen.said["title"] == "Proteus workbench: Fake, layer 3, humble token" and page.startswith("<!doctype html>")
+    made = json.loads(seen.said["pre"])
+    assert made["state"] == bench.state.to_dict() and {"torch", "python", "plotly", "device", "date"} <= set(made)
+    again = PlayState()
+    again.restore(ast.literal_eval(re.fullmatch(r"playground\(state=(.*)\)", made["link"])[1]))
+    assert again.to_dict() == bench.state.to_dict()
+    assert page.count("Plotly.newPlot") >= 3 and "Plotly.downloadImage(document.getElementById(id)" in page
+    for name in keep.PANELS:
+        assert f'id="{name}"' in page and f"save('{name}','png')" in page and f"save('{name}','svg')" in page
     one = keep.panel_figure(bench.pictures.widget, "row")
     assert one.layout.xaxis3.domain == (0, 1) and len(one.data) == 9
+    heads = keep.panel_figure(bench.pictures.widget, "heads")
+    assert [shape.fillcolor for shape in heads.layout.shapes] == [GREY]
+    bench.ways.pin.click()
+    rest(bench)
+    alone = keep.panel_figure(bench.pictures.widget, "row")
+    assert alone.layout.yaxis3.domain == (0, 1) and len(alone.data) == 5 and "yaxis4" not in alone.layout
     with pytest.raises(ValueError, match="path="):
         bench.keep(tmp_path / "all.png")
     with pytest.raises(ValueError, match="only='text'"):
@@ -179,6 +290,36 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 def linear(colour: str) -> np.ndarray:
     s = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     return np.where(s <= 0.04045, s / 12.92, ((s + 0.055) / 1.055) ** 2.4)
+
+
+def filtered(rgb: np.ndarray, filters: str) -> np.ndarray:
+    """sRGB `(3,)` after the CSS filters `invert` and a `hue-rotate` by half a turn."""
+    for name, value in re.findall(r"([\w-]+)\(([\d.]+)", filters):
+        if name == "invert":
+            rgb = rgb * (1 - 2 * float(value)) + float(value)
+        else:
+            assert (name, value) == ("hue-rotate", "180")
+            rgb = 2 * rgb @ [0.213, 0.715, 0.072] - rgb
+        rgb = np.clip(rgb, 0, 1)
+    return rgb
+
+
+def light(colour: str, filters: str) -> float:
+    """Luma in 0..1 of `#rrggbb` on a dark page."""
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return float(filtered(rgb, filters) @ [0.213, 0.715, 0.072])
+
+
+def test_in_dark_mode_the_high_end_is_the_bright_one():
+    sheet = style_sheets()
+    whole = re.search(r'"false"\] \.pp-app { filter: ([^;]+);', sheet)[1]
+    kept = re.search(rf'"false"\] \.{figure.AS_IT_IS} :is\(\.heatmaplayer, i\) {{ filter: ([^;]+);', sheet)[1]
+    assert light("#ffffff", whole) < 0.15 and light(GREY, whole) < 0.3
+    steps = [light(colour, f"{kept} {whole}") for _, colour in figure.CIVIDIS[2:]]
+    assert all(a < b for a, b in zip(steps[:-1], steps[1:], strict=True)) and steps[0] < 0.3 and steps[-1] > 0.7
+    ends = [light(colour, whole) for _, colour in figure.TWO_SCALE]
+    assert min(ends) == ends[2] < 0.15 and min(ends[0], ends[-1]) > 0.5
+    assert figure.AS_IT_IS in readout.HEAT_LEGEND and figure.AS_IT_IS not in readout.TWO_HEAT_LEGEND
 
 
 PALETTES = {

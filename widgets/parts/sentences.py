@@ -91,16 +91,19 @@ def shares(row: RowView) -> str:
 
 
 def two_heads_sentence(view: LayerView, other: LayerView) -> str:
+    """Which head differs most."""
     apart = np.abs(view.head_map - other.head_map).mean(0)
-    if apart.max() < 5e-4:
-        why = (
-            ": which heads wake does not depend on the keys that are read"
-            if view.head_map_kind == "routing weight"
-            else ""
-        )
-        return f"A and B show the same here{why}."
     most = int(apart.argmax())
     return f"B minus A, for each head: head {most} differs most ({percent(float(apart[most]))} on average)."
+
+
+def same_heads_sentence(view: LayerView, other: LayerView) -> str:
+    """Why B is shown alone, where its heat map less that of A would be empty or would mean nothing."""
+    if view.head_map_kind != other.head_map_kind:
+        return f"The picture is that of B alone, because that of A shows {other.head_map_kind}."
+    if view.head_map_kind == "routing weight":
+        return "A and B show the same here: which heads wake does not depend on the keys that are read."
+    return "A and B show the same here: their heads give the anchors equal attention."
 
 
 def row_sentence(row: RowView, tokens: list[str]) -> str:

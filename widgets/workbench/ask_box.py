@@ -66,7 +66,7 @@ class AskBox(w.VBox):
         self.reply.value = f'<div class="pp-reply">{HINT if not probe.question else "…"}</div>'
 
     def answered(self, reply: Reply, note: str = "") -> None:
-        """note: a sentence that replaces the one on the heads that read the fact."""
+        """note: a sentence that replaces the one on the heads that read the fact, where other keys are chosen."""
         self.reply.value = reply_html(self.probe, reply, note)
 
     def grey(self, old: bool) -> None:
@@ -101,8 +101,11 @@ LOOKED = (
 
 
 def reply_html(probe: ShelfProbe, reply: Reply, note: str = "") -> str:
-    """Both answers, marked right or wrong, and one sentence on the heads that read the fact."""
-    said = (("at these settings", reply.said, reply.right), ("dense", reply.dense, reply.dense_right))
+    """Both answers, marked right or wrong, and one sentence: `note`, or which heads read the fact."""
+    said = (
+        ("ours at these settings" if note else "at these settings", reply.said, reply.right),
+        ("dense", reply.dense, reply.dense_right),
+    )
     cells = "".join(
         f'<span class="pp-verdict {MARKS[right][0]}"><b>{label}</b> {escape(words) or "(no answer)"} '
         f"<i>{MARKS[right][1]}</i></span>"

@@ -19,6 +19,7 @@ from ..parts.panel import Panel
 from ..parts.state import PlayState
 from . import readout
 from .ask_box import AskBox
+from .figure import compares
 from .next_bars import no_bars_html
 from .tradeoff import Tradeoff
 from .ways_box import WaysBox
@@ -102,9 +103,7 @@ class Board(Panel):
         self._draw_numbers(timed, runs)
         self.ways.follow(view.layer, frame.group, row, tokens)
         two = frame.other is not None
-        what = f"B − A in {view.head_map_kind}" if two else view.head_map_kind
-        heads = sentences.two_heads_sentence(view, frame.other) if two else sentences.heads_sentence(view, row.head)
-        self.caption("heads", f"Heads: {what}", heads, readout.TWO_HEAT_LEGEND if two else None)  # fmt: skip
+        self._draw_heads_caption(view, row.head, frame.other)
         self.caption("gates", f"Prototypes of KV group {frame.group}", sentences.gates_sentence(row, tokens))
         said = sentences.row_sentence(row, tokens)
         if two:
@@ -116,6 +115,15 @@ class Board(Panel):
                      readout.TWO_TEXT_LEGEND if two else None)  # fmt: skip
         self.title.value = readout.workbench_title_html(probe.name, probe.n_layers, len(tokens), self.state.text, view)
         self._draw_split()
+
+    def _draw_heads_caption(self, view: LayerView, head: int, other: LayerView | None) -> None:
+        what, legend, said = view.head_map_kind, None, sentences.heads_sentence(view, head)
+        if compares(view, other):
+            what, legend = f"B − A in {what}", readout.TWO_HEAT_LEGEND
+            said = sentences.two_heads_sentence(view, other)
+        elif other is not None:
+            what, said = f"{what} of B", sentences.same_heads_sentence(view, other)
+        self.caption("heads", f"Heads: {what}", said, legend)
 
     def _draw_numbers(self, view: LayerView, runs: int) -> None:
         self.numbers.value = readout.readout_html(self.number, view, runs, self.model_view, self.drawn.wanted.settings,

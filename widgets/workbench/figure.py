@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sequential
 
 from proteus_playground.playground.views import DNA, NOTE, GateMap, LayerView, RowView
 
@@ -30,6 +31,7 @@ MARKED = "#f3c9e0"
 BOTH = ((466, 546), (550, 630))  # the row of B, and below it the row of A, where settings are pinned
 HIDDEN = (HEIGHT - 1, HEIGHT)  # its background would lie over the row of B
 RGB = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in (*GATE_COLOURS, GREY)])
+CLEAR = "rgba(0,0,0,0)"
 HEAT_STEPS = 250  # weights are sent as whole numbers 0..250, and -1 where the head slept
 
 
@@ -52,6 +54,11 @@ def change_cells(view: LayerView, other: LayerView) -> tuple[np.ndarray, np.ndar
     """As `heat_cells`: `view` less `other`, -250..250; 0 where one of them slept."""
     (b, middle), (a, _) = heat_cells(view), heat_cells(other)
     return np.where((a < 0) | (b < 0), 0, b - a).astype(np.int16), middle
+
+
+def compares(view: LayerView, other: LayerView | None) -> bool:
+    """Whether there is a difference to show: both maps hold the same quantity, and some cell differs."""
+    return other is not None and view.head_map_kind == other.head_map_kind and change_cells(view, other)[0].any()
 
 
 def stems(row: RowView, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -77,6 +84,7 @@ class Pictures:
         self.on_pick = on_pick
         self.tokens: list[str] = []
         self.widget = blank(_layout())
+        self.widget.add_class(AS_IT_IS)
         self._keys = {kind: np.empty(0, int) for kind in OKABE_ITO}
         self._lit_index = self._gates = np.empty(0, int)
         self._map: GateMap | None = None
@@ -113,10 +121,12 @@ class Pictures:
         """Sets the data, inside the caller's `batch_update` of `widget`.
 
         changed: which of "view" and "gates" differ from the last picture; the row is always drawn. other, other_row: of
-        the settings that are pinned: the heat map shows the difference, and their row hangs below.
+        the settings that are pinned: the heat map shows the difference, if any, and their row hangs below.
         """
         if "view" in changed:
-            cells, middle = heat_cells(view) if other is None else change_cells(view, other)
+            differs = compares(view, other)
+            cells, middle = change_cells(view, other) if differs else heat_cells(view)
+            self._colour_heat(differs)
             self._heat.update(z=cells, x=middle.astype(np.float32))
         if (other is not None) != self._two:
             self._show_two(other is not None)
@@ -138,11 +148,16 @@ class Pictures:
         layout.yaxis4.update(visible=two, domain=domain(HEIGHT, *(BOTH[1] if two else HIDDEN)))
         layout.xaxis3.anchor = "y4" if two else "y3"
         layout.yaxis3.title.text = "B (log)" if two else "attention (log)"
-        colours = TWO_SCALE if two else _slept_then_cividis(1 / (HEAT_STEPS + 1))
-        self._heat.update(zmin=-HEAT_STEPS if two else -1, colorscale=colours)
         if not two:
             for trace in (*self._other_stems.values(), self._other_lit):
                 trace.update(x=[], y=[])
+
+    def _colour_heat(self, differs: bool) -> None:
+        """In dark mode the class keeps Cividis as it is: turned over, its low end would be the brightest."""
+        if (self._heat.zmin < -1) == differs:
+            return
+        self._heat.update(zmin=-HEAT_STEPS if differs else -1, colorscale=TWO_SCALE if differs else CIVIDIS)
+        (self.widget.remove_class if differs else self.widget.add_class)(AS_IT_IS)
 
     def _draw_row(self, row: RowView, traces: dict) -> None:
         for kind, trace in traces.items():
@@ -230,6 +245,12 @@ def _points(gate_map: GateMap, keys: np.ndarray) -> dict:
     return {"x": at[:, 0], "y": at[:, 1]}
 
 
+EDGE = 1 / (HEAT_STEPS + 1)  # below it a head slept, and the grey behind the picture is seen
+CIVIDIS = [[0, CLEAR], [EDGE, CLEAR]] + [
+    [min(1.0, EDGE + (1 - EDGE) * i / (len(sequential.Cividis) - 1)), colour]
+    for i, colour in enumerate(sequential.Cividis)
+]
+AS_IT_IS = "pp-cividis"
 TWO_SCALE = [[0, "#b35806"], [0.25, "#f1a340"], [0.5, "#f7f7f7"], [0.75, "#998ec3"], [1, "#542788"]]
 
 
@@ -237,9 +258,8 @@ def _traces() -> list:
     """In drawing order, which `Pictures._add_traces` relies on."""
     first, second, third = ({"xaxis": f"x{n}", "yaxis": f"y{n}"} for n in ("", "2", "3"))
     skip = {"hoverinfo": "skip", "showlegend": False}
-    edge = 1 / (HEAT_STEPS + 1)
     heat = go.Heatmap(
-        z=[], zmin=-1, zmax=HEAT_STEPS, colorscale=_slept_then_cividis(edge), showscale=False, zsmooth=False,
+        z=[], zmin=-1, zmax=HEAT_STEPS, colorscale=CIVIDIS, showscale=False, zsmooth=False,
         hovertemplate="token %{x:.0f}, head %{y}<extra></extra>", **first,
     )  # fmt: skip
     ring = {"symbol": "square-open", "size": 15, "color": "#D55E00", "line": {"width": 3}}
@@ -253,7 +273,7 @@ def _traces() -> list:
         heat,
         go.Scatter(mode="markers", marker=ring, **skip, **first),
         # The keys are drawn as an image, which has no tooltips: this transparent line through them has.
-        go.Scatter(mode="lines", line={"color": "rgba(0,0,0,0)", "width": 1, "simplify": False},
+        go.Scatter(mode="lines", line={"color": CLEAR, "width": 1, "simplify": False},
                    hovertemplate="%{text}<extra></extra>", showlegend=False, **second),
         go.Scatter(mode="markers", marker=lit, hovertemplate="%{text} (%{customdata}), read from a ring<extra></extra>",
                    showlegend=False, **second),
@@ -267,22 +287,15 @@ def _traces() -> list:
     ]  # fmt: skip
 
 
-def _slept_then_cividis(edge: float) -> list:
-    """A colour scale: grey below `edge`, then Cividis."""
-    from plotly.colors import sequential
-
-    steps = sequential.Cividis
-    scale = [[min(1.0, edge + (1 - edge) * i / (len(steps) - 1)), colour] for i, colour in enumerate(steps)]
-    return [[0, GREY], [edge, GREY], *scale]
-
-
 def _layout() -> dict:
     across = partial(domain, HEIGHT)
 
     return {
         **PAPER, "height": HEIGHT, "margin": {"l": LEFT, "r": RIGHT, "t": 0, "b": 0, "pad": 0}, "hoverdistance": 30,
         "shapes": [{"type": "rect", "xref": "x3", "yref": "y3 domain", "y0": 0, "y1": 1, "x0": 0, "x1": 0,
-                    "layer": "below", "line": {"width": 0}, "fillcolor": MARKED, "visible": False}],
+                    "layer": "below", "line": {"width": 0}, "fillcolor": MARKED, "visible": False},
+                   {"type": "rect", "xref": "x domain", "yref": "y domain", "x0": 0, "x1": 1, "y0": 0, "y1": 1,
+                    "layer": "below", "line": {"width": 0}, "fillcolor": GREY}],
         "images": [{"xref": "x2", "yref": "y2", "sizing": "stretch", "layer": "below"}],
         "xaxis": titled("token", domain=[0, SPLIT - GAP / 2], anchor="y"),
         "yaxis": titled("head", domain=across(*TOP), anchor="x", range=[8.5, -0.5]),

@@ -6,14 +6,17 @@ import json
 from html import escape
 from pathlib import Path
 
+import plotly
 import plotly.graph_objects as go
 import plotly.io as pio
 import torch
 
+from proteus_playground.common import __version__
 from proteus_playground.common.machine import environment
 
 from ..parts.html import style_sheets
-from ..parts.plot import INK
+from ..parts.plot import CONFIG
+from .readout import TITLE
 
 PANELS = {"heads": ("x", "y"), "gates": ("x2", "y2"), "row": ("x3", "y3", "y4")}
 BUTTONS = "<p><button onclick=\"save('{0}','png')\">PNG</button> <button onclick=\"save('{0}','svg')\">SVG</button></p>"
@@ -25,23 +28,22 @@ SCRIPT = (
 
 def panel_figure(figure: go.FigureWidget, name: str) -> go.Figure:
     """One panel of the workbench's figure as a figure of its own."""
-    axes = PANELS[name]
-    made = go.Figure([trace for trace in figure.data if (trace.yaxis or "y") in axes])
     layout = figure.layout.to_plotly_json()
-    kept = {f"{axis[0]}axis{axis[1:]}" for axis in axes}
+    names = {axis: f"{axis[0]}axis{axis[1:]}" for axis in PANELS[name]}
+    axes = [axis for axis, long in names.items() if layout[long].get("visible", True)]  # the row of A only if pinned
+    kept = {names[axis] for axis in axes}
     for key in [key for key in layout if "axis" in key and key not in kept]:
         del layout[key]
     for part in ("images", "shapes"):
-        layout[part] = [one for one in layout.get(part, ()) if one["xref"] == axes[0]]
+        layout[part] = [one for one in layout.get(part, ()) if one["xref"].split()[0] == axes[0]]
     spans = [layout[key]["domain"] for key in kept if key.startswith("y")]
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     for key in kept:
         start, end = layout[key]["domain"]
         whole = key.startswith("x") or high <= low
         layout[key]["domain"] = [0, 1] if whole else [(start - low) / (high - low), (end - low) / (high - low)]
-    made.update_layout(layout)
-    made.update_layout(height=320, margin={"l": 60, "r": 12, "t": 10, "b": 46}, autosize=True, font={"color": INK})
-    return made
+    layout |= {"height": 320, "margin": {"l": 60, "r": 12, "t": 10, "b": 46}, "template": {}}
+    return go.Figure([trace for trace in figure.data if (trace.yaxis or "y") in axes], layout)
 
 
 def page(bench, only: str | None = None) -> str:
@@ -50,21 +52,24 @@ def page(bench, only: str | None = None) -> str:
         raise ValueError(f"only={only!r}: allowed is {', '.join(map(repr, PANELS))}")
     if bench.drawn is None:
         raise ValueError("the workbench has drawn nothing yet: wait until its status is “up to date”")
-    parts, plotly = [SCRIPT], True
+    parts, library = [SCRIPT], True
     for name in PANELS if only is None else (only,):
         figure = pio.to_html(
-            panel_figure(bench.pictures.widget, name), include_plotlyjs=plotly, full_html=False, div_id=name
+            panel_figure(bench.pictures.widget, name), CONFIG, include_plotlyjs=library, full_html=False, div_id=name
         )
         parts += [bench.captions[name].value, figure, BUTTONS.format(name)]
-        plotly = False
+        library = False
     if only is None:
-        parts = [bench.title.value, bench.banner.value, bench.numbers.value, *parts, bench.captions["text"].value,
-                 _text(bench), bench.next.value]  # fmt: skip
+        asked = bench.reply is not None
+        answer = f"<p>{escape(bench.probe.question)}</p>{bench.ask_box.reply.value}" if asked else ""
+        above = [bench.title.value, bench.banner.value, answer, bench.numbers.value]
+        parts = [*above, *parts, bench.captions["text"].value, _text(bench), bench.next.value]
     body = "\n".join(parts)
+    title = f"{TITLE}: {bench.probe.name}, layer {bench.drawn.view.layer}, {bench.state.text}"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Proteus workbench</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{style_sheets()} body {{ max-width: 1100px; margin: 16px auto; }} "
-        ".pp-text { height: auto; } .pp-cap { position: static; }</style>"
+        ".pp-text { height: auto; } .pp-cap { position: static; }</style></head>"
         f'<body class="pp-app">{body}<h3>What made this page</h3><pre>{escape(_made_by(bench))}</pre></body></html>'
     )
 
@@ -81,8 +86,9 @@ def _text(bench) -> str:
 def _made_by(bench) -> str:
     """Settings, seed, device and versions, and the line that opens the same workbench."""
     view, state = bench.drawn.view, bench.state
-    facts = {"link": f"playground(state={state.to_string()!r})", "state": state.to_dict(), "device": view.device,
-             "backend": view.backend, "note": bench.probe.note, "shelf (the seed of its text)": state.shelf,
+    facts = {"link": f"playground(state={state.to_string()!r})", "state": state.to_dict(), "backend": view.backend,
+             "note": bench.probe.note, "shelf (the seed of its text)": state.shelf,
+             "proteus-playground": __version__, "plotly": plotly.__version__,
              **environment(torch.device(view.device))}  # fmt: skip
     return json.dumps(facts, indent=1, ensure_ascii=False, default=str)
 

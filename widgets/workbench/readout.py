@@ -62,7 +62,7 @@ def readout_html(request: int, view: LayerView, runs: int, model: ModelView | No
         cell("bytes, predicted", quantity(view.bytes, "B"), f"dense {quantity(view.dense_bytes, 'B')}",
               "Bytes of queries, keys and values that are moved at these settings. They are calculated, not measured."),
         _error_cell(view, kl),
-        _model_cell(model, settings),
+        _model_cell(model, settings, view.way.plain),
     ]  # fmt: skip
     return tiles_html(request, cells)
 
@@ -134,14 +134,15 @@ def _ratio(now: float, was: float) -> str:
     return f" (× {now / was:.2g})" if was > 0 else ""
 
 
-def _model_cell(model: ModelView | None, settings: Settings) -> str:
+def _model_cell(model: ModelView | None, settings: Settings, plain: bool = True) -> str:
+    """plain: whether the pictures show our own selector, with which the whole model always runs."""
     tip = "How badly the model predicts the next token, in nats (mean negative log-likelihood); lower is better."
     if model is None:
         return cell("whole model", "–", "not run yet", tip)
     old = model.settings != settings
     tip = f"{tip} {model.scored_tokens:,} tokens, {model.seconds:.1f} s; dense took {model.dense_seconds:.1f} s."
     below = f"dense {model.dense_nll:.3f} ({model.dense_perplexity:.1f})"
-    label = "NLL, earlier settings" if old else "NLL (perplexity)"
+    label = "NLL, earlier settings" if old else "NLL (perplexity)" if plain else "NLL, our selector"
     return cell(label, f"{model.nll:.3f} ({model.perplexity:.1f})", below, tip, "pp-old" if old else "")
 
 

@@ -80,8 +80,7 @@ class Workbench(Board):
         if self.worker.busy == "model":
             self.worker.cancel("model")  # its result would belong to the old settings
         self.worker.cancel("ask", "next")  # likewise; the next question is sent after the picture
-        if self.reply is not None:
-            self.ask_box.grey(self.reply.settings != self.state.settings())
+        self._show_reply()
         self._ask()
 
     def _ask(self) -> None:
@@ -164,8 +163,6 @@ class Workbench(Board):
             self._draw_words(frame, self.probe, self._timed, self._runs)
             if self.wanted() == now:
                 self.say("fresh")
-        if self.reply is not None and old is not None and old.wanted.way != now.way:
-            self._answered(0, self.reply)
         self._ask_next(frame)
         self._ask_model(now.settings)
         if "view" in changed:
@@ -219,7 +216,13 @@ class Workbench(Board):
 
     def _answered(self, _: int, reply: Reply) -> None:
         self.reply = reply
-        self.ask_box.answered(reply, "" if self.wanted().way.plain else OURS_ANSWERS)
+        self._show_reply()
+
+    def _show_reply(self) -> None:
+        """Both answers: grey while they are those of other settings; with other keys chosen, a sentence says whose."""
+        if self.reply is not None:
+            self.ask_box.answered(self.reply, "" if self.state.way().plain else OURS_ANSWERS)
+            self.ask_box.grey(self.reply.settings != self.state.settings())
 
     # Work that takes longer
 
