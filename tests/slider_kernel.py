@@ -92,7 +92,7 @@ def right(panel) -> bool:
     return (
         np.array_equal(figure.data[0].z, heat_cells(view)[0])
         and np.frombuffer(panel.text.kept, np.uint8).astype(bool).tolist() == view.kept.tolist()
-        and panel.text.request == figure.data[10].meta == panel.number
+        and panel.text.request == panel.pictures._here.meta == panel.number
         and f'data-request="{request}"' in panel.numbers.value
     )
 

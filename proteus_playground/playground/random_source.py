@@ -75,5 +75,8 @@ class RandomSource:
             found[layer] = CapturedLayer(*recorded, inv_freq, scale)
         return found
 
+    def next_logits(self, *_, **__):
+        raise ValueError("model='random layer': random weights predict nothing; pull a model to see the next token")
+
     def nll(self, *_, **__):
         raise ValueError("model='random layer': random weights predict nothing; pull a model to run the whole model")

@@ -201,7 +201,8 @@ def test_more_controls_open_and_the_state_can_be_shared(page):
     page.wait_for_selector(".pp-drawer", state="visible")
     drawer = page.locator(".pp-drawer").inner_text()
     assert "The parts below come to" in drawer or "Dense" in drawer
-    assert "playground(state=" in page.locator(".pp-drawer input[type=text]").last.input_value()
+    texts = page.locator(".pp-drawer input[type=text]")
+    assert any("playground(state=" in texts.nth(at).input_value() for at in range(texts.count()))
     page.locator('button:has-text("More controls")').click()
 
 
