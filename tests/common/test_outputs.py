@@ -28,7 +28,7 @@ INPUTS = {
     "bench choice --text", "bench prototypes --calibrate", "quality --text", "quality --selector",
     "bench healing --text", "bench healing --held-out", "bench healing --plan", "heal FOLDER", "heal --data",
     "quality --model", "quality TARGET", "convert MODEL", "models pull NAME", "models remove NAME", "models heads NAME",
-    "export FOLDER",
+    "export FOLDER", "bench model --model", "convert --copy",
 }  # fmt: skip
 SPEAKS_OF_FILES = re.compile(r"\b(files?|folder|page)\b|\.npy", re.IGNORECASE)
 
