@@ -80,9 +80,9 @@ def store_bits(at, chosen, line, words, rows, M: tl.constexpr, CP: tl.constexpr)
 def choose_kernel(
     scores, before, count_base, probes, opened, noted,
     T, t0, rows, G, r, C, n, e, ring, ring_reads, block, chunks,
-    FILL: tl.constexpr, CH: tl.constexpr, RP: tl.constexpr, CP: tl.constexpr,
+    FILL: tl.constexpr, SOME: tl.constexpr, CH: tl.constexpr, RP: tl.constexpr, CP: tl.constexpr,
 ):  # fmt: skip
-    """The gates that the heads of one token and group open and, of the others, the e best, whose notes they read.
+    """The gates that the heads of one token and group open and, with SOME, the e best others, whose notes they read.
 
     scores (B, rows, G r, C) float32, -inf for gates that cannot be opened; probes (B, rows, G r, n), -1 for none;
     opened and noted (B, rows, G r, words) int32. With FILL a row opens gates only as long as their rings hold
@@ -109,9 +109,10 @@ def choose_kernel(
              mask=heads[:, None] & (slot[None, :] >= some[:, None]) & (slot < n)[None, :])  # fmt: skip
     words = tl.cdiv(C, 32)
     store_bits(opened, chosen, line, words, heads, RP, CP)
-    key = tl.where(chosen, NOTHING, key)
-    read = best_while_they_fit(key, tl.full((RP, CP), 1 << 16, tl.int32), e << 16)
-    store_bits(noted, read, line, words, heads, RP, CP)
+    if SOME:
+        key = tl.where(chosen, NOTHING, key)
+        read = best_while_they_fit(key, tl.full((RP, CP), 1 << 16, tl.int32), e << 16)
+        store_bits(noted, read, line, words, heads, RP, CP)
 
 
 @triton.jit

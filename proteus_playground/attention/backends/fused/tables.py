@@ -176,8 +176,8 @@ def index_rows(
     if plan.chooses:
         choose_kernel[(rows, X)](
             scores, keys.before, keys.count_base, opened, bits, noted, T, t0, rows, G, r, C, n, plan.notes, plan.ring,
-            plan.ring_reads, plan.block, chunks, FILL=plan.fills_rings, CH=plan.chunk, RP=triton.next_power_of_2(r),
-            CP=plan.padded_gates, num_warps=1,
+            plan.ring_reads, plan.block, chunks, FILL=plan.fills_rings, SOME=plan.some_notes, CH=plan.chunk,
+            RP=triton.next_power_of_2(r), CP=plan.padded_gates, num_warps=1,
         )  # fmt: skip
     del scores
     bucket_count = torch.empty(X, segments, C, **ints)
