@@ -51,7 +51,7 @@ class EvidencePanel(Panel):
             choice.observe(lambda _: self._chosen(), "value")
         self.run = button("Measure it here", "Ask the small model of this package new questions of this kind, now",
                           self._measure, button_style="info")  # fmt: skip
-        self.cancel = button("Cancel", "Stop measuring", self.stop, disabled=True)
+        self.cancel = button("Cancel", "Stop measuring", self.halt, disabled=True)
         self.place("pp-evidence", self.banner, self._controls(), self.numbers, w.HTML(LEGEND), self.pictures.widget,
                    self.said, Room())  # fmt: skip
         if studies:
@@ -163,10 +163,6 @@ class EvidencePanel(Panel):
             self.say("fresh")
 
         self.worker.submit("model", work, done, self._failed, self._progress)
-
-    def stop(self) -> None:
-        self.worker.cancel()
-        self.say("stopped")
 
 
 def _place(entry: Entry | None) -> tuple | None:

@@ -106,10 +106,6 @@ class NeedlePanel(Panel):
         self._draw()
         self.say("done", what="all cases are measured")
 
-    def halt(self) -> None:
-        self.worker.cancel()
-        self.say("stopped")
-
     def _draw(self) -> None:
         self.number += 1
         subject, why = self.subject or (None, "")

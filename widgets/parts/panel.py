@@ -65,6 +65,11 @@ class Panel(w.VBox):
         except RuntimeError:
             say()
 
+    def halt(self) -> None:
+        """Stops the work; what was made so far stays on show."""
+        self.worker.cancel()
+        self.say("stopped")
+
     def close(self) -> None:
         """Stops the work and releases everything: a closed panel cannot be used or displayed again."""
         if self.comm is None:  # closed already, or never finished

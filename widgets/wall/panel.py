@@ -90,10 +90,6 @@ class WallPanel(Panel):
         self._draw()
         self.say("done", what="measured")
 
-    def halt(self) -> None:
-        self.worker.cancel()
-        self.say("stopped")
-
     def _forget(self) -> None:
         self.worker.cancel()
         self.rows = []
