@@ -80,8 +80,9 @@ def healing_command(
                     say(_line(step))
             run.finish_stage()
         student = training.student
-        write_adapter(out / ADAPTER, student.model, student.layers, about)
-        read_adapter(out / ADAPTER, student.model, student.layers)  # what is measured is what is kept
+        gates = {at: layer.gates for at, layer in student.layers.items()}
+        write_adapter(out / ADAPTER, student.model, gates, about)
+        read_adapter(out / ADAPTER, student.model, gates)  # what is measured is what is kept
         after = dict(_measured(training, judged, at, say))
         report = {
             "benchmark": "healing",

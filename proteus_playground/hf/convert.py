@@ -75,6 +75,8 @@ def convert(
     place = models.find(model)
     if place.mine and is_own(place.home):
         raise ValueError(f"model={model!r} is a converted folder already: heal it, or convert the model that it names")
+    if place.base:
+        raise ValueError(f"model={model!r} has an adapter already: convert {place.base!r}, the model under it")
     home = models.place_of(model)
     base = Base(str(place.gguf or place.home) if not place.known else model, hashes(home), copy)
     if is_own(out):

@@ -42,6 +42,8 @@ class Known:
     module: str = ""  # that the package installs, in whose folder the GGUF lies
     gguf: str = ""
     gguf_sha256: str = ""
+    base: str = ""  # the known model that this one is, with `adapter` added to its weights
+    adapter: str = ""  # a file of `hf/data`
 
 
 class PullError(OSError):

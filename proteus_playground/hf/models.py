@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -36,6 +36,9 @@ KNOWN = {
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
+KNOWN["smollm2-slider"] = replace(
+    KNOWN["smollm2"], label="SmolLM2-135M, healed", base="smollm2", adapter="smollm2_slider.safetensors"
+)
 DEFAULT = "smollm2"
 ALLOWED = "a hub id such as owner/name, or the path of a folder with safetensors or of a GGUF file"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -65,6 +68,11 @@ class Place:
         return f" ({self.known.megabytes} MB)" if self.known and self.known.megabytes else ""
 
     @property
+    def base(self) -> str:
+        """The known model whose weights it uses, with an adapter of the package added; "" for any other model."""
+        return self.known.base if self.known else ""
+
+    @property
     def mine(self) -> bool:
         """Whether it is a folder of the user's own, which is read where it is."""
         return self.known is None and self.gguf is None
@@ -88,7 +96,7 @@ def find(name: str) -> Place:
     if not isinstance(name, str):
         raise TypeError(f"name={name!r}: allowed is a string: {known}")
     if name in KNOWN:
-        return Place(name, _models() / name, KNOWN[name])
+        return Place(name, _models() / (KNOWN[name].base or name), KNOWN[name])
     try:
         path = Path(name).expanduser()
         there = bool(name.strip()) and path.exists()
@@ -131,6 +139,8 @@ def remove(name: str) -> int:
     place = find(name)
     if place.mine:
         raise ValueError(f"name={name!r} is a folder of yours: only pulled models are removed; delete it yourself")
+    if place.base:
+        raise ValueError(f"name={name!r} comes with the package: remove {place.base!r}, whose weights it uses")
     with _lock(place):
         info = _info(_pulled(name).home)
         # Renamed first, so that a removal that is killed leaves no half of a model under a valid name.
@@ -148,7 +158,13 @@ def load(name: str, device: str = "cpu", dtype=None):
     `device` is not a device, `TypeError` for another `dtype`, `ImportError` without the `hf` extra, `MemoryError` where
     there is no room for it. `opening.load` also opens what `proteus convert` and `proteus export` wrote.
     """
-    return load_folder(place_of(name), device, dtype, name=name)
+    place = _pulled(name)
+    if not place.base:
+        return load_folder(place.home, device, dtype, name=name)
+    from .shipped_adapter import with_shipped_adapter
+
+    model, tokenizer = load_folder(place.home, name=name)  # in float32, so that the sum is rounded once
+    return with_shipped_adapter(model, place.known.adapter).to(device, dtype), tokenizer
 
 
 def place_of(name: str) -> Path:
@@ -191,6 +207,9 @@ def pull(name: str = DEFAULT, progress: bool = True, say: Say | None = None) -> 
         found = weights_of(place.home) or "without safetensors"
         say(f"{name} is a folder of yours, {found}: there is nothing to fetch.")
         return place.home
+    if place.base:
+        say(f"{name} is {place.base} with an adapter that comes with the package.")
+        return pull(place.base, progress, say)
     with _lock(place):
         if is_pulled(name):
             say(f"{name} is here already.")

@@ -63,10 +63,10 @@ def files_of(name: str) -> Path:
 
 
 def base_name(name: str) -> str:
-    """The name under which a model's retrieval heads are kept; for a converted folder, that of its base."""
+    """The name under which a model's retrieval heads are kept; for a converted or healed model, that of its base."""
     place = models.find(name)
     if not _converted(place):
-        return name if place.known else str(place.gguf or place.home)
+        return place.base or (name if place.known else str(place.gguf or place.home))
     from .own.folder import read_folder
 
     return read_folder(place.home).stanza.base.model

@@ -60,7 +60,8 @@ class ModelSource:
     @cached_property
     def own_gates(self) -> dict[tuple[int, int], Gates]:
         """(layer, gates per group) -> the gates that come with the package."""
-        found = shipped_gates(find_decoder(self._model), self.shape)
+        healed = getattr(self._model, "proteus_gates", None)  # of `shipped_adapter`
+        found = healed or shipped_gates(find_decoder(self._model), self.shape)
         return {at: gates.to(self.device) for at, gates in found.items() if at[0] in self.full_layers}
 
     def encode(self, body: str) -> list[int]:

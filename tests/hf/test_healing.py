@@ -15,6 +15,7 @@ pytest.importorskip("accelerate")
 import heal_tiny as tiny  # noqa: E402 -- after the skips
 from tiny_llama import WORDS, build, family  # noqa: E402
 
+from proteus_playground.common.tensors import read_tensors  # noqa: E402
 from proteus_playground.hf.healing import corpus as corpora  # noqa: E402
 from proteus_playground.hf.healing.adapters import apply_adapter, read_adapter, switched_off, write_adapter  # noqa: E402
 from proteus_playground.hf.healing.budgets import Drawn, ceiling, draw  # noqa: E402
@@ -274,27 +275,31 @@ def test_a_plan_is_a_file_whose_errors_name_the_field(tmp_path):
         Stage(trains=("prototypes",))
 
 
+def gates(training) -> dict:
+    return {at: layer.gates for at, layer in training.student.layers.items()}
+
+
 def test_an_adapter_s_file_is_small_and_gives_the_model_back(tmp_path):
     training, other = tiny.training(), tiny.training()
     while not training.position.over:
         training.advance()
-    path = write_adapter(tmp_path / "a.safetensors", training.student.model, training.student.layers, {"by": "a test"})
-    assert read_adapter(path, other.student.model, other.student.layers) == {"by": "a test"}
-    read_adapter(path, training.student.model, training.student.layers)
+    path = write_adapter(tmp_path / "a.safetensors", training.student.model, gates(training), {"by": "a test"})
+    assert read_adapter(path, other.student.model, gates(other)) == {"by": "a test"}
+    read_adapter(path, training.student.model, gates(training))
     own, back = tensors(training), tensors(other)
     assert all(torch.equal(own[n], back[n]) for n in own if n.startswith("weights.") or n.endswith("prototypes"))
     wider = tiny.training(replace(tiny.PLAN, adapter=replace(tiny.PLAN.adapter, rank=5)))
     with pytest.raises(ValueError, match="other ranks"):
-        read_adapter(path, wider.student.model, wider.student.layers)
+        read_adapter(path, wider.student.model, gates(wider))
     ids = torch.arange(64)[None] % tiny.WORDS
     outs = []
     for each in (training.student, other.student):
         with torch.no_grad(), patched(each.model, each.layers):
             outs.append(each.model(input_ids=ids, use_cache=False).logits)
     assert torch.equal(*outs)
-    write_adapter(path, training.student.model, training.student.layers, {"plan": training.plan.to_dict()})
+    write_adapter(path, training.student.model, gates(training), {"plan": training.plan.to_dict()})
     third = tiny.training(replace(tiny.PLAN, adapter=None))
-    merged = apply_adapter(path, third.student.model, third.student.layers)
+    merged = apply_adapter(*read_tensors(path, "a test"), third.student.model, gates(third))
     with torch.no_grad(), patched(merged, third.student.layers):
         assert_close(merged(input_ids=ids, use_cache=False).logits, outs[0], rtol=1e-3, atol=1e-3)
 

@@ -27,7 +27,7 @@ from .slots import Slots
 from .view import BankContents, view_of
 
 ENDLESS = 1 << 62  # tokens: length to plan a budget for where it does not depend on the length, as at flux alpha 1
-ENTRIES_PER_STEP = 1 << 20  # (sequence, group, gate, key) entries that `extend` ranks at a time
+ENTRIES_PER_STEP = 1 << 22  # (sequence, group, gate, key) entries that `extend` ranks at a time, 9 bytes each
 
 
 class KVBank(Slots):
@@ -104,6 +104,7 @@ class KVBank(Slots):
         """
         self.gates.check_keys(k)
         check_inputs(k, k, v, self.gates, positions, keep, None, None)
+        empty = self.tokens == 0
         self._admit(k)
         keep, _ = _finite(k, v, keep)
         size = max(1, ENTRIES_PER_STEP // self.retired.numel())
@@ -112,7 +113,8 @@ class KVBank(Slots):
                 cut = slice(i, i + size)
                 at = self._positions(None if positions is None else positions[..., cut], k[:, cut])
                 rotated = rotate(k[:, cut], at, self.inv_freq)
-                self.write_many(k[:, cut], rotated, v[:, cut], None if keep is None else keep[:, cut])
+                here = None if keep is None else keep[:, cut]
+                self.write_many(k[:, cut], rotated, v[:, cut], here, window_is_empty=empty and i == 0)
 
     @torch.no_grad()
     def step(

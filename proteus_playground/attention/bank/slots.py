@@ -136,15 +136,18 @@ class Slots:
         self.seen += n
         return Keys(rows, scales, token, gate), index
 
-    def write_many(self, k: Tensor, rotated: Tensor, v: Tensor, keep: Tensor | None) -> None:
+    def write_many(
+        self, k: Tensor, rotated: Tensor, v: Tensor, keep: Tensor | None, window_is_empty: bool = False
+    ) -> None:
         """Many tokens at once: keys that the last row no longer has in its window go to rings and notes directly."""
         new, index = self._new_keys(k, rotated, v, keep)
         count = self.count + (k.shape[1] if keep is None else keep.sum(1))
         stays = keep
         if not self.budget.dense:
             edge = (count - 1)[:, None] // self.budget.block * self.budget.block - self.budget.window
-            held = self.count[:, None] + torch.arange(-self.window, 0, device=k.device)
-            self._empty_window(held, held < edge)
+            if not window_is_empty:
+                held = self.count[:, None] + torch.arange(-self.window, 0, device=k.device)
+                self._empty_window(held, held < edge)
             leaves = index < edge
             self._retire(new, index, leaves if keep is None else leaves & keep)
             stays = ~leaves if keep is None else keep & ~leaves
@@ -193,8 +196,8 @@ class Slots:
         home, lured = gate.clamp(min=0), leaves & (gate >= 0)
         C, m = self.retired.shape[2], self.ring
         hot = (gate[:, :, None] == torch.arange(C, device=gate.device)[:, None]) & leaves[:, :, None]  # (B, G, C, K)
-        order = hot.cumsum(-1)
-        arrived = order[..., -1]
+        order = hot.cumsum(-1, dtype=torch.int32)
+        arrived = order[..., -1].long()
         nth = order.gather(2, home[:, :, None])[:, :, 0]  # from 1, among those that arrive at the gate
         slot, stays = index.expand_as(gate), leaves & (gate < 0)
         if m:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...attention import Gates
-from ...attention.adapter import ProteusLayer
 from ...common.tensors import read_tensors, write_tensors
 from .plan import ATTENTION, Adapter, plan_of
 
@@ -27,7 +26,7 @@ def add_adapters(model: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as err:
-        raise ImportError(f"adapters need the heal extra: pip install 'proteus-playground[heal]' ({err})") from err
+        raise ImportError(f"adapters need the hf extra: pip install 'proteus-playground[hf]' ({err})") from err
     linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     targets = [name for name in adapter.targets if name in linear]
     if not targets:
@@ -68,41 +67,48 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in model.named_parameters() if ".lora_" in name}
 
 
-def write_adapter(path: str | Path, model: nn.Module, layers: Mapping[int, ProteusLayer], about: dict) -> Path:
-    """Write adapters and gates in half precision: a few megabytes. Raises `OSError`."""
+def write_adapter(path: str | Path, model: nn.Module, gates: Mapping[int, Gates], about: dict) -> Path:
+    """Write adapters and each layer's gates in half precision: a few megabytes. Raises `OSError`."""
     tensors = {name: weight.detach().half().cpu() for name, weight in adapter_tensors(model).items()}
-    for layer, its in layers.items():
-        tensors |= {f"gates.{layer}.{name}": getattr(its.gates, name).half().cpu() for name in GATES}
+    for layer, its in gates.items():
+        tensors |= {f"gates.{layer}.{name}": getattr(its, name).half().cpu() for name in GATES}
     return write_tensors(path, tensors, about)
 
 
-@torch.no_grad()
-def read_adapter(path: str | Path, model: nn.Module, layers: Mapping[int, ProteusLayer]) -> dict:
+def read_adapter(path: str | Path, model: nn.Module, gates: Mapping[int, Gates]) -> dict:
     """Load what `write_adapter` wrote into a model with adapters of the same sizes, and its gates. Returns `about`.
 
     Raises `FileNotFoundError`, or `ValueError` for a file of another model.
     """
     tensors, about = read_tensors(path, WRITER)
-    own = adapter_tensors(model)
-    there = {name: value for name, value in tensors.items() if not name.startswith("gates.")}
-    if {n: tuple(w.shape) for n, w in own.items()} != {n: tuple(w.shape) for n, w in there.items()}:
-        raise ValueError(f"path={str(path)!r} holds adapters of another model or of other ranks")
-    for name, weight in own.items():
-        weight.copy_(there[name])
-    for layer, its in layers.items():
-        load_gates(its.gates, {name: tensors[f"gates.{layer}.{name}"] for name in GATES})
+    try:
+        _take(tensors, model, gates)
+    except (KeyError, RuntimeError, ValueError) as err:
+        raise ValueError(f"path={str(path)!r} holds adapters of another model or of other ranks ({err})") from err
     return about
 
 
-def apply_adapter(path: str | Path, model: nn.Module, layers: Mapping[int, ProteusLayer]) -> nn.Module:
-    """The plain model with a file's adapters added to its weights; the layers' gates are set as well.
+@torch.no_grad()
+def _take(tensors: Mapping[str, torch.Tensor], model: nn.Module, gates: Mapping[int, Gates]) -> None:
+    own = adapter_tensors(model)
+    there = {name: value for name, value in tensors.items() if not name.startswith("gates.")}
+    if {n: tuple(w.shape) for n, w in own.items()} != {n: tuple(w.shape) for n, w in there.items()}:
+        raise ValueError("names or sizes differ")
+    for name, weight in own.items():
+        weight.copy_(there[name])
+    for layer, its in gates.items():
+        load_gates(its, {name: tensors[f"gates.{layer}.{name}"] for name in GATES})
 
-    path: a file of `write_adapter` whose `about` holds the plan. Raises as `read_adapter`.
+
+def apply_adapter(
+    tensors: Mapping[str, torch.Tensor], about: dict, model: nn.Module, gates: Mapping[int, Gates]
+) -> nn.Module:
+    """The plain model with adapters added to its weights; `gates` are set as well.
+
+    tensors, about: of a file of `write_adapter` whose `about` holds the plan. Raises `ValueError`, `ImportError`.
     """
-    about = read_tensors(path, WRITER)[1]
-    adapter = plan_of({"adapter": about["plan"]["adapter"]}).adapter
-    wrapped = add_adapters(model, adapter, 0)
-    read_adapter(path, wrapped, layers)
+    wrapped = add_adapters(model, plan_of({"adapter": about["plan"]["adapter"]}).adapter, 0)
+    _take(tensors, wrapped, gates)
     return wrapped.merge_and_unload().eval().requires_grad_(False)
 
 

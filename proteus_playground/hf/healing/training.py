@@ -242,7 +242,9 @@ class Training:
                 setattr(layer.gates, name, buffer)
         self.position = before
         self._begin()
-        return timed * rows.ids.numel() * self.accelerator.num_processes / took
+        ranks = self.accelerator.num_processes
+        seconds = distributed.total([took], self.accelerator.device)[0] / ranks  # the same in all, as the plan must be
+        return timed * rows.ids.numel() * ranks / seconds
 
     def _wait(self) -> None:
         if self.accelerator.device.type == "cuda":

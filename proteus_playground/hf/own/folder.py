@@ -172,7 +172,7 @@ def _with_adapter(model, adapter: Path, merge: bool):
     try:
         from peft import PeftModel
     except ImportError as err:
-        raise ImportError(f"an adapter needs the heal extra: pip install 'proteus-playground[heal]' ({err})") from err
+        raise ImportError(f"an adapter needs the hf extra: pip install 'proteus-playground[hf]' ({err})") from err
     with progress_bars(False):
         healed = PeftModel.from_pretrained(model, str(adapter))
         return (healed.merge_and_unload() if merge else healed).eval().requires_grad_(False)
