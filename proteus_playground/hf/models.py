@@ -13,6 +13,7 @@ import re
 import shutil
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 
 from proteus_playground.common.files import cache_dir
@@ -39,6 +40,7 @@ KNOWN = {
 KNOWN["smollm2-slider"] = replace(
     KNOWN["smollm2"], label="SmolLM2-135M, healed", base="smollm2", adapter="smollm2_slider.safetensors"
 )
+SHIPPED = ("tiny-english",)  # folders of the package that hold a whole model; `proteus bench tiny` made them
 DEFAULT = "smollm2"
 ALLOWED = "a hub id such as owner/name, or the path of a folder with safetensors or of a GGUF file"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -49,7 +51,7 @@ RECORD = "proteus_source.json"  # written last, so that a folder without it is n
 class Place:
     """What a model's name leads to. home: the folder with its config and weights, which a pull makes.
 
-    known: where it is fetched from, None for a file or a folder of the user's own. gguf: the file that is converted.
+    known: where it is fetched from, None for a file, a folder, or a model of the package. gguf: the file to convert.
     """
 
     name: str
@@ -74,7 +76,7 @@ class Place:
 
     @property
     def mine(self) -> bool:
-        """Whether it is a folder of the user's own, which is read where it is."""
+        """Whether it is a folder that is read where it is: one of the user's own, or of the package."""
         return self.known is None and self.gguf is None
 
 
@@ -92,11 +94,13 @@ class ModelInfo:
 
 def find(name: str) -> Place:
     """What `name` leads to, pulled or not. Raises `TypeError` or `ValueError` with what is allowed."""
-    known = f"{', '.join(sorted(KNOWN))}, {ALLOWED}"
+    known = f"{', '.join(sorted((*KNOWN, *SHIPPED)))}, {ALLOWED}"
     if not isinstance(name, str):
         raise TypeError(f"name={name!r}: allowed is a string: {known}")
     if name in KNOWN:
         return Place(name, _models() / (KNOWN[name].base or name), KNOWN[name])
+    if name in SHIPPED:
+        return Place(name, Path(str(files(__package__) / "data" / name)))
     try:
         path = Path(name).expanduser()
         there = bool(name.strip()) and path.exists()
@@ -137,10 +141,11 @@ def list_models() -> list[ModelInfo]:
 def remove(name: str) -> int:
     """Delete a pulled model; returns the bytes freed. Raises `ValueError` if it is unknown or not pulled."""
     place = find(name)
+    if name in SHIPPED or place.base:
+        also = f"; {place.base!r}, whose weights it uses, can be removed" if place.base else ""
+        raise ValueError(f"name={name!r} comes with the package and is not removed{also}")
     if place.mine:
         raise ValueError(f"name={name!r} is a folder of yours: only pulled models are removed; delete it yourself")
-    if place.base:
-        raise ValueError(f"name={name!r} comes with the package: remove {place.base!r}, whose weights it uses")
     with _lock(place):
         info = _info(_pulled(name).home)
         # Renamed first, so that a removal that is killed leaves no half of a model under a valid name.
@@ -205,7 +210,7 @@ def pull(name: str = DEFAULT, progress: bool = True, say: Say | None = None) -> 
     say = say or (print if progress else lambda sentence: None)
     if place.mine:
         found = weights_of(place.home) or "without safetensors"
-        say(f"{name} is a folder of yours, {found}: there is nothing to fetch.")
+        say(f"{name} is a folder on this machine, {found}: there is nothing to fetch.")
         return place.home
     if place.base:
         say(f"{name} is {place.base} with an adapter that comes with the package.")

@@ -26,7 +26,8 @@ INPUTS = {
     "stream FILE", "stream --prompt", "stream --generated", "train --start", "duel --text", "duel --tokenizer",
     "verify --pairs", "verify --haystack", "bench page REPORT", "bench exam --model", "bench top-a --model",
     "bench choice --text", "bench prototypes --calibrate", "quality --text", "quality --selector",
-    "bench healing --text", "bench healing --held-out", "bench healing --plan", "heal FOLDER", "heal --data",
+    "bench healing --text", "bench healing --held-out", "bench healing --plan", "bench tiny --text",
+    "heal FOLDER", "heal --data",
     "quality --model", "quality TARGET", "convert MODEL", "models pull NAME", "models remove NAME", "models heads NAME",
     "export FOLDER", "bench model --model", "convert --copy",
 }  # fmt: skip

@@ -87,7 +87,7 @@ def test_a_full_disk_and_a_model_larger_than_memory_are_noticed_before(place, mo
 def test_a_folder_opens_where_it_is_and_a_gguf_after_it_was_converted(place, monkeypatch):
     said = []
     models.pull(str(place / "hub"), progress=False, say=said.append)
-    assert "is a folder of yours" in said[0] and "in float32" in said[0]
+    assert "is a folder on this machine" in said[0] and "in float32" in said[0]
     assert opening.title(str(place / "hub")) == "hub"
     with pytest.raises(ValueError, match="a folder of yours: only pulled models are removed"):
         models.remove(str(place / "hub"))

@@ -171,6 +171,14 @@ def grid(knobs, least: int) -> w.GridBox:
     return box
 
 
+def _about(known) -> str:
+    """A language model of the registry in a sentence."""
+    kept = f"{known.megabytes} MB are downloaded once."
+    if known.base:
+        return f"{KNOWN[known.base].label}, trained further so that the slider costs less; {kept}"
+    return f"A language model that was trained without the slider; {kept}"
+
+
 class ModelChoice(w.HBox):
     """Which model is shown. Another one opens at once, as by itself; alpha, keep ratio, L and the text lengths stay."""
 
@@ -181,10 +189,7 @@ class ModelChoice(w.HBox):
     )
     TIPS = (
         "A small model that comes with the package and was trained with the slider; it answers at once.",
-        *(
-            f"A language model that was trained without the slider; {known.megabytes} MB are downloaded once."
-            for known in KNOWN.values()
-        ),
+        *(_about(known) for known in KNOWN.values()),
         "A layer of random weights over whole words; it needs no download and has learned nothing.",
     )
 
