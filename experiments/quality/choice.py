@@ -168,15 +168,20 @@ def choice_command(
 
 def choice_table(report: dict) -> str:
     """The report as Markdown: gap and reads of each text by choice, with a line that says how it was measured."""
-    names = list(dict.fromkeys(row["text"] for row in report["rows"]))
-    cells: dict[str, list[str]] = {}
-    for row in report["rows"]:
-        error = standard_error(row["gaps"])
-        tail = "" if error is None else f" ± {error:.3f}"
-        cells.setdefault(row["choice"], []).append(f"{fmean(row['gaps']):.3f}{tail} ({row['reads']:.0f})")
     about = (
         f"{measured_on(report)}; {report['model']}, {report['passages']} passages of {report['tokens']:,} tokens, "
         f"L = {report['shortlist']}, gates fitted to {report['calibration_tokens']:,} tokens each of "
         f"{', '.join(report['calibrated_on'])}; gap to dense in nats per token ± standard error (reads per query)"
     )
-    return f"{about}\n\n{markdown(['choice', *names], [[name, *row] for name, row in cells.items()])}"
+    return f"{about}\n\n{gap_table(report['rows'], 'choice', 'choice')}"
+
+
+def gap_table(rows: Sequence[dict], kind: str, title: str) -> str:
+    """Rows as Markdown, a column for each text: mean gap ± standard error (reads). kind: field that names a line."""
+    names = list(dict.fromkeys(row["text"] for row in rows))
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        error = standard_error(row["gaps"])
+        tail = "" if error is None else f" ± {error:.3f}"
+        cells.setdefault(row[kind], []).append(f"{fmean(row['gaps']):.3f}{tail} ({row['reads']:.0f})")
+    return markdown([title, *names], [[name, *row] for name, row in cells.items()])

@@ -36,7 +36,7 @@ class Proteus(LazyGroup):
 
 class Bench(LazyGroup):
     modules = {name: f"{EXPERIMENTS}.speed.{name.replace('-', '_')}" for name in SPEED}
-    modules |= {name: f"{EXPERIMENTS}.quality.{name}" for name in ("choice", "prototypes")}
+    modules |= {name: f"{EXPERIMENTS}.quality.{name}" for name in ("adaptation", "choice", "prototypes")}
     modules |= {"healing": f"{EXPERIMENTS}.healing.recipe", "tiny": f"{EXPERIMENTS}.healing.tiny"}
 
 

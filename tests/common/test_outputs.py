@@ -25,7 +25,8 @@ PACKAGE = Path(proteus_playground.__file__).parent
 INPUTS = {
     "stream FILE", "stream --prompt", "stream --generated", "train --start", "duel --text", "duel --tokenizer",
     "verify --pairs", "verify --haystack", "bench page REPORT", "bench exam --model", "bench top-a --model",
-    "bench choice --text", "bench prototypes --calibrate", "quality --text", "quality --selector",
+    "bench choice --text", "bench adaptation --text", "bench prototypes --calibrate", "quality --text",
+    "quality --selector",
     "bench healing --text", "bench healing --held-out", "bench healing --plan", "bench tiny --text",
     "heal FOLDER", "heal --data",
     "quality --model", "quality TARGET", "convert MODEL", "models pull NAME", "models remove NAME", "models heads NAME",
