@@ -81,6 +81,7 @@ def healing_command(
             run.finish_stage()
         student = training.student
         gates = {at: layer.gates for at, layer in student.layers.items()}
+        about = _without_folders(about)
         write_adapter(out / ADAPTER, student.model, gates, about)
         read_adapter(out / ADAPTER, student.model, gates)  # what is measured is what is kept
         after = dict(_measured(training, judged, at, say))
@@ -121,6 +122,13 @@ def _opened(model: str, device: str, text, held_out, plan: Plan, accelerator):
     about = {"model": model, "fingerprint": source.fingerprint, "texts": {c.name: _hash(c) for c in corpora}}
     student = Student(add_adapters(source.model, plan.adapter, plan.seed), layers)
     return Training(student, plan, corpora, list(judged.values()), accelerator), about, judged
+
+
+def _without_folders(about: dict) -> dict:
+    """What describes the training, with texts called by their files' names alone."""
+    names = {place: [Path(name).name for name in about["plan"]["data"][place]] for place in ("sources", "held_out")}
+    plan = about["plan"] | {"data": about["plan"]["data"] | names}
+    return about | {"plan": plan, "texts": {Path(name).name: its for name, its in about["texts"].items()}}
 
 
 def _hash(corpus: Corpus) -> str:

@@ -39,31 +39,46 @@ def memberships(short: Shortlist, heads: int, rows: Tensor | None = None, order:
     rows = key if rows is None else rows
     start = rows[:, None] // short.block * short.block  # the first row of each row's block
     retired = key < start - short.window  # (R, T)
-    anchor = retired & (key < short.anchors)
-    shape = B, heads, len(rows), T
-    gate = short.gate.transpose(1, 2).repeat_interleave(heads // G, dim=1)[:, :, None]  # (B, H, 1, T)
-    rings = torch.zeros(shape, dtype=torch.bool, device=key.device)
-    for opened in short.probes[:, rows].transpose(1, 2).unbind(-1):  # (B, H, R), -1 for none
-        inside = retired & (gate == opened[..., None]) & (opened >= 0)[..., None]
-        rings |= _last(inside, short.ring, order)
-    if short.noted is None:
-        notes = retired & (gate >= 0) & ~rings
-    else:
-        notes = torch.zeros_like(rings)
-        for noted in short.noted[:, rows].transpose(1, 2).unbind(-1):
-            notes |= retired & (gate == noted[..., None]) & (noted >= 0)[..., None] & ~rings
-    window = (key <= rows[:, None]) & ~retired
-    return Memberships(window.expand(shape), anchor.expand(shape), rings, notes)
+    window, anchor = (key <= rows[:, None]) & ~retired, retired & (key < short.anchors)
+    gate = short.gate.transpose(1, 2)  # (B, G, T)
+    behind = (retired & (gate >= 0)[:, :, None]).repeat_interleave(heads // G, dim=1)  # (B, H, R, T)
+    newest = _newest(gate, retired, short.ring, order).repeat_interleave(heads // G, dim=1)
+    rings = newest & behind & _of_gates(short.probes[:, rows], gate, short.gates_per_group)
+    notes = behind & ~rings
+    if short.noted is not None:
+        notes &= _of_gates(short.noted[:, rows], gate, short.gates_per_group)
+    return Memberships(window.expand(rings.shape), anchor.expand(rings.shape), rings, notes)
 
 
-def _last(inside: Tensor, count: int, order: Tensor | None) -> Tensor:
-    """The last `count` of the keys `inside` `(B, H, R, T)`: of the text, or in an `order` `(B, T)`."""
-    if order is None:
-        following = inside.flip(-1).cumsum(-1).flip(-1) - inside.long()  # later keys of the same gate
-        return inside & (following < count)
-    order = order[:, None, None].expand_as(inside).masked_fill(~inside, -torch.inf)
-    last = order.topk(min(count, inside.shape[-1]), dim=-1).indices
-    return torch.zeros_like(inside).scatter(-1, last, True) & inside
+def _of_gates(chosen: Tensor, gate: Tensor, gates: int) -> Tensor:
+    """Whether a key's gate, of `gate` `(B, G, T)`, is among those chosen by a row `(B, R, H, n)`: `(B, H, R, T)`.
+
+    chosen: -1 for none; gates: their number per group.
+    """
+    chosen = chosen.transpose(1, 2)
+    marks = torch.zeros(*chosen.shape[:3], gates + 1, dtype=torch.bool, device=gate.device)
+    marks.scatter_(-1, chosen.where(chosen >= 0, gates), True)
+    marks[..., gates] = False
+    home = gate.where(gate >= 0, gates).repeat_interleave(chosen.shape[1] // gate.shape[1], dim=1)
+    return marks.gather(-1, home[:, :, None].expand(*chosen.shape[:3], gate.shape[2]))
+
+
+def _newest(gate: Tensor, retired: Tensor, ring: int, order: Tensor | None) -> Tensor:
+    """Whether a retired key is among the last `ring` of its gate: of the text, or in an `order`. `(B, G, R, T)`.
+
+    gate: `(B, G, T)`; retired: `(R, T)`. Keys are sorted by gate, so that each gate's are a run, and counted.
+    """
+    T = gate.shape[2]
+    nth = torch.arange(T, device=gate.device) if order is None else order.argsort(-1).argsort(-1)[:, None]
+    run = (gate * T + nth).argsort(-1)  # (B, G, T)
+    home = gate.gather(-1, run)
+    last = torch.searchsorted(home, home, right=True) - 1  # the end of each key's run
+    shape = *gate.shape[:2], len(retired), T
+    run, last = (x[:, :, None].expand(shape) for x in (run, last))
+    there = retired.expand(shape).gather(-1, run)
+    count = there.cumsum(-1)
+    later = count.gather(-1, last) - count  # retired keys of the same gate behind it
+    return torch.zeros_like(there).scatter_(-1, run, there & (later < ring))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, short: Shortlist, scale: float) -> tuple[Tensor, Tensor]:

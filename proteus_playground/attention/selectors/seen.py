@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import LayerRun, ProteusLayer
-from ..backends.reference import Memberships
+from ..backends.reference import Memberships, memberships
 from ..budget import Budget
 from ..decide import TokenDecisions, weigh
 from ..functional import AttentionResult
@@ -87,7 +87,7 @@ class Seeing:
             found = choose(selector, self.sight, rows)
             return _kinds(found.keys, rows, self.sight.anchors), found.stand_ins
         if self.short is not None:
-            return _by_gates(self.short, H, rows), None
+            return memberships(self.short, H, rows), None
         every = (torch.arange(S, device=rows.device) <= rows[:, None]).expand(1, H, -1, -1)
         none = torch.zeros_like(every)
         return Memberships(every, none, none, none), None
@@ -178,34 +178,6 @@ def see_row(seeing: Seeing, token: int, head: int) -> RowReads:
         opened = tuple(int(c) for c in row_gates if c >= 0 and int(c) not in lost)
     noted = seeing.gate[0, parts.notes[0, head, 0], group]
     return RowReads(code.numpy(), weight.numpy(), opened, len(noted.unique()))
-
-
-def _by_gates(short: Shortlist, heads: int, rows: Tensor) -> Memberships:
-    """`reference.memberships` of one text, in a few passes over the keys instead of one per opened gate."""
-    gate, C = short.gate[0].T, short.gates_per_group  # (G, S)
-    (G, S), wide = gate.shape, heads // gate.shape[0]
-    key, held, home = torch.arange(S, device=gate.device), gate >= 0, gate.clamp(min=0)
-    retired = key < (rows[:, None] // short.block * short.block - short.window)  # (R, S)
-    anchor = retired & (key < short.anchors)
-    one_hot = torch.zeros(G, S, C, dtype=torch.int32, device=gate.device).scatter_(-1, home[..., None], 1)
-    place = (one_hot * held[..., None]).cumsum(1).gather(-1, home[..., None])[..., 0] - 1  # of a key within its gate
-    count = short.retired[0][:, rows // short.block].gather(-1, home[:, None].expand(G, len(rows), S))
-    newest = held[:, None] & retired & (place[:, None] >= count - short.ring)  # (G, R, S)
-    home_of = home.repeat_interleave(wide, 0)[:, None].expand(heads, len(rows), S)
-
-    def of_gates(chosen: Tensor) -> Tensor:
-        """Whether the gate of each key is among `chosen` `(1, T, H, n)`: `(H, R, S)`."""
-        which = chosen[0, rows].transpose(0, 1)
-        among = torch.zeros(heads, len(rows), C + 1, dtype=torch.bool, device=gate.device)
-        return among.scatter_(-1, which.where(which >= 0, C), True).gather(-1, home_of)
-
-    rings = newest.repeat_interleave(wide, 0) & of_gates(short.probes)
-    notes = (retired & held[:, None]).repeat_interleave(wide, 0) & ~rings
-    if short.noted is not None:
-        notes = notes & of_gates(short.noted)
-    window = (key <= rows[:, None]) & ~retired
-    shape = 1, heads, len(rows), S
-    return Memberships(window.expand(shape), anchor.expand(shape), rings[None], notes[None])
 
 
 def _kinds(keys: Tensor, rows: Tensor, anchors: int) -> Memberships:

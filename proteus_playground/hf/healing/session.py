@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ...attention.adapter import ProteusLayer
 from ..models import load_folder
-from ..own.folder import ADAPTER, GATES, HEALED, Folder, read_folder
-from ..patch import find_decoder, layer_shape
-from ..shipped_gates import read_gates, write_gates
+from ..own.folder import ADAPTER, GATES, HEALED, Folder, gates_of, layers_of, read_folder
+from ..patch import find_decoder
+from ..shipped_gates import write_gates
 from .adapters import add_adapters, continue_adapters
 from .corpus import Corpus, read_corpus
 from .history import write_history
@@ -62,7 +61,7 @@ class Session:
         corpora, held_out = self.read(plan)
         base, healed = self.folder.base_path(), self.folder.healed
         model, teacher = load_folder(healed or base, device, tokenizer=False)[0], None
-        layers = self._layers(model)
+        layers = layers_of(model, self.folder.stanza, gates_of(self.folder, model))
         if plan.adapter is None:
             teacher = copy.deepcopy(model) if healed is None else load_folder(base, device, tokenizer=False)[0]
         elif self.folder.adapter is not None:
@@ -73,12 +72,6 @@ class Session:
         adapter = plan.to_dict()["adapter"]
         self.run = Run(self.training, self.run_folder, {"adapter": adapter or "all weights", "seed": plan.seed})
         self.write_plan()
-
-    def _layers(self, model: nn.Module) -> dict[int, ProteusLayer]:
-        stanza = self.folder.stanza
-        shapes = {at: layer_shape(model, at) for at in stanza.layers}
-        gates = read_gates(self.folder.gates_file, shapes)
-        return {at: ProteusLayer(gates[at].to(model.device), stanza.config(at, shapes[at])) for at in stanza.layers}
 
     def read(self, plan: Plan) -> tuple[list[Corpus], list[Corpus]]:
         """The corpora of a plan's data: to train on, and held out. Raises `ValueError` naming a source."""

@@ -120,8 +120,7 @@ class SliderModel:
         self._place()
 
     def _place(self) -> None:
-        configs = {at: self.stanza.config(at, layer_shape(self.model, at)) for at in self.stanza.layers}
-        self.layers = {at: ProteusLayer(self.gates[at], config) for at, config in configs.items()}
+        self.layers = layers_of(self.model, self.stanza, self.gates)
 
     @contextmanager
     def patched(self) -> Iterator[None]:
@@ -161,11 +160,18 @@ def open_folder(
 
     words = folder.base_path() if (folder.path / ALONE).is_file() else folder.path
     tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-    shapes = {at: layer_shape(model, at) for at in folder.stanza.layers}
-    gates = read_gates(folder.gates_file, shapes)
-    return SliderModel(
-        model, tokenizer, folder.stanza, {at: its.to(model.device) for at, its in gates.items()}, folder.path.name
-    )
+    return SliderModel(model, tokenizer, folder.stanza, gates_of(folder, model), folder.path.name)
+
+
+def gates_of(folder: Folder, model) -> dict[int, Gates]:
+    """The folder's gates of each layer, on the model's device. Raises `ValueError` where they are of other layers."""
+    gates = read_gates(folder.gates_file, {at: layer_shape(model, at) for at in folder.stanza.layers})
+    return {at: its.to(model.device) for at, its in gates.items()}
+
+
+def layers_of(model, stanza: Stanza, gates: Mapping[int, Gates]) -> dict[int, ProteusLayer]:
+    """What each layer of the stanza computes, as `hf.patch.patched` takes it."""
+    return {at: ProteusLayer(gates[at], stanza.config(at, layer_shape(model, at))) for at in stanza.layers}
 
 
 def _with_adapter(model, adapter: Path, merge: bool):
