@@ -120,6 +120,7 @@ def playground(
     selector: str | Callable | None = None,
     hide: Iterable[str] = (),
     fixed: Mapping | None = None,
+    tour: bool | int = False,
     **settings,
 ) -> Workbench:
     """A workbench to `display(...)`.
@@ -132,12 +133,13 @@ def playground(
     takes precedence over `state`. selector: what chooses the keys: "ours", the name of a selector, or a function of
     your own (docs/selectors.md), which is checked first; the panel shows the result. hide: controls that are not shown,
     such as "keep_ratio", "presets", "selectors"; fixed: values that no control can change, such as {"flux_alpha": 1}.
+    tour: True opens the guided tour, a whole number its step.
     Without any argument the panel opens with a question that is asked already. probe: a ready `LayerProbe`
     to show instead. A model that is not pulled is replaced by a random layer, and the panel says so. ValueError or
     TypeError names an argument that is not allowed.
     """
     now = PlayState()
-    named = {"text": text, "model": model, "length": length}
+    named = {"text": text, "model": model, "length": length, "tour": 1 if tour is True else tour or None}
     now.restore({**parse(state or {}), **{key: v for key, v in named.items() if v is not None}, **settings})
     verdict = ""
     if selector is not None:

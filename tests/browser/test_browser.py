@@ -79,6 +79,36 @@ def test_a_slider_asks_again(shelf):
     driver.settle(shelf)
 
 
+def box(page, name: str) -> dict:
+    return page.locator(name).bounding_box()
+
+
+def test_the_tour_frames_each_picture_and_the_keyboard_leads_through_it(shelf, shots):
+    shelf.locator('button:has-text("Guided tour")').click()
+    framed = []
+    for step in range(1, 7):
+        shelf.wait_for_function(
+            f"() => document.querySelector('.pp-tour').textContent.startsWith('{step} of 6') "
+            "&& document.activeElement.className === 'pp-tour'"
+        )
+        frame, card = box(shelf, ".pp-tour-frame"), box(shelf, ".pp-tour")
+        framed.append((round(frame["x"]), round(frame["width"]), round(frame["height"])))
+        apart = card["y"] >= frame["y"] + frame["height"] - 1 or card["y"] + card["height"] <= frame["y"] + 1
+        assert apart, (step, frame, card)
+        if step == 3:
+            shelf.locator(".pp-app").screenshot(path=shots / "tour.png")
+            row = box(shelf, ".pp-at-row")
+            assert frame["y"] <= row["y"] <= frame["y"] + frame["height"]
+        for _ in range(1 if step == 1 else 2):  # over Back, where it can be pressed
+            shelf.keyboard.press("Tab")
+        if step < 6:
+            shelf.keyboard.press("Enter")
+    assert len(set(framed)) == 6
+    shelf.keyboard.press("Escape")
+    shelf.wait_for_selector(".pp-tour", state="hidden")
+    assert shelf.locator(".pp-tour-frame").is_hidden()
+
+
 @pytest.fixture(scope="module")
 def page(notebook):
     """With SmolLM2."""

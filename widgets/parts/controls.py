@@ -211,7 +211,7 @@ class ModelChoice(w.HBox):
 
     def _choose(self, state: PlayState, model: str) -> None:
         if model != state.model and not self._following:
-            kept = ("flux_alpha", "keep_ratio", "shortlist", "length", "shelf")
+            kept = ("flux_alpha", "keep_ratio", "shortlist", "length", "shelf", "tour")
             state.update(opening(model) | {name: getattr(state, name) for name in kept})
 
 

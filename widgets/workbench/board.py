@@ -21,6 +21,7 @@ from . import readout
 from .ask_box import AskBox
 from .figure import compares
 from .next_bars import no_bars_html
+from .tour import Tour
 from .tradeoff import Tradeoff
 from .ways_box import WaysBox
 
@@ -73,6 +74,11 @@ class Board(Panel):
         self.cancel = button("Cancel", "Stop what is running")
         self.more = w.ToggleButton(description="More controls", icon="sliders", layout={"width": "auto"})
         self.more.observe(lambda change: self._show_more(change["new"]), "value")
+        self.guide = button("Guided tour", "Six steps through the pictures; Escape ends it",
+                            lambda: state.update({"tour": 1}), icon="map-signs")  # fmt: skip
+        self.tour = Tour()
+        self.tour.observe(lambda change: state.update({"tour": change["new"]}), "step")
+        state.observe(lambda _: self._show_tour(), "tour")
         self.layer_controls = LayerControls(state)
         self.source_controls = SourceControls(state, on_pull)
         self.ask_box, self.ways = AskBox(state, on_show), WaysBox(state, verdict)
@@ -83,16 +89,18 @@ class Board(Panel):
         self.drawer = w.GridBox([self.layer_controls, self.source_controls, self.share_controls])
         self.drawer.add_class("pp-drawer")
         self.presets, self.main = Presets(state), main_knobs(state)
-        knobs = column("pp-top", self.main, row("pp-actions", self.presets, self.run_model, self.cancel, self.more))
+        actions = row("pp-actions", self.presets, self.run_model, self.cancel, self.more, self.guide)
+        knobs = column("pp-top", self.main, actions)
         self.model_choice = ModelChoice(state)
         over = [self.captions[name] for name in ("heads", "gates", "row")]
         self.place(
-            "pp-workbench", row("pp-banner", self.banner, self.model_choice), knobs, self.ways, self.ask_box,
+            "pp-workbench", self.tour, row("pp-banner", self.banner, self.model_choice), knobs, self.ways, self.ask_box,
             self.drawer,
             self.numbers, self.pays, self.beside([pictures, *over], [self.captions["text"], text, self.next]),
             self.curve,
         )  # fmt: skip
         self._show_more(False)
+        self._show_tour()
         self._show_empty(
             "The model is being loaded, then it reads the text once. After that, only the layer on show runs again."
         )
@@ -152,12 +160,15 @@ class Board(Panel):
         parts = knobs | {
             "model": self.model_choice, "selectors": self.ways, "question": self.ask_box, "presets": self.presets,
             "more": self.more, "run_model": self.run_model, "next": self.next, "curve": self.curve, "pays": self.pays,
-            "text": self.source_controls, "link": self.share_controls,
+            "text": self.source_controls, "link": self.share_controls, "tour": self.guide,
         }  # fmt: skip
         for name in names:
             if name not in parts:
                 raise ValueError(f"hide={name!r}: allowed is {', '.join(parts)}")
             parts[name].add_class("pp-hidden")
+
+    def _show_tour(self) -> None:
+        self.tour.step = self.state.tour
 
     def _show_more(self, shown: bool) -> None:
         self.drawer.layout.display = "" if shown else "none"
