@@ -70,6 +70,8 @@ def test_a_guess_is_kept_and_compared(capsys):
     for measured, said in ((110, "close"), (50, "high, by a factor of 2.0"), (1000, "far apart"), (-1, "far apart")):
         compare("keys", measured)
         assert said in capsys.readouterr().out
+    compare("keys", None, instead="Never, up to 512.")
+    assert capsys.readouterr().out == "keys\n  your guess: 100\n  measured:   Never, up to 512.\n"
 
 
 def test_an_unknown_exercise_is_named():
