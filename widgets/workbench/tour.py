@@ -35,11 +35,11 @@ STEPS = (
          "token gets. Set shortlist L lower: lines vanish, and the attention goes to the others.",
          FIGURE, (0, 1, 376, 680)),
     Step("Prototypes",
-         "Each dot is a key, in the colour of its gate; ★ is the key of your word, and black diamonds are the gates "
-         "that its query opened. Click another dot: other gates open.", FIGURE, (0.55, 1, 0, 372)),
+         "Each dot is a key, in the colour of its gate; ★ is the key of your word, and filled diamonds are the gates "
+         "that its query opened. Click another dot: other gates open.", FIGURE, (0.57, 1, 0, 372)),
     Step("Heads",
          "A column is a token and a row is a head; the line above the picture says what a bright cell means. Click a "
-         "cell: all pictures then follow that head at that token.", FIGURE, (0, 0.54, 0, 372)),
+         "cell: all pictures then follow that head at that token.", FIGURE, (0, 0.56, 0, 372)),
     Step("What comes next",
          "The bars compare which tokens the model expects after your word. In the row “take away” press “far keys” "
          "to see what they were good for, then “give all back”.", ".pp-next"),
