@@ -109,6 +109,18 @@ def test_the_tour_frames_each_picture_and_the_keyboard_leads_through_it(shelf, s
     assert shelf.locator(".pp-tour-frame").is_hidden()
 
 
+def test_another_model_can_be_typed_for_a_and_the_panel_says_why_it_is_not_shown(shelf):
+    shelf.locator('button:has-text("Pin as A")').click()
+    entry = shelf.locator(".pp-ways input[type=text]")
+    entry.fill("random")
+    entry.press("Enter")
+    shelf.wait_for_function("() => document.querySelector('.pp-ways').innerText.includes('A is not shown: random layer "
+                            "reads this text as')", timeout=60_000)  # fmt: skip
+    shelf.locator('button:has-text("Unpin A")').click()
+    driver.settle(shelf)
+    assert entry.is_hidden()
+
+
 @pytest.fixture(scope="module")
 def page(notebook):
     """With SmolLM2."""

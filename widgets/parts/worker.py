@@ -15,6 +15,7 @@ from typing import Any
 
 LANES = (
     "load",
+    "pinned",
     "frame",
     "next",
     "ask",
