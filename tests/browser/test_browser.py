@@ -124,7 +124,7 @@ def test_another_model_can_be_typed_for_a_and_the_panel_says_why_it_is_not_shown
 @pytest.fixture(scope="module")
 def page(notebook):
     """With SmolLM2."""
-    notebook.locator('.pp-model button:has-text("SmolLM2")').click()
+    notebook.locator('.pp-model button:text-is("SmolLM2-135M")').click()
     notebook.wait_for_function("() => !document.querySelector('.pp-title').innerText.includes('shelf-mini')",
                                timeout=driver.READY_MS)  # fmt: skip
     driver.settle(notebook, driver.READY_MS)
