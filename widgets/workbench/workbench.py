@@ -25,7 +25,7 @@ from .board import Frame, Wanted
 from .figure import Pictures
 from .keep import keep
 from .next_bars import NONE, bars_html, no_bars_html
-from .tradeoff import measure
+from .tradeoff import ALPHAS, Curve, measure
 from .two_models import SOURCE, Probes, TwoModels, source_of
 
 PAINT_SECONDS = 0.25  # after which the next picture is sent even if the browser has not painted the last one
@@ -80,9 +80,10 @@ class Workbench(TwoModels):
     def _settings_changed(self) -> None:
         if self.worker.busy == "model":
             self.worker.cancel("model")  # its result would belong to the old settings
-        self.worker.cancel("ask", "next")  # likewise; the next question is sent after the picture
+        self.worker.cancel("ask", "next", "loss")  # likewise; they are asked for again after the picture
         self._show_reply()
         self._ask()
+        self._measure_loss()
 
     def _ask(self) -> None:
         """Requests the picture that the controls ask for."""
@@ -242,7 +243,7 @@ class Workbench(TwoModels):
     def _loaded(self, _: int, made: tuple) -> None:
         probe, why = made
         state = self.state
-        self.worker.cancel("frame", "next", "ask", "repeat", "model", "curve")
+        self.worker.cancel("frame", "next", "ask", "repeat", "model", "curve", "loss")
         self.probes.keep(source_of(state), self._a_source)
         place = self._place(probe)
         self.probe, self.drawn, self.model_view, self._view, self.reply = probe, None, None, None, None
@@ -339,14 +340,43 @@ class Workbench(TwoModels):
         self._stop_timing()
         name = f"Layer {wanted.layer}, {len(probe.tokens):,} tokens, {wanted.way.selector}, on this machine"
 
-        def show(_: int, rows: list) -> None:
-            self.curve.draw(rows, name)
+        def show(_: int, curve: Curve) -> None:
+            self.curve.draw(curve, name)
+            self._mark_curve()
             self.say("fresh" if self.wanted() == self._shown() else "stale")
+            self._measure_loss()
 
         self.worker.submit(
             "curve", lambda *told: measure(probe, wanted.layer, wanted.settings, wanted.way, *told), show, self._failed,
             self._progress,
         )  # fmt: skip
+
+    def _mark_curve(self) -> bool:
+        """Marks the curve as old or not; returns whether it is of what is on show."""
+        curve, wanted = self.curve.curve, self.wanted()
+        ours = curve is not None and curve.of(wanted.layer, wanted.settings, wanted.way)
+        self.curve.mark(not ours)
+        return ours
+
+    def _measure_loss(self) -> None:
+        """Runs the whole model at the next alpha of the curve that has no loss yet, after everything else."""
+        probe, curve = self.probe, self.curve.curve
+        alpha = curve.due if self._mark_curve() else None
+        if alpha is None:
+            return
+        settings, what = replace(curve.settings, flux_alpha=alpha), f"whole model at flux α {alpha:g}"
+
+        def run(stop, progress) -> ModelView:
+            progress(len(curve.nll) / len(ALPHAS), what)
+            return probe.run_model(settings, stop=stop)
+
+        def show(_: int, view: ModelView) -> None:
+            curve.nll[alpha] = view.nll - view.dense_nll
+            self.curve.draw(curve, self.curve.what)
+            self.say("fresh" if self.wanted() == self._shown() else "stale")
+            self._measure_loss()
+
+        self.worker.submit("loss", run, show, self._failed, self._progress)
 
     def keep(self, path: str | Path, only: str | None = None) -> Path:
         """Writes what is on show as one page that needs no network. See `keep.keep`."""
@@ -363,6 +393,7 @@ class Workbench(TwoModels):
         """Cancel: stops the running work at its next check, and drops the work that waits."""
         self.worker.cancel()
         self._stop_pinned()
+        self.curve.halt()
         if self.probe is None:
             self._show_empty("Stopped before a model was loaded. Choose a text under More controls and press Read it.")
         self.say("fresh" if self.drawn and self.wanted() == self._shown() else "stopped")
