@@ -45,6 +45,7 @@ from .stream.frames import Source
 from .stream.panel import StreamPanel
 from .stream.state import StreamState
 from .stream.state import check as check_stream
+from .touch.panel import KINDS, TouchPanel
 from .wall.panel import WallPanel
 from .workbench.ways_box import verdict_html
 from .workbench.workbench import Workbench
@@ -312,3 +313,10 @@ def needle_panel(
         return subject or subjects.load(subjects.LAYER if why else model, answers=False), why
 
     return NeedlePanel(open_subject, pairs or load_pairs(), run or live_needles)
+
+
+def touch_panel(what: str) -> TouchPanel:
+    """A small panel with one measured sentence, to `display(...)`. what: "int8", "top-a", "controller" or "bank"."""
+    if what not in KINDS:
+        raise ValueError(f"what={what!r}: allowed is {', '.join(map(repr, KINDS))}")
+    return TouchPanel(KINDS[what])
