@@ -8,6 +8,7 @@ from .apps import (
     playground,
     prototype_panel,
     stream_panel,
+    touch_panel,
     wall_panel,
 )  # fmt: skip
 from .parts.state import PRESETS, PlayState
@@ -15,5 +16,5 @@ from .workbench.workbench import Workbench
 
 __all__ = [
     "PRESETS", "PlayState", "Workbench", "bank_panel", "duel_panel", "evidence_panel", "needle_panel", "playground",
-    "prototype_panel", "stream_panel", "wall_panel",
+    "prototype_panel", "stream_panel", "touch_panel", "wall_panel",
 ]  # fmt: skip

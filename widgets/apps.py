@@ -45,6 +45,7 @@ from .stream.frames import Source
 from .stream.panel import StreamPanel
 from .stream.state import StreamState
 from .stream.state import check as check_stream
+from .touch.panel import KINDS, TouchPanel
 from .wall.panel import WallPanel
 from .workbench.ways_box import verdict_html
 from .workbench.workbench import Workbench
@@ -120,6 +121,7 @@ def playground(
     selector: str | Callable | None = None,
     hide: Iterable[str] = (),
     fixed: Mapping | None = None,
+    tour: bool | int = False,
     **settings,
 ) -> Workbench:
     """A workbench to `display(...)`.
@@ -132,12 +134,13 @@ def playground(
     takes precedence over `state`. selector: what chooses the keys: "ours", the name of a selector, or a function of
     your own (docs/selectors.md), which is checked first; the panel shows the result. hide: controls that are not shown,
     such as "keep_ratio", "presets", "selectors"; fixed: values that no control can change, such as {"flux_alpha": 1}.
+    tour: True opens the guided tour, a whole number its step.
     Without any argument the panel opens with a question that is asked already. probe: a ready `LayerProbe`
     to show instead. A model that is not pulled is replaced by a random layer, and the panel says so. ValueError or
     TypeError names an argument that is not allowed.
     """
     now = PlayState()
-    named = {"text": text, "model": model, "length": length}
+    named = {"text": text, "model": model, "length": length, "tour": 1 if tour is True else tour or None}
     now.restore({**parse(state or {}), **{key: v for key, v in named.items() if v is not None}, **settings})
     verdict = ""
     if selector is not None:
@@ -310,3 +313,10 @@ def needle_panel(
         return subject or subjects.load(subjects.LAYER if why else model, answers=False), why
 
     return NeedlePanel(open_subject, pairs or load_pairs(), run or live_needles)
+
+
+def touch_panel(what: str) -> TouchPanel:
+    """A small panel with one measured sentence, to `display(...)`. what: "int8", "top-a", "controller" or "bank"."""
+    if what not in KINDS:
+        raise ValueError(f"what={what!r}: allowed is {', '.join(map(repr, KINDS))}")
+    return TouchPanel(KINDS[what])

@@ -129,6 +129,12 @@ def overtakes(rows: list[dict], who: str, alpha: float, shortlist: int) -> int |
     return _first_faster(*(_measured_at(rows, one, alpha, shortlist) for one in (OURS, who)))
 
 
+def never_overtakes(rows: list[dict], who: str, alpha: float, shortlist: int) -> str:
+    """A sentence where both were measured and ours was never faster than `who`; "" elsewhere."""
+    ours, theirs = (_measured_at(rows, one, alpha, shortlist) for one in (OURS, who))
+    return " ".join(_compared(WHO[who], ours, theirs)) if _first_faster(ours, theirs) is None else ""
+
+
 def _measured_at(rows: list[dict], who: str, alpha: float, shortlist: int) -> dict[int, dict]:
     """The rows of one line that have figures, by length."""
     return {row["tokens"]: row for row in line(rows, who, alpha, shortlist) if not row["why"]}

@@ -29,11 +29,17 @@ def predict(what: str, value) -> None:
     _GUESSES[what] = value
 
 
-def compare(what: str, measured: float | None) -> None:
-    """Prints the guess of `what` beside the measurement, and how far they are apart. `NotYet` where one is missing."""
+def compare(what: str, measured: float | None, instead: str = "") -> None:
+    """Prints the guess of `what` beside the measurement, and how far they are apart. `NotYet` where one is missing.
+
+    instead: a sentence in place of the measurement where one was made but gave no number; "" for none.
+    """
     if what not in _GUESSES:
         raise NotYet(f"You have not guessed “{what}” yet: fill in the cell with predict(...) above, and run it.")
     if not measured and measured != 0:
+        if instead:
+            print(f"{what}\n  your guess: {_GUESSES[what]:,.6g}\n  measured:   {instead}")
+            return
         raise NotYet(f"Nothing is measured yet for “{what}”: use the panel above first, then run this cell again.")
     guess = _GUESSES[what]
     print(f"{what}\n  your guess: {guess:,.6g}\n  measured:   {measured:,.6g}")

@@ -147,6 +147,24 @@ def _evidence(function) -> str:
     return ""
 
 
+def _int8(function) -> str:
+    rows = torch.tensor([[1.0, -2.0, 0.5, 127.0], [0.01, -0.02, 0.0, 0.005]])
+    stored, scale = function(rows)
+    if tuple(stored.shape) != (2, 4) or stored.dtype != torch.int8:
+        return (
+            f"the stored rows have shape {tuple(stored.shape)} and type {stored.dtype}; (2, 4) and torch.int8 are due."
+        )
+    if scale.numel() == 1:
+        return "one scale for all rows: the second row becomes 0. Each row needs a scale of its own."
+    if scale.numel() != 2:
+        return f"there are {scale.numel()} scales for 2 rows; one per row is due."
+    if not torch.allclose(scale.flatten(), torch.tensor([1.0, 0.02 / 127])):
+        return "a row's scale is its largest absolute value / 127, so that this value is stored as 127 or -127."
+    if (stored.float() * scale.reshape(2, 1) - rows).abs().div(scale.reshape(2, 1)).max() > 0.501:
+        return "an entry is off by more than half a scale: round to the nearest whole number before the conversion."
+    return ""
+
+
 EXERCISES: dict[str, Exercise] = {
     "start": Exercise(
         f"In dense attention, how many keys do all {TOKENS:,} words of a text read together?", _start,
@@ -203,6 +221,13 @@ EXERCISES: dict[str, Exercise] = {
         ("A score for each key is enough: sight.best(score, rows) adds the window and keeps within the budget.",
          "sight.q[:, :, rows] @ sight.k.transpose(-1, -2) is the likeness of queries and keys before RoPE."),
         "def mine(sight, rows):\n    return sight.best(sight.q[:, :, rows] @ sight.k.transpose(-1, -2), rows)",
+    ),
+    "int8": Exercise(
+        "Write store(x): the rows x (n, d) as int8 and one scale per row (n,), so that their product is near x.", _int8,
+        "No entry is off by more than half a scale, and one large row does not spoil the others.",
+        ("The scale of a row is its largest absolute value / 127.", "(x / scale[:, None]).round() are whole numbers."),
+        "import torch\n\n\ndef store(x):\n    scale = x.abs().amax(-1) / 127\n"
+        "    return (x / scale[:, None]).round().to(torch.int8), scale",
     ),
     "evidence": Exercise(
         "Write interval(right, asked): lower and upper end of the 95% interval of a share of right answers.", _evidence,

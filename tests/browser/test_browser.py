@@ -57,7 +57,7 @@ def test_a_question_is_answered_and_its_fact_shown(shelf, asked, shots):
     assert int(shelf.locator(".pp-chosen").get_attribute("data-i")) == chosen
     shelf.locator('button:has-text("show the fact")').click()
     shelf.wait_for_timeout(300)
-    shelf.set_viewport_size({"width": 1400, "height": 1300})  # all of the panel fits below JupyterLab's bars
+    shelf.set_viewport_size({"width": 1400, "height": 1500})  # all of the panel fits below JupyterLab's bars
     shelf.wait_for_timeout(300)
     shelf.locator(".pp-app").screenshot(path=shots / "ask-the-shelf.png")
     shelf.set_viewport_size({"width": 1400, "height": 1060})
@@ -79,10 +79,59 @@ def test_a_slider_asks_again(shelf):
     driver.settle(shelf)
 
 
+def box(page, name: str) -> dict:
+    return page.locator(name).bounding_box()
+
+
+def test_the_tour_frames_each_picture_and_the_keyboard_leads_through_it(shelf):
+    shelf.locator('button:has-text("Guided tour")').click()
+    framed = []
+    for step in range(1, 7):
+        shelf.wait_for_function(
+            f"() => document.querySelector('.pp-tour').textContent.startsWith('{step} of 6') "
+            "&& document.activeElement.className === 'pp-tour'"
+        )
+        frame, card = box(shelf, ".pp-tour-frame"), box(shelf, ".pp-tour")
+        framed.append((round(frame["x"]), round(frame["width"]), round(frame["height"])))
+        apart = card["y"] >= frame["y"] + frame["height"] - 1 or card["y"] + card["height"] <= frame["y"] + 1
+        assert apart, (step, frame, card)
+        if step == 3:
+            row = box(shelf, ".pp-at-row")
+            assert frame["y"] <= row["y"] <= frame["y"] + frame["height"]
+        for _ in range(1 if step == 1 else 2):  # over Back, where it can be pressed
+            shelf.keyboard.press("Tab")
+        if step < 6:
+            shelf.keyboard.press("Enter")
+    assert len(set(framed)) == 6
+    shelf.keyboard.press("Escape")
+    shelf.wait_for_selector(".pp-tour", state="hidden")
+    assert shelf.locator(".pp-tour-frame").is_hidden()
+
+
+def test_cost_and_quality_are_drawn_and_the_losses_come_last(shelf):
+    shelf.locator('button:has-text("Cost against quality")').click()
+    said = "document.querySelector('.pp-workbench').innerText"
+    shelf.wait_for_function(f"() => {said}.includes('nats per token from dense')", timeout=120_000)
+    figure = "document.querySelector('.pp-curve .js-plotly-plot')"
+    shelf.wait_for_function(f"() => {figure}.data[3].x.length === 9 && {figure}.querySelectorAll('.point').length > 30")
+
+
+def test_another_model_can_be_typed_for_a_and_the_panel_says_why_it_is_not_shown(shelf):
+    shelf.locator('button:has-text("Pin as A")').click()
+    entry = shelf.locator(".pp-ways input[type=text]")
+    entry.fill("random")
+    entry.press("Enter")
+    shelf.wait_for_function("() => document.querySelector('.pp-ways').innerText.includes('A is not shown: random layer "
+                            "reads this text as')", timeout=60_000)  # fmt: skip
+    shelf.locator('button:has-text("Unpin A")').click()
+    driver.settle(shelf)
+    entry.wait_for(state="hidden")
+
+
 @pytest.fixture(scope="module")
 def page(notebook):
     """With SmolLM2."""
-    notebook.locator('.pp-model button:has-text("SmolLM2")').click()
+    notebook.locator('.pp-model button:text-is("SmolLM2-135M")').click()
     notebook.wait_for_function("() => !document.querySelector('.pp-title').innerText.includes('shelf-mini')",
                                timeout=driver.READY_MS)  # fmt: skip
     driver.settle(notebook, driver.READY_MS)
@@ -94,7 +143,7 @@ def test_the_whole_model_is_run_at_these_settings(page, shots):
     page.wait_for_function("() => document.querySelector('.pp-readout').innerText.includes('NLL (perplexity)')",
                            timeout=driver.READY_MS)  # fmt: skip
     driver.settle(page)
-    page.set_viewport_size({"width": 1400, "height": 1300})
+    page.set_viewport_size({"width": 1400, "height": 1500})
     page.wait_for_timeout(300)
     page.locator(".pp-app").screenshot(path=shots / "playground.png")
     page.set_viewport_size({"width": 1400, "height": 1060})

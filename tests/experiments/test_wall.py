@@ -25,6 +25,10 @@ def test_lines_stop_and_the_sentences_say_why(monkeypatch):
     assert "stops before 8,192 tokens: a call took 1.0 s at 4,096 tokens, over the limit of 0.5 s." in said
     assert "Dense, fused, stops before 8,192 tokens: out of memory." in said
     assert wall.overtakes(rows, "mha", 1.0, 256) == 2048 and wall.overtakes(rows, "fused", 1.0, 256) == 4096
+    assert wall.never_overtakes(rows, "fused", 1.0, 256) == "" == wall.never_overtakes([], "fused", 1.0, 256)
+    short = [row for row in rows if row["tokens"] <= 1024]
+    never = wall.never_overtakes(short, "fused", 1.0, 256)
+    assert never.startswith("Proteus has not overtaken dense, fused attention up to 1,024 tokens: it is")
     more = list(wall.climb(rows, 0.5, 256, CPU, [512, 1024], limit_s=0.5))  # dense attention has no alpha
     assert {row["who"] for row in more} == {wall.OURS} and len(more) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from proteus_playground.playground import course
 from proteus_playground.playground.course import NotYet, check, compare, hint, predict
@@ -22,6 +23,10 @@ SAID = {  # exercise -> code of a wrong answer -> what the check says about it
     "own": {"{0: {'shortlist': 512}}": "as texts", "{'0': {'shortlist': 512}}": "must be 0 and 1",
             "512": "no dictionary", "{'0': 512, '1': 512}": "layer 0 has 512"},
     "selector": {"lambda s, r: s.window(r + 1, 3)": "later", "lambda s, r: s.window(r, 10**6)": "reads"},
+    "int8": {"lambda x: (x.to(torch.int8), x.abs().max() / 127)": "one scale for all rows",
+             "lambda x: ((x / (s := x.amax(-1) / 127)[:, None]).to(torch.int8), s)": "largest absolute value",
+             "lambda x: ((x / (s := x.abs().amax(-1) / 127)[:, None]).to(torch.int8), s)": "round to the nearest",
+             "lambda x: (x, x[:, 0])": "torch.int8 are due"},
     "evidence": {"lambda r, n: (r / n, r / n)": "expected", "lambda r, n: (0.551, 0.649)": "1.96"},
 }  # fmt: skip
 
@@ -30,7 +35,7 @@ def value(code: str):
     """What an answer's code gives: its value, or the last thing that it defines."""
     from math import exp
 
-    names = {"exp": exp}
+    names = {"exp": exp, "torch": torch}
     if "\n" in code or code.split(" ")[0] in ("answer", "mine"):
         exec(code, names)
         return list(names.values())[-1]
@@ -70,6 +75,8 @@ def test_a_guess_is_kept_and_compared(capsys):
     for measured, said in ((110, "close"), (50, "high, by a factor of 2.0"), (1000, "far apart"), (-1, "far apart")):
         compare("keys", measured)
         assert said in capsys.readouterr().out
+    compare("keys", None, instead="Never, up to 512.")
+    assert capsys.readouterr().out == "keys\n  your guess: 100\n  measured:   Never, up to 512.\n"
 
 
 def test_an_unknown_exercise_is_named():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import time
 from collections import defaultdict
 from html.parser import HTMLParser
 
@@ -174,15 +175,60 @@ def test_a_function_of_a_guest_is_checked_and_joins_the_list():
 def test_cost_against_quality_is_measured_and_clicked(bench):
     bench.curve.measure.click()
     bench.worker.wait()
-    rows = bench.curve.rows
+    bench.worker.wait()
+    curve = bench.curve.curve
+    rows = curve.rows
     assert [row[0] for row in rows] == list(ALPHAS) and rows[0][3] == 0 and rows[-1][2] < rows[0][2]
+    assert list(curve.nll) == list(ALPHAS) and curve.nll[0.5] == pytest.approx(0.15)
+    assert "NLL is +0.300 nats per token from dense" in bench.curve.said.value and not bench.curve.old
+    assert list(bench.curve.widget.data[3].y) == list(curve.nll.values())
 
     class Points:
         xs = (0.25,)
 
     bench.curve._clicked(None, Points, None)
     rest(bench)
-    assert bench.drawn.view.settings.flux_alpha == 0.25 and bench.curve.widget.data[3].x[0] == 0.25
+    assert bench.drawn.view.settings.flux_alpha == 0.25 and bench.curve.widget.data[4].x[0] == 0.25
+    assert not bench.curve.old  # alpha is the axis
+    bench.state.shortlist = 64
+    assert bench.curve.old and "figures of earlier settings" in bench.curve.said.value  # at once
+    bench.state.shortlist = 128
+    assert not bench.curve.old and "earlier" not in bench.curve.said.value
+
+
+def test_losses_come_after_the_picture_and_are_marked_while_they_are_missing(bench):
+    bench.probe.seconds = 0.02
+    bench.curve.measure.click()
+    end = time.monotonic() + 20
+    while bench.curve.curve is None or not bench.curve.curve.nll:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    assert "being measured, " in bench.curve.said.value
+    runs = bench.probe.calls["run_model"]
+    bench.state.shortlist = 64  # the losses that are missing would be those of other settings
+    rest(bench)
+    bench.worker.wait()
+    curve = bench.curve.curve
+    assert 0 < len(curve.nll) < len(ALPHAS) and bench.probe.calls["run_model"] <= runs + 1
+    assert f"NLL: {len(curve.nll)} of 9 values are there." in bench.curve.said.value and bench.curve.old
+    bench.state.shortlist = 128
+    rest(bench)
+    bench.worker.wait()
+    bench.worker.wait()
+    assert len(curve.nll) == len(ALPHAS) and not bench.curve.old and "pp-fresh" in bench.status.value
+    bench.curve.measure.click()
+    while not bench.curve.curve.nll or bench.curve.curve is curve:
+        time.sleep(0.005)
+    bench.cancel.click()
+    assert "stopped; press the button" in bench.curve.said.value and not bench.curve.place.layout.display
+    bench.curve.clear()
+    assert bench.curve.place.layout.display == "none" and not bench.curve.said.value
+    bench.probe.seconds = 0.0
+    bench.state.selector = "quest"
+    rest(bench)
+    bench.curve.measure.click()
+    bench.worker.wait()
+    assert "No NLL: the whole model runs with our own selector only." in bench.curve.said.value
 
 
 class Page(HTMLParser):
@@ -326,7 +372,7 @@ PALETTES = {
     "kinds of keys": [*OKABE_ITO.values(), "#ffffff"],
     "A and B": ["#b35806", "#542788", "#f7f7f7"],
     "before and after": ["#8c959f", "#0072B2", "#ffffff"],
-    "time, reads, error": ["#D55E00", "#0072B2", "#1b1f24", "#ffffff"],
+    "time, reads, error, loss": ["#D55E00", "#0072B2", "#1b1f24", "#009E73", "#ffffff"],
 }
 
 

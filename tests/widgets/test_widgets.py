@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import replace
 from html import escape
@@ -16,9 +17,11 @@ from proteus_playground.widgets import PRESETS, PlayState, Workbench, playground
 from proteus_playground.widgets.apps import make_probe
 from proteus_playground.widgets.parts import raster, sentences
 from proteus_playground.widgets.parts.controls import Knob, LayerControls, ModelChoice, Switch, main_knobs
+from proteus_playground.widgets.parts.html import style_sheets
 from proteus_playground.widgets.parts.state import BY_NAME, KEYS, check, opening, parse, preset_settings
 from proteus_playground.widgets.parts.worker import Worker
 from proteus_playground.widgets.workbench import figure, readout
+from proteus_playground.widgets.workbench.tour import STEPS, Tour
 
 from proteus_playground.attention import AttentionConfig
 from proteus_playground.attention.settings import CONTROLS, LayerShape, Settings, config_for, settings_of
@@ -194,6 +197,38 @@ def test_the_share_box_restores_and_says_what_is_wrong(bench):
     share.json.value = "alpha=7"
     share.restore.click()
     assert "flux_alpha" in share.message.value and bench.state.flux_alpha == 0.75
+
+
+# The tour
+
+
+def test_the_tour_opens_at_a_step_by_argument_and_by_link():
+    made = playground(tour=True, probe=FakeProbe(50))
+    try:
+        assert made.tour.step == made.state.tour == 1 and len(made.tour.steps) == len(STEPS) == BY_NAME["tour"].high
+        made.tour.step = 3  # as the card's button does in the browser
+        assert "tour=3" in made.state.to_string()
+        made.model_choice.buttons.value = "random"
+        assert made.state.tour == 3
+        made.state.restore("tour=5")
+        assert made.tour.step == 5
+        made.tour.step = 0
+        assert made.state.tour == 0 and "tour" not in made.state.to_string()
+        made.guide.click()
+        assert made.tour.step == 1
+    finally:
+        made.close()
+    with pytest.raises(ValueError, match="tour=7"):
+        playground(tour=7, probe=FakeProbe(50))
+
+
+def test_each_step_of_the_tour_is_two_plain_sentences_about_an_element_that_is_there():
+    sheet = style_sheets()
+    for step in STEPS:
+        assert 1 <= len(re.findall(r"[.?!](?: |$)", step.words)) <= 3 and len(step.words) < 260
+        assert all(f"{name} " in sheet for name in step.element.split())
+    assert len({(step.element, step.part) for step in STEPS}) == 6
+    assert "pp-term" in Tour().steps[3]["words"]
 
 
 # Latest wins

@@ -10,7 +10,7 @@ import ipywidgets as w
 from traitlets import HasTraits
 
 from proteus_playground.attention.settings import CONTROLS, Control
-from proteus_playground.hf.models import KNOWN, find
+from proteus_playground.hf.models import KNOWN, SHIPPED, find
 
 from .boxes import button, labelled
 from .state import BY_NAME, MAX_LENGTH, PRESET_TIPS, PRESETS, SETTINGS, SHELF, PlayState, opening, preset_settings
@@ -179,6 +179,47 @@ def _about(known) -> str:
     return f"A language model that was trained without the slider; {kept}"
 
 
+def model_title(name: str) -> str:
+    """How a control calls a model."""
+    return {"shelf-mini": "shelf-mini", "random": "random layer"}.get(name) or find(name).label
+
+
+class ModelEntry(w.Combobox):
+    """The name of any model, typed or chosen from those that the package knows.
+
+    choose(name) may raise ValueError; refused(words) is called with "" before it, and with the error's words after it.
+    """
+
+    def __init__(self, choose: Callable[[str], None], refused: Callable[[str], None], what: str):
+        self._choose, self._refused, self._following = choose, refused, False
+        super().__init__(
+            options=["shelf-mini", *KNOWN, *SHIPPED, "random"], ensure_option=False, continuous_update=False,
+            layout={"width": "190px"},
+        )  # fmt: skip
+        tip(self, f"{what}: a name of the list, a hub id, or the path of a folder or of a GGUF file")
+        self.observe(lambda change: self._chosen(change["new"].strip()), "value")
+
+    def show(self, name: str) -> None:
+        """Shows `name` without choosing it."""
+        self._following, self.value, self._following = True, name, False
+
+    def _chosen(self, name: str) -> None:
+        if self._following or not name:
+            return
+        self._refused("")
+        try:
+            self._choose(name)
+        except ValueError as err:
+            self._refused(str(err))
+
+
+def open_model(state: PlayState, model: str) -> None:
+    """The workbench as `model` opens it, but for what stays. ValueError for a name that leads to no model."""
+    if model != state.model:
+        kept = ("flux_alpha", "keep_ratio", "shortlist", "length", "shelf", "tour", "pinned")
+        state.update(opening(model) | {name: getattr(state, name) for name in kept})
+
+
 class ModelChoice(w.HBox):
     """Which model is shown. Another one opens at once, as by itself; alpha, keep ratio, L and the text lengths stay."""
 
@@ -210,9 +251,8 @@ class ModelChoice(w.HBox):
         self.buttons.value, self._following = model, False
 
     def _choose(self, state: PlayState, model: str) -> None:
-        if model != state.model and not self._following:
-            kept = ("flux_alpha", "keep_ratio", "shortlist", "length", "shelf")
-            state.update(opening(model) | {name: getattr(state, name) for name in kept})
+        if not self._following:
+            open_model(state, model)
 
 
 class SourceControls(w.VBox):
@@ -222,6 +262,9 @@ class SourceControls(w.VBox):
 
     def __init__(self, state: PlayState, on_pull):
         self._state = state
+        self.refused = w.HTML()
+        self.model = ModelEntry(lambda name: open_model(state, name), self._refuse, "The model to show")
+        self.model.show(state.model)
         self.kind = w.ToggleButtons(options=self.CHOICES, value=self._kind_of_state())
         self.paste = w.Textarea(value=state.pasted, placeholder="Paste any text here, then press Read it.",
                                 layout=w.Layout(width="auto", height="72px"))  # fmt: skip
@@ -234,8 +277,9 @@ class SourceControls(w.VBox):
         self.read = button("Read it", "Run the model on this text", self._apply, button_style="info")
         self.pull = button("", "Download the model, once, into your cache folder", on_pull)
         self.kind.observe(lambda _: self._show(), "value")
-        state.observe(lambda _: self._follow(), ["text", "pasted", "length", "shelf"])
+        state.observe(lambda _: self._follow(), ["text", "pasted", "length", "shelf", "model"])
         super().__init__([
+            w.HBox([labelled("model", self.model), self.refused]),
             labelled("text", self.kind), self._numbered, self.paste, self.path,
             w.HBox([labelled("tokens", self.length), self.read, self.pull]),
         ])  # fmt: skip
@@ -246,6 +290,9 @@ class SourceControls(w.VBox):
         self.pull.layout.display = "none" if name is None else ""
         if name is not None:
             self.pull.description = f"Pull {find(name).label}{find(name).download}"
+
+    def _refuse(self, why: str) -> None:
+        self.refused.value = f'<span class="pp-error">{escape(why)}</span>'
 
     def _kind_of_state(self) -> str:
         if self._state.pasted:
@@ -258,6 +305,7 @@ class SourceControls(w.VBox):
 
     def _follow(self) -> None:
         state = self._state
+        self.model.show(state.model)
         self.length.value, self.number.value = state.length, state.shelf
         self.kind.value = self._kind_of_state()
         if state.pasted:

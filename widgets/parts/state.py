@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from typing import NamedTuple
 from urllib.parse import parse_qsl, quote, urlencode
 
 from traitlets import Bool, Float, HasTraits, Int, TraitType, Unicode, validate
@@ -24,6 +25,7 @@ NUMBERS = (
     Control("token", "token", "token", 0, 1_000_000, 0, "The token whose query every picture shows."),
     Control("length", "length", "length", 64, 4096, 1024, "How many tokens of the text the model reads.", "tokens"),
     Control("shelf", "shelf", "shelf", 0, 999_999, 1, "The number of the shelf; every number is another text."),
+    Control("tour", "tour", "tour", 0, 6, 0, "The step of the guided tour that is shown; 0 shows none."),
 )
 BY_NAME = {control.name: control for control in (*NUMBERS, *CONTROLS)}
 WORDS = {
@@ -138,24 +140,38 @@ def _selector(name: str) -> str:
     return name
 
 
+class Pin(NamedTuple):
+    """What is pinned as A, to compare with."""
+
+    settings: Settings
+    way: Way
+    model: str
+
+
+PINNED = (*SETTINGS, "selector", "without", "model")
+
+
 def pin_of(values: Mapping) -> str:
-    """The settings, the selector and what is taken away, of a state's `to_dict`, as a trait `pinned` holds them."""
+    """The settings, the selector, what is taken away and the model, of a state's `to_dict`, as `pinned` holds them."""
     keys = {name: key for key, name in KEYS.items()}
-    return urlencode({keys[name]: _short(values[name]) for name in (*SETTINGS, "selector", "without")}, quote_via=quote)
+    return urlencode({keys[name]: _short(values[name]) for name in PINNED}, quote_via=quote)
 
 
 def _pin(text: str) -> str:
     """Raises ValueError or TypeError for a text that `pin_of` does not make."""
-    if text and not set(parse(text)) <= {*SETTINGS, "selector", "without"}:
-        raise ValueError(f"pinned={text!r}: allowed is settings, a selector and what is taken away, as in a link")
+    if text and not set(parse(text)) <= set(PINNED):
+        raise ValueError(
+            f"pinned={text!r}: allowed is settings, a selector, what is taken away and a model, as in a link"
+        )
     return text
 
 
-def unpin(text: str, model: str) -> tuple[Settings, Way]:
-    """What a trait `pinned` holds; what it leaves out is as `model` opens."""
-    now = opening(model) | parse(text)
+def unpin(text: str, model: str) -> Pin:
+    """What a trait `pinned` holds; what it leaves out is as its model opens, which is `model` where it names none."""
+    named = parse(text)
+    now = opening(named.get("model", model)) | named
     settings = Settings(**{name: now[name] for name in SETTINGS} | {"probes": min(now["probes"], now["gates"])})
-    return settings, Way(now["selector"], Without.parse(now["without"]))
+    return Pin(settings, Way(now["selector"], Without.parse(now["without"])), now["model"])
 
 
 def _short(value):
@@ -253,8 +269,8 @@ class PlayState(checked_traits(BY_NAME.values(), check, **TEXTS)):
     def way(self) -> Way:
         return Way(self.selector, Without.parse(self.without))
 
-    def pin(self) -> tuple[Settings, Way] | None:
-        """The settings and the way that are pinned, to compare with."""
+    def pin(self) -> Pin | None:
+        """What is pinned, to compare with."""
         return unpin(self.pinned, self.model) if self.pinned else None
 
     def preset(self) -> str | None:

@@ -15,12 +15,14 @@ from typing import Any
 
 LANES = (
     "load",
+    "pinned",
     "frame",
     "next",
     "ask",
     "model",
     "curve",
     "repeat",
+    "loss",
 )  # in the order in which waiting requests are served
 QUIET_SECONDS = 2.0  # without a request, after which freed memory is handed back to the system
 IDLE_SECONDS = 10.0  # then, after which the thread ends; the next request starts another

@@ -13,14 +13,24 @@ from proteus_playground.playground.views import GateMap, LayerView, ModelView, R
 
 from ..parts import sentences
 from ..parts.boxes import button, column, row
-from ..parts.controls import Knob, LayerControls, ModelChoice, Presets, ShareControls, SourceControls, main_knobs
-from ..parts.html import no_tiles_html
+from ..parts.controls import (
+    Knob,
+    LayerControls,
+    ModelChoice,
+    Presets,
+    ShareControls,
+    SourceControls,
+    main_knobs,
+    model_title,
+)
+from ..parts.html import MODEL_NAMES, no_tiles_html
 from ..parts.panel import Panel
-from ..parts.state import PlayState
+from ..parts.state import Pin, PlayState
 from . import readout
 from .ask_box import AskBox
 from .figure import compares
 from .next_bars import no_bars_html
+from .tour import Tour
 from .tradeoff import Tradeoff
 from .ways_box import WaysBox
 
@@ -34,7 +44,7 @@ class Wanted:
     head: int
     token: int
     way: Way = Way()
-    pin: tuple[Settings, Way] | None = None
+    pin: Pin | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Frame:
     row: RowView
     gate_map: GateMap
     group: int
-    other: LayerView | None = None  # of the settings that are pinned
+    other: LayerView | None = None  # of what is pinned as A
     other_row: RowView | None = None
 
 
@@ -66,6 +76,7 @@ class Board(Panel):
         super().__init__(readout.TITLE, LEGENDS)
         self.state, self.drawn = state, None
         self.model_view: ModelView | None = None
+        self.model_a: tuple[Pin, ModelView] | None = None  # the whole model at what was pinned
         self.run_model = button(
             "Run the whole model",
             "Run every layer at these settings, and compare the model's loss with that of dense attention",
@@ -73,6 +84,11 @@ class Board(Panel):
         self.cancel = button("Cancel", "Stop what is running")
         self.more = w.ToggleButton(description="More controls", icon="sliders", layout={"width": "auto"})
         self.more.observe(lambda change: self._show_more(change["new"]), "value")
+        self.guide = button("Guided tour", "Six steps through the pictures; Escape ends it",
+                            lambda: state.update({"tour": 1}), icon="map-signs")  # fmt: skip
+        self.tour = Tour()
+        self.tour.observe(lambda change: state.update({"tour": change["new"]}), "step")
+        state.observe(lambda _: self._show_tour(), "tour")
         self.layer_controls = LayerControls(state)
         self.source_controls = SourceControls(state, on_pull)
         self.ask_box, self.ways = AskBox(state, on_show), WaysBox(state, verdict)
@@ -83,16 +99,18 @@ class Board(Panel):
         self.drawer = w.GridBox([self.layer_controls, self.source_controls, self.share_controls])
         self.drawer.add_class("pp-drawer")
         self.presets, self.main = Presets(state), main_knobs(state)
-        knobs = column("pp-top", self.main, row("pp-actions", self.presets, self.run_model, self.cancel, self.more))
+        actions = row("pp-actions", self.presets, self.run_model, self.cancel, self.more, self.guide)
+        knobs = column("pp-top", self.main, actions)
         self.model_choice = ModelChoice(state)
         over = [self.captions[name] for name in ("heads", "gates", "row")]
         self.place(
-            "pp-workbench", row("pp-banner", self.banner, self.model_choice), knobs, self.ways, self.ask_box,
+            "pp-workbench", self.tour, row("pp-banner", self.banner, self.model_choice), knobs, self.ways, self.ask_box,
             self.drawer,
             self.numbers, self.pays, self.beside([pictures, *over], [self.captions["text"], text, self.next]),
             self.curve,
         )  # fmt: skip
         self._show_more(False)
+        self._show_tour()
         self._show_empty(
             "The model is being loaded, then it reads the text once. After that, only the layer on show runs again."
         )
@@ -104,7 +122,8 @@ class Board(Panel):
         self.ways.follow(view.layer, frame.group, row, tokens)
         two = frame.other is not None
         self._draw_heads_caption(view, row.head, frame.other)
-        self.caption("gates", f"Prototypes of KV group {frame.group}", sentences.gates_sentence(row, tokens))
+        self.caption("gates", f"Prototypes of KV group {frame.group}", sentences.gates_sentence(row, tokens),
+                     readout.TWO_GATE_LEGEND if two else None)  # fmt: skip
         said = sentences.row_sentence(row, tokens)
         if two:
             below = sentences.shares(frame.other_row)
@@ -113,7 +132,10 @@ class Board(Panel):
                      readout.legend_html(row.kind[: row.token + 1], bool(getattr(probe, "fact", None))))  # fmt: skip
         self.caption("text", "The text", sentences.text_sentence(view, row, tokens),
                      readout.TWO_TEXT_LEGEND if two else None)  # fmt: skip
-        self.title.value = readout.workbench_title_html(probe.name, probe.n_layers, len(tokens), self.state.text, view)
+        pin, shown = frame.wanted.pin, MODEL_NAMES.get(probe.name, probe.name)
+        if pin is not None and pin.model != self.state.model:
+            shown = f"B {shown}, A {model_title(pin.model)}"
+        self.title.value = readout.workbench_title_html(shown, probe.n_layers, len(tokens), self.state.text, view)
         self._draw_split()
 
     def _draw_heads_caption(self, view: LayerView, head: int, other: LayerView | None) -> None:
@@ -126,8 +148,13 @@ class Board(Panel):
         self.caption("heads", f"Heads: {what}", said, legend)
 
     def _draw_numbers(self, view: LayerView, runs: int) -> None:
-        self.numbers.value = readout.readout_html(self.number, view, runs, self.model_view, self.drawn.wanted.settings,
-                                                  self.drawn.other, self.kl)  # fmt: skip
+        drawn = self.drawn
+        if drawn.other is None:
+            html = readout.readout_html(self.number, view, runs, self.model_view, drawn.wanted.settings, self.kl)
+        else:
+            model_a = self.model_a[1] if self.model_a and self.model_a[0] == drawn.wanted.pin else None
+            html = readout.two_html(self.number, view, drawn.other, self.model_view, model_a, drawn.wanted.settings)
+        self.numbers.value = html
 
     def _show_empty(self, why: str) -> None:
         for name, title in EMPTY_TITLES.items():
@@ -152,12 +179,15 @@ class Board(Panel):
         parts = knobs | {
             "model": self.model_choice, "selectors": self.ways, "question": self.ask_box, "presets": self.presets,
             "more": self.more, "run_model": self.run_model, "next": self.next, "curve": self.curve, "pays": self.pays,
-            "text": self.source_controls, "link": self.share_controls,
+            "text": self.source_controls, "link": self.share_controls, "tour": self.guide,
         }  # fmt: skip
         for name in names:
             if name not in parts:
                 raise ValueError(f"hide={name!r}: allowed is {', '.join(parts)}")
             parts[name].add_class("pp-hidden")
+
+    def _show_tour(self) -> None:
+        self.tour.step = self.state.tour
 
     def _show_more(self, shown: bool) -> None:
         self.drawer.layout.display = "" if shown else "none"

@@ -19,6 +19,7 @@ from ..parts.terms import with_terms
 from .figure import MARKED
 
 TITLE = "Proteus workbench"
+NLL_TIP = "How badly the model predicts the next token, in nats (mean negative log-likelihood); lower is better."
 SPLIT_COLOURS = {"window": "#0072B2", "anchors": "#E69F00", "rings": "#009E73", "notes": "#CC79A7"}
 
 
@@ -31,15 +32,13 @@ class Far:
     old: bool = False
 
 
-def readout_html(request: int, view: LayerView, runs: int, model: ModelView | None, settings: Settings,
-                 other: LayerView | None = None, kl: Far | None = None) -> str:  # fmt: skip
+def readout_html(
+    request: int, view: LayerView, runs: int, model: ModelView | None, settings: Settings, kl: Far | None = None
+) -> str:
     """All tiles. runs: `view.latency_ms` is their median; model: may have been run at other `settings`.
 
-    other: of the settings that are pinned as A; each tile then shows A below, and how B compares.
     kl: for a model that was trained with the slider; None for others.
     """
-    if other is not None:
-        return tiles_html(request, _two(view, other))
     size, heads = view.head_map.shape
     reads = mean_reads(view)
     kept = int(view.kept.sum())
@@ -111,8 +110,10 @@ def mean_reads(view: LayerView) -> float:
     return float(view.reads[rows].mean()) if rows.any() else 0.0
 
 
-def _two(b: LayerView, a: LayerView) -> list[str]:
-    """Tiles of B with A below and the ratio."""
+def two_html(
+    request: int, b: LayerView, a: LayerView, model: ModelView | None, model_a: ModelView | None, settings: Settings
+) -> str:
+    """Tiles of B with A, what is pinned, below, and the ratio. model: of B, may have been run at other `settings`."""
     timed = a.way.plain and b.way.plain
     pairs = (
         ("keys per query", mean_reads(b), mean_reads(a), lambda x: f"{x:,.0f}"),
@@ -125,9 +126,19 @@ def _two(b: LayerView, a: LayerView) -> list[str]:
         ("bytes, predicted", b.bytes, a.bytes, lambda x: quantity(x, "B")),
         ("output error", b.error, a.error, lambda x: f"{x:.1%}"),
     )  # fmt: skip
-    return [cell(f"{label}: B", words(now), f"A {words(was)}{_ratio(now, was)}",
-                 "B is set by the sliders, A is pinned; × is B divided by A.")
-            for label, now, was, words in pairs]  # fmt: skip
+    cells = [cell(f"{label}: B", words(now), f"A {words(was)}{_ratio(now, was)}",
+                  "B is set by the sliders, A is pinned; × is B divided by A.")
+             for label, now, was, words in pairs]  # fmt: skip
+    return tiles_html(request, [*cells, _two_models_cell(model, model_a, settings)])
+
+
+def _two_models_cell(model: ModelView | None, model_a: ModelView | None, settings: Settings) -> str:
+    tip = f"{NLL_TIP} Run the whole model measures A and B, both with our own selector and nothing taken away."
+    if model is None:
+        return cell("whole model", "–", "not run yet", tip)
+    old = model.settings != settings
+    below = "A not run yet" if model_a is None else f"A {model_a.nll:.3f} ({model.nll - model_a.nll:+.3f})"
+    return cell("NLL: B, earlier" if old else "NLL: B", f"{model.nll:.3f}", below, tip, "pp-old" if old else "")
 
 
 def _ratio(now: float, was: float) -> str:
@@ -136,11 +147,10 @@ def _ratio(now: float, was: float) -> str:
 
 def _model_cell(model: ModelView | None, settings: Settings, plain: bool = True) -> str:
     """plain: whether the pictures show our own selector, with which the whole model always runs."""
-    tip = "How badly the model predicts the next token, in nats (mean negative log-likelihood); lower is better."
     if model is None:
-        return cell("whole model", "–", "not run yet", tip)
+        return cell("whole model", "–", "not run yet", NLL_TIP)
     old = model.settings != settings
-    tip = f"{tip} {model.scored_tokens:,} tokens, {model.seconds:.1f} s; dense took {model.dense_seconds:.1f} s."
+    tip = f"{NLL_TIP} {model.scored_tokens:,} tokens, {model.seconds:.1f} s; dense took {model.dense_seconds:.1f} s."
     below = f"dense {model.dense_nll:.3f} ({model.dense_perplexity:.1f})"
     label = "NLL, earlier settings" if old else "NLL (perplexity)" if plain else "NLL, our selector"
     return cell(label, f"{model.nll:.3f} ({model.perplexity:.1f})", below, tip, "pp-old" if old else "")
@@ -184,11 +194,7 @@ def legend_html(kinds: np.ndarray, fact: bool = False) -> str:
 
 def workbench_title_html(name: str, layers: int, tokens: int, text: str, view: LayerView) -> str:
     where = f"on {view.device}, {view.backend} backend ({view.backend_reason})"
-    parts = (
-        f"{MODEL_NAMES.get(name, name)}, layer {view.layer} (of 0 to {layers - 1})",
-        f"{tokens:,} tokens of “{text}”",
-        where,
-    )
+    parts = (f"{name}, layer {view.layer} (of 0 to {layers - 1})", f"{tokens:,} tokens of “{text}”", where)
     return title_html(TITLE, *parts)
 
 
@@ -204,6 +210,7 @@ GATE_LEGEND = (
     + key(OKABE_ITO[3], "ring")
     + '<span style="color:#D55E00">★ this token</span>'
 )
+TWO_GATE_LEGEND = GATE_LEGEND + "<span>○ read by A</span>"
 TWO_HEAT_LEGEND = '<span class="pp-two">A more <i></i> B more</span>'
 TWO_TEXT_LEGEND = key("#1b1f24", "read by B only", line=True) + key("#8c959f", "read by A only, dashed", line=True)
 TEXT_LEGEND = key("#f6ee92", "salient") + "".join(

@@ -12,7 +12,7 @@ from proteus_playground.attention.selectors import OURS, SELECTORS, Without, off
 from proteus_playground.playground.views import RowView
 
 from ..parts.boxes import button, labelled, row
-from ..parts.controls import bind, tip
+from ..parts.controls import ModelEntry, bind, model_title, tip
 from ..parts.sentences import shown
 from ..parts.state import SETTINGS, PlayState, pin_of, unpin
 
@@ -38,7 +38,9 @@ class WaysBox(w.VBox):
         self.swap = button(
             "A ⇄ B", "Exchanges A and B: the sliders take the settings of A, and those of B are pinned", self._swap
         )
-        self.pinned = w.HTML()
+        self.pinned, self.apart = w.HTML(), w.HTML()
+        self.model_a = ModelEntry(self._choose_model, self.say_apart, "The model of A")
+        self.model_a_row = labelled("A's model", self.model_a, "76px")
         self.parts = {part: self._toggle(part, words, WHAT[part])
                       for part, words in (("notes", "notes"), ("rings", "far keys"))}  # fmt: skip
         self.local = {name: self._toggle("", "") for name in ("head", "gate", "key")}
@@ -51,7 +53,8 @@ class WaysBox(w.VBox):
         away = w.HTML('<span class="pp-knob-name">take away</span>')
         choose = row("pp-ways-row", labelled("selector", self.choice, "172px"), self.about)
         less = row("pp-ways-row", away, *self.parts.values(), *self.local.values(), self.chips, self.back)
-        super().__init__([choose, self.verdict, less, row("pp-ways-row", self.pin, self.swap, self.pinned)])
+        compare = row("pp-ways-row", self.pin, self.swap, self.model_a_row, self.pinned, self.apart)
+        super().__init__([choose, self.verdict, less, compare])
         self.add_class("pp-ways")
         state.observe(lambda _: self._show(), ["selector", "without", "pinned", "model"])
         self._show()
@@ -92,9 +95,21 @@ class WaysBox(w.VBox):
     def _swap(self) -> None:
         state = self.state
         if state.pinned:
-            (settings, way), now = unpin(state.pinned, state.model), pin_of(state.to_dict())
-            wanted = {name: getattr(settings, name) for name in SETTINGS}
-            state.update({**wanted, "selector": way.selector, "without": str(way.without), "pinned": now})
+            (settings, way, model), now = unpin(state.pinned, state.model), pin_of(state.to_dict())
+            wanted = {name: getattr(settings, name) for name in SETTINGS} | {"model": model, "pinned": now}
+            state.update({**wanted, "selector": way.selector, "without": str(way.without)})
+
+    def _choose_model(self, name: str) -> None:
+        """Gives A another model, at the settings that are pinned. Raises as `check`."""
+        state = self.state
+        if state.pinned:
+            settings, way, _ = unpin(state.pinned, state.model)
+            pinned = {key: getattr(settings, key) for key in SETTINGS} | {"selector": way.selector, "model": name}
+            state.pinned = pin_of(pinned | {"without": str(way.without)})
+
+    def say_apart(self, why: str) -> None:
+        """Why A is not shown; "" where it is."""
+        self.apart.value = f'<span class="pp-note" role="status">{escape(why)}</span>' if why else ""
 
     def _show(self) -> None:
         state = self.state
@@ -115,7 +130,9 @@ class WaysBox(w.VBox):
         self.back.layout.display = "" if parts else "none"
         self.pin.description = "Unpin A" if state.pinned else "Pin as A"
         self.pin.button_style = "info" if state.pinned else ""
-        self.swap.layout.display = "" if state.pinned else "none"
+        self.swap.layout.display = self.model_a_row.layout.display = "" if state.pinned else "none"
+        if state.pinned:
+            self.model_a.show(unpin(state.pinned, state.model).model)
         self.pinned.value = f'<span class="pp-note">{pin_words(state)}</span>'
 
 
@@ -152,16 +169,20 @@ def pin_words(state: PlayState) -> str:
     """How A differs from B, in words."""
     if not state.pinned:
         return "To compare two settings, press Pin as A, then move the sliders: they set B."
-    settings, way = unpin(state.pinned, state.model)
+    settings, way, model = unpin(state.pinned, state.model)
     now, here = state.settings(), state.way()
     differ = [f"{name.replace('_', ' ')} {getattr(settings, name):g} → {getattr(now, name):g}"
               for name in SETTINGS if getattr(settings, name) != getattr(now, name)]  # fmt: skip
+    if model != state.model:
+        differ.insert(0, f"{model_title(model)} → {model_title(state.model)}")
     if way.selector != here.selector:
         differ.append(f"{way.selector} → {here.selector}")
     if way.without != here.without:
         differ.append(f"without {way.without or 'nothing'} → without {here.without or 'nothing'}")
     return (
-        f"A → B: {', '.join(differ)}" if differ else "A and B are the same: move a slider or choose another selector."
+        f"A → B: {', '.join(differ)}"
+        if differ
+        else "A and B are the same: move a slider, choose another selector, or give A another model."
     )
 
 

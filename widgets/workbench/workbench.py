@@ -17,14 +17,16 @@ from proteus_playground.playground.next_token import compare
 from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
 from proteus_playground.playground.views import LayerView, ModelView
 
-from ..parts.state import SETTINGS, PlayState
+from ..parts.state import SETTINGS, Pin, PlayState
 from ..parts.text_panel import TextPanel
+from ..parts.worker import LANES
 from . import readout
-from .board import Board, Frame, Wanted
+from .board import Frame, Wanted
 from .figure import Pictures
 from .keep import keep
 from .next_bars import NONE, bars_html, no_bars_html
-from .tradeoff import measure
+from .tradeoff import ALPHAS, Curve, measure
+from .two_models import SOURCE, Probes, TwoModels, source_of
 
 PAINT_SECONDS = 0.25  # after which the next picture is sent even if the browser has not painted the last one
 REST_SECONDS = 0.8  # without a move, after which the layer is timed again
@@ -32,10 +34,9 @@ NEXT_SECONDS = 0.1  # likewise, after which the next token is asked for
 KEPT = 8  # predictions that are kept
 REPEATS = 4  # extra runs, so that the latency shown is a median
 WAYS = ("selector", "without", "pinned")
-SOURCE = ("model", "text", "pasted", "length", "shelf", "question")
 
 
-class Workbench(Board):
+class Workbench(TwoModels):
     """What `playground` returns. `state` is a `PlayState`, `drawn` the last `Frame` shown and `number` its request."""
 
     def __init__(self, state: PlayState, make_probe: Callable, verdict: str = ""):
@@ -44,18 +45,17 @@ class Workbench(Board):
         self._moved = threading.Event()  # set as soon as a slider moves
         self._seen = False  # whether a browser has ever painted a picture
         super().__init__(
-            state, self.pictures.widget, self.text, self._pull, self._go_to, verdict, self._measure_curve, self.keep
-        )
-        self.probe = None
+            Probes(make_probe), state, self.pictures.widget, self.text, self._pull, self._go_to, verdict,
+            self._measure_curve, self.keep,
+        )  # fmt: skip
         self.reply: Reply | None = None
-        self._make_probe = make_probe
         self._view: LayerView | None = None  # the last one computed, so that a click on a token re-runs no layer
         self._timed: LayerView | None = (
             None  # the last run of the layer on show; its latency is the median of `_runs` runs
         )
         self._runs = 0
-        self._other: LayerView | None = None  # the last one computed of the settings that are pinned
-        self._expected: dict[tuple, np.ndarray] = {}  # (token, settings, way) -> log-probabilities of the next token
+        self._other: LayerView | None = None  # the last one computed of what is pinned, by the probe `_a_seen`
+        self._a_seen = None
         self._fitted: set[tuple[int, int]] = set()  # (layer, gates) whose prototypes are fitted
         self.run_model.on_click(lambda _: self._run_whole_model())
         self.cancel.on_click(lambda _: self.stop())
@@ -65,6 +65,7 @@ class Workbench(Board):
         state.observe(lambda _: self._ask(), ["head", "token"])
         state.observe(lambda _: self._load(), list(SOURCE))
         self._load()
+        self._load_pinned()
 
     # What is wanted
 
@@ -72,16 +73,17 @@ class Workbench(Board):
         """What the controls ask for, within the layers, heads and tokens that exist."""
         state, probe = self.state, self.probe
         if probe is None:
-            return Wanted(state.settings(), state.layer, state.head, state.token, state.way(), state.pin())
+            return Wanted(state.settings(), state.layer, state.head, state.token, state.way())
         return Wanted(state.settings(), min(state.layer, probe.n_layers - 1), min(state.head, probe.n_heads - 1),
-                      min(state.token, len(probe.tokens) - 1), state.way(), state.pin())  # fmt: skip
+                      min(state.token, len(probe.tokens) - 1), state.way(), self._pin())  # fmt: skip
 
     def _settings_changed(self) -> None:
         if self.worker.busy == "model":
             self.worker.cancel("model")  # its result would belong to the old settings
-        self.worker.cancel("ask", "next")  # likewise; the next question is sent after the picture
+        self.worker.cancel("ask", "next", "loss")  # likewise; they are asked for again after the picture
         self._show_reply()
         self._ask()
+        self._measure_loss()
 
     def _ask(self) -> None:
         """Requests the picture that the controls ask for."""
@@ -93,7 +95,8 @@ class Workbench(Board):
             return
         self._stop_timing()
         self.say_soon(self._still_stale)
-        self.worker.submit("frame", lambda stop, _: self._compute(probe, wanted, stop), self._draw, self._failed)
+        a = None if wanted.pin is None else self._probe_of(wanted.pin)
+        self.worker.submit("frame", lambda stop, _: self._compute(probe, a, wanted, stop), self._draw, self._failed)
 
     def _stay(self) -> None:
         """The controls are back at the picture on show: drops the picture on its way, and asks the model if need be."""
@@ -123,8 +126,8 @@ class Workbench(Board):
     def _shown(self) -> Wanted | None:
         return self.drawn.wanted if self.drawn is not None else None
 
-    def _compute(self, probe, wanted: Wanted, stop) -> Frame:
-        """On the worker: computes what differs from the last picture."""
+    def _compute(self, probe, a, wanted: Wanted, stop) -> Frame:
+        """On the worker: computes what differs from the last picture. a: the probe of what is pinned, or None."""
         settings, layer, way = wanted.settings, wanted.layer, wanted.way
         view = _again(self._view, probe, layer, settings, way, stop)
         group = wanted.head * probe.n_groups // probe.n_heads
@@ -132,10 +135,11 @@ class Workbench(Board):
         gate_map = probe.gate_map(layer, group, settings.gates)
         other = other_row = None
         if wanted.pin is not None:
-            other = _again(self._other, probe, layer, *wanted.pin, stop)
-            other_row = probe.row(layer, wanted.pin[0], wanted.token, wanted.head, wanted.pin[1])
+            pin = wanted.pin
+            other = _again(self._other if a is self._a_seen else None, a, layer, pin.settings, pin.way, stop)
+            other_row = a.row(layer, pin.settings, wanted.token, wanted.head, pin.way)
         if probe is self.probe:
-            self._view, self._other = view, other
+            self._view, self._other, self._a_seen = view, other, a
         return Frame(wanted, view, row, gate_map, group, other, other_row)
 
     # What is shown
@@ -174,9 +178,9 @@ class Workbench(Board):
         if not probe.predicts:
             return
         settings, way = wanted.settings, wanted.way
-        before, names = (None, Way()), ("dense", "these settings")
+        before, names, first = (None, Way()), ("dense", "these settings"), probe
         if wanted.pin is not None:
-            before, names = wanted.pin, ("A", "B")
+            before, names, first = wanted.pin[:2], ("A", "B"), self._probe_of(wanted.pin)
         elif way.without != Without():
             before, names = (settings, Way(way.selector)), ("all", "less")
         moved = self._moved = threading.Event()
@@ -184,7 +188,8 @@ class Workbench(Board):
         def compute(stop, _):
             if moved.wait(NEXT_SECONDS):
                 raise Stopped
-            made = [self._expect(probe, wanted.token, *one, stop) for one in (before, (settings, way))]
+            asked = ((first, before), (probe, (settings, way)))
+            made = [self._expect(one, wanted.token, *at, stop) for one, at in asked]
             return compare(*made, probe.words_of, names)
 
         def show(_: int, seen) -> None:
@@ -229,31 +234,37 @@ class Workbench(Board):
     def _load(self) -> None:
         """Loads another model or text; the old pictures stay, marked as old, until the new ones are there."""
         state = self.state
-        source = {name: getattr(state, name) for name in SOURCE} | {"settings": state.settings()}
-        self.worker.cancel()
+        source, settings = source_of(state), state.settings()
+        self.worker.cancel(*(lane for lane in LANES if lane != "pinned"))
         self.say("busy", 0.0, "loading")
-        self.worker.submit("load", lambda stop, progress: self._make_probe(source, stop, progress), self._loaded,
-                           self._failed, self._progress)  # fmt: skip
+        self.worker.submit("load", lambda stop, progress: self.probes.open(source, settings, stop, progress),
+                           self._loaded, self._failed, self._progress)  # fmt: skip
 
     def _loaded(self, _: int, made: tuple) -> None:
         probe, why = made
         state = self.state
-        self.worker.cancel("frame", "next", "ask", "repeat", "model", "curve")
+        self.worker.cancel("frame", "next", "ask", "repeat", "model", "curve", "loss")
+        self.probes.keep(source_of(state), self._a_source)
         place = self._place(probe)
         self.probe, self.drawn, self.model_view, self._view, self.reply = probe, None, None, None, None
         self._fitted.clear()
         self._expected.clear()
-        self._other, self.kl = None, readout.Far(None, "dense") if isinstance(probe, ShelfProbe) else None
+        self.model_a, self._other, self.kl = (
+            None,
+            None,
+            readout.Far(None, "dense") if isinstance(probe, ShelfProbe) else None,
+        )
         self.curve.clear()
         self.pays.value = readout.pays_html(len(probe.tokens))
         self.next.value = no_bars_html("…" if probe.predicts else NONE)
         self.banner.value = readout.banner_html(probe, why)
         self.run_model.disabled = probe.random
-        self.source_controls.offer_pull(state.model if why and state.model not in ("shelf-mini", "random") else None)
+        self._offer_pull(state.model if why else "")
         self.layer_controls.knobs["layer"].limit(probe.n_layers - 1)
         self.layer_controls.knobs["head"].limit(probe.n_heads - 1)
         shelf = probe if isinstance(probe, ShelfProbe) else None
         fact = (shelf.fact if shelf else None) or (0, 0)
+        self._judge_pinned()
         self.ask_box.offer(shelf)
         self.pictures.reset(probe.tokens, probe.n_heads, fact)
         self.text.marked, self.text.tokens = fact, probe.tokens
@@ -277,11 +288,17 @@ class Workbench(Board):
             return
         self.say("busy", 0.0, "whole model")
         self._stop_timing()
-        self.worker.submit("model", lambda stop, progress: probe.run_model(settings, progress=progress, stop=stop),
-                           self._model_done, self._failed, self._progress)  # fmt: skip
+        pin = self._pin()
+        a = None if pin is None else self._probe_of(pin)
 
-    def _model_done(self, _: int, view: ModelView) -> None:
-        self.model_view = view
+        def run(stop, progress) -> tuple[ModelView, tuple[Pin, ModelView] | None]:
+            view = probe.run_model(settings, progress=progress, stop=stop)
+            return view, pin and (pin, a.run_model(pin.settings, progress=progress, stop=stop))
+
+        self.worker.submit("model", run, self._model_done, self._failed, self._progress)
+
+    def _model_done(self, _: int, views: tuple) -> None:
+        self.model_view, self.model_a = views
         if self.drawn is not None:
             self._draw_numbers(self._timed, self._runs)
             self._ask_next(self.drawn)
@@ -323,29 +340,60 @@ class Workbench(Board):
         self._stop_timing()
         name = f"Layer {wanted.layer}, {len(probe.tokens):,} tokens, {wanted.way.selector}, on this machine"
 
-        def show(_: int, rows: list) -> None:
-            self.curve.draw(rows, name)
+        def show(_: int, curve: Curve) -> None:
+            self.curve.draw(curve, name)
+            self._mark_curve()
             self.say("fresh" if self.wanted() == self._shown() else "stale")
+            self._measure_loss()
 
         self.worker.submit(
             "curve", lambda *told: measure(probe, wanted.layer, wanted.settings, wanted.way, *told), show, self._failed,
             self._progress,
         )  # fmt: skip
 
+    def _mark_curve(self) -> bool:
+        """Marks the curve as old or not; returns whether it is of what is on show."""
+        curve, wanted = self.curve.curve, self.wanted()
+        ours = curve is not None and curve.of(wanted.layer, wanted.settings, wanted.way)
+        self.curve.mark(not ours)
+        return ours
+
+    def _measure_loss(self) -> None:
+        """Runs the whole model at the next alpha of the curve that has no loss yet, after everything else."""
+        probe, curve = self.probe, self.curve.curve
+        alpha = curve.due if self._mark_curve() else None
+        if alpha is None:
+            return
+        settings, what = replace(curve.settings, flux_alpha=alpha), f"whole model at flux α {alpha:g}"
+
+        def run(stop, progress) -> ModelView:
+            progress(len(curve.nll) / len(ALPHAS), what)
+            return probe.run_model(settings, stop=stop)
+
+        def show(_: int, view: ModelView) -> None:
+            curve.nll[alpha] = view.nll - view.dense_nll
+            self.curve.draw(curve, self.curve.what)
+            self.say("fresh" if self.wanted() == self._shown() else "stale")
+            self._measure_loss()
+
+        self.worker.submit("loss", run, show, self._failed, self._progress)
+
     def keep(self, path: str | Path, only: str | None = None) -> Path:
         """Writes what is on show as one page that needs no network. See `keep.keep`."""
         return keep(self, path, only)
 
     def _pull(self) -> None:
-        model = self.state.model
+        model = self._missing
         place = find(model)
         self.say("busy", 0.0, f"fetching {place.label}{place.download}; this cannot be cancelled")
-        self.worker.submit("load", lambda stop, progress: pull(model, progress=False), lambda n, path: self._load(),
+        self.worker.submit("load", lambda stop, progress: pull(model, progress=False), lambda n, path: self._pulled(),
                            self._failed, self._progress)  # fmt: skip
 
     def stop(self) -> None:
         """Cancel: stops the running work at its next check, and drops the work that waits."""
         self.worker.cancel()
+        self._stop_pinned()
+        self.curve.halt()
         if self.probe is None:
             self._show_empty("Stopped before a model was loaded. Choose a text under More controls and press Read it.")
         self.say("fresh" if self.drawn and self.wanted() == self._shown() else "stopped")

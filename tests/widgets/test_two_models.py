@@ -1,0 +1,176 @@
+"""A and B of two models: both are shown where they can be compared, and the panel says why where they cannot."""
+
+from __future__ import annotations
+
+import pytest
+from fake_probe import FakeProbe
+from helpers import text_of
+from proteus_playground.widgets import PlayState
+from proteus_playground.widgets.parts.state import opening, pin_of, unpin
+from proteus_playground.widgets.workbench import workbench
+from proteus_playground.widgets.workbench.two_models import Probes, apart, source_of
+from proteus_playground.widgets.workbench.workbench import Workbench
+from test_widgets import rest
+
+KIND = {"smollm2": {}, "someone/healed": {"error": 0.5}, "someone/other": {"tokens": 90}, "someone/wide": {"heads": 12}}
+
+
+class Healed(FakeProbe):
+    """A probe with another error and other next tokens than `FakeProbe`."""
+
+    def __init__(self, name: str, tokens: int = 120, heads: int = 9, error: float = 0.0):
+        super().__init__(tokens, heads=heads)
+        self.name, self.plus = name, error
+
+    def view(self, layer, settings, **given):
+        view = super().view(layer, settings, **given)
+        object.__setattr__(view, "error", view.error + self.plus)
+        return view
+
+    def next_logprobs(self, token, *rest, **given):
+        return super().next_logprobs((token + round(10 * self.plus)) % len(self.tokens), *rest, **given)
+
+    def run_model(self, settings, **given):
+        view = super().run_model(settings, **given)
+        object.__setattr__(view, "nll", view.nll + self.plus)
+        return view
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """(a workbench of smollm2, the models that were opened)."""
+    monkeypatch.setattr(workbench, "REST_SECONDS", 0.0)
+    monkeypatch.setattr(workbench, "NEXT_SECONDS", 0.0)
+    opened = []
+
+    def make(source, stop, progress):
+        opened.append(source["model"])
+        if source["model"] == "someone/gone":
+            raise OSError("the disk is gone")
+        if source["model"] not in KIND:
+            return FakeProbe(120), f"{source['model']} is not on this machine"
+        return Healed(source["model"], **KIND[source["model"]]), ""
+
+    state = PlayState("smollm2")
+    state.flux_alpha = 0.5
+    bench = Workbench(state, make)
+    bench.worker.wait()
+    rest(bench)
+    yield bench, opened
+    bench.close()
+
+
+def choose_a(bench, name: str) -> None:
+    bench.ways.model_a.value = name
+    bench.worker.wait()
+    rest(bench)
+
+
+def test_every_panel_shows_both_models(made):
+    bench, opened = made
+    bench.ways.pin.click()
+    assert bench.ways.model_a.value == "smollm2" and "smollm2-slider" in bench.ways.model_a.options
+    choose_a(bench, "someone/healed")
+    frame = bench.drawn
+    assert frame.other.error == pytest.approx(0.6) and frame.view.error == pytest.approx(0.1)
+    assert "10.0%" in text_of(bench.numbers.value) and "A 60.0%" in text_of(bench.numbers.value)
+    assert frame.other_row is not None and len(bench.text.other) == len(bench.probe.tokens)
+    assert bench.pictures.widget.layout.yaxis4.visible and "read by A" in bench.captions["gates"].value
+    assert "B smollm2, A someone/healed" in text_of(bench.title.value).replace("SmolLM2-135M", "smollm2")
+    assert "someone/healed → SmolLM2-135M" in bench.ways.pinned.value and not bench.ways.apart.value
+    bench.worker.wait()
+    assert "Likeliest with A" in bench.next.value and "KL under" not in bench.next.value
+    bench.run_model.click()
+    bench.worker.wait()
+    said = text_of(bench.numbers.value)
+    assert "NLL: B3.550" in said and "A 4.050 (-0.500)" in said
+    bench.state.flux_alpha = 0.4
+    rest(bench)
+    assert "NLL: B, earlier" in text_of(bench.numbers.value)
+    link = bench.state.to_string()
+    other = PlayState()
+    other.restore(link)
+    assert other.pin() == bench.state.pin() and other.pin().model == "someone/healed"
+    assert opened == ["smollm2", "someone/healed"]
+
+
+def test_a_link_opens_both_and_exchanging_them_opens_neither_again(made):
+    bench, opened = made
+    bench.ways.pin.click()
+    choose_a(bench, "someone/healed")
+    bench.ways.swap.click()
+    bench.worker.wait()
+    rest(bench)
+    assert bench.state.model == "someone/healed" and bench.state.pin().model == "smollm2"
+    assert bench.drawn.view.error == pytest.approx(0.6) and bench.drawn.other.error == pytest.approx(0.1)
+    assert opened == ["smollm2", "someone/healed"]
+    bench.model_choice.buttons.value = "smollm2"  # as A: one model at two settings, and A stays pinned
+    bench.worker.wait()
+    rest(bench)
+    assert bench.drawn.other is not None and bench.pinned_probe is None and len(opened) == 2
+    bench.ways.pin.click()
+    rest(bench)
+    assert bench.drawn.other is None and bench.ways.model_a_row.layout.display == "none"
+    state = PlayState("smollm2")
+    state.pinned = pin_of(state.to_dict() | {"model": "someone/healed"})
+    again = Workbench(state, bench.probes._make)
+    again.worker.wait()
+    rest(again)
+    assert again.drawn.other is not None
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "name,why",
+    [
+        ("someone/other", "someone/other reads this text as 90 tokens and smollm2 as 120, so the same place is not"),
+        (
+            "someone/wide",
+            "has 4 layers of 12 heads in 3 groups and smollm2 4 layers of 9 heads in 3 groups, so no head",
+        ),
+        ("someone/missing", "A is not shown: someone/missing is not on this machine"),
+        ("someone/gone", "A is not shown: the disk is gone"),
+        ("no such model", "model='no such model': allowed is"),
+    ],
+)
+def test_the_control_says_why_a_is_not_shown(made, name, why):
+    bench, _ = made
+    bench.ways.pin.click()
+    choose_a(bench, name)
+    assert why in text_of(bench.ways.apart.value)
+    refused = name == "no such model"
+    assert (bench.drawn.other is None) != refused and bench.drawn.wanted.settings == bench.state.settings()
+    if name == "someone/missing":
+        assert "Pull someone/missing" in bench.source_controls.pull.description
+    choose_a(bench, "someone/healed")
+    assert bench.drawn.other.error == pytest.approx(0.6) and not bench.ways.apart.value
+
+
+def test_any_name_can_be_typed_for_b_too(made):
+    bench, _ = made
+    bench.source_controls.model.value = "someone/healed"
+    bench.worker.wait()
+    rest(bench)
+    assert bench.state.model == "someone/healed" == bench.model_choice.buttons.value
+    assert bench.state.flux_alpha == 0.5
+    bench.source_controls.model.value = "nothing like it"
+    assert "model='nothing like it'" in text_of(bench.source_controls.refused.value)
+    assert bench.state.model == "someone/healed"
+
+
+def test_only_the_probes_in_use_are_kept():
+    probes, state = Probes(lambda source, stop, progress: (object(), "")), PlayState("smollm2")
+    b, a = source_of(state), source_of(state, "random")
+    one, two = (probes.open(source, None, None, None) for source in (b, a))
+    assert probes.open(b, None, None, None) is one and probes.open(a, None, None, None) is two
+    probes.keep(b, None)
+    assert probes.open(b, None, None, None) is one and probes.open(a, None, None, None) is not two
+    assert apart(FakeProbe(50), FakeProbe(50)) == ""
+
+
+def test_a_pin_without_a_model_is_of_the_model_on_show():
+    pin = unpin("alpha=0.3", "random")
+    assert (pin.settings.flux_alpha, pin.model) == (0.3, "random")
+    assert unpin("model=shelf-mini", "random").settings.gates == opening("shelf-mini")["gates"]
+    with pytest.raises(ValueError, match="allowed is settings, a selector, what is taken away and a model"):
+        PlayState().update({"pinned": "layer=3"})

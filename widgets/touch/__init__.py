@@ -1,0 +1,1 @@
+"""Small panels: one control, one measured sentence."""

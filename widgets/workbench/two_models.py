@@ -1,0 +1,130 @@
+"""The models of A and B: opened once each, and compared only where the same token and the same head exist in both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ..parts.state import Pin, PlayState
+from .board import Board
+
+SOURCE = ("model", "text", "pasted", "length", "shelf", "question")
+
+
+def source_of(state: PlayState, model: str | None = None) -> dict:
+    """What a probe is made of: the traits in `SOURCE`, with another `model` if one is given."""
+    found = {name: getattr(state, name) for name in SOURCE}
+    return found if model is None else found | {"model": model}
+
+
+class Probes:
+    """Opens probes by `make(source, stop, progress)` -> (probe, why it is random or ""), and keeps those in use."""
+
+    def __init__(self, make: Callable):
+        self._make, self._kept = make, {}
+
+    def open(self, source: Mapping, settings, stop, progress) -> tuple:
+        """A probe that is kept, or a new one. A random one in place of a model is made anew each time."""
+        at = tuple(source.values())
+        if at in self._kept:
+            return self._kept[at]
+        made = self._make({**source, "settings": settings}, stop, progress)
+        if not made[1]:
+            self._kept[at] = made
+        return made
+
+    def keep(self, *sources: Mapping | None) -> None:
+        """Lets go of all probes but those of `sources`."""
+        wanted = [tuple(source.values()) for source in sources if source is not None]
+        self._kept = {at: made for at, made in self._kept.items() if at in wanted}
+
+
+def apart(a, b) -> str:
+    """Why the pictures of two probes cannot be compared, as a sentence; "" where they can."""
+    if a.tokens != b.tokens:
+        counts = f"{a.name} reads this text as {len(a.tokens):,} tokens and {b.name} as {len(b.tokens):,}"
+        return f"A is not shown: {counts}, so the same place is not the same word in both."
+    shapes = [(probe.n_layers, probe.n_heads, probe.n_groups) for probe in (a, b)]
+    if shapes[0] != shapes[1]:
+        words = [f"{n} layers of {heads} heads in {groups} groups" for n, heads, groups in shapes]
+        return f"A is not shown: {a.name} has {words[0]} and {b.name} {words[1]}, so no head is the same in both."
+    return ""
+
+
+class TwoModels(Board):
+    """A board with the probes of A and B. `probe` is that of B, which the sliders set; None until one is open.
+
+    `pinned_probe` is that of A where A is another model, open and comparable with B; None elsewhere.
+    """
+
+    def __init__(self, probes: Probes, state: PlayState, *board):
+        super().__init__(state, *board)
+        self.probes, self.probe, self.pinned_probe = probes, None, None
+        self._a_source: dict | None = None  # what the probe of A is made of, where A is another model
+        self._a_made: tuple | None = None  # (a probe, why it is random), once it is open
+        self._expected: dict[tuple, np.ndarray] = {}  # (probe, token, settings, way) -> log-probabilities that follow
+        self._missing = ""  # the model that Pull fetches
+        state.observe(lambda _: self._load_pinned(), ["pinned", *SOURCE])
+
+    def _pin(self) -> Pin | None:
+        """What is pinned, where it can be shown: another model has to be open and comparable."""
+        pin = self.state.pin()
+        return pin if pin is None or pin.model == self.state.model or self.pinned_probe is not None else None
+
+    def _probe_of(self, pin: Pin):
+        return self.probe if pin.model == self.state.model else self.pinned_probe
+
+    def _load_pinned(self) -> None:
+        """Opens the model of A where it differs from that of B; until it is there, B is shown alone."""
+        state, pin = self.state, self.state.pin()
+        source = None if pin is None or pin.model == state.model else source_of(state, pin.model)
+        if source == self._a_source:
+            return
+        self._a_source, self._a_made = source, None
+        self._expected.clear()
+        self.worker.cancel("pinned")
+        self._judge_pinned()
+        if source is not None:
+            self.worker.submit("pinned", lambda stop, progress: self.probes.open(source, pin.settings, stop, progress),
+                               self._pinned_loaded, self._pinned_failed, self._progress)  # fmt: skip
+
+    def _pinned_loaded(self, _: int, made: tuple) -> None:
+        self._a_made = made
+        self._judge_pinned()
+        if self.probe is None:
+            return
+        self.say("fresh" if self.wanted() == self._shown() else "stale")
+        self._ask()
+
+    def _pinned_failed(self, number: int, err: BaseException) -> None:
+        self._failed(number, err)
+        self.ways.say_apart(f"A is not shown: {self.problem}")
+
+    def _stop_pinned(self) -> None:
+        """After the worker was cancelled."""
+        if self._a_source is not None and self._a_made is None:
+            self._a_source = None
+            self.ways.say_apart("A is not shown: opening its model was stopped. Unpin A and pin it again.")
+
+    def _judge_pinned(self) -> None:
+        """Decides whether A's model can be shown beside B's, and says why not."""
+        self.pinned_probe, why = None, ""
+        if self._a_source is not None:
+            why = "A is being opened; until then B is shown alone."
+        if self._a_made is not None and self.probe is not None:
+            probe, random = self._a_made
+            why = f"A is not shown: {random}" if random else apart(probe, self.probe)
+            if random:
+                self._offer_pull(self._a_source["model"])
+            self.pinned_probe = None if why else probe
+        self.ways.say_apart(why)
+
+    def _offer_pull(self, model: str) -> None:
+        self._missing = "" if model in ("shelf-mini", "random") else model
+        self.source_controls.offer_pull(self._missing or None)
+
+    def _pulled(self) -> None:
+        self._a_source = None
+        self._load_pinned()
+        self._load()
