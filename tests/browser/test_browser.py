@@ -82,7 +82,7 @@ def test_a_slider_asks_again(shelf):
 @pytest.fixture(scope="module")
 def page(notebook):
     """With SmolLM2."""
-    notebook.locator('.pp-model button:has-text("SmolLM2")').click()
+    notebook.locator('.pp-model button:text-is("SmolLM2-135M")').click()
     notebook.wait_for_function("() => !document.querySelector('.pp-title').innerText.includes('shelf-mini')",
                                timeout=driver.READY_MS)  # fmt: skip
     driver.settle(notebook, driver.READY_MS)
