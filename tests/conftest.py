@@ -11,33 +11,37 @@ from filelock import FileLock
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: without a GPU they run in Python
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do the processes that they start
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 def is_browser_test(path: Path) -> bool:
     return path.parent.name == "browser"
 
 
+# Groups that take longest, in this order, so that no worker is left with a long one at the end. While the browser is
+# driven first, the other worker compiles and computes, and measures no time.
+FIRST = ("browser", "test_triton_build", "test_triton", "test_compilers")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file is run by one worker, so that its fixtures are made once; only one browser is driven at a time."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("browser" if is_browser_test(item.path) else item.path.stem))
+    groups = {item: "browser" if is_browser_test(item.path) else item.path.stem for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else len(FIRST))
 
 
-@pytest.fixture(autouse=True)
-def cores(request, tmp_path_factory):
-    """While a browser is driven, the other worker waits: a page on a busy machine answers too late."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        yield
-        return
-    import fcntl
+@pytest.fixture(autouse=True, scope="module")
+def cores(request):
+    """Whatever is no browser test computes only on what the browser's worker leaves free, from now on.
 
-    kind = fcntl.LOCK_EX if is_browser_test(request.path) else fcntl.LOCK_SH
-    with open(tmp_path_factory.getbasetemp().parent / "cores.lock", "w") as file:
-        fcntl.flock(file, kind)
-        yield
+    A page on a busy machine answers too late.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "nice") and not is_browser_test(request.path):
+        os.nice(19)  # 19 is the most, and stays so when it is asked for again
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,8 +16,9 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..attention import AttentionConfig, row_reads
+from ..attention import AttentionConfig, plan_budget, row_reads
 from ..attention.adapter import ProteusLayer
 from ..attention.calibration import Calibration, watch
 from ..attention.captured import check_cache
@@ -95,6 +96,7 @@ class LayerProbe:
         self._captured = source.capture(self._ids, before_layer=before_layer)
         self._loaded: OrderedDict[int, LoadedLayer] = OrderedDict()
         self._maps: OrderedDict[tuple, GateMap] = OrderedDict()
+        self._latest: LayerView | None = None
         self._watch = Stopwatch(source.device)
         self._dense_nll: tuple[float, float] | None = None
         self._lock, self._model_lock = RLock(), RLock()  # views stay possible while the model runs
@@ -152,7 +154,9 @@ class LayerProbe:
         with self._lock:
             loaded, runner = self._ready(layer, settings, stop)
             check_stop(stop)
-            return layer_view(loaded, runner, settings, self._source, self._watch, way, lambda: check_stop(stop))
+            made = layer_view(loaded, runner, settings, self._source, self._watch, way, lambda: check_stop(stop))
+            self._latest = made
+            return made
 
     @torch.no_grad()
     def row(self, layer: int, settings: Settings, token: int, head: int, way: Way = PLAIN) -> RowView:
@@ -161,13 +165,13 @@ class LayerProbe:
         whole_number("head", head, 0, self.n_heads - 1)
         with self._lock:
             loaded, runner = self._ready(layer, settings)
-            decisions = runner.decide(loaded.q, loaded.k, logits=loaded.logits)
-            budget, keep, awake = decisions.budget, decisions.keep, decisions.awake
+            keep, awake = self._taking_part(loaded, runner, settings)
             if (keep is not None and not keep[0, token]) or (awake is not None and not awake[0, token, head]):
                 empty = np.zeros(len(self.tokens))
                 return RowView(token, head, empty.astype(np.uint8), empty.astype(np.float32), (), 0, True)
             if way.plain:
                 row = dict(token=token, head=head, inv_freq=loaded.inv_freq, keep=keep, scale=loaded.scale)
+                budget = plan_budget(runner.config, len(self.tokens))
                 seen = row_reads(loaded.q, loaded.k, loaded.v, runner.gates, budget, **row)
             else:
                 seen = see_row(seeing(loaded, runner, way), token, head)
@@ -258,6 +262,20 @@ class LayerProbe:
         loaded = self._load(layer)
         check_stop(stop)
         return loaded, self._runner(layer, config, stop)
+
+    def _taking_part(
+        self, loaded: LoadedLayer, runner: ProteusLayer, settings: Settings
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens that take part `(1, T)` and heads that they wake `(1, T, H)`; None for all.
+
+        The last view knows them where it is of the same layer and settings: the row on show follows the layer on show.
+        """
+        view = self._latest
+        if view is not None and view.way.plain and (view.layer, view.settings) == (loaded.index, settings):
+            kept, awake = (torch.from_numpy(x).to(loaded.k.device)[None] for x in (view.kept, view.awake))
+            return None if view.kept.all() else kept, awake
+        decisions = runner.decide(loaded.q, loaded.k, logits=loaded.logits)
+        return decisions.keep, decisions.awake
 
     def _runner(self, layer: int, config: AttentionConfig, stop: Stop | None) -> ProteusLayer:
         gates = self._calibration.gates(layer, config.gates_per_group, stop=stop)

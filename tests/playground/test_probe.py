@@ -117,8 +117,12 @@ def test_a_row_agrees_with_its_view(source, alpha, rho, notes, route, request):
     one = request.getfixturevalue(source)
     settings = replace(SMALL, flux_alpha=float(alpha), keep_ratio=rho, notes=notes, route_heads=route, head_top_p=0.5)
     view = one.view(0, settings)
-    for token, head in product((0, 3, 70, len(one.tokens) - 1), (0, one.n_heads - 1)):
-        row = one.row(0, settings, token, head)
+    places = list(product((0, 3, 70, len(one.tokens) - 1), (0, one.n_heads - 1)))
+    rows = [one.row(0, settings, *place) for place in places]
+    one.view(1, settings)
+    for (token, head), row in zip(places, rows, strict=True):
+        alone = one.row(0, settings, token, head)  # after a view of another layer
+        assert np.array_equal(alone.kind, row.kind) and np.array_equal(alone.weight, row.weight)
         assert row.asleep == (not view.awake[token, head])
         direct = np.isin(row.kind, (LOCAL, ANCHOR, DNA)).sum()
         assert direct + row.notes_read == view.reads[token, head]

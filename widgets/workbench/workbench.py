@@ -30,7 +30,7 @@ from .two_models import SOURCE, Probes, TwoModels, source_of
 
 PAINT_SECONDS = 0.25  # after which the next picture is sent even if the browser has not painted the last one
 REST_SECONDS = 0.8  # without a move, after which the layer is timed again
-NEXT_SECONDS = 0.1  # likewise, after which the next token is asked for
+NEXT_SECONDS = 0.2  # likewise, after which the next token is asked for
 KEPT = 8  # predictions that are kept
 REPEATS = 4  # extra runs, so that the latency shown is a median
 WAYS = ("selector", "without", "pinned")
