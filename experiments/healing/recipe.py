@@ -45,6 +45,7 @@ def healing_command(
     out: Folder,
     model: Annotated[str, typer.Option(help="A pulled model.")] = "smollm2",
     plan: Annotated[str, typer.Option(help="JSON file with a plan; by default that of smollm2-slider.")] = "",
+    start: Annotated[str, typer.Option(help="File of an adapter to train further; by default a new one.")] = "",
     minutes: Annotated[
         float | None, typer.Option(help="Shorten the plan so that it takes at most about so many minutes.")
     ] = None,
@@ -63,6 +64,10 @@ def healing_command(
     accelerator = make_accelerator("auto", device)
     chosen = _plan(plan, out, text, held_out, rows)
     training, about, judged = _opened(model, device, text, held_out, chosen, accelerator)
+    if start:
+        gates = {at: layer.gates for at, layer in training.student.layers.items()}
+        read_adapter(start, training.student.model, gates)
+        about |= {"start": sha256(Path(start).read_bytes()).hexdigest()}
     say = typer.echo if place()[0] == 0 else lambda line: None
     if not (out / BEFORE).is_file():
         write_json(out / BEFORE, dict(_measured(training, judged, at, say)))

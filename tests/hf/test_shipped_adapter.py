@@ -8,11 +8,12 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+from proteus_playground.experiments import results  # noqa: E402
+from proteus_playground.experiments.quality.choice import BASE, Choice, config_of, gap  # noqa: E402
+
 import proteus_playground.hf  # noqa: E402
 from proteus_playground.common.tensors import read_tensors  # noqa: E402
 from proteus_playground.common.texts import load_text  # noqa: E402
-from proteus_playground.experiments import results  # noqa: E402
-from proteus_playground.experiments.quality.choice import BASE, Choice, config_of, gap  # noqa: E402
 from proteus_playground.hf import convert, models, opening  # noqa: E402
 from proteus_playground.hf.healing.adapters import WRITER, apply_adapter  # noqa: E402
 
