@@ -68,10 +68,12 @@ def sliders(panel) -> dict[str, tuple[str, list]]:
     found = {}
     for knob in held(panel):
         if isinstance(knob, Knob):
-            low, high = knob.slider.min, knob.slider.max
-            values = np.linspace(low, high, 60)
-            values = sorted({int(value) for value in values}) if isinstance(knob.slider.max, int) else values.tolist()
-            found[knob._control.name] = (knob.slider.model_id, values)
+            slider = knob.slider
+            values = np.linspace(slider.min, slider.max, 60)
+            if isinstance(slider, ipywidgets.FloatLogSlider):  # its ends are exponents, its value is not
+                values = slider.base**values
+            values = sorted({int(value) for value in values}) if isinstance(slider.max, int) else values.tolist()
+            found[knob._control.name] = (slider.model_id, values)
     return found
 
 

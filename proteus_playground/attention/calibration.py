@@ -30,7 +30,7 @@ from .settings import LayerShape
 FORMAT = "1"
 SEED = 0
 CHARS_PER_TOKEN = 20  # more than the average of any text, so the start that is tokenised holds enough tokens
-IN_MEMORY = 128  # sets of gates kept in memory; one is about 40 KB
+IN_MEMORY = 3  # sets of gates per layer that are kept in memory: one of 512 gates takes 0.3 to 4 MB
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Calibration:
             if at not in self._gates:
                 self._gates[at] = self._load_or_fit(layer, n_gates, progress, stop)
             self._gates.move_to_end(at)
-            while len(self._gates) > IN_MEMORY:
+            while len(self._gates) > IN_MEMORY * self.source.n_layers:
                 self._gates.popitem(last=False)
             return self._gates[at]
 

@@ -1,6 +1,7 @@
 """Gates: fitting, luring, moving averages, and surgery on a live layer."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from helpers import config, layer, off_by
 
 from proteus_playground import ProteusAttention
 from proteus_playground.attention import Gates, ranking, surgery
+from proteus_playground.attention.calibration import IN_MEMORY, Calibration
 from proteus_playground.attention.kmeans import spherical_kmeans
+from proteus_playground.common.texts import load_text
+from proteus_playground.playground.random_source import RandomSource
 
 TOPICS = F.normalize(torch.randn(5, 16, generator=torch.Generator().manual_seed(1)), dim=1)
 
@@ -207,3 +211,10 @@ def test_clone_is_deterministic_under_deepcopy():
     surgery.clone(a, 0, 1)
     surgery.clone(b, 0, 1)
     assert torch.equal(a(X), b(X))
+
+
+def test_a_calibration_keeps_few_sets_of_gates():
+    source = RandomSource()
+    made = Calibration(source, load_text("humble token"), 64, None)
+    sets = [weakref.ref(made.gates(layer, count)) for count in range(2, 9) for layer in range(source.n_layers)]
+    assert sum(each() is not None for each in sets) == IN_MEMORY * source.n_layers < len(sets)

@@ -15,6 +15,7 @@ import made_study
 import numpy as np
 import psutil
 import pytest
+import torch
 from fake_probe import FakeProbe
 from proteus_playground.experiments.evidence import committed
 from proteus_playground.experiments.needles.haystacks import Haystack
@@ -30,10 +31,12 @@ from proteus_playground.widgets import (
     wall_panel,
 )  # fmt: skip
 from proteus_playground.widgets.parts import panel as panels
+from proteus_playground.widgets.parts import worker as parts_worker
 from proteus_playground.widgets.parts.panel import Panel
 from proteus_playground.widgets.parts.worker import Worker
 from proteus_playground.widgets.stream.frames import Source
 
+from proteus_playground.common.progress import Stopped
 from proteus_playground.common.texts import load_text, pasted
 from proteus_playground.playground.bank_reading import RandomReader
 from proteus_playground.playground.live import random_bytes
@@ -362,8 +365,6 @@ def test_outside_a_notebook_there_is_no_cell():
 
 
 def test_a_worker_puts_back_the_number_of_threads():
-    import torch
-
     seen, here = [], torch.get_num_threads()
 
     def compute(stop, progress):
@@ -399,6 +400,45 @@ def test_a_closed_worker_runs_nothing_and_its_thread_ends():
     worker.submit("model", forever, lambda *_: heard.append("done"), lambda *_: heard.append("failed"))
     worker.wait(1)
     assert heard == [] and worker._thread is None
+
+
+def test_what_a_stopped_job_held_is_freed_at_once():
+    worker, held = Worker(), []
+
+    def compute(stop, progress):
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        while not stop():
+            time.sleep(0.005)
+        raise Stopped
+
+    gc.disable()
+    try:
+        worker.submit("frame", compute, lambda *_: None, lambda *_: None)
+        while not held:
+            time.sleep(0.005)
+        worker.cancel()
+        worker.wait(5)
+        assert held[0]() is None
+    finally:
+        gc.enable()
+        worker.close()
+
+
+def test_memory_is_handed_back_when_no_request_has_come_for_a_while(monkeypatch):
+    """The time that a request runs counts: it is measured from the moment that the last one came."""
+    handed, now = threading.Event(), [0.0]
+    monkeypatch.setattr(parts_worker, "hand_back_memory", handed.set)
+    monkeypatch.setattr(parts_worker, "QUIET_SECONDS", 1000.0)
+    monkeypatch.setattr(parts_worker, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    worker = Worker()
+
+    def compute(stop, progress):
+        now[0] += 2000
+
+    worker.submit("frame", compute, lambda *_: None, lambda *_: None)
+    assert handed.wait(20)
+    worker.close()
 
 
 # Needles

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 LANES = (
@@ -24,7 +25,7 @@ LANES = (
     "repeat",
     "loss",
 )  # in the order in which waiting requests are served
-QUIET_SECONDS = 2.0  # without a request, after which freed memory is handed back to the system
+QUIET_SECONDS = 2.0  # without a new request, after which freed memory is handed back, once no request runs
 IDLE_SECONDS = 10.0  # then, after which the thread ends; the next request starts another
 
 
@@ -110,6 +111,7 @@ class Worker:
         self._waiting: dict[str, Request] = {}
         self._posted: dict[int, Request] = {}  # computed, but not yet shown on the kernel's thread
         self._running: Request | None = None
+        self._asked = 0.0  # when the newest request came, on the monotonic clock
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -120,7 +122,7 @@ class Worker:
             request = Request(next(self._numbers), lane, compute, done, failed, progress)
             if self._closed:
                 return request.number
-            self._waiting[lane] = request
+            self._waiting[lane], self._asked = request, time.monotonic()
             running = self._running
             if running is not None and running.lane == lane and running.overtaken_at is None:
                 running.overtaken_at = time.monotonic()
@@ -174,7 +176,7 @@ class Worker:
         with self._changed:
             self._running = None
             self._changed.notify_all()
-            asked = self._wait_for_request(QUIET_SECONDS)
+            asked = self._wait_for_request(self._asked + QUIET_SECONDS - time.monotonic())
         if not asked:
             hand_back_memory()
         with self._changed:
@@ -203,8 +205,9 @@ class Worker:
             with one_core_left():
                 result = request.compute(lambda: self._gone(request), progress)
         except Exception as err:  # `_hand_over` drops what a stopped job raises
-            failure = err
-            self._hand_over(request, lambda: request.failed(request.number, failure))
+            # Not in a variable of this frame, which the error's traceback refers to: only Python's collector would free
+            # such a ring, and with it all that the stopped job held.
+            self._hand_over(request, partial(request.failed, request.number, err))
             return
         if self._hand_over(request, lambda: self._deliver(request, result)):
             self._pace()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -314,8 +315,10 @@ class Workbench(TwoModels):
         if moved.is_set():
             moved = self._moved = threading.Event()
 
+        rested = time.monotonic() + REST_SECONDS
+
         def again(stop, _):
-            if moved.wait(REST_SECONDS):
+            if moved.wait(rested - time.monotonic()):
                 return None
             view = frame.view
             for _ in range(REPEATS):
