@@ -1,19 +1,18 @@
-"""The healed model of the package: its file is small and says how it was made, and it loses less than its base."""
+"""The healed model of the package: its file is small and says how it was made, and its name opens it."""
 
 import json
 from importlib.resources import files
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 from proteus_playground.experiments import results  # noqa: E402
-from proteus_playground.experiments.quality.choice import BASE, Choice, config_of, gap  # noqa: E402
 
 import proteus_playground.hf  # noqa: E402
 from proteus_playground.common.tensors import read_tensors  # noqa: E402
-from proteus_playground.common.texts import load_text  # noqa: E402
 from proteus_playground.hf import convert, models, opening  # noqa: E402
 from proteus_playground.hf.healing.adapters import WRITER, apply_adapter  # noqa: E402
 
@@ -32,19 +31,20 @@ def test_its_file_is_small_and_says_how_it_was_made():
     assert not [name for name in (*read, *judged) if "/" in name]
 
 
-def test_it_opens_by_its_name_and_loses_less_than_its_base(smollm2):
+def test_it_opens_by_its_name_as_its_base_and_the_adapter(smollm2):
     healed, base = opening.load_source(SLIDER), opening.load_source("smollm2")
     assert healed.name == SLIDER and opening.base_name(SLIDER) == "smollm2" and opening.files_of(SLIDER) == smollm2
-    count = BASE["gates_per_group"]
-    assert set(healed.own_gates) == {(layer, count) for layer in healed.full_layers}
-    assert not torch.equal(healed.own_gates[0, count].prototypes, base.own_gates[0, count].prototypes)
-    ids = base.ids(base.encode(load_text("python topics").body))[:512]
-    dense, gaps = {}, {}
-    for source in (healed, base):
-        dense[source.name] = source.nll(ids, 256, {})
-        gates = {layer: source.own_gates[layer, count] for layer in source.full_layers}
-        gaps[source.name], _ = gap(source, ids, dense[source.name], gates, config_of(source, 32, Choice("base", BASE)))
-    assert gaps[SLIDER] < 0.8 * gaps["smollm2"] and dense[SLIDER] < dense["smollm2"] + 0.02
+    tensors, about = read_tensors(files(proteus_playground.hf) / "data" / models.KNOWN[SLIDER].adapter, WRITER)
+    scale = about["plan"]["adapter"]["alpha"] / about["plan"]["adapter"]["rank"]
+    plain, sum_ = dict(base.model.named_parameters()), dict(healed.model.named_parameters())
+    for name in ("model.layers.3.self_attn.q_proj", "model.layers.29.mlp.down_proj"):
+        down, up = (tensors[f"base_model.model.{name}.lora_{which}.default.weight"].float() for which in "AB")
+        added = scale * up @ down
+        assert_close(sum_[f"{name}.weight"], plain[f"{name}.weight"] + added)
+        assert added.norm() > 1e-3 * plain[f"{name}.weight"].norm()
+    assert set(healed.own_gates) == set(base.own_gates) == {(layer, 256) for layer in range(30)}
+    assert_close(healed.own_gates[3, 256].prototypes, tensors["gates.3.prototypes"].float(), rtol=0, atol=1e-3)
+    assert not torch.equal(healed.own_gates[3, 256].prototypes, base.own_gates[3, 256].prototypes)
 
 
 def test_what_needs_the_plain_model_says_so(smollm2, tmp_path):
