@@ -25,7 +25,7 @@ from ...common.machine import environment, markdown
 from ...common.options import Device, Folder, parse_lengths, pick_device
 from ...common.processes import place
 from ...common.progress import resumable
-from ...hf.healing.adapters import add_adapters, read_adapter, write_adapter
+from ...hf.adapters import add_adapters, read_adapter, write_adapter
 from ...hf.healing.corpus import Corpus, read_corpus
 from ...hf.healing.plan import Plan, sized
 from ...hf.healing.run import Run

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..attention.calibration import new_gates
 from ..common.tensors import read_tensors
-from .healing.adapters import WRITER, apply_adapter
+from .adapters import WRITER, apply_adapter
 from .patch import layer_shape
 
 

@@ -14,7 +14,7 @@ from tiny_llama import build
 from proteus_playground.attention.adapter import ProteusLayer
 from proteus_playground.attention.calibration import new_gates
 from proteus_playground.attention.settings import Settings, config_for
-from proteus_playground.hf.healing.adapters import add_adapters
+from proteus_playground.hf.adapters import add_adapters
 from proteus_playground.hf.healing.corpus import Corpus
 from proteus_playground.hf.healing.plan import Adapter, Budgets, Data, Losses, Plan, Rates, Stage
 from proteus_playground.hf.healing.run import Run

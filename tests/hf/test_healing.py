@@ -16,8 +16,8 @@ import heal_tiny as tiny  # noqa: E402 -- after the skips
 from tiny_llama import WORDS, build, family  # noqa: E402
 
 from proteus_playground.common.tensors import read_tensors  # noqa: E402
+from proteus_playground.hf.adapters import apply_adapter, read_adapter, switched_off, write_adapter  # noqa: E402
 from proteus_playground.hf.healing import corpus as corpora  # noqa: E402
-from proteus_playground.hf.healing.adapters import apply_adapter, read_adapter, switched_off, write_adapter  # noqa: E402
 from proteus_playground.hf.healing.budgets import Drawn, ceiling, draw  # noqa: E402
 from proteus_playground.hf.healing.plan import Budgets, Data, Losses, Plan, Rates, Stage, plan_of, sized  # noqa: E402
 from proteus_playground.hf.healing.presets import PRESETS, preset  # noqa: E402

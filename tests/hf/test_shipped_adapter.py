@@ -14,7 +14,7 @@ from proteus_playground.experiments import results  # noqa: E402
 import proteus_playground.hf  # noqa: E402
 from proteus_playground.common.tensors import read_tensors  # noqa: E402
 from proteus_playground.hf import convert, models, opening  # noqa: E402
-from proteus_playground.hf.healing.adapters import WRITER, apply_adapter  # noqa: E402
+from proteus_playground.hf.adapters import WRITER, apply_adapter  # noqa: E402
 
 SLIDER = "smollm2-slider"
 

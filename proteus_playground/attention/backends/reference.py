@@ -51,10 +51,7 @@ def memberships(short: Shortlist, heads: int, rows: Tensor | None = None, order:
 
 
 def _of_gates(chosen: Tensor, gate: Tensor, gates: int) -> Tensor:
-    """Whether a key's gate, of `gate` `(B, G, T)`, is among those chosen by a row `(B, R, H, n)`: `(B, H, R, T)`.
-
-    chosen: -1 for none; gates: their number per group.
-    """
+    """Whether a key's gate `(B, G, T)` is among those that a row chose `(B, R, H, n)`, -1 for none: `(B, H, R, T)`."""
     chosen = chosen.transpose(1, 2)
     marks = torch.zeros(*chosen.shape[:3], gates + 1, dtype=torch.bool, device=gate.device)
     marks.scatter_(-1, chosen.where(chosen >= 0, gates), True)

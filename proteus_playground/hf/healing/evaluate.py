@@ -15,8 +15,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ...attention.adapter import ProteusLayer
+from ..adapters import switched_off
 from ..patch import patched
-from .adapters import switched_off
 from .budgets import SMALLEST, Drawn
 from .rows import IGNORED, Batch
 from .student import Head, Student, budget_of, run, sparse_run

@@ -15,10 +15,10 @@ from typing import get_args, get_origin, get_type_hints
 from ...attention.knobs import knob
 from ...common.checks import whole_number
 from ...common.files import write_json
+from ..adapters import ATTENTION
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 PARTS = ("prototypes", "weights")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 

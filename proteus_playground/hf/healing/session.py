@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from ...attention.adapter import ProteusLayer
+from ..adapters import add_adapters, continue_adapters
 from ..models import load_folder
 from ..own.folder import ADAPTER, GATES, HEALED, Folder, gates_of, layers_of, read_folder
 from ..patch import find_decoder
 from ..shipped_gates import write_gates
-from .adapters import add_adapters, continue_adapters
 from .corpus import Corpus, read_corpus
 from .history import write_history
 from .plan import Plan

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ...attention.adapter import LayerRun, ProteusLayer
 from ...attention.budget import Budget, plan_budget
+from ..adapters import switched_off
 from ..attention_call import AttentionCall
 from ..families import survey
 from ..patch import find_decoder, patched
-from .adapters import switched_off
 from .budgets import Drawn
 from .losses import Head, gate_loss, output_match, token_losses
 from .plan import Losses, Stage

@@ -1,6 +1,6 @@
-"""Low-rank adapters: added by `peft`, switched off for the teacher, and one file of adapters and gates.
+"""Low-rank adapters: added by `peft`, switched off for a teacher, and one file of adapters and gates.
 
-`peft` is imported when it is needed, because it belongs to the extra `heal`.
+`peft` is imported when it is needed, because it belongs to the extra `hf`.
 """
 
 from __future__ import annotations
@@ -8,20 +8,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...attention import Gates
-from ...common.tensors import read_tensors, write_tensors
-from .plan import ATTENTION, Adapter, plan_of
+from ..attention import Gates
+from ..common.tensors import read_tensors, write_tensors
 
 GATES = ("prototypes", "confidence", "usage", "salience_quantiles")  # the other buffers of `Gates` are as when made
 WRITER = "proteus heal"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def add_adapters(model: nn.Module, adapter: Adapter, seed: int) -> nn.Module:
+class Ranks(Protocol):
+    """What an adapter is like: `healing.plan.Adapter` says what each number means."""
+
+    rank: int
+    mlp_rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+
+def add_adapters(model: nn.Module, adapter: Ranks, seed: int) -> nn.Module:
     """The model with adapters that change nothing yet; its weights are frozen. Raises `ValueError`, `ImportError`."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -107,7 +119,7 @@ def apply_adapter(
 
     tensors, about: of a file of `write_adapter` whose `about` holds the plan. Raises `ValueError`, `ImportError`.
     """
-    wrapped = add_adapters(model, plan_of({"adapter": about["plan"]["adapter"]}).adapter, 0)
+    wrapped = add_adapters(model, SimpleNamespace(**about["plan"]["adapter"]), 0)
     _take(tensors, wrapped, gates)
     return wrapped.merge_and_unload().eval().requires_grad_(False)
 
