@@ -53,12 +53,10 @@ WATCH = """(old) => {
     };
     const watcher = new MutationObserver(look);
     watcher.observe(app, { childList: true, subtree: true, attributeFilter: ['data-request'] });
-    const drawn = () => {
+    figure.on('plotly_afterplot', () => {
       plotted = Math.max(...figure.data.map((trace) => trace.meta || 0));
       look();
-    };
-    figure.on('plotly_afterplot', drawn);
-    figure.on('plotly_transitioning', () => queueMicrotask(drawn));  // said just before data alone are drawn
+    });
     addEventListener('keydown', (event) => { pressed = event.timeStamp; }, { capture: true, once: true });
   });
 }"""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from proteus_playground.widgets import prototype_panel
-from proteus_playground.widgets.parts.painted import Painted
+from proteus_playground.widgets.parts.painted import Room
 from proteus_playground.widgets.prototypes import words as words
 from proteus_playground.widgets.prototypes.figure import trails
 
@@ -257,17 +257,17 @@ def test_reset_and_the_decay_slider(panel):
 
 
 def test_a_browser_that_paints_slowly_is_waited_for_and_one_that_is_gone_is_not(monkeypatch):
-    shown = Painted()
-    shown.ask(1)
-    assert shown.free, "nobody has ever answered"
-    shown.painted = 1
-    shown.ask(2)
-    assert not shown.free
-    shown.painted = 2
-    assert shown.free
-    shown.ask(3)
+    room = Room()
+    room.ask(1)
+    assert room.free, "nobody has ever answered"
+    room.painted = 1
+    room.ask(2)
+    assert not room.free
+    room.painted = 2
+    assert room.free
+    room.ask(3)
     monkeypatch.setattr("proteus_playground.widgets.parts.painted.PATIENCE", -1.0)
-    assert shown.free
+    assert room.free
 
 
 def test_a_model_that_cannot_be_made_is_an_error_that_is_shown(live):

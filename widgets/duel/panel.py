@@ -19,7 +19,7 @@ from traitlets import Float, HasTraits
 from ..parts.boxes import button, column, labelled, row
 from ..parts.controls import Knob, tip
 from ..parts.html import note_html
-from ..parts.painted import Painted
+from ..parts.painted import Room
 from ..parts.panel import Panel
 from ..parts.state import BY_NAME
 from . import words
@@ -52,11 +52,11 @@ class DuelPanel(Panel):
         )
         self._out, self._folder = Path(out or self._temporary.name), None
         self._drawn, self._drawn_at = True, 0.0
-        self.state, self.painted, self.pictures = Slider(), Painted(), DuelPictures()
+        self.state, self.room, self.pictures = Slider(), Room(), DuelPictures()
         self._build_controls(preset)
         knob = Knob(self.state, BY_NAME["flux_alpha"], live=True)
         over = [self.captions["loss"], self.captions["curve"]]
-        panels = self.beside([self.painted, self.pictures.widget, *over, knob], [self.captions["text"], self.samples])
+        panels = self.beside([self.room, self.pictures.widget, *over, knob], [self.captions["text"], self.samples])
         controls = column("pp-top", row("pp-actions", *self._controls))
         self.place("pp-duel", self.banner, controls, self.numbers, panels)
         self.state.observe(lambda _: self._draw_curve(), "flux_alpha")
@@ -136,7 +136,7 @@ class DuelPanel(Panel):
         if (
             record is self.record
             and self._drawn
-            and self.painted.free
+            and self.room.free
             and time.monotonic() - self._drawn_at > PICTURE_SECONDS
         ):
             self._drawn, self._drawn_at = False, time.monotonic()
@@ -176,7 +176,7 @@ class DuelPanel(Panel):
         self.caption("loss", "Loss", words.verdict(record))
         self.caption("text", "What they write", "All continue the same prompt with the same random seed.")
         self._say_curve()
-        self.painted.ask(self.number)
+        self.room.ask(self.number)
         self._drawn = True
 
     def _draw_curve(self) -> None:

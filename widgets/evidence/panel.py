@@ -10,6 +10,7 @@ from proteus_playground.experiments.evidence.study import OURS, CellResult
 from ..parts.boxes import button, column, labelled, row
 from ..parts.controls import tip
 from ..parts.html import cell, key, no_tiles_html, note_html, tiles_html
+from ..parts.painted import Room
 from ..parts.panel import Panel
 from ..parts.plot import INK
 from .figure import BLUE, MID, RED, EvidencePictures
@@ -52,7 +53,7 @@ class EvidencePanel(Panel):
                           self._measure, button_style="info")  # fmt: skip
         self.cancel = button("Cancel", "Stop measuring", self.halt, disabled=True)
         self.place("pp-evidence", self.banner, self._controls(), self.numbers, w.HTML(LEGEND), self.pictures.widget,
-                   self.said)  # fmt: skip
+                   self.said, Room())  # fmt: skip
         if studies:
             self._choose()
         else:

@@ -14,6 +14,7 @@ from proteus_playground.experiments.needles.subjects import Subject
 from ..parts.boxes import button, column, labelled, row
 from ..parts.controls import tip
 from ..parts.html import cell, key, no_tiles_html, note_html, tiles_html
+from ..parts.painted import Room
 from ..parts.panel import Panel
 from .figure import COLOURS, NAMES, TASKS, NeedlePictures
 
@@ -60,7 +61,7 @@ class NeedlePanel(Panel):
         legend = "".join(key(COLOURS[method], NAMES[method]) for method in self._methods)
         self.place("pp-needles", self.banner, column("pp-top", first, note, own), self.numbers,
                    w.HTML(f'<div class="pp-legend">{legend}</div>'), self.pictures.widget,
-                   self.said)  # fmt: skip
+                   self.said, Room())  # fmt: skip
         self._draw()
         self.say("ready", what="press Start")
 

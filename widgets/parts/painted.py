@@ -1,4 +1,7 @@
-"""An invisible widget that tells the kernel which picture the browser has painted."""
+"""An invisible widget that passes on two events: that its box was resized, and which picture the browser has painted.
+
+Plotly reacts only to a resized window, so the first goes to plotly as such; the second goes to the kernel.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,26 @@ from traitlets import Int
 
 WATCH = """
 export default { render({ model, el }) {
-  el.style.display = "none";
+  el.style.cssText = "height: 0; width: 100%";
+  let width = 0;
+  const room = new ResizeObserver(() => {
+    if (el.clientWidth === width) return;
+    width = el.clientWidth;
+    window.dispatchEvent(new Event("resize"));
+  });
+  room.observe(el);
   model.on("change:asked", () => requestAnimationFrame(() => setTimeout(() => {
     model.set("painted", model.get("asked"));
     model.save_changes();
   })));
+  return () => room.disconnect();
 } };
 """
 PATIENCE = 2.0  # seconds after which a browser that has not painted is taken for closed
 
 
-class Painted(anywidget.AnyWidget):
-    """Lies in the same panel as the figure. `painted` becomes `asked` once that picture is on the screen."""
+class Room(anywidget.AnyWidget):
+    """Lies in the same box as the figure. `painted` becomes `asked` once that picture is on the screen."""
 
     _esm = WATCH
     asked = Int(0).tag(sync=True)

@@ -121,10 +121,16 @@ def release(root: w.Widget) -> None:
     """Closes every widget that `root` holds, so that Python can free them; `root` itself is left to the caller.
 
     ipywidgets keeps each open widget in a registry, with everything its observers refer to; closing a box does not
-    close what lies in it. An anywidget whose JavaScript is a file, as that of plotly's own figures, would be kept by
-    that file as well (https://github.com/manzt/anywidget/issues/929); ours are all text.
+    close what lies in it. Moreover an anywidget whose JavaScript is a file (plotly's FigureWidget) is kept by that
+    file: `AnyWidget.__init__` connects a function that refers to the widget to the file's `changed` signal, and nothing
+    disconnects it (https://github.com/manzt/anywidget/issues/929). That signal reloads JavaScript under development
+    and plotly's file does not change, so all its functions are disconnected here.
     """
     for widget in held(root):
+        for made in type(widget).__mro__:
+            changed = getattr(vars(made).get("_esm"), "changed", None)
+            if changed is not None:
+                changed.disconnect()
         widget.close()
 
 

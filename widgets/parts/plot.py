@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.resources import files
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
-from plotly.serializers import custom_serializers
-from traitlets import Bool, Dict
 
 from proteus_playground.playground.views import ANCHOR, DNA, LOCAL, NOTE
 
@@ -26,36 +22,9 @@ AXIS = {"fixedrange": True, "zeroline": False, "showgrid": False, "ticks": "outs
         "linecolor": GREY}  # fmt: skip
 
 
-class Figure(go.FigureWidget):
-    """Plotly's figure, whose changes are one message each, and whose JavaScript is our own.
-
-    Plotly's sends four messages for a change, and its JavaScript answers with three, which hold all defaults.
-    """
-
-    _esm = "\n".join(
-        ("if (!globalThis.Plotly) {", get_plotlyjs(), "}", (files(__package__) / "plot.js").read_text("utf-8"))
-    )
-    _change = Dict().tag(sync=True, **custom_serializers)
-    _fixed = Bool(False).tag(sync=True)  # whether no scale depends on the data, so that no axis has to be drawn again
-
-    def _send_update_msg(self, restyle_data, relayout_data, trace_indexes=None, source_view_id=None) -> None:
-        traces = self._normalize_trace_indexes(trace_indexes)
-        self._change = {"style": restyle_data or {}, "layout": relayout_data or {}, "traces": traces}
-
-    def _send_restyle_msg(self, restyle_data, trace_indexes=None, source_view_id=None) -> None:
-        self._send_update_msg(restyle_data, {}, trace_indexes)
-
-    def _send_relayout_msg(self, layout_data, source_view_id=None) -> None:
-        self._send_update_msg({}, layout_data, [])
-
-    def _send_addTraces_msg(self, new_traces_data) -> None:
-        self._change = {"added": new_traces_data}
-
-
-def blank(layout: dict, traces: Iterable = (), fixed: bool = False) -> Figure:
-    """A figure that holds `traces`. fixed: no scale depends on the data."""
-    made = Figure(layout=layout)
-    made._fixed = fixed
+def blank(layout: dict, traces: Iterable = ()) -> go.FigureWidget:
+    """A figure that holds `traces`."""
+    made = go.FigureWidget(layout=layout)
     made._config = {**made._config, **CONFIG}
     for trace in traces:
         made.add_trace(trace)

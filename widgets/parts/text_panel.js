@@ -121,10 +121,13 @@ function render({ model, el }) {
     hovered = -1;
     queue();
   });
+  // Plotly reacts only to a resized window, so the resizing of this box is passed on as such an event.
   let width = 0;
   const room = new ResizeObserver(() => {
-    if (el.clientWidth === width) return;
-    width = el.clientWidth;
+    const app = el.closest(".pp-panels") || el;
+    if (app.clientWidth === width) return;
+    width = app.clientWidth;
+    window.dispatchEvent(new Event("resize"));
     // A list that was hidden has lost its scroll position.
     shown = -2;
     queue();

@@ -10,7 +10,7 @@ from proteus_playground.playground.gate_story import Snapshot
 
 from ..parts.boxes import button, column, labelled, row
 from ..parts.controls import Knob, tip
-from ..parts.painted import Painted
+from ..parts.painted import Room
 from ..parts.panel import Panel
 from ..parts.transport import Player
 from .words import LEGENDS
@@ -30,12 +30,12 @@ class PrototypeBoard(Panel):
 
     def __init__(self, figure: w.DOMWidget):
         super().__init__("Gates and prototypes", LEGENDS)
-        self.settings, self.painted, self._filling = Settings(), Painted(), False
+        self.settings, self.room, self._filling = Settings(), Room(), False
         self.text, self.said = w.HTML(), w.HTML()
         self._make_boxes()
         top = column("pp-top", self._travel(), self._surgery(), self.said)
         over = [self.captions[name] for name in ("map", "bars", "curves")]
-        panels = self.beside([self.painted, figure, *over], [self.captions["text"], self.text])
+        panels = self.beside([self.room, figure, *over], [self.captions["text"], self.text])
         self.place("pp-prototypes", self.banner, top, self.numbers, panels)
 
     def _make_boxes(self) -> None:

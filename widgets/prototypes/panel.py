@@ -124,7 +124,7 @@ class PrototypePanel(PrototypeBoard):
             while not stop():
                 self._apply(run, "step")
                 if (
-                    self._drawn and self.painted.free
+                    self._drawn and self.room.free
                 ):  # a browser that is slower than the gates gets one picture for several steps
                     self._drawn = False
                     progress(0.0, "")
@@ -160,7 +160,7 @@ class PrototypePanel(PrototypeBoard):
         self.caption("curves", "How well prototypes fit their keys", words.fit_sentence(past))
         self.caption("text", f"What gate {self.chosen} lures", words.gate_sentence(now, self.chosen, tokens))
         self.say("fresh")
-        self.painted.ask(self.number)
+        self.room.ask(self.number)
         self._drawn = True
 
     def _failed(self, _: int, err: BaseException) -> None:

@@ -9,6 +9,7 @@ import ipywidgets as w
 
 from ..parts.boxes import AUTO, button, column, labelled, row
 from ..parts.controls import Knob, bind, grid, tip
+from ..parts.painted import Room
 from ..parts.panel import Panel
 from ..parts.transport import Transport
 from .state import BY_NAME, PLAN, StreamState
@@ -49,7 +50,7 @@ class StreamBoard(Panel):
         self.buttons.more.observe(lambda c: setattr(drawer.layout, "display", "" if c["new"] else "none"), "value")
         top = column("pp-top", grid([Knob(state, BY_NAME[name], live=True) for name in PLAN], 210), self._asking())
         panels = self.beside(
-            [figure, self.captions["sky"], self.captions["curves"]], [self.captions["text"], self.buffer]
+            [Room(), figure, self.captions["sky"], self.captions["curves"]], [self.captions["text"], self.buffer]
         )
         self.place(
             "pp-stream", self.banner, top, drawer, self.transport, self.numbers, self.answer, panels, self.events

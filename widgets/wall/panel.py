@@ -16,6 +16,7 @@ from proteus_playground.common.machine import environment
 from ..parts.boxes import button, column, row
 from ..parts.controls import Knob, grid
 from ..parts.html import cell, key, no_tiles_html, note_html, tiles_html
+from ..parts.painted import Room
 from ..parts.panel import Panel
 from ..parts.state import BY_NAME
 from .figure import COLOURS, WallPictures
@@ -49,7 +50,7 @@ class WallPanel(Panel):
         knobs = [Knob(self.state, BY_NAME[name], live=False) for name in ("flux_alpha", "shortlist")]
         controls = column("pp-top", grid(knobs, 210), row("pp-actions", self.start, self.cancel, again))
         self.place("pp-wall", self.banner, controls, self.numbers, w.HTML(LEGEND), self.pictures.widget, self.said,
-                   self.beside_it)  # fmt: skip
+                   self.beside_it, Room())  # fmt: skip
         self.state.observe(lambda _: self._moved(), ["flux_alpha", "shortlist"])
         self.banner.value = note_html(banner(device, limit_s))
         self._draw()

@@ -83,7 +83,7 @@ class Pictures:
     def __init__(self, on_pick: Callable[[int, int | None], None]):
         self.on_pick = on_pick
         self.tokens: list[str] = []
-        self.widget = blank(_layout(), fixed=True)
+        self.widget = blank(_layout())
         self.widget.add_class(AS_IT_IS)
         self._keys = {kind: np.empty(0, int) for kind in OKABE_ITO}
         self._lit_index = self._gates = np.empty(0, int)

@@ -14,6 +14,7 @@ from proteus_playground.attention.selectors import Way
 from proteus_playground.attention.settings import Settings
 
 from ..parts.boxes import button, column, row
+from ..parts.painted import Room
 from ..parts.plot import PAPER, blank, titled
 from ..parts.state import PlayState
 from .readout import mean_reads
@@ -162,7 +163,7 @@ class Tradeoff(w.VBox):
         self.widget = blank(layout, [*lines, loss, now])
         for trace in self.widget.data[:4]:
             trace.on_click(self._clicked)
-        self.place.children = (column("pp-figure", self.widget),)
+        self.place.children = (column("pp-figure", self.widget, Room()),)
 
     def _clicked(self, _, points, __) -> None:
         if points.xs:
