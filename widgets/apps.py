@@ -39,6 +39,7 @@ from .bank.panel import BankPanel
 from .duel.panel import DuelPanel
 from .evidence.panel import CASES, EvidencePanel
 from .needles.panel import NeedlePanel
+from .parts.panel import Panel
 from .parts.state import SHELF, PlayState, parse
 from .prototypes.panel import PrototypePanel
 from .stream.frames import Source
@@ -320,3 +321,26 @@ def touch_panel(what: str) -> TouchPanel:
     if what not in KINDS:
         raise ValueError(f"what={what!r}: allowed is {', '.join(map(repr, KINDS))}")
     return TouchPanel(KINDS[what])
+
+
+def healing_panel(
+    folder: str | Path, *, seconds: float | None = None, device: str | None = None, session=None
+) -> Panel:
+    """Healing of a folder that `proteus convert` made, by its newest plan, to `display(...)`.
+
+    The same call goes on with a run that was stopped. seconds: how long the run may take on this machine, instead of
+    the plan's minutes; a run that has begun keeps its plan. device: "cpu" or "cuda", by default the GPU where there is
+    one; session: instead of `hf.healing.session.Session`. ValueError names an argument that is not allowed, or what the
+    folder lacks; ImportError without the `heal` extra.
+    """
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds={seconds!r}: allowed is a number of seconds > 0, or None")
+    if missing := [name for name in ("transformers", "peft", "accelerate") if find_spec(name) is None]:
+        raise ImportError(
+            f"healing needs the heal extra: pip install 'proteus-playground[heal]' ({missing[0]} is missing)"
+        )
+    from .healing.panel import HealingPanel  # it brings transformers, which the other panels do without
+
+    return HealingPanel(
+        folder, seconds, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), session
+    )

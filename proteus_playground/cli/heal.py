@@ -11,11 +11,9 @@ from typing import Annotated
 
 import typer
 
-from ..common.files import write_json
 from ..common.options import Device, pick_device
 from ..common.progress import Stopped
 from ..hf.healing.history import Board, gap_of, summary
-from ..hf.healing.plan import sized
 from ..hf.healing.run import read_log
 from ..hf.healing.session import BEFORE, Session
 from .heal_menu import ask
@@ -56,8 +54,7 @@ def heal_command(
             f"Run {session.run_folder.name} is finished. To add a plan, run proteus convert with another --preset."
         )
         return
-    if training.accelerator.is_main_process:
-        _begin(session)
+    session.begin(typer.echo)
     board, done = Board(session.run_folder), True
     interactive = interactive and training.accelerator.num_processes == 1
     with Panel(training, seconds) as panel:
@@ -91,19 +88,6 @@ def _stage(session: Session, panel: Panel, board: Board, save_seconds: float) ->
 
 def _prompt(text: str) -> str:
     return typer.prompt(text, default="", show_default=False)
-
-
-def _begin(session: Session) -> None:
-    """Measure before the first step, and say how long the plan takes here."""
-    training, before = session.training, session.run_folder / BEFORE
-    if not before.is_file() and training.position.step == 0:
-        typer.echo("Measuring held-out text before the first step.")
-        write_json(before, training.measure().to_dict())
-        fit = sized(training.plan, training.speed())
-        session.use_plan(fit.plan)
-        typer.echo(fit.sentence)
-    elif training.position.step:
-        typer.echo(f"Going on after step {training.position.step:,}, in stage {training.stage.name}.")
 
 
 def _end(session: Session, done: bool) -> None:

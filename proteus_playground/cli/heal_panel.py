@@ -76,10 +76,9 @@ class Panel:
 
     def values(self, step: Step) -> dict[str, str]:
         """What the panel says of a step, by name."""
-        training, plan = self.training, self.training.plan
+        training = self.training
         layer = next(iter(training.student.layers.values()))
         at, heads = training.position, layer.config.n_heads
-        left = sum(stage.tokens for stage in plan.stages[at.stage :]) - at.tokens
         shown = {
             "stage": step.stage, "step": f"{step.step:,}", "of the stage": f"{at.tokens / training.stage.tokens:.0%}",
             "tokens a row": f"{step.length:,}", "tokens/s": f"{step.tokens_per_second:,.0f}",
@@ -88,6 +87,6 @@ class Panel:
             "flux alpha": f"{step.alpha:.2f}, at most {step.ceiling:.2f}", "reads per query": f"up to {step.reads:.0f}",
             "heads awake": f"{'some' if layer.config.route_heads else heads} of {heads}",
             "gate entropy": f"{gate_entropy(training.student.layers):.2f}",
-            "time left": spoken(max(0, left) / max(1e-9, self._speed) / 60),
+            "time left": spoken(training.left / max(1e-9, self._speed) / 60),
         }  # fmt: skip
         return shown | ({} if self._gap is None else {"held-out gap": f"{self._gap:.4f}"})

@@ -15,6 +15,7 @@ import made_study
 import numpy as np
 import psutil
 import pytest
+import tiny_llama
 import torch
 from fake_probe import FakeProbe
 from proteus_playground.experiments.evidence import committed
@@ -24,6 +25,7 @@ from proteus_playground.widgets import (
     bank_panel,
     duel_panel,
     evidence_panel,
+    healing_panel,
     needle_panel,
     playground,
     prototype_panel,
@@ -106,6 +108,31 @@ def a_needle(text: str = "the soup has · horseradish"):
 
 
 @pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A function that plans to heal a converted tiny model on a text, and opens the panel; its run is made up."""
+    for name in ("transformers", "peft", "accelerate"):
+        pytest.importorskip(name)
+    from made_healing import PLAN, MadeSession, plan_for
+
+    from proteus_playground.hf.convert import convert
+
+    place = tmp_path_factory.mktemp("healing")
+    model, tokenizer = tiny_llama.build(num_hidden_layers=2)
+    model.save_pretrained(place / "base"), tokenizer.save_pretrained(place / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTEUS_CACHE", str(place / "cache"))
+        folder = convert(str(place / "base"), place / "own", say=lambda sentence: None)
+
+    def open_panel(text: str = "a text"):
+        plan_for(text).write(folder.runs[0] / PLAN)
+        panel = healing_panel(folder.path, session=MadeSession)
+        panel.begin()
+        return panel
+
+    return open_panel
+
+
+@pytest.fixture(scope="module")
 def live():
     return random_bytes(load_text("humble token"), tokens=200)
 
@@ -115,11 +142,11 @@ def study(tmp_path_factory):
     return committed.committed(made_study.write(tmp_path_factory.mktemp("studies")))[0]
 
 
-PANELS = ("workbench", "stream", "bank", "prototypes", "duel", "evidence", "wall", "needles")
+PANELS = ("workbench", "stream", "bank", "prototypes", "duel", "evidence", "wall", "needles", "healing")
 
 
 @pytest.fixture
-def opened(live, study) -> Callable[[str], Panel]:
+def opened(live, study, request) -> Callable[[str], Panel]:
     """Opens a panel by name and waits for its first picture."""
     made = {
         "workbench": lambda: playground(model="smollm2", probe=a_probe()),
@@ -130,6 +157,7 @@ def opened(live, study) -> Callable[[str], Panel]:
         "evidence": lambda: evidence_panel([study]),
         "wall": a_wall,
         "needles": a_needle,
+        "healing": lambda: request.getfixturevalue("own")(),
     }
 
     def open_panel(name: str) -> Panel:
@@ -240,6 +268,7 @@ def messages(figure) -> list:
     ("prototypes", lambda panel: panel.do("step")),
     ("duel", lambda panel: setattr(panel.state, "flux_alpha", 0.5) or panel._draw()),
     ("evidence", lambda panel: panel._picked("quest", None)),
+    ("healing", lambda panel: panel._draw()),
 ])  # fmt: skip
 def test_one_figure_message_per_picture(opened, name, act):
     panel = opened(name)
@@ -260,7 +289,7 @@ def marked_probe() -> FakeProbe:
 
 
 @pytest.fixture
-def with_markup(live, study) -> dict[str, Callable[[], Panel]]:
+def with_markup(live, study, request) -> dict[str, Callable[[], Panel]]:
     """Panels whose texts, notes and names hold markup."""
     marked = replace(live, tokens=[MARKUP] * len(live.tokens), note=MARKUP)
     return {
@@ -272,6 +301,7 @@ def with_markup(live, study) -> dict[str, Callable[[], Panel]]:
         "evidence": lambda: evidence_panel([replace(study, note=MARKUP)]),
         "wall": lambda: a_wall(MARKUP),
         "needles": lambda: a_needle(MARKUP),
+        "healing": lambda: request.getfixturevalue("own")(MARKUP),
     }
 
 

@@ -311,6 +311,21 @@ def sized(plan: Plan, tokens_per_second: float) -> Sized:
     return Sized(plan, minutes, sentence)
 
 
+def measured_every(plan: Plan, tokens: int) -> Plan:
+    """`plan` with held-out text measured every `tokens` tokens in stages that would measure it at their end only.
+
+    None of these stages ends early by it.
+    """
+    tokens = max(1, tokens)
+    stages = tuple(
+        stage
+        if stage.plateau.every is not None
+        else replace(stage, plateau=replace(stage.plateau, every=tokens, patience=1 + stage.tokens // tokens))
+        for stage in plan.stages
+    )
+    return replace(plan, stages=stages)
+
+
 def spoken(minutes: float) -> str:
     """A duration in the unit that fits: seconds, minutes, hours or days."""
     if minutes < 1:

@@ -6,14 +6,16 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
 from ...attention.adapter import ProteusLayer
+from ...common.files import write_json
 from ..adapters import add_adapters, continue_adapters
 from ..models import load_folder
 from ..own.folder import ADAPTER, GATES, HEALED, Folder, gates_of, layers_of, read_folder
@@ -21,12 +23,13 @@ from ..patch import find_decoder
 from ..shipped_gates import write_gates
 from .corpus import Corpus, read_corpus
 from .history import write_history
-from .plan import Plan
+from .plan import Plan, measured_every, sized
 from .run import Run, read_log
 from .student import Student
 from .training import Position, Training, make_accelerator
 
 PLAN, BEFORE = "plan.json", "before.json"
+Say = Callable[[str], object]
 
 
 class Session:
@@ -81,6 +84,31 @@ class Session:
             return corpora, [read_corpus(source, self.tokenizer, data.max_tokens) for source in data.held_out]
         pairs = [corpus.split(data.held_out_share) for corpus in corpora]
         return [first for first, _ in pairs], [rest for _, rest in pairs]
+
+    def begin(self, say: Say, seconds: float | None = None, every: float | None = None) -> None:
+        """Before the first step: measure held-out text, and shorten the plan to what this machine can do in time.
+
+        A run that has begun keeps its plan. say: is told what is done, and how long the plan takes here. seconds: how
+        long the run may take, in place of the plan's minutes. every: seconds of training between two measurements of
+        held-out text, in stages that would measure it at their end only.
+        """
+        training, before = self.training, self.run_folder / BEFORE
+        say = say if training.accelerator.is_main_process else lambda sentence: None
+        if training.position.step:
+            say(f"Going on after step {training.position.step:,}, in stage {training.stage.name}.")
+        if training.position.step or before.is_file():
+            return
+        say("Measuring held-out text before the first step.")
+        began = perf_counter()
+        measured, took = training.measure(), perf_counter() - began
+        plan, speed = training.plan, training.speed()
+        if seconds is not None:
+            plan = replace(plan, minutes=seconds / 60)
+        fit = sized(plan, speed if every is None else speed * every / (every + took))
+        self.use_plan(fit.plan if every is None else measured_every(fit.plan, round(speed * every)))
+        if training.accelerator.is_main_process:
+            write_json(before, measured.to_dict())
+        say(fit.sentence)
 
     def write_plan(self) -> None:
         """Keep the plan, which a menu may have changed, beside the run's state."""

@@ -112,6 +112,11 @@ class Training:
         """Tokens of a row now."""
         return self.stage.lengths[self.position.level]
 
+    @property
+    def left(self) -> int:
+        """Tokens that the plan's stages still read at most."""
+        return max(0, sum(stage.tokens for stage in self.plan.stages[self.position.stage :]) - self.position.tokens)
+
     def _begin(self) -> None:
         """A new optimiser for the stage at the position."""
         self.accelerator.free_memory()
