@@ -51,9 +51,7 @@ class Workbench(TwoModels):
         )  # fmt: skip
         self.reply: Reply | None = None
         self._view: LayerView | None = None  # the last one computed, so that a click on a token re-runs no layer
-        self._timed: LayerView | None = (
-            None  # the last run of the layer on show; its latency is the median of `_runs` runs
-        )
+        self._timed: LayerView | None = None  # the last run of the layer on show; its latency is the median of `_runs`
         self._runs = 0
         self._other: LayerView | None = None  # the last one computed of what is pinned, by the probe `_a_seen`
         self._a_seen = None
