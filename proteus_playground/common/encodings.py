@@ -22,6 +22,7 @@ KINDS = (
     (b"\x7fELF", "a program"),
 )  # fmt: skip
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+ISO_2022 = re.compile(rb"\x1b(\$[@AB]|\$\)[AC]|\([IJ])")  # what switches to an Asian alphabet
 HEAD = 4096  # bytes at the beginning that are looked at before any is decoded
 SAMPLE = 1 << 16  # bytes on either side of a wrong one that a guess is made from
 
@@ -40,8 +41,8 @@ def decoded(blocks: Iterable[bytes], name: str, path: object) -> Iterator[str]:
     if kind is not None:
         raise ValueError(f"{name} is {kind}: allowed is plain text, so save or export it as UTF-8 text first")
     (codec, at), before = encoding_of(head), b""  # bytes before the block, and the block before
-    if codec == "utf-8" and _is_no_utf_8(head):
-        raise ValueError(_problem(name, path, codec, 0, head, CONTROL.search(head).start()))
+    if codec == "utf-8" and (wrong := _no_utf_8(head)) is not None:
+        raise ValueError(_problem(name, path, codec, 0, head, wrong))
     decoder = codecs.getincrementaldecoder(codec)()
     for block, last in chain([(head[at:], False)], ((block, False) for block in blocks), [(b"", True)]):
         waiting = len(decoder.getstate()[0])  # bytes of a character that the block before began
@@ -54,16 +55,28 @@ def decoded(blocks: Iterable[bytes], name: str, path: object) -> Iterator[str]:
         at, before = at + len(block), block
 
 
-def _is_no_utf_8(head: bytes) -> bool:
-    """Whether these are other data, although they can be decoded as UTF-8, in which a NUL is a character too."""
-    return _utf_16(head) is not None or 8 <= head.count(0) > len(head) // 10
+def _no_utf_8(head: bytes) -> int | None:
+    """Where it shows that these are other data, although they can be decoded as UTF-8; None where it does not.
+
+    In UTF-8 a NUL is a character too.
+    """
+    if (switch := ISO_2022.search(head)) is not None:
+        return switch.start()
+    other = _utf_16(head) is not None or 8 <= head.count(0) > len(head) // 10
+    return CONTROL.search(head).start() if other else None
 
 
 def _utf_16(sample: bytes) -> str | None:
-    """The byte order in which every second byte is below 8, as in UTF-16 from Latin to Arabic."""
+    """The byte order in which every second byte is that of an alphabet of UTF-16: from Latin to Arabic below 8; many
+    later ones, such as Devanagari and Thai, have one of their own, and beside it what are control characters elsewhere.
+    """
     for order, high, low in (("LE", sample[1::2], sample[::2]), ("BE", sample[::2], sample[1::2])):
-        high, low = (sum(half.count(byte) for byte in range(8)) / max(3, len(half)) for half in (high, low))
-        if high > 0.4 and low < 0.1:
+        size = max(3, len(high), len(low))
+        if sum(map(high.count, range(8))) > 0.4 * size and sum(map(low.count, range(8))) < 0.1 * size:
+            return order
+        own = max(range(8, 24), key=high.count)
+        apart = high.count(own) > 0.4 * size and low.count(own) < 0.1 * size
+        if apart and len(CONTROL.findall(low)) > 0.05 * size and low.count(0) < 0.3 * size:  # not UTF-32
             return order
     return None
 
@@ -79,6 +92,9 @@ def _problem(name: str, path: object, codec: str, at: int, data: bytes, wrong: i
 
 def _advice(sample: bytes, path: str) -> str:
     """What bytes that are not UTF-8 look like, and what to do about it."""
+    if (switch := ISO_2022.search(sample)) is not None:
+        codec = "ISO-2022-KR" if switch[1] == b"$)C" else "ISO-2022-JP"
+        return _convert(codec, codec, path)
     if (order := _utf_16(sample)) is not None:
         return _convert(f"UTF-16{order}", "UTF-16 without a byte order mark", path)
     if b"\0" in sample or len(CONTROL.findall(sample)) > len(sample) // 50:

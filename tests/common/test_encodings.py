@@ -60,6 +60,12 @@ BAD = {
     "Cyrillic UTF-16": (CYRILLIC.encode("utf-16-le"), r"byte 1 is 0x04.*iconv -f UTF-16LE"),
     "Greek UTF-16": ("ένα ταπεινό σύμβολο".encode("utf-16-be"), r"byte 0 is 0x03.*iconv -f UTF-16BE"),
     "short UTF-16": ("key tea".encode("utf-16-le"), r"byte 1 is 0x00.*iconv -f UTF-16LE"),
+    "Hindi UTF-16": ("यह एक विनम्र टोकन है ".encode("utf-16-le") * 9, r"looks like UTF-16 without.*iconv -f UTF-16LE"),
+    "Thai UTF-16": ("โทเค็นผู้ถ่อมตน".encode("utf-16-be") * 9, r"looks like UTF-16 without.*iconv -f UTF-16BE"),
+    "Telugu UTF-16": ("వినయపూర్వక టోకెన్ ".encode("utf-16-le") * 9, r"looks like UTF-16 without.*iconv -f UTF-16LE"),
+    "Japanese mail": ("Tea: 漢字かな".encode("iso2022_jp"), r"byte 5 is 0x1b.*looks like ISO-2022-JP.*-f ISO-2022-JP"),
+    "Korean mail": ("겸손한 토큰".encode("iso2022_kr"), r"byte 0 is 0x1b.*looks like ISO-2022-KR.*-f ISO-2022-KR"),
+    "Thai UTF-32": ("โทเค็นผู้ถ่อมตน".encode("utf-32-le") * 9, r"is binary, or text in an encoding without a byte order"),
     "UTF-32": (TEXT.encode("utf-32-le"), r"is binary, or text in an encoding without a byte order mark"),
     "Latin-1": (TEXT.encode("latin-1"), r"byte 42 is 0xfc.*Latin-1 or Windows-1252.*iconv -f WINDOWS-1252 -t UTF-8"),
     "Windows-1252": ("“Tea”, she said – for 5 €.".encode("cp1252"), r"byte 0 is 0x93.*iconv -f WINDOWS-1252"),
@@ -103,7 +109,10 @@ def test_the_proposed_command_converts_the_file(tmp_path):
 
     if shutil.which("iconv") is None:
         pytest.skip("no iconv here")
-    for codec, text in (("utf-16-le", TEXT), ("utf-16-be", TEXT), ("cp1252", "“Tea” for 5 €, naïve café")):
+    for codec, text in (
+        ("utf-16-le", TEXT), ("utf-16-be", TEXT), ("cp1252", "“Tea” for 5 €, naïve café"),
+        ("utf-16-le", "यह एक विनम्र टोकन है"), ("iso2022_jp", "漢字かな"),
+    ):  # fmt: skip
         (tmp_path / "it's a.txt").write_bytes(text.encode(codec))
         with pytest.raises(ValueError) as caught:
             load_text(str(tmp_path / "it's a.txt"))
@@ -116,3 +125,15 @@ def test_a_few_nuls_are_text(tmp_path):
     assert "".join(decoded([b"\0"], "a", "a")) == "\0"
     assert "".join(decoded([b"tea\0soup, bread\0"], "a", "a")) == "tea\0soup, bread\0"
     assert encodings.encoding_of(b"") == ("utf-8", 0)
+
+
+CONTROLS = {
+    "lines": "a\nb\nc\n", "tabs": "a\tb\tc\t", "overstruck": "NN\bAA\bMM\bEE\b text\n", "records": "a\x1eb\x1ec\x1f",
+    "terminal": "\x1b[1mbold\x1b(B\x1b[0m\n", "bells": "\x07ding\n", "pages": "a\fb\f",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_text_with_control_characters_is_text(kind):
+    text = CONTROLS[kind] * 30
+    assert "".join(decoded([text.encode()], "a", "a")) == text
