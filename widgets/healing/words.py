@@ -28,7 +28,7 @@ def note(folder: Folder, plan: Plan) -> str:
     return (
         f"Healing of “{folder.path.name}” (base “{folder.stanza.base.model}”): {what} trained on {sources}, so that "
         f"the model predicts with few keys what it predicts with all. The gap is the loss per token on held-out text "
-        f"({listed(shown)}) with few keys, less that with all."
+        f"({listed(shown)}) with few keys, less that of the untouched model with all."
     )
 
 
@@ -67,7 +67,7 @@ def _measured(record: Record) -> list[str]:
         cell("gap", f"{now.gap:.3f}", first, "Mean of the gaps on held-out text, nats per token."),
         cell("dense loss", f"{now.dense:.3f}", f"untouched {now.base:.3f}",
              "Loss on held-out text with all keys, nats per token: of the trained model, and of the untouched one. "
-             "It should stay the same."),
+             "The trained model should not become worse."),
     ]  # fmt: skip
 
 
