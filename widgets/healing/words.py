@@ -51,8 +51,8 @@ def numbers_html(number: int, record: Record, share: float, left: float | None) 
              "Flux alpha of the last step, drawn anew for each pass below a limit that rises."),
         cell("reads per query", f"{step.reads:,.0f}", "at most, in training",
              "Keys and notes that a query could read in the last step; L is drawn anew for each pass."),
-        cell("time left", "–" if left is None else duration(left), "measurements included",
-             "At the speed since the last start."),
+        cell("time left", "–" if left is None else duration(left), "with measuring",
+             "At the speed since the last start, measurements of held-out text included."),
         *_measured(record),
     ]  # fmt: skip
     return tiles_html(number, cells)
