@@ -78,7 +78,8 @@ def convert(
     if place.base:
         raise ValueError(f"model={model!r} has an adapter already: convert {place.base!r}, the model under it")
     home = models.place_of(model)
-    base = Base(str(place.gguf or place.home) if not place.known else model, hashes(home), copy)
+    named = place.known or model in models.SHIPPED  # found by its name on every machine
+    base = Base(model if named else str(place.gguf or place.home), hashes(home), copy)
     if is_own(out):
         return _again(read_folder(out), base, kind, say)
     if out.exists() and any(out.iterdir()):

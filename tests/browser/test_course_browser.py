@@ -14,6 +14,7 @@ DONE = """() => document.querySelector('.jp-Notebook-ExecutionIndicator').datase
 SMALL = {  # notebook -> (in the source, in the test)
     "01_the_wall": ("wall_panel()", 'wall_panel(device="cpu", lengths=[128, 256], limit_s=0.5)'),
     "05_needles": ("needle_panel()", 'needle_panel("layer")'),
+    "06_your_own_model": ('("tiny-english", "quick", 180)', '("tiny-english", "quick", 1)'),
     "07_write_your_own_selector": ("cases=20", "cases=1"),
 }
 WRONG = {"wall": "answer = 32768", "selector": "def mine(sight, rows):\n    return sight.window(rows + 1, 4)"}
@@ -24,8 +25,9 @@ def notebook(request, lab, folder):
     """(page, its name), with a smaller panel, after every cell has run."""
     book, (old, new) = folder / "notebooks" / f"{request.param}.ipynb", SMALL[request.param]
     text = book.read_text(encoding="utf-8")
+    old, new = (words.replace('"', '\\"') for words in (old, new))
     assert old in text
-    book.write_text(text.replace(old, new.replace('"', '\\"')), encoding="utf-8")
+    book.write_text(text.replace(old, new), encoding="utf-8")
     page, address = lab
     driver.start_all(page, address, f"notebooks/{book.name}")
     page.wait_for_function(DONE, timeout=READY_MS)
@@ -65,11 +67,15 @@ def test_a_notebook_of_the_course(notebook, shots):
     elif name == "05_needles":
         assert "24" in panel(page, "needles").inner_text()
         page.locator(".pp-needles").screenshot(path=shots / "needles-live.png")
-    exercise = {"01_the_wall": "wall", "05_needles": "needles"}.get(name, "selector")
+    elif name == "06_your_own_model":
+        assert "equal logits: True" in said and "gap" in panel(page, "healing").inner_text()
+        assert "nats per token before healing and is" in page.locator(".pp-healing .pp-said").inner_text()
+        page.locator(".pp-healing").screenshot(path=shots / "healing.png")
+    exercise = {"01_the_wall": "wall", "05_needles": "needles", "06_your_own_model": "own"}.get(name, "selector")
     cell = page.locator(".jp-CodeCell").filter(has_text=f'check("{exercise}"').last
     start = "from proteus_playground.playground.course import check\n"
     solution = EXERCISES[exercise].solution
-    made = "answer" if exercise == "wall" else "mine"
+    made = "answer" if exercise in ("wall", "own") else "mine"
     if exercise in WRONG:
         assert "Not yet" in run(page, cell, f'{start}{WRONG[exercise]}\n\ncheck("{exercise}", {made})')
     assert "Right." in run(page, cell, f'{start}{solution}\n\ncheck("{exercise}", {made})')

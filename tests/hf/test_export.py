@@ -69,7 +69,9 @@ def test_an_exported_model_is_the_healed_one_bit_for_bit(kind, tmp_path, capfd):
     with pytest.raises(ValueError, match="flux_alpha=2"):
         model(IDS, flux_alpha=2)
     half = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and half.proteus["0"].prototypes.dtype == torch.float32
+    assert half.dtype == torch.bfloat16 and logits(half).isfinite().all()  # through the slider
+    kept = {name: buffer.dtype for name, buffer in half.proteus["0"].named_buffers()}
+    assert kept == {name: buffer.dtype for name, buffer in slider.gates[0].named_buffers()}
     model.flux_alpha = 0.5
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()

@@ -1,5 +1,6 @@
 """A model opens by a hub id, a folder or a GGUF file; what cannot open is refused with a way out."""
 
+import math
 import shutil
 from collections import namedtuple
 
@@ -114,3 +115,18 @@ def test_a_folder_opens_where_it_is_and_a_gguf_after_it_was_converted(place, mon
     for bad in ("", "two words", "../nowhere", "a/b/c", str(tiny_llama.__file__), "x" * 300):
         with pytest.raises(ValueError, match="allowed is"):
             models.find(bad)
+
+
+def test_the_small_model_of_the_package_opens_by_its_name_and_stays():
+    place = models.find("tiny-english")
+    assert models.is_pulled("tiny-english") and place.mine and place.label == opening.title("tiny-english")
+    said = []
+    assert models.pull("tiny-english", progress=False, say=said.append) == place.home
+    assert said == ["tiny-english is a folder on this machine, 1M parameters in float16: there is nothing to fetch."]
+    source = opening.load_source("tiny-english")
+    assert (source.name, source.n_layers, source.context, source.vocabulary) == ("tiny-english", 4, 1024, 2048)
+    ids = torch.tensor(source.encode("In the beginning God created the heaven and the"))
+    assert source.nll(ids, 1, {}) < 5 < math.log(source.vocabulary)  # it has learned something
+    with pytest.raises(ValueError, match="name='tiny-english' comes with the package and is not removed"):
+        models.remove("tiny-english")
+    assert "tiny-english" not in {info.name for info in models.list_models()}

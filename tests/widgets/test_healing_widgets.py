@@ -149,6 +149,8 @@ def test_the_words_say_how_far_the_gap_has_fallen():
     )
     record.add(made_healing.step(3, gap=0.2))
     assert "is gone" not in words.verdict(record)
+    worse = made_healing.measured(0.1) | {"dense": 3.3}  # the trained model's own dense pass does not count
+    assert curve_of(worse, 0).gaps == record.before.gaps
     assert curve_of({name: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
                      for name, value in made_healing.measured(0.1).items()}, 0) == record.before  # fmt: skip
 

@@ -12,7 +12,7 @@ SHOWN = {
     "00_start_here": ("workbench",), "01_the_wall": ("panel",), "02_duel": ("panel",),
     "03_gates_and_prototypes": ("panel",),
     "04_million_tokens": ("panel", "bank", "million"), "05_needles": ("panel",),
-    "06_your_own_model": (), "07_write_your_own_selector": (), "08_evidence": ("panel",),
+    "06_your_own_model": ("panel",), "07_write_your_own_selector": (), "08_evidence": ("panel",),
     "09_more_to_touch": ("bank", "int8", "top_a", "controller"),
 }  # fmt: skip
 

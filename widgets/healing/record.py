@@ -19,12 +19,15 @@ MOST = 400  # points of a line: more would not be visible
 
 @dataclass(frozen=True)
 class Curve:
-    """The gap on held-out text by reads. Each tuple goes from few reads to many."""
+    """The gap on held-out text by reads. Each tuple goes from few reads to many.
+
+    The gap is to the untouched model: if training made the dense pass worse, that would not count as a smaller gap.
+    """
 
     read: int  # tokens of the run before it was measured
     shares: tuple[int, ...]  # the numbers that the length was divided by for L
     reads: tuple[float, ...]  # keys and notes that a query read
-    gaps: tuple[float, ...]  # sparse less dense, nats per token
+    gaps: tuple[float, ...]  # nats per token: the trained model with few keys, less the untouched one with all
     dense: float  # nats per token of the trained model's own dense pass
     base: float  # of the untouched model
 
@@ -35,10 +38,10 @@ class Curve:
 
 def curve_of(measured: dict, read: int) -> Curve:
     """A curve from what `Measured.to_dict` gives, or a JSON file that holds it."""
-    shares = sorted((int(share) for share in measured["gaps"]), reverse=True)
-    reads, gaps = ({int(share): value for share, value in measured[name].items()} for name in ("reads", "gaps"))
-    return Curve(read, tuple(shares), tuple(reads[s] for s in shares), tuple(gaps[s] for s in shares),
-                 measured["dense"], measured["base"])  # fmt: skip
+    base, shares = measured["base"], sorted((int(share) for share in measured["sparse"]), reverse=True)
+    reads, sparse = ({int(share): value for share, value in measured[name].items()} for name in ("reads", "sparse"))
+    return Curve(read, tuple(shares), tuple(reads[s] for s in shares), tuple(sparse[s] - base for s in shares),
+                 measured["dense"], base)  # fmt: skip
 
 
 @dataclass

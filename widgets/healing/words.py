@@ -28,7 +28,7 @@ def note(folder: Folder, plan: Plan) -> str:
     return (
         f"Healing of “{folder.path.name}” (base “{folder.stanza.base.model}”): {what} trained on {sources}, so that "
         f"the model predicts with few keys what it predicts with all. The gap is the loss per token on held-out text "
-        f"({listed(shown)}) with few keys, less that with all."
+        f"({listed(shown)}) with few keys, less that of the untouched model with all."
     )
 
 
@@ -51,8 +51,8 @@ def numbers_html(number: int, record: Record, share: float, left: float | None) 
              "Flux alpha of the last step, drawn anew for each pass below a limit that rises."),
         cell("reads per query", f"{step.reads:,.0f}", "at most, in training",
              "Keys and notes that a query could read in the last step; L is drawn anew for each pass."),
-        cell("time left", "–" if left is None else duration(left), "measurements included",
-             "At the speed since the last start."),
+        cell("time left", "–" if left is None else duration(left), "with measuring",
+             "At the speed since the last start, measurements of held-out text included."),
         *_measured(record),
     ]  # fmt: skip
     return tiles_html(number, cells)
@@ -67,7 +67,7 @@ def _measured(record: Record) -> list[str]:
         cell("gap", f"{now.gap:.3f}", first, "Mean of the gaps on held-out text, nats per token."),
         cell("dense loss", f"{now.dense:.3f}", f"untouched {now.base:.3f}",
              "Loss on held-out text with all keys, nats per token: of the trained model, and of the untouched one. "
-             "It should stay the same."),
+             "The trained model should not become worse."),
     ]  # fmt: skip
 
 

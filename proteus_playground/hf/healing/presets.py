@@ -1,13 +1,18 @@
-"""Plans by name: `try` for minutes, `small` for an hour, `guide` with the step counts of the integration guide."""
+"""Plans by name: `quick` for a small model on a CPU, `try` for minutes, `small` for an hour, and `guide`.
+
+`guide` has the step counts of the integration guide.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from ...common.texts import TOPICS
 from .plan import Budgets, Data, Losses, Plan, Plateau, Rates, Stage
 
 DENSE = Budgets(alpha_high=0.0, alpha_start=0.0, dense_share=1.0)
 NO_LOSS = Losses(kl=0.0, match=0.0)
+MANUAL = Data(sources=(TOPICS,), held_out_rows=4)
 
 
 def _a(tokens: int, *lengths: int) -> Stage:
@@ -21,6 +26,13 @@ def _a(tokens: int, *lengths: int) -> Stage:
 def _d(tokens: int, length: int) -> Stage:
     """The same once more, for the keys of the trained weights."""
     return replace(_a(tokens, length), name="D", optional=True)
+
+
+def _quick(data: Data) -> Plan:
+    """For a model of about a million parameters on two cores: short rows, small steps and a high rate."""
+    budgets = Budgets(alpha_start=1.0, alpha_low=0.5, dense_share=0.2)
+    stages = _a(80_000, 512), Stage("B", 960_000, (512,), budgets, Rates(weights=4e-3))
+    return Plan(stages, batch_tokens=512, pass_tokens=512, checkpoint=False, data=data, minutes=3.0)
 
 
 def _try(data: Data) -> Plan:
@@ -45,11 +57,14 @@ def _guide(data: Data) -> Plan:
     return Plan((replace(a, plateau=plateau), b, c, _d(20_000 * step, 8192)), batch_tokens=step, data=data)
 
 
-PRESETS = {"try": _try, "small": _small, "guide": _guide}
+PRESETS = {"quick": _quick, "try": _try, "small": _small, "guide": _guide}
 
 
 def preset(name: str, data: Data | None = None) -> Plan:
-    """The plan called `name`, on `data`. Raises `ValueError` for another name."""
+    """The plan called `name`, on `data`. Raises `ValueError` for another name.
+
+    Without `data`, `quick` reads Python's manual, and the others the commonplace book.
+    """
     if name not in PRESETS:
         raise ValueError(f"preset={name!r}: must be one of {', '.join(PRESETS)}")
-    return PRESETS[name](data or Data())
+    return PRESETS[name](data or (MANUAL if name == "quick" else Data()))

@@ -23,6 +23,7 @@ CODE = '''"""Opens this model with trust_remote_code=True. It needs `pip install
 from proteus_playground.hf.own.wrapped import ProteusConfig, ProteusForCausalLM  # noqa: F401
 '''
 AUTO_MAP = {"AutoConfig": f"{MODULE}.ProteusConfig", "AutoModelForCausalLM": f"{MODULE}.ProteusForCausalLM"}
+FLOATS = r"proteus\.\d+\.(?!alive|head_of_gate)"  # buffers of gates that stay float32 in a model of half precision
 CONFIGURED = object()  # flux_alpha of a call that names none
 
 
@@ -81,7 +82,7 @@ def _subclass(base: type) -> type:
     parameters.insert(last, inspect.Parameter("flux_alpha", inspect.Parameter.KEYWORD_ONLY, default=CONFIGURED))
     forward = wraps(base.forward)(forward)
     forward.__signature__ = given.replace(parameters=parameters)
-    kept = [*(getattr(base, "_keep_in_fp32_modules_strict", None) or ()), "proteus"]
+    kept = [*(getattr(base, "_keep_in_fp32_modules_strict", None) or ()), FLOATS]
     # It keeps the base's name, because transformers looks up older names of weights by it.
     body = {"forward": forward, "_keep_in_fp32_modules_strict": kept, "__module__": base.__module__}
     return type(base.__name__, (_Slider, base), body)
