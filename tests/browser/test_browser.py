@@ -185,6 +185,13 @@ def chosen(page) -> int:
     return int(page.locator(".pp-chosen").get_attribute("data-i"))
 
 
+def axes(page) -> list[dict]:
+    """Where the plots of the figure lie in the window, once it has been scrolled there."""
+    page.evaluate("document.querySelector('.pp-figure').scrollIntoView({block: 'center'})")
+    page.wait_for_timeout(200)
+    return page.evaluate(AXES)
+
+
 def follow(page, act) -> int:
     """Does `act`, waits until the pictures follow, and returns the chosen token."""
     old = driver.settle(page)
@@ -211,7 +218,7 @@ def test_the_tooltip_of_a_word_explains_the_words_that_it_uses(page):
 
 
 def test_a_click_in_the_heat_map_is_followed_by_the_text(page):
-    box = page.evaluate(AXES)[0]
+    box = axes(page)[0]
     x, y = box["x"] + 0.5 * box["width"], box["y"] + 0.72 * box["height"]
     page.mouse.move(x - 3, y)
 
@@ -227,7 +234,7 @@ def test_a_click_in_the_heat_map_is_followed_by_the_text(page):
 @pytest.mark.parametrize("panel,at,start", [(2, (0.66, 0.2), 700), (1, (0.4, 0.2), 650)], ids=["row", "prototypes"])
 def test_a_click_in_the_other_figures_chooses_a_token(page, panel, at, start):
     before = follow(page, lambda: page.locator(f'.pp-tok[data-i="{start}"]').click())
-    box = page.evaluate(AXES)[panel]
+    box = axes(page)[panel]
 
     def click() -> None:
         # Wherever the nearest point is: a few steps about the middle of the panel find one.
