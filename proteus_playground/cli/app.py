@@ -125,7 +125,9 @@ def models_list() -> None:
 
     for info in models.list_models():
         typer.echo(models.describe(info))
-    missing = sorted(name for name in models.KNOWN if not models.is_pulled(name))
+    adapters = [f"{name} (an adapter of {known.base})" for name, known in models.KNOWN.items() if known.base]
+    typer.echo(f"With the package: {', '.join([*models.SHIPPED, *adapters])}")
+    missing = sorted(name for name, known in models.KNOWN.items() if not known.base and not models.is_pulled(name))
     if missing:
         typer.echo(f"Not pulled: {', '.join(missing)} (proteus models pull {missing[0]})")
 

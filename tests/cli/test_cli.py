@@ -101,6 +101,7 @@ def test_a_port_in_use_is_named(run):
 def test_models_list_of_an_empty_cache(run):
     code, out, _ = run("models", "list")
     assert code == 0 and "Not pulled: smollm2 (proteus models pull smollm2)" in out
+    assert "With the package: tiny-english, smollm2-slider (an adapter of smollm2)" in out
 
 
 def test_what_the_world_does_wrong_exits_1(run, monkeypatch):
