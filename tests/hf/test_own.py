@@ -100,7 +100,7 @@ def test_a_conversion_is_whole_and_does_nothing_twice(tmp_path, monkeypatch):
         ("base", out, {"copy": True}, "without a copy'?: must be a new folder"),
         ("base", tmp_path, {}, "is a folder with other files"),
         ("own", tmp_path / "new", {}, "is a converted folder already"),
-        ("base", tmp_path / "new", {"kind": "huge"}, "preset='huge': must be one of try, small, guide"),
+        ("base", tmp_path / "new", {"kind": "huge"}, "preset='huge': must be one of quick, try, small, guide"),
         ("nothing", tmp_path / "new", {}, "nothing' is not a known model"),
     ):
         with pytest.raises(ValueError, match=error):
