@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..common.checks import whole_number
 from .kmeans import spherical_kmeans
-from .precision import at_least_float32
+from .precision import Float32Buffers, at_least_float32
 from .transforms import records, refuse, without_grad
 
 OBSERVE_LIMIT = 1 << 13  # keys one training pass adds to the moving averages
@@ -23,7 +23,7 @@ FIT_LIMIT = 1 << 16  # keys that k-means uses; more change a centroid by less th
 QUANTILES = 257  # points of the salience histogram that the keep decision uses
 
 
-class Gates(nn.Module):
+class Gates(Float32Buffers):
     """Prototypes of every KV group, how well each is used, and which head each belongs to.
 
     Buffers: `prototypes` (G, C, d) float32 unit vectors; `alive` (G, C) bool; `confidence` (G, C), mean cosine of
@@ -61,15 +61,6 @@ class Gates(nn.Module):
         self.register_buffer("pending_count", torch.zeros(shape))
         self.register_buffer("pending_sample", torch.full((n_groups, head_dim), torch.nan))
         self.register_buffer("pending_quantiles", torch.full((QUANTILES,), torch.nan))
-
-    def _apply(self, fn, recurse=True):
-        """Move between devices, but stay float32: a prototype in half precision would move keys between gates."""
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.is_floating_point() and buffer.dtype != torch.float32:
-                setattr(self, name, before[name].to(buffer.device))
-        return self
 
     @property
     def n_groups(self) -> int:
@@ -221,7 +212,7 @@ class Gates(nn.Module):
     @staticmethod
     def _histogram(salience: Tensor, keep: Tensor | None = None) -> Tensor:
         """Quantiles of salience, `(QUANTILES,)`; keep: which entries count, the others sort to the end."""
-        at, last = torch.linspace(0, 1, QUANTILES, device=salience.device), salience.numel() - 1
+        at, last = torch.linspace(0, 1, QUANTILES, device=salience.device, dtype=torch.float32), salience.numel() - 1
         if keep is not None:
             salience, last = salience.masked_fill(~keep, torch.inf), (keep.sum() - 1).clamp(min=0)
         return salience.flatten().sort().values[(at * last).round().long()]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .config import AttentionConfig
 from .decide import TokenDecisions
@@ -58,7 +59,7 @@ def project_queries(
     projected head by head, the mean comes from the mean weight, and the queries are None.
     """
     G, r = cfg.n_kv_heads, cfg.heads_per_group
-    if slots is None or not is_grouped(cfg, slots, x, q_proj.weight):
+    if slots is None or not is_grouped(cfg, slots, x, q_proj):
         queries = q_proj(x).unflatten(-1, (G, r, cfg.head_dim))
         return queries, None if slots is None else queries.mean(3)
     weight = _per_head(q_proj.weight, cfg).unflatten(0, (G, r)).mean(1)  # (G, d, D)
@@ -82,17 +83,33 @@ def merge_heads(out: Tensor, o_proj: nn.Linear, cfg: AttentionConfig, rows: Head
     """Project the rows' weighted outputs and add them up: `(B, T, G, K, d)` -> `(B, T, D)`."""
     if rows.slot is None:
         return o_proj(out.flatten(2))
-    if is_grouped(cfg, rows.slot.shape[-1], out, o_proj.weight):
+    if is_grouped(cfg, rows.slot.shape[-1], out, o_proj):
         y = project_out(out, _per_head(o_proj.weight.T, cfg), _head_of_slot(rows.slot, cfg), rows.real)
         return y if o_proj.bias is None else y + o_proj.bias
     every_head = out.new_zeros(*out.shape[:3], cfg.heads_per_group, cfg.head_dim)
     return o_proj(every_head.scatter(3, rows.slot[..., None].expand_as(out), out).flatten(2))
 
 
-def is_grouped(cfg: AttentionConfig, slots: int, x: Tensor, weight: Tensor) -> bool:
+def is_grouped(cfg: AttentionConfig, slots: int, x: Tensor, proj: nn.Module) -> bool:
     """Whether rows of x are projected head by head. Without a grouped matmul, Python must know how many each has."""
     wide = slots < cfg.heads_per_group and cfg.n_heads * cfg.head_dim > GROUPED_FROM * cfg.d_model
-    return wide and (not hides_values() or _has_grouped_matmul(x, weight))
+    return wide and is_bare(proj) and (not hides_values() or _has_grouped_matmul(x, proj.weight))
+
+
+def is_bare(*layers: nn.Module) -> bool:
+    """Whether weight and bias say all that `layers` compute. Adapted, quantised and hooked layers must be called."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return all(type(one) is nn.Linear and not any(getattr(one, name) for name in hooks) for one in layers)
+
+
+def check_linear(**layers: nn.Module) -> None:
+    """Raise `TypeError` for one of `layers` whose weight does not say all that it computes. Hooks are not asked for."""
+    for name, one in layers.items():
+        if type(one) is not nn.Linear and not is_parametrized(one):
+            raise TypeError(
+                f"{name} is a {type(one).__module__}.{type(one).__qualname__}: must be an nn.Linear, because its "
+                "weight is read here; merge adapters first"
+            )
 
 
 def _per_head(weight: Tensor, cfg: AttentionConfig) -> Tensor:

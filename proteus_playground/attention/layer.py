@@ -23,7 +23,7 @@ from .decide import TokenDecisions, decide, kept_tokens, weigh
 from .fast_paths import attend_densely, attend_in_pieces
 from .functional import check_budget, proteus_attention
 from .gates import Gates
-from .heads import HeadRows, awake_queries, merge_heads, pick_rows, project_queries
+from .heads import HeadRows, awake_queries, check_linear, is_bare, merge_heads, pick_rows, project_queries
 from .records import AttentionTrace, LayerOutput, stats_of, trace_of
 from .rope import Frequencies
 from .routing import Router, is_learning
@@ -111,8 +111,11 @@ class ProteusAttention(nn.Module):
     def _fast_path(self, x: Tensor, budget: Budget, positions: Tensor | None) -> Tensor | None:
         """The same output by a shorter way where there is one, else None.
 
-        Never used in training: activation checkpointing must recompute exactly what the first pass computed.
+        Never used in training: activation checkpointing must recompute exactly what the first pass computed. It reads
+        weights and calls no projection.
         """
+        if not is_bare(self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            return None
         if budget.flux_alpha == 0:  # every token takes part and every head has weight 1: there is nothing to decide
             return attend_densely(self, x, positions)
         if self._fits_pieces(x, budget):
@@ -344,15 +347,19 @@ class ProteusAttention(nn.Module):
     def head_contributions(self, trace: AttentionTrace) -> Tensor:
         """What each slot's head adds to the residual, `(B, T, G K, D)`; zero for sleeping heads.
 
-        Their sum and o_proj's bias are the layer's output, where a token was not dropped.
+        Their sum and o_proj's bias are the layer's output, where a token was not dropped. Raises `TypeError` for an
+        adapted o_proj.
         """
+        check_linear(o_proj=self.o_proj)
         return trace.contributions(self.o_proj.weight)
 
     def consensus(self, trace: AttentionTrace) -> Tensor:
         """Mean direction of the awake heads' contributions, weighted by their routing weights: `(B, T, D)` float32.
 
-        Its dot product with a unit vector is the heads' mean cosine with it. Zero where no head is awake.
+        Its dot product with a unit vector is the heads' mean cosine with it. Zero where no head is awake. Raises
+        `TypeError` for an adapted o_proj.
         """
+        check_linear(o_proj=self.o_proj)
         return trace.consensus(self.o_proj.weight)
 
     def save(self, path: str | Path) -> Path:
@@ -386,6 +393,8 @@ class ProteusAttention(nn.Module):
             )
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"x={type(x).__name__}: expected a floating-point tensor (B, T, D)")
+        if x.is_nested:
+            raise ValueError("x is a nested tensor: must be (B, T, D), padded, with a key_padding_mask")
         if x.dim() != 3 or x.shape[2] != self.cfg.d_model or 0 in x.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}: must be (B, T, D={self.cfg.d_model}), no axis empty")
         if positions is not None and not isinstance(positions, Tensor):

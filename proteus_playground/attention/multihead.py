@@ -86,6 +86,8 @@ class CausalProteusMultiheadAttention(nn.Module):
         """
         if not isinstance(query, Tensor) or query.dim() not in (2, 3):
             raise ValueError(f"query has shape {tuple(getattr(query, 'shape', ()))}: must have 2 or 3 axes")
+        if query.is_nested:
+            raise ValueError("query is a nested tensor: must be padded, with a key_padding_mask")
         is_self_attention = key is query and value is query
         unbatched = query.dim() == 2
         q, k, v = (x[None] if unbatched else x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))

@@ -29,7 +29,8 @@ class Frequencies(nn.Module):
     def __init__(self, head_dim: int, theta: float):
         super().__init__()
         self.head_dim, self.theta = head_dim, theta
-        self.register_buffer("inv_freq", rope_frequencies(head_dim, theta), persistent=False)
+        dtype = wide_dtype(torch.get_default_dtype())
+        self.register_buffer("inv_freq", rope_frequencies(head_dim, theta, dtype=dtype), persistent=False)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

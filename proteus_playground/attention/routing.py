@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .precision import at_least_float32
+from .precision import Float32Buffers, at_least_float32
 from .transforms import records, without_grad
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .gates import Gates
 
 
-class Router(nn.Module):
+class Router(Float32Buffers):
     """Logits per gate, and a balance bias per head that takes part in the choice of heads only, never in their weights.
 
     The bias follows the loss-free balancing of Wang et al. 2024, https://arxiv.org/abs/2408.15664.

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.checks import whole_number
+from .heads import check_linear
 from .layer import ProteusAttention
 
 
@@ -98,8 +99,10 @@ def add_head(attn: ProteusAttention) -> int:
     """Give every KV group one more query head and return its index in the group.
 
     The head starts with random queries and a zero output. Without routing the output stays as it was; with routing
-    the new head gets a clone of the group's most used gate, and half of that gate's probability.
+    the new head gets a clone of the group's most used gate, and half of that gate's probability. Raises `TypeError` for
+    an adapted q_proj or o_proj.
     """
+    check_linear(q_proj=attn.q_proj, o_proj=attn.o_proj)
     cfg, gates = attn.cfg, attn.gates
     G, r, d, D = cfg.n_kv_heads, cfg.heads_per_group, cfg.head_dim, cfg.d_model
     new_rows = torch.randn(G, 1, d, D, device=attn.q_proj.weight.device) * cfg.init_scale * D**-0.5

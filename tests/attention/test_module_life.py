@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from proteus_playground import AttentionConfig, ProteusAttention
-from proteus_playground.attention import CausalProteusMultiheadAttention, Gates, rope_frequencies, rotate
+from proteus_playground.attention import CausalProteusMultiheadAttention, Gates, rope_frequencies, rotate, surgery
 from proteus_playground.attention.bank import KVBank
 from proteus_playground.attention.budget import plan_budget
 
@@ -22,6 +22,63 @@ BAD = [float("nan"), float("inf"), -float("inf")]
 def same_state(one: nn.Module, other: nn.Module) -> bool:
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     return all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
+
+
+# -- projections that are adapted, quantised or watched --------------------------------------------------------------
+
+MANY_HEADS = {"n_heads": 32, "gates_per_group": 16, "heads_awake_max": 3}  # queries are projected head by head
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+class Doubled(nn.Module):
+    """As an adapter stands around a linear map: it has that map's weight, and computes something else."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+@pytest.mark.parametrize("changes", [{"flux_alpha": 0.0}, {}, MANY_HEADS])
+def test_an_adapted_projection_is_called(changes, name):
+    adapted, plain = layer(**changes), layer(**changes)
+    setattr(adapted, name, Doubled(getattr(adapted, name)))
+    getattr(plain, name).weight.data *= 2
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert off_by(adapted(X), plain(X)) <= 1e-5
+
+
+@pytest.mark.parametrize("changes", [{"flux_alpha": 0.0}, {}, MANY_HEADS])
+def test_hooks_of_projections_are_called(changes):
+    attn, called = layer(**changes), []
+    for name in PROJECTIONS:
+        getattr(attn, name).register_forward_hook(lambda *_, name=name: called.append(name))
+    with torch.no_grad():
+        attn(X)
+    assert sorted(called) == sorted(PROJECTIONS)
+
+
+@pytest.mark.bad_input
+def test_what_reads_a_weight_refuses_an_adapted_projection():
+    attn = layer()
+    trace = attn(X, return_trace=True)[1]
+    attn.o_proj = Doubled(attn.o_proj)
+    for read in (lambda: attn.head_contributions(trace), lambda: attn.consensus(trace), lambda: surgery.add_head(attn)):
+        with pytest.raises(TypeError, match="o_proj is a .*Doubled: must be an nn.Linear"):
+            read()
+
+
+@pytest.mark.bad_input
+def test_nested_tensors_are_refused():
+    nested = torch.nested.nested_tensor([X[0, :30], X[1]])
+    with pytest.raises(ValueError, match="x is a nested tensor: must be"):
+        layer()(nested)
+    with pytest.raises(ValueError, match="query is a nested tensor: must be"):
+        CausalProteusMultiheadAttention(32, 4, batch_first=True)(nested, nested, nested)
 
 
 # -- what is not finite ---------------------------------------------------------------------------------------------
@@ -157,6 +214,32 @@ def test_half_precisions_and_autocast(dtype):
 
 
 # -- long texts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_layer_made_in_another_default_precision(dtype):
+    """As `from_pretrained` makes models."""
+    moved, before = layer().to(dtype), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        made = ProteusAttention(config()).eval()
+        assert made.gates.fit(torch.randn(200, 2, 8)).salience_quantiles.isfinite().all()
+    finally:
+        torch.set_default_dtype(before)
+    assert [x.dtype for x in made.state_dict().values()] == [x.dtype for x in moved.state_dict().values()]
+    made.load_state_dict(moved.state_dict())
+    assert torch.equal(made(X.to(dtype)), moved(X.to(dtype)))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_checkpoint_in_half_precision_leaves_gates_in_float32(assign):
+    half = {name: x.half() if x.is_floating_point() else x for name, x in layer().state_dict().items()}
+    attn = layer().half()
+    attn.load_state_dict(half, assign=assign)
+    assert {x.dtype for x in (*attn.gates.buffers(), *attn.router.buffers()) if x.is_floating_point()} == {
+        torch.float32
+    }
+    assert attn(X.half()).isfinite().all()
 
 
 @pytest.mark.parametrize("shift", [1 << 16, 1 << 20, 1 << 24, 1 << 30])
