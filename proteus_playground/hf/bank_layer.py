@@ -101,8 +101,9 @@ class BankLayer(CacheLayerMixin):
             if held is not None and not torch.equal(held, call.inv_freq.to(held.device)):
                 raise ValueError(
                     f"layer {call.layer}: the model's rotary frequencies have changed with the length of the text "
-                    "(dynamic NTK, LongRoPE), and keys of a ProteusCache keep those of its first tokens; stay within "
-                    "the trained length, or load the model with another rope_type"
+                    "(dynamic NTK, LongRoPE) or with its precision, and keys of a ProteusCache keep those of its first "
+                    "tokens; stay within the trained length, load the model with another rope_type, or begin the text "
+                    "again in this precision"
                 )
         self._inv_freq = call.inv_freq
 
