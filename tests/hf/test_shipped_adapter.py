@@ -22,10 +22,11 @@ SLIDER = "smollm2-slider"
 def test_its_file_is_small_and_says_how_it_was_made():
     place = files(proteus_playground.hf) / "data" / models.KNOWN[SLIDER].adapter
     tensors, about = read_tensors(place, WRITER)
-    report = json.loads((files(results) / "healing_h200.json").read_text())
+    first, report = (json.loads((files(results) / f"healing_{n}h200.json").read_text()) for n in ("", "more_"))
     assert place.stat().st_size <= 10e6 and place.stat().st_size / 1e6 == pytest.approx(report["megabytes"], abs=0.01)
     assert all(each.dtype == torch.float16 for each in tensors.values())
-    assert about["plan"] == report["plan"] and about["texts"] == report["texts"]
+    assert about["plan"] == report["plan"] and about["texts"] == report["texts"] == first["texts"]
+    assert about["start"] == report["start"] and report["before"] == first["after"]
     read, judged = about["plan"]["data"]["sources"], about["plan"]["data"]["held_out"]
     assert set(read) == set(about["texts"]) and not set(read) & set(judged) and "jargon.txt" in judged
     assert not [name for name in (*read, *judged) if "/" in name]
