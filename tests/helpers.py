@@ -1,5 +1,6 @@
 """Small builders that several attention tests share, and the text of HTML."""
 
+import dataclasses
 import re
 from html import unescape
 
@@ -43,6 +44,15 @@ def off_by(a, b) -> float:
     """Relative Frobenius distance of a from b."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
+
+
+def check_overflow(monkeypatch, on: bool) -> None:
+    """Whether the interpreter looks for overflow after each operation on whole numbers, a third of its time."""
+    if not torch.cuda.is_available():
+        from triton.runtime import interpreter
+
+        builder = interpreter.interpreter_builder
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=on))
 
 
 def run_command(capture, *words: str) -> tuple[int, str, str]:

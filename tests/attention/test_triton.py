@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import attend, config, layer, off_by, qkv
+from helpers import attend, check_overflow, config, layer, off_by, qkv
 from torch.utils.checkpoint import checkpoint
 
 from proteus_playground.attention import Gates, plan_budget
@@ -12,7 +12,6 @@ from proteus_playground.attention.backends import dispatch
 from proteus_playground.attention.int8 import error_bound, quantize_rows, through_int8
 
 pytest.importorskip("triton", reason="Triton is not installed for this system")
-from triton.runtime import interpreter  # noqa: E402
 
 from proteus_playground.attention.backends.fused import operators, pieces  # noqa: E402
 from proteus_playground.attention.backends.fused.plan import make_plan  # noqa: E402
@@ -40,13 +39,6 @@ def quick_interpreter(monkeypatch):
 
 def in_small_parts(sizes):
     return dataclasses.replace(make_plan(sizes), **PARTS)
-
-
-def check_overflow(monkeypatch, on: bool) -> None:
-    """Whether the interpreter looks for overflow after each operation on whole numbers, a third of its time."""
-    if not GPU:
-        builder = interpreter.interpreter_builder
-        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=on))
 
 
 @pytest.fixture(autouse=True)

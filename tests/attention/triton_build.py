@@ -19,8 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from proteus_playground.attention import AttentionConfig, Gates, ProteusAttention, plan_budget, rope_frequencies
+from proteus_playground.attention import AttentionConfig, Gates, KVBank, ProteusAttention, plan_budget, rope_frequencies
 from proteus_playground.attention.backends.dispatch import attend
+from proteus_playground.attention.backends.fused.bank_step import step
 from proteus_playground.attention.fast_paths import attend_in_pieces
 
 UNITS = {"sm": r"mma\.sync|wgmma\.mma_async", "gfx1101": r"v_wmma", "gfx942": r"v_mfma"}
@@ -65,6 +66,15 @@ def training(dtype=torch.bfloat16, d=64, heads=8, groups=2, tokens=16384, keep=F
     torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
 
 
+def bank(dtype=torch.bfloat16, d=64, heads=8, groups=2, **changes) -> None:
+    """One token of a KV bank."""
+    cfg = config(d, heads, groups, **changes)
+    gates, freq = Gates(groups, cfg.gates_per_group, d), rope_frequencies(d, 1e4)
+    made = KVBank.empty(plan_budget(cfg, 1 << 20), gates, inv_freq=freq, dtype=dtype)
+    q, k, v = (torch.zeros(1, 1, n, d, dtype=dtype) for n in (heads, groups, groups))
+    step(made, q, k, v, None, None, torch.zeros(1, 1, dtype=torch.int64))
+
+
 THREES = {"dtype": torch.float16, "d": 32, "heads": 9, "groups": 3, "tokens": 9001}
 STORED = ("gates_kernel", "sums_kernel", "notes_kernel", "far_kernel", "near_kernel")  # read or write stored keys
 LARGE = (
@@ -80,6 +90,7 @@ EVERY_KERNEL = [  # what runs, at which sizes, and which kernels of it are built
     (layer, {}, ()),
     (training, {}, ()),
     (training, NEAREST, CHOSEN),
+    (bank, NEAREST, ()),
 ]
 CASES = [
     *EVERY_KERNEL,
@@ -87,6 +98,7 @@ CASES = [
     (layer, {**THREES, "head_top_p": 0.6}, ("probe_kernel", "route_kernel")),
     (training, {**THREES, "keep": True}, ()),
     (layer, {"dtype": torch.float16, "d": 256, "int8": True}, ("far_kernel", "near_kernel")),
+    (bank, {"d": 128, "heads": 16, "groups": 1, "gates_per_group": 512}, ()),
     *((training, {"d": d}, LARGE) for d in (128, 96, 80)),  # the last two are kernels of 128: compiled once
 ]
 LARGEST = (training, {"d": 256}, LARGE)  # takes longest

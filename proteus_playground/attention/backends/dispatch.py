@@ -1,8 +1,8 @@
 """Chooses a backend, says why, and calls it. No other module imports `pytorch` or `fused`.
 
 `dense` is fused `scaled_dot_product_attention`; `reference`, `torch` and `triton` compute the shortlist, all called by
-`attend`. `rotate` has a kernel of its own in `torch` and `triton`; `route` and `in_pieces` only run in `triton`, which
-is imported when it is first needed.
+`attend`. `rotate` has a kernel of its own in `torch` and `triton`; `route`, `in_pieces` and `bank_step` only run in
+`triton`, which is imported when it is first needed.
 
 Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `C` gates per group.
 """
@@ -165,6 +165,15 @@ def in_pieces(gates: Gates, budget: Budget, **sizes):
     from .fused.pieces import Pieces
 
     return Pieces(gates, budget, **sizes)
+
+
+def bank_step(device: torch.device, head_dim: int, dtype: torch.dtype):
+    """The kernels that take one token into a KV bank, see `fused.bank_step.step`; None where they do not run."""
+    if device.type != "cuda" or is_transformed() or not probe_triton(device, head_dim, dtype)[0]:
+        return None
+    from .fused.bank_step import step
+
+    return step
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...common.checks import whole_number
 from ...common.tensors import read_tensors, write_tensors
+from ..backends.dispatch import bank_step
 from ..budget import Budget
 from ..functional import check_budget, check_inputs
 from ..gates import Gates
@@ -168,6 +169,12 @@ class KVBank(Slots):
     def _advance(self, q: Tensor, k: Tensor, v: Tensor, keep, awake, positions) -> Tensor:
         """Take in tokens that belong to one block of each sequence, and return their rows."""
         self._admit(k)
+        kernels = self._kernels(q, k, v)
+        if kernels is not None:
+            if self.reach is not None:
+                self._stop_ageing(self._due(_finite(k, v, keep)[0]))
+            at = self.next_position[:, None] if positions is None else positions.to(k.device).expand(self.batch, 1)
+            return kernels(self, q, k, v, keep, awake, at)
         keep, finite = _finite(k, v, keep)
         at = self._positions(positions, k)
         with torch.autocast(q.device.type, enabled=False):
@@ -180,6 +187,13 @@ class KVBank(Slots):
         if finite is not None:
             out = out.masked_fill(~finite[..., None, None], torch.nan)
         return out if awake is None else out.masked_fill(~awake[..., None], 0)
+
+    def _kernels(self, q: Tensor, k: Tensor, v: Tensor):
+        """What takes in one token by Triton, or None where PyTorch's operations do."""
+        alike = q.dtype == k.dtype == v.dtype and self.sums.dtype == torch.float32
+        if q.shape[1] > 1 or self.budget.dense or self.int8 or not alike:
+            return None
+        return bank_step(q.device, q.shape[3], q.dtype)
 
     def _admit(self, k: Tensor) -> None:
         """Check that k `(B, n, G, d)` fits, and make room for it where the cache is dense."""

@@ -160,8 +160,7 @@ class Slots:
         """Tokens of one block. Where they begin a new block, the oldest block of keys first leaves the window."""
         if not self.budget.dense:
             b = self.budget.block
-            due = (self.count % b == 0)[:, None]
-            due = due if keep is None else due & keep.any(1, keepdim=True)
+            due = self._due(keep)
             if k.device.type != "cpu" or due.any():  # on a GPU the test would make the host wait; a CUDA graph cannot
                 self._stop_ageing(due)
                 oldest = self.count[:, None] + torch.arange(b, device=k.device) - self.window
@@ -169,6 +168,11 @@ class Slots:
         new, index = self._new_keys(k, rotated, v, keep)
         self._put(new, (self.anchors + index % self.window)[:, None], None if keep is None else keep[:, None])
         self.count += k.shape[1] if keep is None else keep.sum(1)
+
+    def _due(self, keep: Tensor | None) -> Tensor:
+        """Which sequences begin a block with tokens of which `keep` `(B, n)` take part: `(B, 1)` bool."""
+        due = (self.count % self.budget.block == 0)[:, None]
+        return due if keep is None else due & keep.any(1, keepdim=True)
 
     def _stop_ageing(self, due: Tensor) -> None:
         """Rotate anchors, rings and sums by one block, in sequences that begin one (`due`, (B, 1)) beyond `reach`."""
