@@ -5,7 +5,7 @@ Both read the same tokens in one pass and write as many, always the most likely 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +27,7 @@ from ...hf.opening import load_source, title
 from ...hf.patch import handed
 from .measure import clock, measured_on, release, summary
 
-WHO = ("dense", "proteus")
+WHO = ("dense", "proteus", "graph")  # the last: tokens by a recorded CUDA graph
 TEXT = "commonplace book"
 
 
@@ -39,8 +39,9 @@ def prompt(source, tokens: int, device: torch.device) -> Tensor:
 
 def new_cache(source, who: str, tokens: int, settings: Settings):
     """An empty cache for a text of `tokens` tokens."""
-    if who == "proteus":
-        return ProteusCache.for_model(source.model, source.tokenizer, settings, tokens=tokens, name=source.name)
+    if who != "dense":
+        how = {"tokens": tokens, "name": source.name, "cuda_graph": who == "graph"}
+        return ProteusCache.for_model(source.model, source.tokenizer, settings, **how)
     from transformers import DynamicCache
 
     return DynamicCache(config=source.model.config)
@@ -58,7 +59,7 @@ def sample(source, who: str, ids: Tensor, new: int, settings: Settings) -> dict:
 
     prefill, peak = clock(step, device)
     tokens = [clock(step, device)[0] for _ in range(new)]
-    if who == "proteus":
+    if who != "dense":
         nbytes = cache.nbytes
         cache.close()
     else:
@@ -69,9 +70,9 @@ def sample(source, who: str, ids: Tensor, new: int, settings: Settings) -> dict:
 def measure_length(source, tokens: int, new: int, repeats: int, settings: Settings, device) -> Iterator[dict]:
     """A row for each way at one length; the first sample of each warms up."""
     ids = prompt(source, tokens, device)
-    samples: dict[str, list[dict]] = {who: [] for who in WHO}
+    samples: dict[str, list[dict]] = {who: [] for who in (WHO if device.type == "cuda" else WHO[:2])}
     for _ in tqdm(range(repeats + 1), f"{tokens:,} tokens", leave=False, disable=None):
-        for who in WHO:
+        for who in samples:
             samples[who].append(sample(source, who, ids, new, settings))
             release(device)
     for who, (_, *timed) in samples.items():
@@ -114,21 +115,25 @@ def model_table(report: dict) -> str:
     for row in report["rows"]:
         by.setdefault(row["tokens"], {})[row["who"]] = row
 
-    def pair(rows: dict, value: Callable[[dict], float], form: str) -> list[str]:
-        dense, ours = (value(rows[who]) for who in WHO)
-        return [form.format(dense), form.format(ours), f"{dense / ours:.2f}x"]
+    def figures(rows: dict, value: Callable[[dict], float], form: str, ways: Sequence[str]) -> list[str]:
+        dense, *ours = (value(rows[who]) for who in ways)
+        return [form.format(dense), *(cell for one in ours for cell in (form.format(one), f"{dense / one:.2f}x"))]
 
+    graph = any(row["who"] == "graph" for row in report["rows"])
+    ways = WHO if graph else WHO[:2]
     body = [
         [
             f"{tokens:,}",
-            *pair(rows, lambda row: row["prefill"]["median_ms"], "{:,.1f}"),
-            *pair(rows, lambda row: row["token"]["median_ms"], "{:,.2f}"),
-            *pair(rows, lambda row: row["cache_bytes"] / 1e6, "{:,.1f}"),
+            *figures(rows, lambda row: row["prefill"]["median_ms"], "{:,.1f}", WHO[:2]),
+            *figures(rows, lambda row: row["token"]["median_ms"], "{:,.2f}", ways),
+            *figures(rows, lambda row: row["cache_bytes"] / 1e6, "{:,.1f}", WHO[:2]),
         ]
         for tokens, rows in by.items()
     ]
-    names = ("prompt, ms", "one more token, ms", "cache, MB")
-    head = ["tokens", *(f"{name}: {part}" for name in names for part in ("dense", "Proteus", "ratio"))]
+    parts = ("dense", "Proteus", "ratio")
+    head = ["tokens", *(f"prompt, ms: {part}" for part in parts)]
+    head += [f"one more token, ms: {part}" for part in (*parts, *(("Proteus, CUDA graph", "ratio") if graph else ()))]
+    head += [f"cache, MB: {part}" for part in parts]
     where = f"{measured_on(report)}; {report['model']}, L = {report['shortlist']}, medians"
     return f"{where}\n\n{markdown(head, body)}"
 

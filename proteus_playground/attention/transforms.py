@@ -62,10 +62,13 @@ def in_forward_mode() -> bool:
 def refuse(wrong: Tensor, message: str, x: Tensor) -> Tensor:
     """Raise a `ValueError` where the number `wrong` is not 0, else return `x`.
 
-    message: may contain `{wrong}`. A compiled graph raises it when it runs.
+    message: may contain `{wrong}`. A compiled graph raises it when it runs. A CUDA graph that is recorded cannot read a
+    number; the pass before it, which warms up, has.
     """
     if is_compiling():
         return _refuse(wrong, message, x)
+    if wrong.is_cuda and torch.cuda.is_current_stream_capturing():
+        return x
     if in_func():  # also for the values that `vmap` hides
         with temporarily_clear_interpreter_stack():
             return refuse(_plain(wrong).max(), message, x)

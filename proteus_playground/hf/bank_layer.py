@@ -36,7 +36,8 @@ class BankLayer(CacheLayerMixin):
     """One decoder layer's bank as a cache layer: new keys and values pass through, `attend` puts them into the bank.
 
     alone: whether every layer that reads the whole past has a bank. transformers makes one mask for all of these: of
-    the new tokens only if so, else of the whole past.
+    the new tokens only if so, else of the whole past. tracks: whether the layer remembers which tokens were real; one
+    layer of a cache does so for all.
     """
 
     is_sliding = is_compileable = is_croppable = supports_early_init = False
@@ -47,6 +48,7 @@ class BankLayer(CacheLayerMixin):
         self.bank: KVBank | None = None
         self._inv_freq: Tensor | None = None  # of the last call
         self._new = 0  # tokens that `update` was given and `attend` was not
+        self.tracks = False
         self.past: Tensor | None = None  # (B,) which tokens of each text were real, as `digest` says
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -66,14 +68,14 @@ class BankLayer(CacheLayerMixin):
         layer, budget = self.layer, self.budget
         self._check_frequencies(call)
         self.check_past(call.past)
-        keep = call.k.new_ones(call.k.shape[:2], dtype=torch.bool) if call.keep is None else call.keep
-        new = digest(keep, self.get_seq_length())
-        self.past = new if self.past is None else self.past + new
         if self.bank is None:
             self._make(len(call.k), call.inv_freq, call.scale, call.k.dtype)
+        if self.past is not None:
+            keep = call.k.new_ones(call.k.shape[:2], dtype=torch.bool) if call.keep is None else call.keep
+            self.past += digest(keep, self.bank.seen)
         bank, near = self.bank, {"inv_freq": call.inv_freq, "positions": call.positions, "scale": call.scale}
         if bank.tokens == 0 and call.k.shape[1] > 1:
-            run = layer.run(call.q, call.k, call.v, real=call.keep, budget=budget, **near)
+            run = layer.run(call.q, call.k, call.v, real=call.keep, budget=budget, explain=False, **near)
             bank.extend(call.k, call.v, keep=run.keep, positions=call.positions)
             return run.out
         decisions = layer.decide(call.q, call.k, call.keep, budget=budget, before=bank.count)
@@ -114,6 +116,9 @@ class BankLayer(CacheLayerMixin):
             self.budget, self.layer.gates, batch, inv_freq=inv_freq, scale=scale, dtype=dtype, int8=int8,
             reach=self.reach,
         )  # fmt: skip
+        if self.tracks:
+            with torch.inference_mode(False):
+                self.past = torch.zeros(batch, dtype=torch.int64, device=self.bank.count.device)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the bank is made by the first `attend`."""
@@ -134,7 +139,13 @@ class BankLayer(CacheLayerMixin):
 
     def take(self, other: BankLayer) -> None:
         """Go on from an independent copy of the bank of `other`."""
-        self.bank, self.past, self._inv_freq = other.bank.fork(), other.past, other._inv_freq
+        self.bank, self._inv_freq = other.bank.fork(), other._inv_freq
+        self._take_past(other.past)
+
+    def _take_past(self, past: Tensor | None) -> None:
+        """Remember, in memory of its own, which tokens of the texts were real."""
+        with torch.inference_mode(False):
+            self.past = None if past is None else past.clone()
 
     def end_pass(self) -> None:
         """Drop tokens that were put in and not attended to, where a pass was cut short."""
@@ -150,7 +161,7 @@ class BankLayer(CacheLayerMixin):
         if self.bank is not None:
             self.bank = self.bank.select(indices.to(self.bank.count.device))
         if self.past is not None:
-            self.past = self.past[indices.to(self.past.device)]
+            self._take_past(self.past[indices.to(self.past.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.bank is not None:
@@ -190,7 +201,8 @@ class BankLayer(CacheLayerMixin):
             return
         mine = {name.removeprefix("bank."): x for name, x in tensors.items() if name.startswith("bank.")}
         self._make(len(mine["count"]), tensors.get("inv_freq"), about["scale"], mine["rows"].dtype)
-        self.past = tensors.get("past")  # files of earlier versions have none
+        if self.tracks:
+            self._take_past(tensors.get("past"))  # files of earlier versions have none
         self.bank.load_state_dict({"about": about, "tensors": mine})
 
 
@@ -231,12 +243,14 @@ class HybridBankLayer(LinearAttentionLayer, BankLayer):
         raise ValueError("recurrent states cannot be saved: fork() the cache instead")
 
 
-def digest(real: Tensor, start: int = 0) -> Tensor:
-    """A number per text, `(B,)` int64, that says which tokens are real: `real` `(B, n)` bool, from token `start` on.
+def digest(real: Tensor, start: Tensor | None = None) -> Tensor:
+    """A number per text, `(B,)` int64, that says which tokens are real: `real` `(B, n)` bool, from token `start` `(B,)`
+    on, by default 0.
 
     Numbers of two parts of a text add up to that of both.
     """
-    at = torch.arange(start + 1, start + 1 + real.shape[1], device=real.device)
+    at = torch.arange(1, 1 + real.shape[1], device=real.device)
+    at = at if start is None else at + start[:, None]
     return (real * (at * 2_654_435_761 % 2_147_483_647)).sum(-1)
 
 

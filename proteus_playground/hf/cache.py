@@ -39,6 +39,7 @@ from ..common.progress import Progress, Stop
 from ..common.tensors import fingerprint, read_tensors, write_tensors
 from ..common.texts import Text, calibration_text
 from .bank_layer import NO_GRADIENT, BankLayer, HybridBankLayer, gates_from
+from .decode_graph import DecodeGraph
 from .passes import unwatch, watch
 from .patch import check_layers, find_decoder, layer_shape, patched, reads_whole_past
 from .source import ModelSource
@@ -62,6 +63,7 @@ class ProteusCache(Cache):
         *,
         tokens: int | None = None,
         reach: int | None = None,
+        cuda_graph: bool = False,
     ):
         """An empty cache.
 
@@ -70,7 +72,9 @@ class ProteusCache(Cache):
         may become; None: without end at flux alpha 0 (a plain cache, which grows) and 1, and the model's trained
         context in between, where budgets depend on the length. reach: tokens; once a text is longer, no key that left
         the window seems farther away than that (see `KVBank`), so that a model goes on making sense beyond what it was
-        trained on. None leaves all positions as they are. Not with int8 or at flux alpha 0.
+        trained on. None leaves all positions as they are. Not with int8 or at flux alpha 0. cuda_graph: record the pass
+        of one token as a CUDA graph and replay it, which is several times as fast; every layer must have a bank, and
+        adapters must stay on or off while the cache lives.
         Raises `TypeError` or `ValueError` naming the argument.
         """
         decoder = find_decoder(model)
@@ -96,13 +100,18 @@ class ProteusCache(Cache):
         if reach is not None:
             _check_reach(reach, budget, config.int8)
         self._model, self._decoder, self._config = model, decoder, config
-        self._plan = {"tokens": tokens, "reach": reach}
+        self._plan = {"tokens": tokens, "reach": reach, "cuda_graph": cuda_graph}
         layers = DynamicCache(config=model.config).layers
         alone = set(gates) == set(reads_whole_past(model))
         for index, its in gates.items():
             native = layers[index] if index < len(layers) else None
             layers[index : index + 1] = [_bank_for(index, native, ProteusLayer(its, config), budget, alone, reach)]
         super().__init__(layers=layers)
+        banks = self._bank_layers()
+        next(iter(banks.values())).tracks = True
+        if cuda_graph:
+            _check_graph(layers, budget, decoder.device)
+        self._graph = DecodeGraph(decoder, banks) if cuda_graph else None
         self._running = self._cut_short = False
         watch(decoder)
         self._closing = finalize(self, unwatch, decoder)
@@ -118,6 +127,7 @@ class ProteusCache(Cache):
         layers: Iterable[int] | None = None,
         tokens: int | None = None,
         reach: int | None | str = "auto",
+        cuda_graph: bool = False,
         name: str | None = None,
         calibration: Text | None = None,
         folder: Path | None = None,
@@ -143,13 +153,15 @@ class ProteusCache(Cache):
             endless = tokens is None and settings.flux_alpha == 1 and source.context
             near = settings.shortlist * 2  # what `reach` has to hold at least
             reach = source.context // 2 if endless and source.context // 2 >= near else None
-        return cls(model, gates, settings, tokens=tokens, reach=reach)
+        return cls(model, gates, settings, tokens=tokens, reach=reach, cuda_graph=cuda_graph)
 
     # -- a life -----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Leave the model as it was. The cache can still be saved and looked at."""
         self._closing()
+        if self._graph is not None:
+            self._graph.forget()
 
     def __enter__(self) -> ProteusCache:
         return self
@@ -166,11 +178,17 @@ class ProteusCache(Cache):
         if decoder.training and torch.is_grad_enabled():
             raise ValueError(f"{type(decoder).__name__} is in training mode, and {NO_GRADIENT}")
         self._check_mask(kwargs.get("attention_mask"))
+        graph = self._graph if self.get_seq_length() else None
+        graph = graph if graph is not None and graph.serves(args, kwargs) else None
+        if graph is not None and graph.ready(kwargs):
+            return graph.replay(kwargs)
         lengths = self._lengths()
         layers = {i: layer.attend for i, layer in self._bank_layers().items()}
         with patched(self._model, layers, one_thread=True):
             self._running = True
             try:
+                if graph is not None and graph.due(kwargs):
+                    return graph.record(native, kwargs)
                 return native(*args, **kwargs)
             except BaseException:
                 recurrent = any(hasattr(layer, "recurrent_states") for layer in self.layers)
@@ -200,6 +218,8 @@ class ProteusCache(Cache):
         """Drop all tokens of the text."""
         super().reset()
         self._cut_short = False
+        if self._graph is not None:
+            self._graph.forget()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """New keys and values of a layer, `(B, G, T, d)`, go in; the keys and values to attend to come back."""
@@ -247,7 +267,8 @@ class ProteusCache(Cache):
             else:
                 mine = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
             tensors |= {f"{index}.{name}": tensor for name, tensor in mine.items()}
-        about = {"model": fingerprint(self._model), "config": self._config.to_dict(), "plan": self._plan}
+        plan = {name: self._plan[name] for name in ("tokens", "reach")}
+        about = {"model": fingerprint(self._model), "config": self._config.to_dict(), "plan": plan}
         return write_tensors(path, tensors, about | {"length": self.get_seq_length(), "banks": banks})
 
     @classmethod
@@ -292,6 +313,13 @@ def _check_gates(index: int, gates: Gates, config: AttentionConfig) -> None:
     wanted = (config.n_kv_heads, config.gates_per_group, config.head_dim)
     if found != wanted:
         raise ValueError(f"gates[{index}] has groups, gates and head dim {found}: must have {wanted}")
+
+
+def _check_graph(layers: list, budget: Budget, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph=True: must be False for a model on {device}")
+    if budget.dense or any(type(layer) is not BankLayer for layer in layers):
+        raise ValueError("cuda_graph=True: must be False at flux alpha 0 and where a layer keeps a cache that grows")
 
 
 def _check_reach(reach: int, budget: Budget, int8: bool) -> None:

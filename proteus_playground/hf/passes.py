@@ -36,12 +36,24 @@ def not_compiled(function):
 
 @dataclass
 class Pass:
-    """One pass of one thread: which attentions it has called, and the positions that rotary modules were given."""
+    """One pass of one thread: which attentions it has called, and the positions that rotary modules were given.
+
+    recorded: whether a CUDA graph is made of it, where no value can be read: the pass before it was the same and is
+    compared with the model, and no token is padding.
+    """
 
     inside: bool = False
+    recorded: bool = False
     called: set[int] = field(default_factory=set)
     positions: Tensor | None = None
     tables: dict[tuple, object] = field(default_factory=dict)  # those already compared with positions
+
+    def start(self) -> None:
+        """Forget what the pass has called so far, where it runs once more."""
+        self.recorded = False
+        self.called.clear()
+        self.tables.clear()
+        self.positions = None
 
 
 @dataclass

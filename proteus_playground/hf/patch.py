@@ -329,6 +329,8 @@ def _unrotated(slot: _Slot, q: Tensor, k: Tensor, v: Tensor, mask, scaling: floa
     batch, _, tokens, dim = q.shape
     inv_freq, rotation = slot.turning.frequencies(slot.decoder(), q.device), slot.facts.rotation
     positions = _positions(slot, batch, tokens, q.device)
+    if current_pass(slot.decoder()).recorded:  # transformers makes a mask then even if it is given none
+        mask = None
     dtype = torch.promote_types(q.dtype, v.dtype)  # under autocast, q and k leave a rotation in float32
     q, k, v = slot.turning.arrange(q).to(dtype), slot.turning.arrange(k).to(dtype), v.to(dtype)
     if inv_freq is not None:
@@ -361,7 +363,7 @@ def _positions(slot: _Slot, batch: int, tokens: int, device: torch.device) -> Te
         raise ValueError(f"layer {slot.layer} was given no position_embeddings: the patch needs RoPE to turn back")
     place = id(tables[0]) if in_func() else tables[0].data_ptr()  # tensors of torch.func have no memory of their own
     key = (place, id(slot.turning.own), layout)
-    if key not in current.tables:  # layers of one pass share their tables
+    if key not in current.tables and not current.recorded:  # layers of one pass share their tables
         pair = tables[::-1] if slot.facts.rotation.sines_first else tables
         if not table_matches(pair, layout, positions, slot.turning.own):
             raise ValueError(

@@ -202,13 +202,17 @@ class KVBank(Slots):
             raise ValueError(f"k has {k.shape[0]} sequences: must be the bank's {self.batch}")
         if k.device != self.rows.device:
             raise ValueError(f"k is on {k.device}: must be on {self.rows.device}, as the bank")
+        self.admit(n)
+        if self.budget.dense and self.tokens > self.window:
+            self.grow(self.tokens)
+
+    def admit(self, n: int) -> None:
+        """Count n tokens that a step takes in, also one that a CUDA graph replays. Raises `ValueError` for too many."""
         if self.tokens + n > self.budget.tokens:
             raise ValueError(
                 f"tokens={self.tokens + n}: the state was planned for at most {self.budget.tokens}; plan it for more"
             )
         self.tokens += n
-        if self.budget.dense and self.tokens > self.window:
-            self.grow(self.tokens)
 
     def _positions(self, positions: Tensor | None, like: Tensor) -> Tensor:
         """Positions `(B, n)` of the next n tokens. Later tokens continue from the last of them."""

@@ -26,7 +26,7 @@ def step(bank, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, awake: Tens
     """As `KVBank.step` after its checks: q `(B, 1, H, d)`, k and v `(B, 1, G, d)`, positions `(B, 1)`."""
     (B, _, H, d), (G, C), budget = q.shape, bank.gates.alive.shape, bank.budget
     S, r, n, e = bank.token.shape[2], H // G, budget.probes, budget.notes
-    q, k, v, positions = q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous()
+    q, k, v, keep, awake, positions = (None if x is None else x.contiguous() for x in (q, k, v, keep, awake, positions))
     out = torch.empty_like(q)
     now = torch.empty(B, 3, dtype=torch.int64, device=q.device)
     lists = torch.empty(B * H, n + e + 1, dtype=torch.int32, device=q.device)
@@ -45,7 +45,8 @@ def step(bank, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, awake: Tens
             bank.gates.alive, bank.inv_freq, bank.count, bank.seen, bank.next_position, now, lists, scores,
             G, r, d, C, S, bank.anchors, bank.window, budget.block, n, e, bank.ring, budget.ring_reads,
             bank.scale * LOG2_E, AWAKE=awake is not None, TURN=bank.inv_freq is not None, RING=bank.ring > 0,
-            FILL=budget.fills_rings, GD=padded(G * d), BP=padded(budget.block), RP=RP, HP=HP, CP=CP, N=keys, num_warps=8, **flags,
+            FILL=budget.fills_rings, GD=padded(G * d), BP=padded(budget.block), RP=RP, HP=HP, CP=CP, N=keys,
+            num_warps=8, **flags,
         )  # fmt: skip
     return out
 
@@ -187,7 +188,7 @@ def write_key(
     k, v, rows, token, gate, bg, home, k1, k2, best, held, seen, window, anchors, block, S, d, half, fits,
     BP: tl.constexpr,
 ):  # fmt: skip
-    """The new key, rotated `(1, HP)`, and its value into the window; where a block begins, the oldest one is cleared."""
+    """The new key, rotated `(1, HP)`, and its value into the window; where a block begins, the oldest is cleared."""
     base = bg * S + anchors
     j = tl.arange(0, BP)
     index = held + j - window
