@@ -7,6 +7,7 @@ import gc
 import json
 import threading
 import time
+import weakref
 from importlib.metadata import version
 
 import ipywidgets
@@ -17,7 +18,6 @@ from proteus_playground.widgets.parts.controls import Knob
 from proteus_playground.widgets.parts.panel import STALE_SECONDS, Panel, held
 from proteus_playground.widgets.parts.worker import QUIET_SECONDS
 from proteus_playground.widgets.workbench.figure import heat_cells
-from proteus_playground.widgets.workbench.workbench import REST_SECONDS
 
 LATE = 0.05  # seconds that a mark may come after STALE_SECONDS, on the kernel's own clock
 OPEN = {
@@ -28,6 +28,18 @@ OPEN = {
     "duel": duel_panel,
     "evidence": evidence_panel,
 }
+ALIVE: weakref.WeakSet[Panel] = weakref.WeakSet()  # every panel that Python has not freed
+
+
+def _noted(init):
+    def noted(self, *given, **named) -> None:
+        ALIVE.add(self)
+        init(self, *given, **named)
+
+    return noted
+
+
+Panel.__init__ = _noted(Panel.__init__)
 
 
 class Watch:
@@ -107,21 +119,37 @@ def registry() -> dict:
 
 
 def living() -> int:
+    """Panels that Python has not freed.
+
+    They are not looked for in a list of all of Python's objects, which would itself raise resident memory by 11 to
+    21 MB, and by another amount at each count.
+    """
     gc.collect()
-    return sum(isinstance(thing, Panel) for thing in gc.get_objects())
+    return len(ALIVE)
+
+
+async def at_rest(seconds: float = 60.0) -> None:
+    """Until no panel has worked for so long that freed memory is handed back. TimeoutError after `seconds`."""
+    begun = worked = time.monotonic()
+    while (now := time.monotonic()) - worked < QUIET_SECONDS + 0.5:
+        if now - begun > seconds:
+            raise TimeoutError(f"a panel was still at work after {seconds:g} s")
+        if any(panel.worker.busy for panel in ALIVE):
+            worked = now
+        await asyncio.sleep(0.02)
 
 
 async def counts(panels: int = 0, quiet: bool = True, seconds: float = 30.0) -> dict:
     """What could grow: resident bytes, widgets, figures, panels and threads.
 
     Waits until no more than `panels` panels live, because the thread of one that was closed ends when its work stops,
-    and, if `quiet`, until the open panel has been left alone for long enough to hand back memory.
+    and, if `quiet`, until the open panel has rested and handed back memory.
     """
-    if panels and quiet:
-        await asyncio.sleep(QUIET_SECONDS + REST_SECONDS + 0.5)
     end = time.monotonic() + seconds
     while (alive := living()) > panels and time.monotonic() < end:
         await asyncio.sleep(0.1)
+    if panels and quiet:
+        await at_rest()
     open_widgets = list(registry().values())
     return {
         "rss": psutil.Process().memory_info().rss,

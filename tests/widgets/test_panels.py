@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 import time
@@ -469,6 +470,25 @@ def test_memory_is_handed_back_when_no_request_has_come_for_a_while(monkeypatch)
     worker.submit("frame", compute, lambda *_: None, lambda *_: None)
     assert handed.wait(20)
     worker.close()
+
+
+def test_a_large_block_lies_outside_the_heaps():
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("needs glibc 2.33 or later")
+
+    class Info(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", *"abcdef")]
+
+    libc.mallinfo2.restype, libc.malloc.restype = Info, ctypes.c_void_p
+    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.mallopt(-3, 32 << 20)  # where glibc's own limit ends
+    parts_worker.map_large_blocks()
+    before = libc.mallinfo2().hblks
+    block = libc.malloc(2 * parts_worker.LARGE)
+    after = libc.mallinfo2().hblks
+    libc.free(block)
+    assert after == before + 1
 
 
 # Needles
