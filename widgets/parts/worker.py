@@ -94,8 +94,8 @@ def map_large_blocks() -> None:
 
     By itself glibc raises its limit for such blocks to 32 MB. The temporary tensors of a layer then lie in the heap of
     the worker's thread, between small blocks that stay, and `malloc_trim` does not hand back the free end of a thread's
-    heap: in 5,000 moves of the sliders that heap grew from 107 to 129 MB, with 32 MB in use. The limit
-    for the free end is set too, because the first call would fix it at 128 kB, and a layer would take longer.
+    heap: after 5,000 moves of the sliders that heap had 129 MB, 32 MB of them in use. The limit for the free end is set
+    too, because the first call would fix it at 128 kB, and a layer would take longer.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
