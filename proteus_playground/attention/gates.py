@@ -106,7 +106,7 @@ class Gates(Float32Buffers):
         with torch.autocast(x.device.type, enabled=False):
             unit = F.normalize(at_least_float32(x), dim=-1)
             cos = torch.einsum("...gd,gcd->...gc", unit, self.prototypes.to(unit.dtype))
-            return cos.masked_fill(~self.alive, -torch.inf)
+            return torch.where(self.alive, cos, -torch.inf)
 
     @without_grad
     def lure(self, k: Tensor) -> tuple[Tensor, Tensor]:

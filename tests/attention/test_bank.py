@@ -18,6 +18,7 @@ from proteus_playground.attention import (
     rope_frequencies,
     rotate,
 )
+from proteus_playground.attention.bank import bank as bank_file
 from proteus_playground.attention.int8 import error_bound
 from proteus_playground.common.tensors import read_tensors, write_tensors
 
@@ -215,6 +216,61 @@ def test_one_extend_is_many_is_steps(drop, alpha):
         here = slice(0, 211) if alpha == 0 else slice(0, -1)  # the spare slot holds nothing
         full = whole.token[:, :, here] >= 0
         assert torch.equal(other.rows[:, :, here][full], whole.rows[:, :, here][full])
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+@pytest.mark.parametrize("piece", [10_000, 37])  # tokens that a bank takes in at a time
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"notes": False},
+        {"dna_fraction": 0.0},  # no rings and no notes
+        {"ring": 0, "probes": 0, "ring_reads": 0},  # notes alone
+        {"nearest_gates": True, "max_notes": 2},
+        {"int8": True},
+        {"dtype": torch.float64},
+        {"dtype": torch.bfloat16},
+        {"flux_alpha": 0.0},
+    ],
+    ids=str,
+)
+def test_each_key_lies_where_single_steps_put_it(monkeypatch, device, kind, piece, drop):
+    budget_of = {name: value for name, value in kind.items() if name in ("ring", "probes", "ring_reads")}
+    made_of = {name: value for name, value in kind.items() if name in ("dtype", "int8")}
+    changes = {name: value for name, value in kind.items() if name not in budget_of | made_of}
+    q, k, v, keep, like = world(300, device, drop=drop, **changes)
+    q, k, v = (x.to(kind.get("dtype", torch.float32)) for x in (q, k, v))
+    budget = replace(like.budget, **budget_of)
+    steps = KVBank.empty(budget, like.gates, 2, inv_freq=like.inv_freq, **made_of)
+    whole, parts = steps.fork(), steps.fork()
+    monkeypatch.setattr(bank_file, "NUMBERS_PER_STEP", piece * (steps.rows[:, :, 0].numel() + steps.retired.numel()))
+    walk(steps, q, k, v, keep, 0, 300)
+    take_in(whole, k, v, keep, 0, 300)
+    take_in(parts, k, v, keep, 0, 41)
+    walk(parts, q, k, v, keep, 41, 58)
+    take_in(parts, k, v, keep, 58, 60)
+    take_in(parts, k, v, keep, 60, 300)
+    if budget.dense:
+        steps.grow(whole.window)
+    assert budget.dense or int(steps.retired.min()) > 3 * budget.ring
+    for other in (whole, parts):
+        here = steps.token >= 0
+        for name in ("token", "retired", "count", "seen", "next_position"):
+            assert torch.equal(getattr(other, name), getattr(steps, name)), name
+        for name in ("gate", "rows") + ("scales",) * steps.int8:
+            assert torch.equal(getattr(other, name)[here], getattr(steps, name)[here]), name
+        assert off_by(other.sums, steps.sums) <= 1e-6 and not other.rows[:, :, -1].any()
+
+
+def test_a_filled_bank_is_the_same_bits_in_every_run(device):
+    _, k, v, keep, bank = world(5000, device, drop=0.1)
+    twin = bank.fork()
+    for other in (bank, twin):
+        take_in(other, k, v, keep, 0, 3000)
+        take_in(other, k, v, keep, 3000, 5000)
+    for name in ("sums", "rounding_error", "token", "retired", "rows"):
+        assert torch.equal(getattr(bank, name), getattr(twin, name)), name
 
 
 def test_long_sums_stay_exact():

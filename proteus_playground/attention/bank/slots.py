@@ -9,6 +9,7 @@ Writes that are masked out go to the scratch slot.
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,9 @@ class Keys(NamedTuple):
     token: Tensor  # (B, G, K)
     gate: Tensor  # (B, G, K), -1 for anchors
 
-    def newest(self, n: int) -> Keys:
-        return Keys(*(None if x is None else x[:, :, -n:] for x in self))
+    def then(self, later: Keys) -> Keys:
+        """These and `later` ones, along K."""
+        return Keys(*(None if x is None else torch.cat((x, y), dim=2) for x, y in zip(self, later, strict=True)))
 
 
 class Slots:
@@ -124,37 +126,48 @@ class Slots:
         """New keys as they are stored, and the index `(B, n)` of each among the sequence's kept tokens."""
         n, at = k.shape[1], torch.arange(k.shape[1], device=k.device)
         index = self.count[:, None] + (at if keep is None else keep.cumsum(1) - 1)
-        rows = torch.stack((rotated, v), dim=3).transpose(1, 2)  # (B, G, n, 2, d)
+        rows = torch.stack((rotated.transpose(1, 2), v.transpose(1, 2)), dim=3)  # (B, G, n, 2, d)
         if keep is not None:
-            rows = rows.masked_fill(~keep[:, None, :, None, None], 0)  # padding may hold any value, NaN included
+            rows = torch.where(keep[:, None, :, None, None], rows, 0)  # padding may hold any value, NaN included
         rows, scales = quantize_rows(rows) if self.int8 else (rows.to(self.rows.dtype), None)
         token = (self.seen[:, None] + at)[:, None].expand(rows.shape[:3])
         if self.budget.dense:
-            gate = torch.full_like(token, -1)
+            gate = torch.full_like(token, -1, dtype=self.gate.dtype)
         else:
-            gate = self.gates.lure(k)[0].transpose(1, 2).masked_fill((index < self.anchors)[:, None], -1)
+            lured = self.gates.lure(k)[0].transpose(1, 2)
+            gate = lured.to(self.gate.dtype, memory_format=torch.contiguous_format)
+            gate.masked_fill_((index < self.anchors)[:, None], -1)
         self.seen += n
         return Keys(rows, scales, token, gate), index
 
-    def write_many(
-        self, k: Tensor, rotated: Tensor, v: Tensor, keep: Tensor | None, window_is_empty: bool = False
-    ) -> None:
-        """Many tokens at once: keys that the last row no longer has in its window go to rings and notes directly."""
-        new, index = self._new_keys(k, rotated, v, keep)
-        count = self.count + (k.shape[1] if keep is None else keep.sum(1))
-        stays = keep
-        if not self.budget.dense:
-            edge = (count - 1)[:, None] // self.budget.block * self.budget.block - self.budget.window
-            if not window_is_empty:
-                held = self.count[:, None] + torch.arange(-self.window, 0, device=k.device)
-                self._empty_window(held, held < edge)
-            leaves = index < edge
-            self._retire(new, index, leaves if keep is None else leaves & keep)
-            stays = ~leaves if keep is None else keep & ~leaves
-            if keep is None:  # only the newest keys, at most a window of them, can stay
-                new, index, stays = new.newest(self.window), index[:, -self.window :], stays[:, -self.window :]
-        self._put(new, (self.anchors + index % self.window)[:, None], None if stays is None else stays[:, None])
-        self.count.copy_(count)
+    def write_many(self, k: Tensor, rotated: Tensor, v: Tensor, keep: Tensor | None, is_empty: bool) -> None:
+        """Many tokens at once: keys that the last row no longer has in its window go to rings and notes directly.
+
+        is_empty: whether the bank holds nothing yet.
+        """
+        keys, index = self._new_keys(k, rotated, v, keep)
+        if self.budget.dense:
+            self._put(keys, (index % self.window)[:, None], None if keep is None else keep[:, None])
+        else:
+            if not is_empty:
+                keys, index, keep = self._after_window(keys, index, keep)
+            block_start = index[:, -1:] & -self.budget.block  # of the last row's block, whose size is a power of two
+            leaves = index < block_start - self.budget.window
+            slot = torch.where(leaves, index, self.anchors + index % self.window)
+            if keep is not None:
+                leaves, slot = leaves & keep, torch.where(keep, slot, self.scratch)
+            self._put(keys, self._retire(keys, index, leaves, slot, is_empty))
+            self._clear_scratch()
+        torch.add(index[:, -1], 1, out=self.count)
+
+    def _after_window(self, new: Keys, index: Tensor, keep: Tensor | None) -> tuple[Keys, Tensor, Tensor]:
+        """Take the keys out of the window: they come before the new ones, whose arguments are those of `write_many`."""
+        held = self.count[:, None] + torch.arange(-self.window, 0, device=index.device)
+        keys = self.keys_at((self.anchors + held % self.window)[:, None])
+        self.token[:, :, self.anchors : self.anchors + self.window] = -1
+        keep = torch.ones_like(index, dtype=torch.bool) if keep is None else keep
+        here = torch.cat((keys.token[:, 0] >= 0, keep), dim=1)  # an empty slot holds nothing
+        return keys.then(new), torch.cat((held, index), dim=1), here
 
     def write(self, k: Tensor, rotated: Tensor, v: Tensor, keep: Tensor | None) -> None:
         """Tokens of one block. Where they begin a new block, the oldest block of keys first leaves the window."""
@@ -164,7 +177,7 @@ class Slots:
             if k.device.type != "cpu" or due.any():  # on a GPU the test would make the host wait; a CUDA graph cannot
                 self._stop_ageing(due)
                 oldest = self.count[:, None] + torch.arange(b, device=k.device) - self.window
-                self._empty_window(oldest, due.expand(-1, b))
+                self._empty_window(oldest, due)
         new, index = self._new_keys(k, rotated, v, keep)
         self._put(new, (self.anchors + index % self.window)[:, None], None if keep is None else keep[:, None])
         self.count += k.shape[1] if keep is None else keep.sum(1)
@@ -184,40 +197,56 @@ class Slots:
             if far.numel():
                 far.copy_(rotate(far.flatten(1, -2)[:, None], turn, self.inv_freq).view(far.shape))
 
-    def _empty_window(self, index: Tensor, leaves: Tensor) -> None:
-        """Retire the window's keys of kept tokens `index` (B, K), in order, where `leaves` (B, K)."""
+    def _empty_window(self, index: Tensor, due: Tensor) -> None:
+        """Retire the window's keys of kept tokens `index` (B, K), in order, where `due` (B, 1)."""
         slot = (self.anchors + index % self.window)[:, None]
         keys = self.keys_at(slot)
-        leaves = leaves & (keys.token[:, 0] >= 0)  # an empty slot holds nothing to retire
-        self._retire(keys, index, leaves)
+        leaves = due & (keys.token[:, 0] >= 0)  # an empty slot holds nothing to retire
+        self._put(keys, self._retire(keys, index, leaves, torch.where(leaves, index, self.scratch)))
+        self._clear_scratch()
         self.token.view(-1).index_fill_(0, self._flat(torch.where(leaves[:, None], slot, self.scratch)), -1)
 
-    def _retire(self, keys: Keys, index: Tensor, leaves: Tensor) -> None:
-        """Keys `(B, G, K)` leave the window where `leaves` (B, K). Anchors go to slots of their own, the others to the
-        ring of their gate; sum ALL of the gate adds each of these, sum REST each key that the ring no longer holds."""
-        leaves, index = leaves[:, None], index[:, None]
-        gate = keys.gate.long()
-        home, lured = gate.clamp(min=0), leaves & (gate >= 0)
-        C, m = self.retired.shape[2], self.ring
-        hot = (gate[:, :, None] == torch.arange(C, device=gate.device)[:, None]) & leaves[:, :, None]  # (B, G, C, K)
-        order = hot.cumsum(-1, dtype=torch.int32)
-        arrived = order[..., -1].long()
-        nth = order.gather(2, home[:, :, None])[:, :, 0]  # from 1, among those that arrive at the gate
-        slot, stays = index.expand_as(gate), leaves & (gate < 0)
+    def _retire(self, keys: Keys, index: Tensor, leaves: Tensor, slot: Tensor, is_empty: bool = False) -> Tensor:
+        """Count keys `(B, G, K)`, oldest first, that leave the window where `leaves` (B, K), and add them to the sums.
+
+        index: `(B, K)` among the kept tokens. slot: `(B, K)`, where anchors and keys that stay belong. Returns where
+        each belongs, `(B, G, K)`: of the others, the newest m of a gate in its ring, the rest in the scratch slot.
+        """
+        leaves = (leaves & (index >= self.anchors))[:, None]
+        m, total, parts = self.ring, self.retired.numel(), self.retired.numel() + self.retired.shape[2] + 1
+        gate = keys.gate + self._first(self.retired, keys.gate.dtype)  # among those of all groups; -1 for an anchor's
+        # A stable sort leaves the keys of a gate in their order. Those that enter no gate come last, in C + 1 parts,
+        # because one thread of a GPU adds up a part.
+        by_gate, order = torch.where(leaves, gate, keys.gate + (total + 1)).flatten().sort(stable=True)
+        edges = torch.searchsorted(by_gate, torch.arange(parts + 1, dtype=by_gate.dtype, device=gate.device))
+        self.retired += edges.diff()[:total].view_as(self.retired)
+        place = self.scratch
         if m:
-            rings = lured & (arrived.gather(2, home) - nth < m)
-            place = self.anchors + self.window + home * m + (self.retired.gather(2, home) + nth - 1) % m
-            slot, stays = torch.where(rings, place, slot), stays | rings
+            rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=gate.device))
+            gate = gate.long()
+            behind = edges[1:].take(gate) - rank.view_as(gate)  # 1 for the newest key of its gate
+            nth = self.retired.take(gate) - behind
+            place = torch.add(self.anchors + self.window + nth % m, keys.gate, alpha=m)
+            place = torch.where(behind > m, self.scratch, place)
+        slot = torch.where(leaves, place, slot[:, None])
         if self.notes:
-            added_to_all = added_to_rest = as_read(keys)
-            if m:  # a key that enters the ring displaces one; keys beyond the ring's size pass straight through
-                replaced = self.keys_at(torch.where(rings, place, self.scratch))
-                displaced = as_read(replaced).masked_fill((replaced.token < 0)[..., None, None], 0)
-                added_to_rest = torch.where(rings[..., None, None], displaced, added_to_all)
-            added = torch.stack((added_to_all, added_to_rest), dim=2).flatten(-2)
-            self._add((hot.to(added.dtype)[:, :, None] @ added).view_as(self.sums))  # (B, G, 2, C, 2, d)
-        self._put(keys, slot, stays)
-        self.retired += arrived
+            self._note(keys, slot, order, edges, is_empty)
+        return slot
+
+    def _note(self, keys: Keys, slot: Tensor, order: Tensor, edges: Tensor, is_empty: bool) -> None:
+        """Add its new keys to sum ALL of each gate. Add to sum REST those of them that pass straight through the ring,
+        and the keys in the ring that the others replace. order: of the keys, by gate; edges: where each gate begins."""
+        entered = torch.maximum(edges[:-1], edges[1:] - self.ring)
+        starts, gates = torch.stack((edges[:-1], entered), dim=1), self.retired.shape
+        passed, newest = sums_of_parts(as_read(keys), order, starts.flatten(), (*gates, 2)).unbind(3)
+        if is_empty:
+            torch.add(passed, newest, out=self.sums[:, :, 0])
+            self.sums[:, :, 1] = passed
+            return
+        rest = passed
+        if self.ring:  # the rows of an empty slot of a ring, and of the scratch slot, are zero
+            rest = passed + sums_of_parts(as_read(self.keys_at(slot)), order, edges[:-1], gates)
+        self._add(torch.stack((passed + newest, rest), dim=2))
 
     def _add(self, added: Tensor) -> None:
         """Add to the sums with Kahan's compensation, so that rounding errors do not pile up over an endless text."""
@@ -231,11 +260,14 @@ class Slots:
         """The slot that takes writes which are masked out; it never holds a key."""
         return self.token.shape[2] - 1
 
+    def _first(self, x: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Where each sequence and group begins, `(B, G, 1)`, in the entries of x `(B, G, n)` one after another."""
+        B, G, n = x.shape
+        return torch.arange(0, B * G * n, n, dtype=dtype, device=x.device).view(B, G, 1)
+
     def _flat(self, slot: Tensor) -> Tensor:
         """Slots `(B or 1, G or 1, K)` as indices into the slots of all sequences and groups: `(B G K,)`."""
-        B, G, S = self.token.shape
-        first = torch.arange(0, B * G * S, S, device=slot.device).view(B, G, 1)
-        return (first + slot).flatten()
+        return (self._first(self.token) + slot).flatten()
 
     def keys_at(self, slot: Tensor) -> Keys:
         """The keys in slots `(B, G or 1, K)`."""
@@ -247,18 +279,32 @@ class Slots:
 
         return Keys(take(self.rows), take(self.scales) if self.int8 else None, take(self.token), take(self.gate))
 
-    def _put(self, keys: Keys, slot: Tensor, valid: Tensor | None) -> None:
+    def _put(self, keys: Keys, slot: Tensor, valid: Tensor | None = None) -> None:
         """Write keys `(B, G, K)` to `slot`, where `valid`; both broadcast to `(B, G, K)`. None: everywhere."""
-        at = self._flat(slot if valid is None else torch.where(valid, slot, self.scratch))
-        for name, new in keys._asdict().items():
-            if new is not None:
-                mine = getattr(self, name)
-                mine.flatten(0, 2).index_copy_(0, at, new.flatten(0, 2).to(mine.dtype))
-        if valid is not None:  # the scratch slot holds nothing
-            self.rows[:, :, -1], self.token[:, :, -1] = 0, -1
+        slot = slot if valid is None else torch.where(valid, slot, self.scratch)
+        at, slot = self._flat(slot), slot.expand_as(keys.token)
+        self.rows.flatten(0, 2).index_copy_(0, at, keys.rows.flatten(0, 2))
+        if self.int8:
+            self.scales.flatten(0, 2).index_copy_(0, at, keys.scales.flatten(0, 2))
+        self.token.scatter_(2, slot, keys.token)
+        self.gate.scatter_(2, slot, keys.gate)
+        if valid is not None:
+            self._clear_scratch()
+
+    def _clear_scratch(self) -> None:
+        self.rows[:, :, -1], self.token[:, :, -1] = 0, -1
 
 
 def as_read(keys: Keys) -> Tensor:
     """Keys and values `(..., 2, d)` as a row reads them, float32."""
     rows = at_least_float32(keys.rows)
     return rows if keys.scales is None else rows * keys.scales[..., None]
+
+
+def sums_of_parts(x: Tensor, order: Tensor, starts: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sums `(*shape, ...)` of the rows of x `(B, G, K, ...)` in the first parts of `order` (B G K,), which begin at
+    `starts`. The rows of a part are added in their order, so every run gives the same bits."""
+    if x.device.type == "mps":  # embedding_bag is missing there before PyTorch 2.10
+        return sums_of_parts(x.cpu(), order.cpu(), starts.cpu(), shape).to(x.device)
+    sums = F.embedding_bag(order, x.flatten(0, 2).flatten(1), starts, mode="sum")
+    return sums[: prod(shape)].view(*shape, *x.shape[3:])
