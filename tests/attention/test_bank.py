@@ -259,7 +259,9 @@ def test_each_key_lies_where_single_steps_put_it(monkeypatch, device, kind, piec
         for name in ("token", "retired", "count", "seen", "next_position"):
             assert torch.equal(getattr(other, name), getattr(steps, name)), name
         for name in ("gate", "rows") + ("scales",) * steps.int8:
-            assert torch.equal(getattr(other, name)[here], getattr(steps, name)[here]), name
+            mine, theirs = getattr(other, name)[here], getattr(steps, name)[here]
+            rounding = 0 if device == "cpu" or name == "gate" else 1e-2 if mine.element_size() == 2 else 1e-6
+            assert off_by(mine, theirs) <= rounding, name  # on a GPU another kernel rotates single keys
         assert off_by(other.sums, steps.sums) <= 1e-6 and not other.rows[:, :, -1].any()
 
 
