@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .choose import NOTHING, sortable
+from .choose import NOTHING, best_while_they_fit, sortable
 from .plan import LOG2_E, padded
 from .vectors import angles, turn
 
 TILE = 8192  # entries of a tile
-PAIRS = 16384  # pairs of gates that are compared at a time
 
 
 def step(bank, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, awake: Tensor | None, positions: Tensor) -> Tensor:
@@ -47,7 +46,6 @@ def step(bank, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, awake: Tens
             G, r, d, C, S, bank.anchors, bank.window, budget.block, n, e, bank.ring, budget.ring_reads,
             bank.scale * LOG2_E, AWAKE=awake is not None, TURN=bank.inv_freq is not None, RING=bank.ring > 0,
             FILL=budget.fills_rings, GD=padded(G * d), BP=padded(budget.block), RP=RP, HP=HP, CP=CP, N=keys,
-            M=min(64, max(1, PAIRS // (RP * CP))),
             num_warps=8, **flags,
         )  # fmt: skip
     return out
@@ -209,31 +207,11 @@ def write_key(
 
 
 @triton.jit
-def rank_gates(scores, retired, heads, c, C, ring, RP: tl.constexpr, CP: tl.constexpr, M: tl.constexpr):
-    """How many gates match better than each, `(RP, CP)`, how many keys their rings hold together, and the scores.
-
-    Every gate is compared with every other, M at a time, which takes fewer steps than to sort. scores: the row of each
-    head (RP,); whole numbers in the order of the scores come back.
-    """
-    at = heads[:, None] & (c < C)[None, :]
-    key = sortable(tl.load(scores[:, None] + c[None, :], mask=at, other=-float("inf")))
-    rank, before = tl.zeros((RP, CP), tl.int32), tl.zeros((RP, CP), tl.int32)
-    for c0 in range(0, C, M):
-        j = c0 + tl.arange(0, M)
-        held = tl.minimum(tl.load(retired + j, mask=j < C, other=0), ring).to(tl.int32)
-        other = tl.load(scores[:, None] + j[None, :], mask=heads[:, None] & (j < C)[None, :], other=-float("inf"))
-        other = sortable(other)[:, None, :]
-        better = (other > key[:, :, None]) | ((other == key[:, :, None]) & (j[None, None, :] < c[None, :, None]))
-        rank += tl.sum(better.to(tl.int32), 2)
-        before += tl.sum(tl.where(better, held[None, None, :], 0), 2)
-    return rank, before, key
-
-
-@triton.jit
-def list_gates(at, chosen, place, some, heads, c, most, CP: tl.constexpr):
-    """Write the gates of the mask chosen (RP, CP) to their places at `at` (RP,); -1 from `some` (RP, 1) to `most`."""
-    tl.store(at[:, None] + place, tl.broadcast_to(c[None, :], chosen.shape), mask=chosen & heads[:, None])
-    rest = (c[None, :] >= some) & (c < most)[None, :]
+def list_gates(at, chosen, heads, c, most, CP: tl.constexpr):
+    """Write the gates of the mask chosen (RP, CP) one after another at `at` (RP,), then -1 up to `most`."""
+    place = tl.cumsum(chosen.to(tl.int32), 1)
+    tl.store(at[:, None] + place - 1, tl.broadcast_to(c[None, :], chosen.shape), mask=chosen & heads[:, None])
+    rest = (c[None, :] >= tl.max(place, 1)[:, None]) & (c < most)[None, :]
     tl.store(at[:, None] + tl.broadcast_to(c[None, :], chosen.shape), -1, mask=rest & heads[:, None])
 
 
@@ -243,7 +221,7 @@ def row_kernel(
     next_position, now, lists, scores, G, r, d, C, S, anchors, window, block, n, e, ring, ring_reads, scale,
     KEEP: tl.constexpr, NOTES: tl.constexpr, AWAKE: tl.constexpr, TURN: tl.constexpr, RING: tl.constexpr,
     FILL: tl.constexpr, GD: tl.constexpr, BP: tl.constexpr, RP: tl.constexpr, HP: tl.constexpr, CP: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     """The rows of the heads of one sequence and group. NOTES: 0 reads none, 1 those of all gates, 2 the e next best."""
     bg = tl.program_id(0).to(tl.int64)
@@ -283,19 +261,21 @@ def row_kernel(
         tl.store(seen + b, token_now + 1)
         tl.store(next_position + b, position + 1)
     tl.debug_barrier()
-    rank, before, key = rank_gates(scores + line * C, retired + bg * C, heads, c, C, ring, RP, CP, M)
-    usable = key > NOTHING
-    chosen = usable & (rank < n)
+    key = sortable(tl.load(scores + line[:, None] * C + c[None, :], mask=heads[:, None] & (c < C)[None, :],
+                           other=-float("inf")))  # fmt: skip
+    cost, most = tl.full((RP, CP), 1 << 16, tl.int32), n << 16
     if FILL:
-        own = tl.minimum(tl.load(retired + bg * C + c, mask=c < C, other=0), ring).to(tl.int32)
-        chosen = chosen & (before + own[None, :] <= ring_reads)
-    some = tl.sum(chosen.to(tl.int32), 1)[:, None]
+        keys_of = tl.load(retired + bg * C + c, mask=c < C, other=0)
+        cost += tl.minimum(keys_of, ring).to(tl.int32)[None, :]
+        most += ring_reads
+    chosen = best_while_they_fit(key, cost, most)
     opened, noted = lists + line * (n + e + 1), lists + line * (n + e + 1) + n
     if RING:
-        list_gates(opened, chosen, rank, some, heads, c, n, CP)
+        list_gates(opened, chosen, heads, c, n, CP)
     if NOTES == 2:
-        read = usable & (rank >= some) & (rank < some + e)
-        list_gates(noted, read, rank - some, tl.sum(read.to(tl.int32), 1)[:, None], heads, c, e, CP)
+        others = tl.where(chosen, NOTHING, key)
+        read = best_while_they_fit(others, tl.full((RP, CP), 1 << 16, tl.int32), e << 16)
+        list_gates(noted, read, heads, c, e, CP)
     if NOTES == 1:  # which gates are open, in place of the scores
         tl.store(scores + line[:, None] * C + c[None, :], chosen.to(tl.float32),
                  mask=heads[:, None] & (c < C)[None, :])  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...budget import Budget
 from ...gates import Gates
 from ...shortlist import Shortlist
+from ...transforms import is_compiling
 from .launch import backward, read_rows, rotate_into
 from .plan import Plan, Sizes, make_plan, padded, sizes_of, tile_tokens
 from .routing import route_kernel
@@ -39,8 +40,14 @@ def attend(
     q, k, v = (x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in (q, k, v))
     sizes = sizes_of(budget, q.shape[2] // k.shape[2], q.shape[3], gates.gates_per_group)
     lookup = GateLookup(gates.prototypes, gates.alive, positions, inv_freq, length)
-    out, lse = _forward(q, k, v, *lookup, awake, list(sizes), scale, int8)
+    run = _forward_now if _at_once(q, k, v) else _forward
+    out, lse = run(q, k, v, *lookup, awake, list(sizes), scale, int8)
     return out, lse, _shortlist(q, k, v, lookup, awake, sizes) if explain else None
+
+
+def _at_once(*inputs: Tensor) -> bool:
+    """Whether to call an operator's function itself, which is quicker: no graph is made, no gradient is asked for."""
+    return not (is_compiling() or torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
 
 
 @torch.no_grad()
@@ -75,7 +82,7 @@ def _noted(bits: Tensor, plan: Plan, C: int) -> Tensor:
 
 def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor) -> Tensor:
     """RoPE of x `(B, T, N, d)` at positions `(T,)`, `(B, T)` or 0, 1, ..., half-split; differentiable."""
-    return _rotate(x, positions, inv_freq, 1.0)
+    return (_rotate_now if _at_once(x) else _rotate)(x, positions, inv_freq, 1.0)
 
 
 def route(
@@ -96,14 +103,16 @@ def route(
     return awake, weight
 
 
-@torch.library.custom_op("proteus::shortlist", mutates_args=())
-def _forward(
+def _forward_now(
     q: Tensor, k: Tensor, v: Tensor, prototypes: Tensor, alive: Tensor, positions: Tensor | None,
     inv_freq: Tensor | None, length: Tensor | None, awake: Tensor | None, sizes: list[int], scale: float, int8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lookup, plan = GateLookup(prototypes, alive, positions, inv_freq, length), make_plan(Sizes(*sizes))
     with torch.cuda.device_of(q):
         return _attend(q, index_keys(k, v, lookup, plan, int8), lookup, awake, plan, scale)
+
+
+_forward = torch.library.custom_op("proteus::shortlist", _forward_now, mutates_args=())
 
 
 @_forward.register_fake
@@ -158,12 +167,14 @@ def _attend(q, keys: KeyIndex, lookup: GateLookup, awake, plan: Plan, scale: flo
     return out, lse
 
 
-@torch.library.custom_op("proteus::rotate", mutates_args=())
-def _rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor, sign: float) -> Tensor:
+def _rotate_now(x: Tensor, positions: Tensor | None, inv_freq: Tensor, sign: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         rotate_into(x if x.stride(-2) == x.shape[-1] else x.contiguous(), y, positions, inv_freq, sign)
     return y
+
+
+_rotate = torch.library.custom_op("proteus::rotate", _rotate_now, mutates_args=())
 
 
 @_rotate.register_fake
