@@ -1,4 +1,4 @@
-"""One more token of a decoder through a `ProteusCache`, recorded once as a CUDA graph and replayed for every next one.
+"""One more token through a `ProteusCache`, recorded once as a CUDA graph and then replayed.
 
 A bank does not grow, so a pass of one token always runs the same kernels on the same memory. Replaying them saves the
 host's work, which takes several times as long as the GPU's. What decides which kernels run is compared before a replay;
