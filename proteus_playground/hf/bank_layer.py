@@ -62,6 +62,9 @@ class BankLayer(CacheLayerMixin):
             )
         with torch.no_grad():
             out = self._attend(call)
+            if self.past is not None:
+                keep = call.k.new_ones(call.k.shape[:2], dtype=torch.bool) if call.keep is None else call.keep
+                self.past += digest(keep, self.bank.seen - new)
         return _NoGradient.apply(out, call.q) if call.q.requires_grad and torch.is_grad_enabled() else out
 
     def _attend(self, call: AttentionCall) -> Tensor:
@@ -70,9 +73,6 @@ class BankLayer(CacheLayerMixin):
         self.check_past(call.past)
         if self.bank is None:
             self._make(len(call.k), call.inv_freq, call.scale, call.k.dtype)
-        if self.past is not None:
-            keep = call.k.new_ones(call.k.shape[:2], dtype=torch.bool) if call.keep is None else call.keep
-            self.past += digest(keep, self.bank.seen)
         bank, near = self.bank, {"inv_freq": call.inv_freq, "positions": call.positions, "scale": call.scale}
         if bank.tokens == 0 and call.k.shape[1] > 1:
             run = layer.run(call.q, call.k, call.v, real=call.keep, budget=budget, explain=False, **near)

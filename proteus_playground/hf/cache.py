@@ -40,7 +40,7 @@ from ..common.tensors import fingerprint, read_tensors, write_tensors
 from ..common.texts import Text, calibration_text
 from .bank_layer import NO_GRADIENT, BankLayer, HybridBankLayer, gates_from
 from .decode_graph import DecodeGraph
-from .passes import unwatch, watch
+from .passes import only_this_thread, unwatch, watch
 from .patch import check_layers, find_decoder, layer_shape, patched, reads_whole_past
 from .source import ModelSource
 
@@ -73,8 +73,8 @@ class ProteusCache(Cache):
         context in between, where budgets depend on the length. reach: tokens; once a text is longer, no key that left
         the window seems farther away than that (see `KVBank`), so that a model goes on making sense beyond what it was
         trained on. None leaves all positions as they are. Not with int8 or at flux alpha 0. cuda_graph: record the pass
-        of one token as a CUDA graph and replay it, which is several times as fast; every layer must have a bank, and
-        adapters must stay on or off while the cache lives.
+        of one token as a CUDA graph and replay it, which is several times as fast; every layer must have a bank. Beam
+        search, whose banks change with every token, runs without.
         Raises `TypeError` or `ValueError` naming the argument.
         """
         decoder = find_decoder(model)
@@ -140,7 +140,8 @@ class ProteusCache(Cache):
         all that read the whole past. name: under which the gates are kept, default the model's class. calibration: the
         text, default one that comes with the package. folder: default the user's cache. The first time takes one pass
         over 2,048 tokens. reach: "auto" is half the trained context where the text has no limit (flux alpha 1, no
-        `tokens`), else None: no bound. Raises `Stopped` when `stop` requests it.
+        `tokens`), else None: no bound. tokens, cuda_graph: as in `ProteusCache`. Raises `Stopped` when `stop` requests
+        it.
         """
         source = ModelSource(model, tokenizer, name or type(model).__name__)
         text = calibration or calibration_text("")
@@ -178,18 +179,17 @@ class ProteusCache(Cache):
         if decoder.training and torch.is_grad_enabled():
             raise ValueError(f"{type(decoder).__name__} is in training mode, and {NO_GRADIENT}")
         self._check_mask(kwargs.get("attention_mask"))
-        graph = self._graph if self.get_seq_length() else None
-        graph = graph if graph is not None and graph.serves(args, kwargs) else None
-        if graph is not None and graph.ready(kwargs):
-            return graph.replay(kwargs)
+        turn = "run"
+        if self._graph is not None and self.get_seq_length() and self._graph.serves(args, kwargs):
+            turn = self._graph.turn(kwargs)
         lengths = self._lengths()
         layers = {i: layer.attend for i, layer in self._bank_layers().items()}
-        with patched(self._model, layers, one_thread=True):
+        with only_this_thread(decoder) if turn == "replay" else patched(self._model, layers, one_thread=True):
             self._running = True
             try:
-                if graph is not None and graph.due(kwargs):
-                    return graph.record(native, kwargs)
-                return native(*args, **kwargs)
+                if turn == "replay":
+                    return self._graph.replay(kwargs)
+                return self._graph.record(native, kwargs) if turn == "record" else native(*args, **kwargs)
             except BaseException:
                 recurrent = any(hasattr(layer, "recurrent_states") for layer in self.layers)
                 self._cut_short = recurrent or self._lengths() != lengths
@@ -272,8 +272,11 @@ class ProteusCache(Cache):
         return write_tensors(path, tensors, about | {"length": self.get_seq_length(), "banks": banks})
 
     @classmethod
-    def load(cls, path: str | Path, model) -> ProteusCache:
-        """A saved cache, for the same model. Raises `FileNotFoundError`, or `ValueError` when it is not one of it."""
+    def load(cls, path: str | Path, model, *, cuda_graph: bool = False) -> ProteusCache:
+        """A saved cache, for the same model. cuda_graph: as in `ProteusCache`.
+
+        Raises `FileNotFoundError`, or `ValueError` when it is not one of it.
+        """
         tensors, about = read_tensors(path, "ProteusCache.save")
         try:
             if about["model"] != fingerprint(model):
@@ -284,7 +287,7 @@ class ProteusCache(Cache):
                 index, _, rest = name.partition(".")
                 mine[int(index)][rest] = tensor.to(model.device)
             gates = {int(index): gates_from(mine[int(index)], config) for index in about["banks"]}
-            cache = cls(model, gates, config, **about["plan"])
+            cache = cls(model, gates, config, **about["plan"], cuda_graph=cuda_graph)
             for index, layer in enumerate(cache.layers):
                 if isinstance(layer, BankLayer):
                     layer.load_state_dict(mine[index], about["banks"][str(index)])
@@ -319,7 +322,7 @@ def _check_graph(layers: list, budget: Budget, device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(f"cuda_graph=True: must be False for a model on {device}")
     if budget.dense or any(type(layer) is not BankLayer for layer in layers):
-        raise ValueError("cuda_graph=True: must be False at flux alpha 0 and where a layer keeps a cache that grows")
+        raise ValueError("cuda_graph=True: must be False where a layer has no bank, or the budget holds every key")
 
 
 def _check_reach(reach: int, budget: Budget, int8: bool) -> None:

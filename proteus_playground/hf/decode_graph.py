@@ -2,15 +2,16 @@
 
 A bank does not grow, so a pass of one token always runs the same kernels on the same memory. Replaying them saves the
 host's work, which takes several times as long as the GPU's. What decides which kernels run is compared before a replay;
-where it has changed, the pass runs as usual and is recorded again.
+where it has changed, passes run as usual again, and the third of them is recorded.
 
-Axes: `B` texts, `D` model width.
+Axes: `B` texts.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .passes import current_pass
 WARM_UP = 2  # passes of one token before the recorded one: kernels are compiled and workspaces made in them
 INPUTS = ("input_ids", "inputs_embeds")
 IGNORED = ("attention_mask", "position_ids", "use_cache", *CACHE_NAMES)
+HIDDEN = "last_hidden_state"
 
 
 class DecodeGraph:
@@ -35,56 +37,65 @@ class DecodeGraph:
 
     def forget(self) -> None:
         """Drop what was recorded, and the memory of it."""
-        self._graph, self._output, self._state, self._warm = None, None, None, 0
+        self._graph, self._hidden, self._kind, self._state, self._warm = None, None, None, None, 0
 
     def serves(self, args: tuple, kwargs: dict) -> bool:
         """Whether a pass with these arguments takes one token per text, and asks for nothing but its hidden state."""
         given = [kwargs[name] for name in INPUTS if kwargs.get(name) is not None]
-        extra = {name: value for name, value in kwargs.items() if name not in (*INPUTS, *IGNORED)}
-        if self.refused or args or len(given) != 1 or given[0].shape[1] != 1 or any(extra.values()):
+        extra = [value for name, value in kwargs.items() if name not in (*INPUTS, *IGNORED)]
+        if self.refused or args or len(given) != 1 or given[0].shape[1] != 1:
             return False
-        if torch.is_grad_enabled() or kwargs.get("use_cache") is False or self._hooked():
+        if any(value is not None and value is not False for value in extra) or kwargs.get("return_dict") is False:
             return False
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        plain = mask is None or isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask[:, -1].all())
-        return plain and (positions is None or positions.dim() == 2)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or kwargs.get("use_cache") is False:
+            return False
+        return not self._hooked() and self._plain(kwargs.get("attention_mask"), kwargs.get("position_ids"))
 
-    def ready(self, kwargs: dict) -> bool:
-        """Whether the recorded pass is the one that these arguments ask for."""
-        return self._graph is not None and self._state == self._seen(kwargs)
+    def _plain(self, mask: Tensor | None, positions: Tensor | None) -> bool:
+        """Whether each text's new token counts, and where it stands is said if a mask is given: some models count a
+        mask's tokens to find it."""
+        if positions is not None and (positions.dim() != 2 or positions.shape[1] != 1):
+            return False
+        if mask is None:
+            return True
+        seen = next(iter(self.layers.values())).get_seq_length()
+        shaped = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == seen + 1
+        return positions is not None and shaped and bool(mask[:, seen].all())
 
-    def due(self, kwargs: dict) -> bool:
-        """Whether a pass should be recorded now; else counts it as one that warms up."""
+    def turn(self, kwargs: dict) -> str:
+        """What comes next for a pass that is served: "replay", "record", or "run" as usual, which warms up."""
         state = self._seen(kwargs)
         if state != self._state:
             self.forget()
             self._state = state
+        if self._graph is not None:
+            return "replay"
         self._warm += 1
-        return self._warm > WARM_UP
+        return "record" if self._warm > WARM_UP else "run"
 
     def replay(self, kwargs: dict) -> ModelOutput:
         """Run the recorded pass on new inputs. Raises `ValueError` where a bank is full."""
+        self._take(kwargs)
         for layer in self.layers.values():
             layer.bank.admit(1)
         return self._run(kwargs)
 
     def record(self, native: Callable, kwargs: dict) -> ModelOutput:
-        """Record `native`, and run it. A pass that waits for the host cannot be recorded: it runs as usual, and so do
-        all later ones."""
+        """Record `native`, and run it. A pass in which the host waits for the GPU cannot be recorded: it runs as usual,
+        and so do all later ones."""
+        (name,) = (name for name in INPUTS if kwargs.get(name) is not None)
         with torch.inference_mode(False):
-            (name,) = (name for name in INPUTS if kwargs.get(name) is not None)
             self._input = {name: kwargs[name].clone()}
             self._position = torch.zeros(len(kwargs[name]), 1, dtype=torch.int64, device=kwargs[name].device)
+        self._take(kwargs)
         fixed = {"attention_mask": None, "use_cache": True, **self._input, "position_ids": self._position}
-        before = [layer.bank.tokens for layer in self.layers.values()]
-        graph, current = torch.cuda.CUDAGraph(), current_pass(self.decoder)
+        before, current = [layer.bank.tokens for layer in self.layers.values()], current_pass(self.decoder)
         current.recorded = True
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = native(**{**kwargs, **fixed})
-            if [name for name, value in output.items() if isinstance(value, Tensor)] != ["last_hidden_state"]:
-                raise RuntimeError(f"the decoder returns {', '.join(output)}")
-        except RuntimeError as problem:
+            graph, output = capture(partial(native, **{**kwargs, **fixed}), self._position.device)
+            if not isinstance(output, ModelOutput) or set(output) - {HIDDEN, *CACHE_NAMES}:
+                raise TypeError(f"the decoder returns {type(output).__name__} of more than its hidden state")
+        except Exception as problem:
             self.forget()
             self.refused = True
             for layer, tokens in zip(self.layers.values(), before, strict=True):
@@ -93,27 +104,46 @@ class DecodeGraph:
             current.start()
             warnings.warn(f"cuda_graph=True: passes run without a graph, because {problem}", stacklevel=2)
             return native(**kwargs)
-        self._graph, self._output = graph, output
+        self._graph, self._hidden, self._kind = graph, output[HIDDEN], type(output)
+        self._named = set(output) - {HIDDEN}  # what the decoder calls the cache
         return self._run(kwargs)
 
-    def _run(self, kwargs: dict) -> ModelOutput:
+    def _take(self, kwargs: dict) -> None:
+        """Copy the inputs of a pass to where the recorded kernels read them."""
         for name, home in self._input.items():
             home.copy_(kwargs[name])
         if kwargs.get("position_ids") is None:
-            self._position.fill_(next(iter(self.layers.values())).bank.tokens - 1)
+            self._position.fill_(next(iter(self.layers.values())).get_seq_length())
         else:
             self._position.copy_(kwargs["position_ids"])
+
+    def _run(self, kwargs: dict) -> ModelOutput:
         self._graph.replay()
-        said = {name: value.clone() if isinstance(value, Tensor) else value for name, value in self._output.items()}
-        return type(self._output)(**said)
+        cache = next(kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None)
+        return self._kind(**{HIDDEN: self._hidden.clone()}, **dict.fromkeys(self._named, cache))
 
     def _seen(self, kwargs: dict) -> tuple:
-        """What the recorded kernels depend on: inputs' form, banks, and where the weights lie."""
+        """What the recorded kernels depend on: the inputs' form, banks, where weights lie, which adapters are on."""
         given = next((name, x.shape, x.dtype) for name in INPUTS if (x := kwargs.get(name)) is not None)
-        banks = tuple(layer.bank for layer in self.layers.values())
-        weights = tuple(x.data_ptr() for x in self.decoder.parameters())
-        return *given, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cuda"), banks, weights
+        banks = tuple((layer.bank, layer.bank.rows.data_ptr()) for layer in self.layers.values())
+        tensors = tuple(x.data_ptr() for x in (*self.decoder.parameters(), *self.decoder.buffers()))
+        adapted = (part for part in self.decoder.modules() if type(getattr(part, "disable_adapters", None)) is bool)
+        adapters = tuple((part.disable_adapters, *part.active_adapters) for part in adapted)
+        modes = torch.is_inference_mode_enabled(), self.decoder.training
+        return *given, *modes, banks, tensors, adapters
 
     def _hooked(self) -> bool:
-        """Whether somebody listens to a part of the decoder, which a replay would not tell."""
+        """Whether the decoder has a hook, which a replay would not call."""
         return any(part._forward_hooks or part._forward_pre_hooks for part in self.decoder.modules())
+
+
+def capture(run: Callable[[], object], device: torch.device) -> tuple[torch.cuda.CUDAGraph, object]:
+    """Record what `run` does on the GPU: the graph, and what it returned. Raises what `run` or CUDA raises."""
+    with torch.cuda.device(device):
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+                return graph, run()
+        except BaseException:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own
+            raise

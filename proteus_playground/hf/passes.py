@@ -38,8 +38,8 @@ def not_compiled(function):
 class Pass:
     """One pass of one thread: which attentions it has called, and the positions that rotary modules were given.
 
-    recorded: whether a CUDA graph is made of it, where no value can be read: the pass before it was the same and is
-    compared with the model, and no token is padding.
+    recorded: a CUDA graph is being made of the pass. Values cannot be read meanwhile, so tables and masks are not
+    checked; those of the pass before were, and no new token is padding.
     """
 
     inside: bool = False

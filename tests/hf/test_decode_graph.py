@@ -8,16 +8,19 @@ pytest.importorskip("transformers")
 from test_cache import T, built, write  # noqa: E402 -- after the skip
 from test_patch import VOCABULARY, proteus  # noqa: E402
 
+from proteus_playground.hf import cache as hf_cache  # noqa: E402
+from proteus_playground.hf import decode_graph  # noqa: E402
 from proteus_playground.hf.cache import ProteusCache  # noqa: E402
 from proteus_playground.hf.decode_graph import DecodeGraph  # noqa: E402
-from proteus_playground.hf.patch import full_attention_layers, handed  # noqa: E402
+from proteus_playground.hf.patch import full_attention_layers, handed, patched  # noqa: E402
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+GPU = torch.cuda.is_available()
+gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
 
 
 @pytest.fixture
 def llama():
-    return built("llama").to("cuda" if torch.cuda.is_available() else "cpu")
+    return built("llama").to("cuda" if GPU else "cpu")
 
 
 @pytest.fixture
@@ -47,26 +50,117 @@ def test_it_is_refused_where_it_cannot_be(llama):
         with pytest.raises(ValueError, match="for a model on cpu"):
             cache_of(llama)
     else:
-        with pytest.raises(ValueError, match="a cache that grows"):
+        with pytest.raises(ValueError, match="where a layer has no bank"):
             ProteusCache(llama, {0: proteus(1.0).gates.cuda()}, proteus(1.0).config, cuda_graph=True)
 
 
-def test_only_a_plain_pass_of_one_token_is_served(llama):
-    graph, one_token = DecodeGraph(llama.model, {}), torch.zeros(2, 1, dtype=torch.int64)
-    plain, mask = {"input_ids": one_token, "use_cache": True}, torch.ones(2, 9, dtype=torch.int64)
+def test_only_a_plain_pass_of_one_token_is_served(llama, ids):
+    cache, token = cache_of(llama, graph=False), ids[:, :1]
+    one(llama, cache, ids)
+    graph = DecodeGraph(llama.model, cache._bank_layers())
+    plain, mask, at = {"input_ids": token, "use_cache": True}, torch.ones(2, T + 1, dtype=torch.int64), token * 0 + T
+
+    def serves(*args, **kwargs):
+        return graph.serves(args, plain | kwargs)
+
     with torch.no_grad():
-        assert graph.serves((), plain) and graph.serves((), plain | {"attention_mask": mask})
-        assert graph.serves((), plain | {"position_ids": one_token, "output_attentions": False})
-        assert not graph.serves((one_token,), {"use_cache": True})
-        assert not graph.serves((), plain | {"input_ids": one_token.expand(2, 3)})
-        assert not graph.serves((), plain | {"output_hidden_states": True})
-        assert not graph.serves((), plain | {"attention_mask": mask[None, None]})
-        assert not graph.serves((), plain | {"attention_mask": mask * 0})
-        assert not graph.serves((), plain | {"position_ids": one_token.expand(3, 2, 1)})
+        assert serves() and serves(position_ids=at) and serves(position_ids=at, attention_mask=mask)
+        assert serves(output_attentions=False, output_hidden_states=None)
+        assert not serves(attention_mask=mask), "some models count the mask to find positions"
+        assert not serves(position_ids=at, attention_mask=mask[:, 1:]) and not serves(attention_mask=mask[None, None])
+        assert not serves(position_ids=at, attention_mask=torch.cat((mask[:, :-1], mask[:, :1] * 0), 1))
+        assert not serves(position_ids=at.expand(2, 3)) and not serves(position_ids=at.expand(3, 2, 1))
+        assert not serves(token) and not serves(input_ids=ids) and not serves(use_cache=False)
+        assert (
+            not serves(output_hidden_states=True) and not serves(token_type_ids=token) and not serves(return_dict=False)
+        )
         hook = llama.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-        assert not graph.serves((), plain)
+        assert not serves()
         hook.remove()
-    assert not graph.serves((), plain)  # a gradient is asked for
+    assert not serves(), "a gradient is asked for"
+    cache.close()
+
+
+class Replayed:
+    """Stands in for a CUDA graph where there is no GPU: the first replay has run already, later ones run again."""
+
+    def __init__(self, cache, run):
+        self.cache, self.run, self.output, self.runs = cache, run, run(), 0
+
+    def replay(self):
+        self.runs += 1
+        if self.runs > 1:
+            layers = self.cache._bank_layers()
+            for layer in layers.values():
+                layer.bank.tokens -= 1  # counted by `admit`, and again by the pass
+            with patched(self.cache._model, {i: layer.attend for i, layer in layers.items()}):
+                self.output.last_hidden_state.copy_(self.run().last_hidden_state)
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Records by the stand-in; the list gets one for each recorded pass."""
+    made = []
+
+    def record(run, device):
+        made.append(Replayed(made.cache, run))
+        return made[-1], made[-1].output
+
+    made = type("Made", (list,), {})()
+    monkeypatch.setattr(decode_graph, "capture", record)
+    monkeypatch.setattr(hf_cache, "_check_graph", lambda *_: None)
+    return made
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has graphs of its own")
+def test_what_is_recorded_is_replayed_until_something_changes(replayed, llama, ids):
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    with cache_of(llama, graph=False) as plain:
+        want = write(llama, ids, plain, 40, attention_mask=mask)
+    with cache_of(llama) as cache:
+        replayed.cache = cache
+        got = write(llama, ids, cache, 40, attention_mask=mask)
+        assert len(replayed) == 1 and replayed[0].runs == 39 - 2  # the prompt's pass gives the first token
+    assert torch.equal(got.sequences, want.sequences)
+    assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-5, rtol=0)
+    with cache_of(llama) as cache, cache_of(llama, graph=False) as plain:
+        replayed.cache = cache
+
+        def step(t):
+            assert_close(one(llama, cache, ids[:, t : t + 1]), one(llama, plain, ids[:, t : t + 1]), atol=1e-5, rtol=0)
+            return cache._graph._warm, recorded(cache)
+
+        for each in (cache, plain):
+            one(llama, each, ids)
+        assert [step(t) for t in range(4)] == [(1, False), (2, False), (3, True), (3, True)]
+        llama.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(llama.model.layers[0].mlp.up_proj.weight.clone())
+        assert [step(t) for t in range(4)] == [(1, False), (2, False), (3, True), (3, True)]
+        cache._bank_layers()[0].bank = cache._bank_layers()[0].bank.fork()
+        assert step(9) == (1, False)
+        assert cache.get_seq_length() == plain.get_seq_length() == T + 9
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has graphs of its own")
+def test_a_pass_that_cannot_be_recorded_runs_as_usual(monkeypatch, replayed, llama, ids):
+    def fail(run, device):
+        run()
+        raise RuntimeError("the stream is capturing")
+
+    layer = proteus(1.0)
+    gates = dict.fromkeys(full_attention_layers(llama), layer.gates)
+    with ProteusCache(llama, gates, layer.config, tokens=T + 4, cuda_graph=True) as cache:
+        replayed.cache = cache
+        for part in (ids, *(ids[:, :1],) * 4):
+            one(llama, cache, part)
+        with pytest.raises(ValueError, match=f"at most {T + 4}"):
+            one(llama, cache, ids[:, :1])
+        assert not cache._cut_short and cache.get_seq_length() == T + 4
+    monkeypatch.setattr(decode_graph, "capture", fail)
+    with cache_of(llama) as cache, pytest.warns(UserWarning, match="because the stream is capturing"):
+        for part in (ids, *(ids[:, :1],) * 3):
+            one(llama, cache, part)
+        assert cache._graph.refused and cache.get_seq_length() == T + 3 and not cache._cut_short
 
 
 @gpu
@@ -133,3 +227,5 @@ def test_a_full_bank_is_noticed_and_a_pass_that_waits_is_not_recorded(llama, ids
                 token = ids[:, t : t + 1]
                 assert_close(one(llama, cache, token), one(llama, plain, token), atol=1e-4, rtol=0)
         assert cache._graph.refused and cache.get_seq_length() == T + 5
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        torch.rand(1, device="cuda"), torch.cuda.empty_cache()  # would raise where a capture had not ended

@@ -85,7 +85,7 @@ class Slots:
     ):
         self.budget, self.gates = budget, gates
         self.scale, self.reach, self.tokens = scale, reach, tokens
-        self.inv_freq = None if inv_freq is None else inv_freq.to(device)
+        self.inv_freq = None if inv_freq is None else inv_freq.to(device).contiguous()
         if budget.dense:
             self.anchors, self.ring, self.notes = 0, 0, 0
             self.window = min(DENSE_START, budget.tokens)
