@@ -56,8 +56,7 @@ def make_environment(folder: Path) -> Path:
 
 def install(python: Path, extras: str, build: str) -> None:
     """Install the clone with `extras`. `SystemExit` where pip fails, with pip's own message above."""
-    # Python compiles what is imported; pip would compile thousands of files that nobody imports.
-    pip = [str(python), "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     installed = subprocess.call([str(python), "-c", "import torch"], stderr=subprocess.DEVNULL) == 0
     if build == "cpu" and not installed:
         print("Installing the CPU build of PyTorch (about 200 MB)", flush=True)

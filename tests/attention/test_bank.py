@@ -218,8 +218,7 @@ def test_one_extend_is_many_is_steps(drop, alpha):
         assert torch.equal(other.rows[:, :, here][full], whole.rows[:, :, here][full])
 
 
-@pytest.mark.parametrize("drop", [0.0, 0.3])
-@pytest.mark.parametrize("piece", [10_000, 37])  # tokens that a bank takes in at a time
+@pytest.mark.parametrize("piece, drop", [(10_000, 0.0), (37, 0.3)])  # piece: tokens that a bank takes in at a time
 @pytest.mark.parametrize(
     "kind",
     [

@@ -13,7 +13,7 @@ from proteus_playground.attention.backends.fused.bank_step import step  # noqa: 
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-TOKENS, BATCH = (150, 2) if GPU else (28, 1)  # a program of the interpreter takes a millisecond
+TOKENS, BATCH = (150, 2) if GPU else (24, 1)  # a program of the interpreter takes a millisecond
 NEAREST = {"nearest_gates": True, "gates_per_group": 24 if GPU else 7, "probes": 4, "dna_fraction": 0.7}
 
 
