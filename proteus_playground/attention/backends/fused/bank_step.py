@@ -216,6 +216,113 @@ def list_gates(at, chosen, heads, c, most, CP: tl.constexpr):
 
 
 @triton.jit
+def match_gates(q1, q2, k1, k2, prototypes, alive, retired, scores, heads, half, fits, C, d, N: tl.constexpr):
+    """The gate that the key (1, HP) falls into. Writes the products of each head's query with the prototypes of gates
+    that hold a key, -inf for others, to `scores` (RP,)."""
+    unit = 1 / tl.maximum(tl.sqrt(tl.sum(k1 * k1 + k2 * k2, 1)), 1e-12)[:, None]
+    nearest, best = -float("inf"), 0
+    for c0 in range(0, C, N):
+        some = c0 + tl.arange(0, N)
+        live = tl.load(alive + some, mask=some < C, other=0) != 0
+        p1, p2 = halves(prototypes + some[:, None] * d, half[None, :], d, (some < C)[:, None] & fits[None, :])
+        cosine = tl.where(live, tl.sum((p1 * k1 + p2 * k2) * unit, 1), -float("inf"))
+        close = tl.max(cosine, 0)
+        best = tl.where(close > nearest, c0 + tl.argmax(cosine, 0), best)
+        nearest = tl.maximum(nearest, close)
+        filled = live & (tl.load(retired + some, mask=some < C, other=0) > 0)
+        product = tl.where(filled[None, :], score(q1, q2, p1[None, :, :], p2[None, :, :]), -float("inf"))
+        tl.store(scores[:, None] + some[None, :], product, mask=heads[:, None] & (some < C)[None, :])
+    return best
+
+
+@triton.jit
+def choose_gates(
+    scores, retired, opened, noted, heads, C, n, e, ring, ring_reads,
+    FILL: tl.constexpr, RING: tl.constexpr, NOTES: tl.constexpr, RP: tl.constexpr, CP: tl.constexpr,
+):  # fmt: skip
+    """List the gates that each head opens at `opened` (RP,), and the next best at `noted`, by `scores` (RP,).
+
+    Where all notes are read (NOTES 1), which gates are open takes the place of the scores.
+    """
+    c = tl.arange(0, CP)
+    here = heads[:, None] & (c < C)[None, :]
+    key = sortable(tl.load(scores[:, None] + c[None, :], mask=here, other=-float("inf")))
+    cost, most = tl.full((RP, CP), 1 << 16, tl.int32), n << 16
+    if FILL:
+        cost += tl.minimum(tl.load(retired + c, mask=c < C, other=0), ring).to(tl.int32)[None, :]
+        most += ring_reads
+    chosen = best_while_they_fit(key, cost, most)
+    if RING:
+        list_gates(opened, chosen, heads, c, n, CP)
+    if NOTES == 2:
+        others = tl.where(chosen, NOTHING, key)
+        read = best_while_they_fit(others, tl.full((RP, CP), 1 << 16, tl.int32), e << 16)
+        list_gates(noted, read, heads, c, e, CP)
+    if NOTES == 1:
+        tl.store(scores[:, None] + c[None, :], chosen.to(tl.float32), mask=here)
+
+
+@triton.jit
+def read_window(q1, q2, rows, token, slots, d, half, fits, top, total, a1, a2, N: tl.constexpr):
+    """Take in the keys of the first `slots` slots of a group. rows and token: where it begins."""
+    for s0 in range(0, slots, N):
+        slot = s0 + tl.arange(0, N)
+        there = tl.load(token + slot, mask=slot < slots, other=-1) >= 0
+        at, here = rows + (slot * 2 * d)[:, None], there[:, None] & fits[None, :]
+        y1, y2 = halves(at, half[None, :], d, here)
+        z1, z2 = halves(at + d, half[None, :], d, here)
+        value = tl.where(there[None, :], score(q1, q2, y1[None, :, :], y2[None, :, :]), -float("inf"))
+        top, total, a1, a2 = take(value, z1[None, :, :], z2[None, :, :], top, total, a1, a2)
+    return top, total, a1, a2
+
+
+@triton.jit
+def read_rings(q1, q2, rows, token, opened, n, ring, d, heads, half, fits, top, total, a1, a2, N: tl.constexpr):
+    """Take in the keys in the rings of the gates that each head has opened. rows and token: where the rings begin."""
+    for i0 in range(0, n * ring, N):
+        i = i0 + tl.arange(0, N)
+        where = tl.load(opened[:, None] + (i // ring)[None, :], mask=heads[:, None] & (i < n * ring)[None, :], other=-1)
+        slot = where.to(tl.int64) * ring + (i % ring)[None, :]
+        there = tl.load(token + slot, mask=where >= 0, other=-1) >= 0
+        at, here = rows + (slot * 2 * d)[:, :, None], there[:, :, None] & fits[None, None, :]
+        y1, y2 = halves(at, half[None, None, :], d, here)
+        value = tl.where(there, score(q1, q2, y1, y2), -float("inf"))
+        z1, z2 = halves(at + d, half[None, None, :], d, here)
+        top, total, a1, a2 = take(value, z1, z2, top, total, a1, a2)
+    return top, total, a1, a2
+
+
+@triton.jit
+def read_notes(
+    q1, q2, sums, retired, scores, noted, C, e, ring, d, heads, half, fits, top, total, a1, a2,
+    NOTES: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Take in the notes of gates listed at `noted` (RP,) or, with NOTES 1, of all: of an open gate that of the keys
+    beyond its ring. sums and retired: where the group's begin."""
+    for i0 in range(0, C if NOTES == 1 else e, N):
+        i = i0 + tl.arange(0, N)
+        if NOTES == 1:
+            there = heads[:, None] & (i < C)[None, :]
+            is_open = tl.load(scores[:, None] + i[None, :], mask=there, other=0.0) > 0
+            where = tl.broadcast_to(i[None, :], there.shape)
+        else:
+            where = tl.load(noted[:, None] + i[None, :], mask=heads[:, None] & (i < e)[None, :], other=-1)
+            there = where >= 0
+            is_open = where < -1
+        size = tl.load(retired + where, mask=there, other=0)
+        size = tl.maximum(size - tl.where(is_open, ring, 0), 0)
+        there = there & (size > 0)
+        size = tl.maximum(size, 1).to(tl.float32)
+        place = (is_open.to(tl.int32) * C + where) * 2 * d
+        here = there[:, :, None] & fits[None, None, :]
+        y1, y2 = halves(sums + place[:, :, None], half[None, None, :], d, here)
+        value = tl.where(there, score(q1, q2, y1, y2) / size + tl.log2(size), -float("inf"))
+        z1, z2 = halves(sums + place[:, :, None] + d, half[None, None, :], d, here)
+        top, total, a1, a2 = take(value, z1 / size[:, :, None], z2 / size[:, :, None], top, total, a1, a2)
+    return top, total, a1, a2
+
+
+@triton.jit
 def row_kernel(
     q, k, v, keep, awake, out, rows, token, gate, sums, retired, prototypes, alive, inv_freq, count, seen,
     next_position, now, lists, scores, G, r, d, C, S, anchors, window, block, n, e, ring, ring_reads, scale,
@@ -225,28 +332,19 @@ def row_kernel(
 ):  # fmt: skip
     """The rows of the heads of one sequence and group. NOTES: 0 reads none, 1 those of all gates, 2 the e next best."""
     bg = tl.program_id(0).to(tl.int64)
-    b, g = bg // G, bg % G
+    b, g, base = bg // G, bg % G, bg * S
     held, token_now, position = tl.load(now + b * 3), tl.load(now + b * 3 + 1), tl.load(now + b * 3 + 2)
     wanted, finite = takes_part(k, v, keep, b, G, d, KEEP, GD)
     stays = wanted & finite
-    half, h, c, tile = tl.arange(0, HP), tl.arange(0, RP), tl.arange(0, CP), tl.arange(0, N)
+    half, h = tl.arange(0, HP), tl.arange(0, RP)
     fits, heads = half < d // 2, h < r
     line, both = bg * r + h, heads[:, None] & fits[None, :]
+    scores, retired = scores + line * C, retired + bg * C
+    opened, noted = lists + line * (n + e + 1), lists + line * (n + e + 1) + n
     q1, q2 = halves(q + (line * d)[:, None], half[None, :], d, both)
     k1, k2 = halves(k + bg * d, half[None, :], d, fits[None, :])  # (1, HP)
-    unit = 1 / tl.maximum(tl.sqrt(tl.sum(k1 * k1 + k2 * k2, 1)), 1e-12)[:, None]
-    nearest, best = -float("inf"), 0
-    for c0 in range(0, C, N):  # products with prototypes: where the key falls, and what each head would open
-        some = c0 + tile
-        live = tl.load(alive + g * C + some, mask=some < C, other=0) != 0
-        p1, p2 = halves(prototypes + (g * C + some)[:, None] * d, half[None, :], d, (some < C)[:, None] & fits[None, :])
-        cosine = tl.where(live, tl.sum((p1 * k1 + p2 * k2) * unit, 1), -float("inf"))
-        close = tl.max(cosine, 0)
-        best = tl.where(close > nearest, c0 + tl.argmax(cosine, 0), best)
-        nearest = tl.maximum(nearest, close)
-        filled = live & (tl.load(retired + bg * C + some, mask=some < C, other=0) > 0)
-        product = tl.where(filled[None, :], score(q1, q2, p1[None, :, :], p2[None, :, :]), -float("inf"))
-        tl.store(scores + line[:, None] * C + some[None, :], product, mask=heads[:, None] & (some < C)[None, :])
+    best = match_gates(q1, q2, k1, k2, prototypes + g * C * d, alive + g * C, retired, scores, heads, half, fits, C, d,
+                       N)  # fmt: skip
     if TURN:
         cos, sin = angles(tl.full((1,), 0, tl.int64) + position, inv_freq, half, d)
         kind = q.dtype.element_ty
@@ -260,71 +358,20 @@ def row_kernel(
         tl.store(count + b, held + stays.to(tl.int64))
         tl.store(seen + b, token_now + 1)
         tl.store(next_position + b, position + 1)
-    tl.debug_barrier()
-    key = sortable(tl.load(scores + line[:, None] * C + c[None, :], mask=heads[:, None] & (c < C)[None, :],
-                           other=-float("inf")))  # fmt: skip
-    cost, most = tl.full((RP, CP), 1 << 16, tl.int32), n << 16
-    if FILL:
-        keys_of = tl.load(retired + bg * C + c, mask=c < C, other=0)
-        cost += tl.minimum(keys_of, ring).to(tl.int32)[None, :]
-        most += ring_reads
-    chosen = best_while_they_fit(key, cost, most)
-    opened, noted = lists + line * (n + e + 1), lists + line * (n + e + 1) + n
-    if RING:
-        list_gates(opened, chosen, heads, c, n, CP)
-    if NOTES == 2:
-        others = tl.where(chosen, NOTHING, key)
-        read = best_while_they_fit(others, tl.full((RP, CP), 1 << 16, tl.int32), e << 16)
-        list_gates(noted, read, heads, c, e, CP)
-    if NOTES == 1:  # which gates are open, in place of the scores
-        tl.store(scores + line[:, None] * C + c[None, :], chosen.to(tl.float32),
-                 mask=heads[:, None] & (c < C)[None, :])  # fmt: skip
-    tl.debug_barrier()
+    tl.debug_barrier()  # all of the group's scores and the new key are written
+    choose_gates(scores, retired, opened, noted, heads, C, n, e, ring, ring_reads, FILL, RING, NOTES, RP, CP)
+    tl.debug_barrier()  # so are the lists
     q1, q2 = q1 * scale, q2 * scale
     top, total = tl.full((RP,), -float("inf"), tl.float32), tl.zeros((RP,), tl.float32)
     a1, a2 = tl.zeros((RP, HP), tl.float32), tl.zeros((RP, HP), tl.float32)
-    for s0 in range(0, anchors + window, N):
-        slot = s0 + tile
-        there = tl.load(token + bg * S + slot, mask=slot < anchors + window, other=-1) >= 0
-        at, here = rows + ((bg * S + slot) * 2 * d)[:, None], there[:, None] & fits[None, :]
-        y1, y2 = halves(at, half[None, :], d, here)
-        z1, z2 = halves(at + d, half[None, :], d, here)
-        value = tl.where(there[None, :], score(q1, q2, y1[None, :, :], y2[None, :, :]), -float("inf"))
-        top, total, a1, a2 = take(value, z1[None, :, :], z2[None, :, :], top, total, a1, a2)
+    keys, direct = rows + base * 2 * d, anchors + window
+    top, total, a1, a2 = read_window(q1, q2, keys, token + base, direct, d, half, fits, top, total, a1, a2, N)
     if RING:
-        for i0 in range(0, n * ring, N):
-            i = i0 + tile
-            where = tl.load(opened[:, None] + (i // ring)[None, :], mask=heads[:, None] & (i < n * ring)[None, :],
-                            other=-1)  # fmt: skip
-            slot = bg * S + anchors + window + where.to(tl.int64) * ring + (i % ring)[None, :]
-            there = tl.load(token + slot, mask=where >= 0, other=-1) >= 0
-            at, here = rows + (slot * 2 * d)[:, :, None], there[:, :, None] & fits[None, None, :]
-            y1, y2 = halves(at, half[None, None, :], d, here)
-            value = tl.where(there, score(q1, q2, y1, y2), -float("inf"))
-            z1, z2 = halves(at + d, half[None, None, :], d, here)
-            top, total, a1, a2 = take(value, z1, z2, top, total, a1, a2)
+        top, total, a1, a2 = read_rings(q1, q2, keys + direct * 2 * d, token + base + direct, opened, n, ring, d, heads,
+                                        half, fits, top, total, a1, a2, N)  # fmt: skip
     if NOTES:
-        for i0 in range(0, C if NOTES == 1 else e, N):
-            i = i0 + tile
-            if NOTES == 1:
-                there = heads[:, None] & (i < C)[None, :]
-                is_open = tl.load(scores + line[:, None] * C + i[None, :], mask=there, other=0.0) > 0
-                where = tl.broadcast_to(i[None, :], (RP, N))
-            else:
-                where = tl.load(noted[:, None] + i[None, :], mask=heads[:, None] & (i < e)[None, :], other=-1)
-                there = where >= 0
-                is_open = where < -1
-            size = tl.load(retired + bg * C + where, mask=there, other=0)
-            size = tl.maximum(size - tl.where(is_open, ring, 0), 0)
-            there = there & (size > 0)
-            size = tl.maximum(size, 1).to(tl.float32)
-            place = ((bg * 2 + is_open.to(tl.int32)) * C + where) * 2 * d
-            here = there[:, :, None] & fits[None, None, :]
-            y1, y2 = halves(sums + place[:, :, None], half[None, None, :], d, here)
-            value = score(q1, q2, y1, y2) / size + tl.log2(size)
-            z1, z2 = halves(sums + place[:, :, None] + d, half[None, None, :], d, here)
-            value = tl.where(there, value, -float("inf"))
-            top, total, a1, a2 = take(value, z1 / size[:, :, None], z2 / size[:, :, None], top, total, a1, a2)
+        top, total, a1, a2 = read_notes(q1, q2, sums + bg * C * 4 * d, retired, scores, noted, C, e, ring, d, heads,
+                                        half, fits, top, total, a1, a2, NOTES, N)  # fmt: skip
     share = 1 / tl.where(total > 0, total, 1.0)[:, None]
     a1, a2 = tl.where(wanted, a1 * share, 0.0), tl.where(wanted, a2 * share, 0.0)
     wrong = wanted & (finite == 0)
@@ -332,5 +379,6 @@ def row_kernel(
     if AWAKE:
         up = tl.load(awake + line, mask=heads, other=0) != 0
         a1, a2 = tl.where(up[:, None], a1, 0.0), tl.where(up[:, None], a2, 0.0)
-    tl.store(out + (line * d)[:, None] + half[None, :], a1.to(out.dtype.element_ty), mask=both)
-    tl.store(out + (line * d + d // 2)[:, None] + half[None, :], a2.to(out.dtype.element_ty), mask=both)
+    at = out + (line * d)[:, None] + half[None, :]
+    tl.store(at, a1.to(out.dtype.element_ty), mask=both)
+    tl.store(at + d // 2, a2.to(out.dtype.element_ty), mask=both)
