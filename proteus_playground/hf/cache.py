@@ -100,7 +100,7 @@ class ProteusCache(Cache):
         if reach is not None:
             _check_reach(reach, budget, config.int8)
         self._model, self._decoder, self._config = model, decoder, config
-        self._plan = {"tokens": tokens, "reach": reach, "cuda_graph": cuda_graph}
+        self._plan = {"tokens": tokens, "reach": reach}
         layers = DynamicCache(config=model.config).layers
         alone = set(gates) == set(reads_whole_past(model))
         for index, its in gates.items():
@@ -179,9 +179,9 @@ class ProteusCache(Cache):
         if decoder.training and torch.is_grad_enabled():
             raise ValueError(f"{type(decoder).__name__} is in training mode, and {NO_GRADIENT}")
         self._check_mask(kwargs.get("attention_mask"))
-        turn = "run"
-        if self._graph is not None and self.get_seq_length() and self._graph.serves(args, kwargs):
-            turn = self._graph.turn(kwargs)
+        recordable = self._graph is not None and self.get_seq_length() > 0
+        state = self._graph.state_of(args, kwargs) if recordable else None
+        turn = "run" if state is None else self._graph.turn(state)
         lengths = self._lengths()
         layers = {i: layer.attend for i, layer in self._bank_layers().items()}
         with only_this_thread(decoder) if turn == "replay" else patched(self._model, layers, one_thread=True):
@@ -244,7 +244,7 @@ class ProteusCache(Cache):
     def fork(self) -> ProteusCache:
         """An independent copy for the same model: two continuations can share what they have read."""
         gates = {i: layer.layer.gates for i, layer in self._bank_layers().items()}
-        twin = ProteusCache(self._model, gates, self._config, **self._plan)
+        twin = ProteusCache(self._model, gates, self._config, **self._plan, cuda_graph=self._graph is not None)
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, BankLayer):
                 twin.layers[index] = copy.deepcopy(layer)
@@ -267,8 +267,7 @@ class ProteusCache(Cache):
             else:
                 mine = {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
             tensors |= {f"{index}.{name}": tensor for name, tensor in mine.items()}
-        plan = {name: self._plan[name] for name in ("tokens", "reach")}
-        about = {"model": fingerprint(self._model), "config": self._config.to_dict(), "plan": plan}
+        about = {"model": fingerprint(self._model), "config": self._config.to_dict(), "plan": self._plan}
         return write_tensors(path, tensors, about | {"length": self.get_seq_length(), "banks": banks})
 
     @classmethod

@@ -39,17 +39,33 @@ class DecodeGraph:
         """Drop what was recorded, and the memory of it."""
         self._graph, self._hidden, self._kind, self._state, self._warm = None, None, None, None, 0
 
-    def serves(self, args: tuple, kwargs: dict) -> bool:
-        """Whether a pass with these arguments takes one token per text, and asks for nothing but its hidden state."""
-        given = [kwargs[name] for name in INPUTS if kwargs.get(name) is not None]
+    def state_of(self, args: tuple, kwargs: dict) -> tuple | None:
+        """What the kernels of a pass depend on: the inputs' form, banks, where weights lie, which adapters are on.
+
+        None where the pass is not served: it takes several tokens per text, asks for more than its hidden state, or
+        calls a hook, which a replay would not.
+        """
+        given = [(name, kwargs[name]) for name in INPUTS if kwargs.get(name) is not None]
         extra = [value for name, value in kwargs.items() if name not in (*INPUTS, *IGNORED)]
-        if self.refused or args or len(given) != 1 or given[0].shape[1] != 1:
-            return False
+        if self.refused or args or len(given) != 1 or given[0][1].shape[1] != 1:
+            return None
         if any(value is not None and value is not False for value in extra) or kwargs.get("return_dict") is False:
-            return False
+            return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or kwargs.get("use_cache") is False:
-            return False
-        return not self._hooked() and self._plain(kwargs.get("attention_mask"), kwargs.get("position_ids"))
+            return None
+        if not self._plain(kwargs.get("attention_mask"), kwargs.get("position_ids")):
+            return None
+        tensors, adapters = [], []
+        for part in self.decoder.modules():  # once a token: this is most of the host's time
+            if part._forward_hooks or part._forward_pre_hooks:
+                return None
+            held = (*part._parameters.values(), *part._buffers.values())
+            tensors += [x.data_ptr() for x in held if x is not None]
+            if isinstance(getattr(type(part), "disable_adapters", None), property):  # a layer that peft adapted
+                adapters.append((part.disable_adapters, *part.active_adapters))
+        banks = [(layer.bank, layer.bank.rows.data_ptr()) for layer in self.layers.values()]
+        form = [(name, x.shape, x.dtype) for name, x in given]
+        return form, torch.is_inference_mode_enabled(), self.decoder.training, banks, tensors, adapters
 
     def _plain(self, mask: Tensor | None, positions: Tensor | None) -> bool:
         """Whether each text's new token counts, and where it stands is said if a mask is given: some models count a
@@ -62,9 +78,8 @@ class DecodeGraph:
         shaped = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == seen + 1
         return positions is not None and shaped and bool(mask[:, seen].all())
 
-    def turn(self, kwargs: dict) -> str:
-        """What comes next for a pass that is served: "replay", "record", or "run" as usual, which warms up."""
-        state = self._seen(kwargs)
+    def turn(self, state: tuple) -> str:
+        """What comes next for a pass of this state: "replay", "record", or "run" as usual, which warms up."""
         if state != self._state:
             self.forget()
             self._state = state
@@ -121,20 +136,6 @@ class DecodeGraph:
         self._graph.replay()
         cache = next(kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None)
         return self._kind(**{HIDDEN: self._hidden.clone()}, **dict.fromkeys(self._named, cache))
-
-    def _seen(self, kwargs: dict) -> tuple:
-        """What the recorded kernels depend on: the inputs' form, banks, where weights lie, which adapters are on."""
-        given = next((name, x.shape, x.dtype) for name in INPUTS if (x := kwargs.get(name)) is not None)
-        banks = tuple((layer.bank, layer.bank.rows.data_ptr()) for layer in self.layers.values())
-        tensors = tuple(x.data_ptr() for x in (*self.decoder.parameters(), *self.decoder.buffers()))
-        adapted = (part for part in self.decoder.modules() if type(getattr(part, "disable_adapters", None)) is bool)
-        adapters = tuple((part.disable_adapters, *part.active_adapters) for part in adapted)
-        modes = torch.is_inference_mode_enabled(), self.decoder.training
-        return *given, *modes, banks, tensors, adapters
-
-    def _hooked(self) -> bool:
-        """Whether the decoder has a hook, which a replay would not call."""
-        return any(part._forward_hooks or part._forward_pre_hooks for part in self.decoder.modules())
 
 
 def capture(run: Callable[[], object], device: torch.device) -> tuple[torch.cuda.CUDAGraph, object]:

@@ -1,4 +1,4 @@
-"""The guided tour: six steps, each beside the part of the workbench that it speaks of."""
+"""The guided tour: six steps, each beside the part of the workbench that it explains."""
 
 from __future__ import annotations
 
