@@ -98,10 +98,11 @@ class ProteusLayer:
         budget: Budget | None = None,
         logits: Tensor | None = None,
         explain: bool = True,
+        return_index: bool = False,
     ) -> LayerRun:
         """Decide, attend and weigh. q `(B, T, H, d)`, k and v `(B, T, G, d)`, all un-rotated.
 
-        inv_freq, positions, scale, explain: as in `proteus_attention`; real, budget, logits: as in `decide`.
+        real, budget, logits: as in `decide`; the others as in `proteus_attention`.
         """
         decisions = self.decide(q, k, real, budget=budget, logits=logits)
         result = proteus_attention(
@@ -117,6 +118,7 @@ class ProteusLayer:
             backend=self.config.backend,
             scale=scale,
             explain=explain,
+            return_index=return_index,
             int8=self.config.int8,
         )
         out = weigh(result.out, decisions.weight)

@@ -6,7 +6,7 @@ Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `C` g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class AttentionResult:
     gate_of_key: Tensor | None  # (B, T, G) int64; -1 for anchors and dropped tokens
     backend: str
     backend_reason: str
+    index: Any = None  # what `KVBank.extend` takes, if `return_index` asks for it and the backend has one
 
 
 class Kept(NamedTuple):
@@ -71,6 +72,7 @@ def proteus_attention(
     backend: str = "auto",
     scale: float | None = None,
     return_lse: bool = False,
+    return_index: bool = False,
     explain: bool = True,
     int8: bool = False,
 ) -> AttentionResult:
@@ -80,7 +82,8 @@ def proteus_attention(
     width d. budget: from `plan_budget`. inv_freq: `(d / 2,)` rotary frequencies in radians per token, or None.
     positions: `(T,)` or `(B, T)`, in tokens, default 0..T-1. keep: `(B, T)` bool, tokens that take part (padding is
     False). awake: `(B, T, H)` bool, rows that count. scale: of the scores, default d^-1/2. explain: False leaves
-    `reads` and `gate_of_key` out, which saves time. int8: sparse rows read keys and values stored in int8, which have
+    `reads` and `gate_of_key` out, which saves time. return_index: keep what fills a `KVBank` with these keys quickly,
+    where all tokens take part. int8: sparse rows read keys and values stored in int8, which have
     no gradient.
 
     Raises `TypeError` or `ValueError` naming the argument. Dense (fused SDPA) when the budget holds every key.
@@ -97,7 +100,7 @@ def proteus_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # Triton reads the lengths on the device; the other backends work on fewer rows, for which the host must know them.
     kept = _keep(q, k, v, positions, keep, awake, trim=name != "triton" and not hides_values())
-    lse = short = None
+    lse = short = index = None
     if name == "dense":
         rotated_q, rotated_k = (rotate(x, kept.positions, inv_freq) for x in (kept.q, kept.k))
         out = dense(rotated_q, rotated_k, kept.v, scale)
@@ -109,7 +112,8 @@ def proteus_attention(
         if hides_values() and name != "triton" and not explain:
             out, lse = attend_as_operator(kept.q, kept.k, kept.v, gates, budget, **arguments)
         else:
-            out, lse, short = attend(kept.q, kept.k, kept.v, gates, budget, **arguments, explain=explain)
+            how = {"explain": explain, "return_index": return_index and kept.index is None}
+            out, lse, short, index = attend(kept.q, kept.k, kept.v, gates, budget, **arguments, **how)
     reads = gate = None
     if explain:
         reads = _dense_reads(kept.q) if budget.dense else count_reads(short)
@@ -122,6 +126,7 @@ def proteus_attention(
         gate_of_key=_spread(gate, kept, T, -1),
         backend=name,
         backend_reason=why,
+        index=index,
     )
 
 

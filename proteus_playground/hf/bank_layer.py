@@ -75,8 +75,9 @@ class BankLayer(CacheLayerMixin):
             self._make(len(call.k), call.inv_freq, call.scale, call.k.dtype)
         bank, near = self.bank, {"inv_freq": call.inv_freq, "positions": call.positions, "scale": call.scale}
         if bank.tokens == 0 and call.k.shape[1] > 1:
-            run = layer.run(call.q, call.k, call.v, real=call.keep, budget=budget, explain=False, **near)
-            bank.extend(call.k, call.v, keep=run.keep, positions=call.positions)
+            how = {"budget": budget, "explain": False, "return_index": True}
+            run = layer.run(call.q, call.k, call.v, real=call.keep, **how, **near)
+            bank.extend(call.k, call.v, keep=run.keep, positions=call.positions, index=run.result.index)
             return run.out
         decisions = layer.decide(call.q, call.k, call.keep, budget=budget, before=bank.count)
         read = bank.step if call.k.shape[1] == 1 else bank.steps

@@ -26,7 +26,7 @@ MULTIPLY = {
 }  # fmt: skip
 MOVE = {
     "rotate_kernel", "scan_counts_kernel", "scan_sums_kernel", "order_kernel", "bucket_kernel", "delta_kernel",
-    "choose_kernel", "bucket_bits_kernel", "retire_kernel", "row_kernel",
+    "choose_kernel", "bucket_bits_kernel", "retire_kernel", "row_kernel", "fill_kernel",
 }  # fmt: skip
 everywhere = pytest.mark.parametrize("target", SHARED)
 

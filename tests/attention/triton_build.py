@@ -21,7 +21,10 @@ from triton.runtime.jit import JITFunction
 
 from proteus_playground.attention import AttentionConfig, Gates, KVBank, ProteusAttention, plan_budget, rope_frequencies
 from proteus_playground.attention.backends.dispatch import attend
+from proteus_playground.attention.backends.fused.bank_fill import fill
 from proteus_playground.attention.backends.fused.bank_step import step
+from proteus_playground.attention.backends.fused.plan import make_plan, sizes_of
+from proteus_playground.attention.backends.fused.tables import GateLookup, index_keys
 from proteus_playground.attention.fast_paths import attend_in_pieces
 
 UNITS = {"sm": r"mma\.sync|wgmma\.mma_async", "gfx1101": r"v_wmma", "gfx942": r"v_mfma"}
@@ -48,7 +51,7 @@ def training(dtype=torch.bfloat16, d=64, heads=8, groups=2, tokens=16384, keep=F
     q, k, v = (torch.zeros(1, tokens, n, d, dtype=dtype, requires_grad=True) for n in (heads, groups, groups))
     gates = Gates(groups, cfg.gates_per_group, d)
     length, positions = (torch.tensor([tokens]), torch.arange(tokens)[None]) if keep else (None, None)
-    out, _, _ = attend(
+    out, *_ = attend(
         q,
         k,
         v,
@@ -67,11 +70,15 @@ def training(dtype=torch.bfloat16, d=64, heads=8, groups=2, tokens=16384, keep=F
 
 
 def bank(dtype=torch.bfloat16, d=64, heads=8, groups=2, **changes) -> None:
-    """One token of a KV bank."""
+    """A prompt that fills a KV bank, and one token more."""
     cfg = config(d, heads, groups, **changes)
     gates, freq = Gates(groups, cfg.gates_per_group, d), rope_frequencies(d, 1e4)
     made = KVBank.empty(plan_budget(cfg, 1 << 20), gates, inv_freq=freq, dtype=dtype)
     q, k, v = (torch.zeros(1, 1, n, d, dtype=dtype) for n in (heads, groups, groups))
+    prompt = torch.zeros(1, 4096, groups, d, dtype=dtype)
+    lookup = GateLookup(gates.prototypes, gates.alive, None, freq, None)
+    plan = make_plan(sizes_of(made.budget, heads // groups, d, cfg.gates_per_group))
+    fill(made, index_keys(prompt, prompt, lookup, plan, False), None)
     step(made, q, k, v, None, None, torch.zeros(1, 1, dtype=torch.int64))
 
 
@@ -82,6 +89,7 @@ LARGE = (
     "near_query_kernel", "near_key_kernel", "note_grad_kernel",
 )  # fmt: skip
 NEAREST = {"nearest_gates": True, "gates_per_group": 256, "probes": 16}  # a row reads the notes of some gates
+BANK = ("fill_kernel", "retire_kernel", "row_kernel")
 CHOSEN = (
     "gates_kernel", "rank_kernel", "probe_kernel", "choose_kernel", "bucket_bits_kernel", "far_kernel", "near_kernel",
     "near_query_kernel", "note_grad_kernel",
@@ -98,7 +106,7 @@ CASES = [
     (layer, {**THREES, "head_top_p": 0.6}, ("probe_kernel", "route_kernel")),
     (training, {**THREES, "keep": True}, ()),
     (layer, {"dtype": torch.float16, "d": 256, "int8": True}, ("far_kernel", "near_kernel")),
-    (bank, {"d": 128, "heads": 16, "groups": 1, "gates_per_group": 512}, ()),
+    (bank, {"d": 128, "heads": 16, "groups": 1, "gates_per_group": 512}, BANK),
     *((training, {"d": d}, LARGE) for d in (128, 96, 80)),  # the last two are kernels of 128: compiled once
 ]
 LARGEST = (training, {"d": 256}, LARGE)  # takes longest

@@ -1,8 +1,8 @@
 """Chooses a backend, says why, and calls it. No other module imports `pytorch` or `fused`.
 
 `dense` is fused `scaled_dot_product_attention`; `reference`, `torch` and `triton` compute the shortlist, all called by
-`attend`. `rotate` has a kernel of its own in `torch` and `triton`; `route`, `in_pieces` and `bank_step` only run in
-`triton`, which is imported when it is first needed.
+`attend`. `rotate` has a kernel of its own in `torch` and `triton`; `route`, `in_pieces`, `bank_step` and `bank_fill`
+only run in `triton`, which is imported when it is first needed.
 
 Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim, `C` gates per group.
 """
@@ -13,6 +13,7 @@ import os
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,19 +104,22 @@ def attend(
     int8: bool,
     explain: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Shortlist | None]:
+    return_index: bool = False,
+) -> tuple[Tensor, Tensor, Shortlist | None, Any]:
     """Run `reference`, `torch` or `triton`, whose arguments have been checked.
 
     q `(B, T, H, d)`, k and v `(B, T, G, d)`, un-rotated, tokens that take part first. length: `(B,)`, how many of the T
     tokens those are; None for all. awake: `(B, T, H)` bool, heads whose rows count; None for all. Other arguments as in
-    `proteus_attention`. Returns out like q, log-sum-exp `(B, T, H)` float32, and the shortlist that was read, which may
-    be None unless `explain`. Rows that do not count hold anything.
+    `proteus_attention`. Returns out like q, log-sum-exp `(B, T, H)` float32, the shortlist that was read, which may be
+    None unless `explain`, and what `bank_fill` takes, None from other backends than Triton. Rows that do not count hold
+    anything.
     """
     where = {"positions": positions, "inv_freq": inv_freq}
     if backend == "triton":
         from .fused.operators import attend as run
 
-        return run(q, k, v, gates, budget, **where, length=length, awake=awake, scale=scale, int8=int8, explain=explain)
+        how = {"scale": scale, "int8": int8, "explain": explain, "return_index": return_index}
+        return run(q, k, v, gates, budget, **where, length=length, awake=awake, **how)
     if backend == "reference":
         from .reference import attend as run
     else:
@@ -126,7 +130,7 @@ def attend(
     q, k = rotate(q, **where), rotate(k, **where)
     if int8 and not budget.dense:
         k, v = through_int8(k), through_int8(v)
-    return *run(q, k, v, short, scale), short
+    return *run(q, k, v, short, scale), short, None
 
 
 def rotate(x: Tensor, positions: Tensor | None, inv_freq: Tensor | None) -> Tensor:
@@ -174,6 +178,13 @@ def bank_step(device: torch.device, head_dim: int, dtype: torch.dtype):
     from .fused.bank_step import step
 
     return step
+
+
+def bank_fill(bank, index, positions: Tensor | None) -> None:
+    """Fill an empty KV bank from the index that `attend` returned: see `fused.bank_fill.fill`."""
+    from .fused.bank_fill import fill
+
+    fill(bank, index, positions)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

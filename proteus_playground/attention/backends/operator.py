@@ -47,7 +47,7 @@ def _run(q, k, v, prototypes, alive, positions, inv_freq, length, awake, sizes, 
     q, k, v, awake = (None if x is None else x[:, :most] for x in (q, k, v, awake))
     positions = None if positions is None else positions[..., :most]
     where = {"positions": positions, "inv_freq": inv_freq, "length": length, "awake": awake}
-    out, lse, _ = attend(q, k, v, gates, plan, **where, scale=scale, int8=int8, explain=False, backend=backend)
+    out, lse, *_ = attend(q, k, v, gates, plan, **where, scale=scale, int8=int8, explain=False, backend=backend)
     return pad(out, (0, 0, 0, 0, 0, tokens - most)), pad(lse, (0, 0, 0, tokens - most))
 
 

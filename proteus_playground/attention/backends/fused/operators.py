@@ -35,14 +35,18 @@ def attend(
     scale: float,
     int8: bool,
     explain: bool,
-) -> tuple[Tensor, Tensor, Shortlist | None]:
+    return_index: bool,
+) -> tuple[Tensor, Tensor, Shortlist | None, KeyIndex | None]:
     """As `dispatch.attend`. The shortlist is made only where `explain` asks for it."""
     q, k, v = (x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in (q, k, v))
     sizes = sizes_of(budget, q.shape[2] // k.shape[2], q.shape[3], gates.gates_per_group)
     lookup = GateLookup(gates.prototypes, gates.alive, positions, inv_freq, length)
-    run = _forward_now if _at_once(q, k, v) else _forward
-    out, lse = run(q, k, v, *lookup, awake, list(sizes), scale, int8)
-    return out, lse, _shortlist(q, k, v, lookup, awake, sizes) if explain else None
+    if _at_once(q, k, v):
+        out, lse, keys = _run(q, k, v, lookup, awake, sizes, scale, int8)
+    else:
+        (out, lse), keys = _forward(q, k, v, *lookup, awake, list(sizes), scale, int8), None
+    short = _shortlist(q, k, v, lookup, awake, sizes) if explain else None
+    return out, lse, short, keys if return_index else None
 
 
 def _at_once(*inputs: Tensor) -> bool:
@@ -103,16 +107,23 @@ def route(
     return awake, weight
 
 
-def _forward_now(
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, lookup: GateLookup, awake: Tensor | None, sizes: Sizes, scale: float, int8: bool
+) -> tuple[Tensor, Tensor, KeyIndex]:
+    """Outputs, log-sum-exp, and the index of the keys."""
+    plan = make_plan(sizes)
+    with torch.cuda.device_of(q):
+        keys = index_keys(k, v, lookup, plan, int8)
+        return *_attend(q, keys, lookup, awake, plan, scale), keys
+
+
+@torch.library.custom_op("proteus::shortlist", mutates_args=())
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, prototypes: Tensor, alive: Tensor, positions: Tensor | None,
     inv_freq: Tensor | None, length: Tensor | None, awake: Tensor | None, sizes: list[int], scale: float, int8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    lookup, plan = GateLookup(prototypes, alive, positions, inv_freq, length), make_plan(Sizes(*sizes))
-    with torch.cuda.device_of(q):
-        return _attend(q, index_keys(k, v, lookup, plan, int8), lookup, awake, plan, scale)
-
-
-_forward = torch.library.custom_op("proteus::shortlist", _forward_now, mutates_args=())
+    lookup = GateLookup(prototypes, alive, positions, inv_freq, length)
+    return _run(q, k, v, lookup, awake, Sizes(*sizes), scale, int8)[:2]
 
 
 @_forward.register_fake

@@ -44,6 +44,7 @@ class KeyIndex(NamedTuple):
     carry: Tensor  # (X, kinds C 2 d) float32, sums behind the notes at the end of the last piece of rows
     first: Tensor  # (X, C) int32, where a gate begins in `order`
     order: Tensor  # (X, T) int32, tokens in (gate, position) order; written with the first piece of rows
+    plan: Plan
 
 
 class GateLookup(NamedTuple):
@@ -126,7 +127,7 @@ def count_keys(store: Store, C: int, plan: Plan) -> KeyIndex:
     )  # fmt: skip
     scan_counts_kernel[(X,)](count, count_base, first, chunks, C, CP=plan.padded_gates, ROWS=64)
     carry = torch.empty(X, plan.kinds * C * 2 * d, dtype=torch.float32, device=device)
-    return KeyIndex(*store, rank, before, count_base, carry, first, order)
+    return KeyIndex(*store, rank, before, count_base, carry, first, order, plan)
 
 
 def index_rows(
