@@ -41,7 +41,7 @@ from ..common.texts import Text, calibration_text
 from .bank_layer import NO_GRADIENT, BankLayer, HybridBankLayer, gates_from
 from .decode_graph import DecodeGraph
 from .passes import only_this_thread, unwatch, watch
-from .patch import check_layers, find_decoder, layer_shape, patched, reads_whole_past
+from .patch import check_layers, find_decoder, layer_shape, patched, reads_whole_past, surveyed
 from .source import ModelSource
 
 CALIBRATION_TOKENS = 2048
@@ -77,8 +77,8 @@ class ProteusCache(Cache):
         search, whose banks change with every token, runs without.
         Raises `TypeError` or `ValueError` naming the argument.
         """
-        decoder = find_decoder(model)
-        check_layers(dict.fromkeys(gates, id), decoder)
+        decoder, known = surveyed(model)
+        check_layers(dict.fromkeys(gates, id), known)
         if not gates:
             raise ValueError(f"gates={gates!r}: must hold the gates of at least one layer")
         shape = layer_shape(model, next(iter(gates)))

@@ -26,7 +26,8 @@ def implementation(decoder: nn.Module, name: str) -> Iterator[None]:
     """Run the attention called `name` in all layers of `decoder`."""
     before = [(config, config._attn_implementation) for config in _configs(decoder)]
     try:
-        set_implementation(decoder, name)
+        for config, _ in before:
+            config._attn_implementation = name
         yield
     finally:
         for config, own in before:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from inspect import signature
+from functools import lru_cache
+from inspect import Signature, signature
 from threading import get_ident
 from weakref import WeakKeyDictionary, ref
 
@@ -86,8 +87,17 @@ class _Slot:
         self.decoder, self.layer, self.facts = ref(decoder), layer, facts
         self.attend, self.original = attend, original
         self.arguments: dict[int, dict] = {}  # by thread
+        own = vars(module).get("forward")
+        self.signature = _forward_signature(type(module)) if own is None else signature(own)
         if attend is not None:
             self.turning = _TURNING.setdefault(module, _Turning(facts.rotation))
+
+
+@lru_cache(maxsize=64)
+def _forward_signature(kind: type[nn.Module]) -> Signature:
+    """How the `forward` of a module of this class is called; to find out takes longer than many a kernel."""
+    whole = signature(kind.forward)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])  # without self
 
 
 _TURNING: WeakKeyDictionary[nn.Module, _Turning] = WeakKeyDictionary()
@@ -110,9 +120,8 @@ def patched(
     Raises `TypeError` for a model of another build, `ValueError` for a layer that cannot be patched,
     `RuntimeError` when the model is patched already. The pass itself raises `ValueError` for what is refused.
     """
-    decoder = find_decoder(model)
-    known = survey(decoder)
-    check_layers(layers, decoder)
+    decoder, known = surveyed(model)
+    check_layers(layers, known)
     register(NAME, _dispatch)
     if decoder in _PATCHED:
         raise RuntimeError("this model is already patched: leave the first `patched` block before entering another")
@@ -160,7 +169,7 @@ def _add(undo: ExitStack, table: WeakKeyDictionary, key: nn.Module, value) -> No
 def _remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
     slot = _SLOTS.get(module)
     if slot is not None and slot.attend is not None:
-        bound = signature(module.forward).bind_partial(*args, **kwargs).arguments
+        bound = slot.signature.bind_partial(*args, **kwargs).arguments
         slot.arguments[get_ident()] = bound | bound.pop("kwargs", {})
 
 
@@ -232,12 +241,16 @@ def capture(
 
 def find_decoder(model) -> nn.Module:
     """The stack of layers inside a causal LM. Raises `TypeError` when none of its layers can be patched."""
+    return surveyed(model)[0]
+
+
+def surveyed(model) -> tuple[nn.Module, Survey]:
+    """The stack of layers inside a causal LM, and what is known of it. Raises as `find_decoder`."""
     found = (model.get_decoder() if hasattr(model, "get_decoder") else None, getattr(model, "base_model", None))
     decoder = next((x for x in found if isinstance(x, nn.Module) and hasattr(x, "config")), None)
     if decoder is None:
         raise TypeError(f"model={type(model).__name__}: expected a transformers causal language model")
-    survey(decoder, type(model).__name__)
-    return decoder
+    return decoder, survey(decoder, type(model).__name__)
 
 
 def handed(model, cache) -> dict:
@@ -251,7 +264,7 @@ def full_attention_layers(model) -> tuple[int, ...]:
 
     Raises `ValueError` where layers read the whole past, but none of them can be patched.
     """
-    known = survey(find_decoder(model))
+    known = surveyed(model)[1]
     served = tuple(i for i, facts in enumerate(known.layers) if facts.served)
     refused = [facts.refusal for facts in known.layers if facts.name and facts.window is None and facts.refusal]
     if refused and not served:
@@ -261,18 +274,17 @@ def full_attention_layers(model) -> tuple[int, ...]:
 
 def reads_whole_past(model) -> tuple[int, ...]:
     """Indices of all layers that read the whole past, those that cannot be patched among them."""
-    known = survey(find_decoder(model))
+    known = surveyed(model)[1]
     return tuple(i for i, facts in enumerate(known.layers) if facts.name is not None and facts.window is None)
 
 
 def layer_shape(model, layer: int) -> LayerShape:
     """Sizes of a layer's attention, as an `AttentionCall` of it has them."""
-    return survey(find_decoder(model)).layers[layer].shape
+    return surveyed(model)[1].layers[layer].shape
 
 
-def check_layers(layers: Mapping[int, Attend], decoder: nn.Module) -> None:
+def check_layers(layers: Mapping[int, Attend], known: Survey) -> None:
     """Raise `TypeError` or `ValueError` naming the first of `layers` that cannot be patched."""
-    known: Survey = survey(decoder)
     for index, attend in layers.items():
         if not callable(attend):
             raise TypeError(f"layers[{index!r}]={attend!r}: expected a function of an AttentionCall")
@@ -334,7 +346,8 @@ def _unrotated(slot: _Slot, q: Tensor, k: Tensor, v: Tensor, mask, scaling: floa
     dtype = torch.promote_types(q.dtype, v.dtype)  # under autocast, q and k leave a rotation in float32
     q, k, v = slot.turning.arrange(q).to(dtype), slot.turning.arrange(k).to(dtype), v.to(dtype)
     if inv_freq is not None:
-        q, k = rotate(q, -positions, inv_freq), rotate(k, -positions, inv_freq)
+        back = -positions
+        q, k = rotate(q, back, inv_freq), rotate(k, back, inv_freq)
     scale = dim**-0.5 if scaling is None else scaling
     return AttentionCall(
         slot.layer, q, k, arranged(v.transpose(1, 2), None, rotation.width), inv_freq, positions, float(scale),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from helpers import check_overflow, off_by
+from test_bank_step import NEAREST, TOKENS, world
 
 from proteus_playground.attention import proteus_attention
-from test_bank_step import NEAREST, TOKENS, world
 
 pytest.importorskip("triton", reason="Triton is not installed for this system")
 

@@ -180,11 +180,11 @@ def bank_step(device: torch.device, head_dim: int, dtype: torch.dtype):
     return step
 
 
-def bank_fill(bank, index, positions: Tensor | None) -> None:
-    """Fill an empty KV bank from the index that `attend` returned: see `fused.bank_fill.fill`."""
+def bank_fill(bank, index, positions: Tensor | None) -> bool:
+    """Fill an empty KV bank from the index that `attend` returned, if it can: see `fused.bank_fill.fill`."""
     from .fused.bank_fill import fill
 
-    fill(bank, index, positions)
+    return fill(bank, index, positions)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -99,13 +99,7 @@ class KVBank(Slots):
 
     @torch.no_grad()
     def extend(
-        self,
-        k: Tensor,
-        v: Tensor,
-        *,
-        keep: Tensor | None = None,
-        positions: Tensor | None = None,
-        index: Any = None,
+        self, k: Tensor, v: Tensor, *, keep: Tensor | None = None, positions: Tensor | None = None, index: Any = None
     ) -> None:
         """Take in n tokens at once: a prefill, or the next part of one. Equals n steps up to rounding of the sums.
 
@@ -117,10 +111,13 @@ class KVBank(Slots):
         """
         self.gates.check_keys(k)
         check_inputs(k, k, v, self.gates, positions, keep, None, None)
+        if index is not None and index.shape != k.shape:
+            raise ValueError(f"index is of keys {tuple(index.shape)}: must be of k, {tuple(k.shape)}")
         empty = self.tokens == 0
         self._admit(k)
-        if index is not None and empty and keep is None and self._holds(index, k) and isfinite(k.sum() + v.sum()):
-            return bank_fill(self, index, None if positions is None else positions.to(k.device))
+        where = None if positions is None else positions.to(k.device)
+        if index is not None and empty and keep is None and bank_fill(self, index, where):
+            return
         keep, _ = _finite(k, v, keep)
         size = max(1, NUMBERS_PER_STEP // (self.rows[:, :, 0].numel() + self.retired.numel()))
         with torch.autocast(k.device.type, enabled=False):
@@ -208,12 +205,6 @@ class KVBank(Slots):
         if q.shape[1] > 1 or self.budget.dense or self.int8 or not alike:
             return None
         return bank_step(q.device, q.shape[3], q.dtype)
-
-    def _holds(self, index, k: Tensor) -> bool:
-        """Whether the index of a parallel pass holds keys as the bank stores them. Raises `ValueError` for others."""
-        if index.k.shape != k.shape:
-            raise ValueError(f"index is of keys {tuple(index.k.shape)}: must be of k, {tuple(k.shape)}")
-        return index.k.dtype == self.rows.dtype and self.sums.dtype == torch.float32 and not self.int8
 
     def _admit(self, k: Tensor) -> None:
         """Check that k `(B, n, G, d)` fits, and make room for it where the cache is dense."""

@@ -19,7 +19,7 @@ from ...attention.adapter import ProteusLayer
 from ..cache import ProteusCache
 from ..fetch import progress_bars, sha256_of
 from ..models import load_folder, place_of
-from ..patch import check_layers, find_decoder, layer_shape, patched
+from ..patch import check_layers, layer_shape, patched, surveyed
 from ..shipped_gates import read_gates
 from ..source import ModelSource
 from .stanza import ALONE, KEY, Stanza, is_own, read_config, read_stanza
@@ -105,7 +105,7 @@ class SliderModel:
     """
 
     def __init__(self, model, tokenizer, stanza: Stanza, gates: Mapping[int, Gates], name: str):
-        check_layers(dict.fromkeys(gates, id), find_decoder(model))
+        check_layers(dict.fromkeys(gates, id), surveyed(model)[1])
         self.model, self.tokenizer, self.stanza, self.gates, self.name = model, tokenizer, stanza, dict(gates), name
         self._place()
 

@@ -6,6 +6,8 @@ Axes: `B` sequences, `T` tokens, `G` KV groups, `C` gates per group, `d` head di
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 import triton
 import triton.language as tl
@@ -17,8 +19,33 @@ from .tables import KeyIndex, batch_stride
 KEYS = 16  # that one program copies at a time
 
 
-def fill(bank, keys: KeyIndex, positions: Tensor | None) -> None:
-    """Put all T keys of `keys` into an empty bank, as `KVBank.extend` does. positions: `(T,)` or `(B, T)`, or None."""
+class FinishedPass:
+    """The index of a pass over k and v `(B, T, G, d)`, and whether these are finite.
+
+    The GPU is asked before the pass attends and the answer is read after it, so the host waits for no more than that.
+    """
+
+    def __init__(self, keys: KeyIndex, k: Tensor, v: Tensor):
+        self.keys, self.shape, self._answered = keys, k.shape, None
+        total = k.sum(dtype=torch.float32) + v.sum(dtype=torch.float32)
+        self._total = total.to("cpu", non_blocking=True)
+        if total.is_cuda:
+            self._answered = torch.cuda.current_stream(total.device).record_event()
+
+    def is_finite(self) -> bool:
+        if self._answered is not None:
+            self._answered.synchronize()
+        return isfinite(self._total)
+
+
+def fill(bank, done: FinishedPass, positions: Tensor | None) -> bool:
+    """Put all T keys of a pass into an empty bank, as `KVBank.extend` does. positions: `(T,)` or `(B, T)`, or None.
+
+    False, and nothing is done, where a key or value is not finite, or where the bank stores them otherwise.
+    """
+    keys = done.keys
+    if keys.k.dtype != bank.rows.dtype or bank.int8 or bank.sums.dtype != torch.float32 or not done.is_finite():
+        return False
     (X, T), C, d, plan = keys.gate.shape, keys.first.shape[1], keys.k.shape[3], keys.plan
     G, S, direct = X // bank.batch, bank.token.shape[2], bank.anchors + bank.window
     with torch.cuda.device_of(keys.k):
@@ -29,6 +56,7 @@ def fill(bank, keys: KeyIndex, positions: Tensor | None) -> None:
             keys.count_base.shape[1] - 1, *keys.k.stride()[:2], *keys.v.stride()[:2], batch_stride(positions),
             NOTES=bank.notes > 0, CH=plan.chunk, DP=plan.padded_dim, N=KEYS, num_warps=1,
         )  # fmt: skip
+    return True
 
 
 @triton.jit

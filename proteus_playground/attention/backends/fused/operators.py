@@ -13,6 +13,7 @@ from ...budget import Budget
 from ...gates import Gates
 from ...shortlist import Shortlist
 from ...transforms import is_compiling
+from .bank_fill import FinishedPass
 from .launch import backward, read_rows, rotate_into
 from .plan import Plan, Sizes, make_plan, padded, sizes_of, tile_tokens
 from .routing import route_kernel
@@ -36,17 +37,16 @@ def attend(
     int8: bool,
     explain: bool,
     return_index: bool,
-) -> tuple[Tensor, Tensor, Shortlist | None, KeyIndex | None]:
+) -> tuple[Tensor, Tensor, Shortlist | None, FinishedPass | None]:
     """As `dispatch.attend`. The shortlist is made only where `explain` asks for it."""
     q, k, v = (x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in (q, k, v))
     sizes = sizes_of(budget, q.shape[2] // k.shape[2], q.shape[3], gates.gates_per_group)
     lookup = GateLookup(gates.prototypes, gates.alive, positions, inv_freq, length)
     if _at_once(q, k, v):
-        out, lse, keys = _run(q, k, v, lookup, awake, sizes, scale, int8)
+        out, lse, done = _run(q, k, v, lookup, awake, sizes, scale, int8, return_index)
     else:
-        (out, lse), keys = _forward(q, k, v, *lookup, awake, list(sizes), scale, int8), None
-    short = _shortlist(q, k, v, lookup, awake, sizes) if explain else None
-    return out, lse, short, keys if return_index else None
+        (out, lse), done = _forward(q, k, v, *lookup, awake, list(sizes), scale, int8), None
+    return out, lse, _shortlist(q, k, v, lookup, awake, sizes) if explain else None, done
 
 
 def _at_once(*inputs: Tensor) -> bool:
@@ -108,13 +108,14 @@ def route(
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, lookup: GateLookup, awake: Tensor | None, sizes: Sizes, scale: float, int8: bool
-) -> tuple[Tensor, Tensor, KeyIndex]:
-    """Outputs, log-sum-exp, and the index of the keys."""
+    q: Tensor, k: Tensor, v: Tensor, lookup: GateLookup, awake: Tensor | None, sizes: Sizes, scale: float, int8: bool,
+    return_index: bool = False,
+) -> tuple[Tensor, Tensor, FinishedPass | None]:  # fmt: skip
     plan = make_plan(sizes)
     with torch.cuda.device_of(q):
         keys = index_keys(k, v, lookup, plan, int8)
-        return *_attend(q, keys, lookup, awake, plan, scale), keys
+        done = FinishedPass(keys, k, v) if return_index else None
+        return *_attend(q, keys, lookup, awake, plan, scale), done
 
 
 @torch.library.custom_op("proteus::shortlist", mutates_args=())
