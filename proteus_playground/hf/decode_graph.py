@@ -146,5 +146,7 @@ def capture(run: Callable[[], object], device: torch.device) -> tuple[torch.cuda
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 return graph, run()
         except BaseException:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own,
+            home = torch.cuda.default_generators[torch.cuda.current_device()]
+            home.graphsafe_set_state(home.clone_state())  # and random numbers to be drawn in a graph only
             raise
