@@ -157,10 +157,9 @@ def _short(problem: Exception) -> str:
 @torch.no_grad()
 def try_model(model) -> dict:
     """The errors of a model at flux alpha 0 and 1. Raises what the patch and the cache raise."""
-    from ...hf.families import survey
-    from ...hf.patch import find_decoder, full_attention_layers, patched
+    from ...hf.patch import full_attention_layers, patched, surveyed
 
-    layers = survey(find_decoder(model)).layers
+    layers = surveyed(model)[1].layers
     served = full_attention_layers(model)
     if not served:
         return {"result": "no full attention", "why": "no layer reads the whole past by softmax attention"}

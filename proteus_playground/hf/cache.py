@@ -41,7 +41,7 @@ from ..common.texts import Text, calibration_text
 from .bank_layer import NO_GRADIENT, BankLayer, HybridBankLayer, gates_from
 from .decode_graph import DecodeGraph
 from .passes import only_this_thread, unwatch, watch
-from .patch import check_layers, find_decoder, layer_shape, patched, reads_whole_past, surveyed
+from .patch import check_layers, find_decoder, patched, reads_whole_past, surveyed
 from .source import ModelSource
 
 CALIBRATION_TOKENS = 2048
@@ -81,7 +81,7 @@ class ProteusCache(Cache):
         check_layers(dict.fromkeys(gates, id), known)
         if not gates:
             raise ValueError(f"gates={gates!r}: must hold the gates of at least one layer")
-        shape = layer_shape(model, next(iter(gates)))
+        shape = known.layers[next(iter(gates))].shape
         config = settings if isinstance(settings, AttentionConfig) else config_for(settings, shape)
         if (config.n_heads, config.n_kv_heads, config.head_dim) != (shape.n_heads, shape.n_groups, shape.head_dim):
             raise ValueError(f"settings is for other layers ({config}): must be for {shape}")
@@ -95,7 +95,7 @@ class ProteusCache(Cache):
         budget = plan_budget(config, tokens_planned)
         for index, its in gates.items():
             _check_gates(index, its, config)
-            if layer_shape(model, index) != shape:
+            if known.layers[index].shape != shape:
                 raise ValueError(f"gates has key {index}: that layer has other sizes than layer {next(iter(gates))}")
         if reach is not None:
             _check_reach(reach, budget, config.int8)

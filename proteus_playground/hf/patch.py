@@ -212,7 +212,7 @@ def capture(
 
     keys_only: leave out q, v and the output, for calibration. Tensors come back as float16 on the CPU.
     """
-    decoder = find_decoder(model)
+    decoder, known = surveyed(model)
     found: dict[int, CapturedLayer] = {}
 
     def record(call: AttentionCall) -> None:
@@ -230,9 +230,8 @@ def capture(
     chosen = full_attention_layers(model)
     with ExitStack() as undo, torch.no_grad():
         if not keys_only:
-            facts = survey(decoder).layers
             for index in chosen:
-                module = decoder.get_submodule(facts[index].name)
+                module = decoder.get_submodule(known.layers[index].name)
                 undo.callback(module.register_forward_hook(keep_output(index)).remove)
         undo.enter_context(patched(model, dict.fromkeys(chosen, record), before_layer))
         decoder(ids.reshape(1, -1).to(decoder.device), use_cache=False)

@@ -16,8 +16,7 @@ from torch import Tensor
 from ..attention import AttentionConfig, Gates
 from ..attention.captured import CapturedLayer
 from ..common.tensors import fingerprint
-from .families import survey
-from .patch import Attend, capture, find_decoder, full_attention_layers, layer_shape, patched
+from .patch import Attend, capture, find_decoder, full_attention_layers, patched, surveyed
 from .plain_text import text_ids
 from .shipped_gates import shipped_gates
 
@@ -33,13 +32,13 @@ class ModelSource:
     config: AttentionConfig | None = None  # of its layers, where the model has a slider of its own
 
     def __init__(self, model, tokenizer, name: str):
-        decoder = find_decoder(model)
+        decoder, known = surveyed(model)
         self.full_layers = full_attention_layers(model)
         if not self.full_layers:
             raise ValueError(f"model={name!r}: every layer reads a sliding window, so there is nothing to replace")
         self.name, self._model, self.tokenizer = name, model, tokenizer
-        self._layers = survey(decoder).layers
-        self.shape = layer_shape(model, self.full_layers[0])
+        self._layers = known.layers
+        self.shape = known.layers[self.full_layers[0]].shape
         self.n_layers, self.width = len(self._layers), decoder.config.hidden_size
         self.context = getattr(decoder.config, "max_position_embeddings", None)
         self.device = model.device

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import check_overflow, off_by
-from test_bank_step import NEAREST, TOKENS, world
+from test_bank_step import NEAREST, TOKENS, check_same, world
 
 from proteus_playground.attention import proteus_attention
 
@@ -26,16 +26,6 @@ def filled(q, k, v, bank, tokens=TOKENS, positions=None, index=True):
     twin = bank.fork()
     twin.extend(k, v, positions=positions, index=run.index if index else None)
     return twin
-
-
-def check_same(got, want, limit=1e-5):
-    for name in ("token", "retired", "count", "seen", "next_position"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
-    there = want.token >= 0
-    assert torch.equal(got.gate[there], want.gate[there])
-    assert off_by(got.rows[there], want.rows[there]) <= limit
-    assert off_by(got.sums, want.sums) <= limit
-    assert got.tokens == want.tokens
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,18 @@ def compare(bank, inputs, first=0, limit=1e-5, **masks):
         want, got = by_torch(bank, *now, **here), by_kernels(other, *now, **here)
         assert torch.equal(want.isnan(), got.isnan())
         assert off_by(got.nan_to_num(), want.nan_to_num()) <= limit, t
+    check_same(other, bank, limit)
+
+
+def check_same(got, want, limit=1e-5):
+    """Two banks hold the same keys, rows within `limit`."""
     for name in ("token", "retired", "count", "seen", "next_position"):
-        assert torch.equal(getattr(other, name), getattr(bank, name)), name
-    there = bank.token >= 0
-    assert torch.equal(other.gate[there], bank.gate[there])
-    assert off_by(other.rows[there], bank.rows[there]) <= limit
-    assert off_by(other.sums, bank.sums) <= 1e-5
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    there = want.token >= 0
+    assert torch.equal(got.gate[there], want.gate[there])
+    assert off_by(got.rows[there], want.rows[there]) <= limit
+    assert off_by(got.sums, want.sums) <= 1e-5
+    assert got.tokens == want.tokens
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from proteus_playground.attention import AttentionConfig, Gates, KVBank, ProteusAttention, plan_budget, rope_frequencies
 from proteus_playground.attention.backends.dispatch import attend
-from proteus_playground.attention.backends.fused.bank_fill import FinishedPass, fill
+from proteus_playground.attention.backends.fused.bank_fill import PassIndex, fill
 from proteus_playground.attention.backends.fused.bank_step import step
 from proteus_playground.attention.backends.fused.plan import make_plan, sizes_of
 from proteus_playground.attention.backends.fused.tables import GateLookup, index_keys
@@ -78,7 +78,7 @@ def bank(dtype=torch.bfloat16, d=64, heads=8, groups=2, **changes) -> None:
     prompt = torch.zeros(1, 4096, groups, d, dtype=dtype)
     lookup = GateLookup(gates.prototypes, gates.alive, None, freq, None)
     plan = make_plan(sizes_of(made.budget, heads // groups, d, cfg.gates_per_group))
-    fill(made, FinishedPass(index_keys(prompt, prompt, lookup, plan, False), prompt, prompt), None)
+    fill(made, PassIndex(index_keys(prompt, prompt, lookup, plan, False), prompt, prompt), None)
     step(made, q, k, v, None, None, torch.zeros(1, 1, dtype=torch.int64))
 
 

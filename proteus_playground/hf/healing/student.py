@@ -19,8 +19,7 @@ from ...attention.adapter import LayerRun, ProteusLayer
 from ...attention.budget import Budget, plan_budget
 from ..adapters import switched_off
 from ..attention_call import AttentionCall
-from ..families import survey
-from ..patch import find_decoder, patched
+from ..patch import find_decoder, patched, surveyed
 from .budgets import Drawn
 from .losses import Head, gate_loss, output_match, token_losses
 from .plan import Losses, Stage
@@ -162,8 +161,7 @@ def sparse_run(layer: ProteusLayer, call: AttentionCall, budget: Budget, explain
 @contextmanager
 def watched(model: nn.Module, layers: Mapping[int, object]) -> Iterator[dict[int, Tensor]]:
     """The outputs of the attentions of `layers` in the pass within: `(B, T, D)` each, behind the projection."""
-    decoder, found = find_decoder(model), {}
-    known = survey(decoder).layers
+    (decoder, known), found = surveyed(model), {}
 
     def keep(layer: int):
         def hook(module, args, output) -> None:
@@ -173,7 +171,7 @@ def watched(model: nn.Module, layers: Mapping[int, object]) -> Iterator[dict[int
 
     with ExitStack() as undo:
         for layer in layers:
-            module = decoder.get_submodule(known[layer].name)
+            module = decoder.get_submodule(known.layers[layer].name)
             undo.callback(module.register_forward_hook(keep(layer)).remove)
         yield found
 

@@ -19,7 +19,7 @@ from .tables import KeyIndex, batch_stride
 KEYS = 16  # that one program copies at a time
 
 
-class FinishedPass:
+class PassIndex:
     """The index of a pass over k and v `(B, T, G, d)`, and whether these are finite.
 
     The GPU is asked before the pass attends and the answer is read after it, so the host waits for no more than that.
@@ -38,7 +38,7 @@ class FinishedPass:
         return isfinite(self._total)
 
 
-def fill(bank, done: FinishedPass, positions: Tensor | None) -> bool:
+def fill(bank, done: PassIndex, positions: Tensor | None) -> bool:
     """Put all T keys of a pass into an empty bank, as `KVBank.extend` does. positions: `(T,)` or `(B, T)`, or None.
 
     False, and nothing is done, where a key or value is not finite, or where the bank stores them otherwise.

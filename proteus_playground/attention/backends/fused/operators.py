@@ -13,7 +13,7 @@ from ...budget import Budget
 from ...gates import Gates
 from ...shortlist import Shortlist
 from ...transforms import is_compiling
-from .bank_fill import FinishedPass
+from .bank_fill import PassIndex
 from .launch import backward, read_rows, rotate_into
 from .plan import Plan, Sizes, make_plan, padded, sizes_of, tile_tokens
 from .routing import route_kernel
@@ -37,7 +37,7 @@ def attend(
     int8: bool,
     explain: bool,
     return_index: bool,
-) -> tuple[Tensor, Tensor, Shortlist | None, FinishedPass | None]:
+) -> tuple[Tensor, Tensor, Shortlist | None, PassIndex | None]:
     """As `dispatch.attend`. The shortlist is made only where `explain` asks for it."""
     q, k, v = (x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous() for x in (q, k, v))
     sizes = sizes_of(budget, q.shape[2] // k.shape[2], q.shape[3], gates.gates_per_group)
@@ -110,11 +110,11 @@ def route(
 def _run(
     q: Tensor, k: Tensor, v: Tensor, lookup: GateLookup, awake: Tensor | None, sizes: Sizes, scale: float, int8: bool,
     return_index: bool = False,
-) -> tuple[Tensor, Tensor, FinishedPass | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, PassIndex | None]:  # fmt: skip
     plan = make_plan(sizes)
     with torch.cuda.device_of(q):
         keys = index_keys(k, v, lookup, plan, int8)
-        done = FinishedPass(keys, k, v) if return_index else None
+        done = PassIndex(keys, k, v) if return_index else None
         return *_attend(q, keys, lookup, awake, plan, scale), done
 
 

@@ -44,7 +44,7 @@ class KeyIndex(NamedTuple):
     carry: Tensor  # (X, kinds C 2 d) float32, sums behind the notes at the end of the last piece of rows
     first: Tensor  # (X, C) int32, where a gate begins in `order`
     order: Tensor  # (X, T) int32, tokens in (gate, position) order; written with the first piece of rows
-    plan: Plan
+    plan: Plan  # by which the tables were made
 
 
 class GateLookup(NamedTuple):
