@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -257,17 +258,25 @@ def test_reset_and_the_decay_slider(panel):
 
 
 def test_a_browser_that_paints_slowly_is_waited_for_and_one_that_is_gone_is_not(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("proteus_playground.widgets.parts.painted.time", SimpleNamespace(monotonic=lambda: now))
     room = Room()
     room.ask(1)
-    assert room.free, "nobody has ever answered"
+    assert room.free, "no browser shows the panel"
+    room.painted = 0
+    assert not room.free, "a browser shows the panel, and has not painted its first picture yet"
     room.painted = 1
-    room.ask(2)
-    assert not room.free
-    room.painted = 2
     assert room.free
-    room.ask(3)
-    monkeypatch.setattr("proteus_playground.widgets.parts.painted.PATIENCE", -1.0)
-    assert room.free
+    for picture, seconds in ((2, 2), (3, 4), (4, 8)):  # after each picture that is sent too early the wait doubles
+        room.ask(picture)
+        now += seconds - 0.1
+        assert not room.free
+        now += 0.2
+        assert room.free
+    room.painted = 4
+    room.ask(5)
+    now += 2.1
+    assert room.free, "it had caught up"
 
 
 def test_a_model_that_cannot_be_made_is_an_error_that_is_shown(live):

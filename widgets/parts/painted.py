@@ -20,33 +20,42 @@ export default { render({ model, el }) {
     window.dispatchEvent(new Event("resize"));
   });
   room.observe(el);
-  model.on("change:asked", () => requestAnimationFrame(() => setTimeout(() => {
+  const tell = () => {
     model.set("painted", model.get("asked"));
     model.save_changes();
-  })));
+  };
+  model.on("change:asked", () => requestAnimationFrame(() => setTimeout(tell)));
+  tell();  // a browser shows the panel: the kernel knows it before the first click
   return () => room.disconnect();
 } };
 """
-PATIENCE = 2.0  # seconds after which a browser that has not painted is taken for closed
+NOBODY = -1  # `painted` before a browser shows the panel
+PATIENCE, LONGEST = 2.0, 32.0  # seconds after which a browser that has not painted is taken for closed
 
 
 class Room(anywidget.AnyWidget):
-    """Lies in the same box as the figure. `painted` becomes `asked` once that picture is on the screen."""
+    """Lies in the same box as the figure. `painted` becomes `asked` once that picture is on the screen.
+
+    A browser that needs longer than PATIENCE would fall ever further behind, and clicks would wait behind its pictures.
+    Therefore each picture that is sent before the last one is painted doubles the time until the next one may be sent.
+    """
 
     _esm = WATCH
     asked = Int(0).tag(sync=True)
-    painted = Int(0).tag(sync=True)
+    painted = Int(NOBODY).tag(sync=True)
 
     def __init__(self, **traits):
-        self._since = 0.0
+        self._since, self._patience = 0.0, PATIENCE
         super().__init__(**traits)
 
     def ask(self, picture: int) -> None:
         """Says that picture number `picture` has been sent."""
-        self._since = time.monotonic()
-        self.asked = picture
+        behind = NOBODY < self.painted < self.asked
+        self._patience = min(2 * self._patience, LONGEST) if behind else PATIENCE
+        self._since, self.asked = time.monotonic(), picture
 
     @property
     def free(self) -> bool:
         """Whether another picture may be sent: the last one is painted, or no browser shows the panel."""
-        return not self.painted or self.painted >= self.asked or time.monotonic() - self._since > PATIENCE
+        late = time.monotonic() - self._since > self._patience
+        return self.painted == NOBODY or self.painted >= self.asked or late
