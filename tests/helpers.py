@@ -10,6 +10,8 @@ import torch
 from proteus_playground import AttentionConfig, ProteusAttention
 from proteus_playground.attention import Gates, plan_budget, proteus_attention, rope_frequencies
 
+SENTENCE = " the cat of the house sat on a warm wall and looked at the garden all day."
+
 
 def config(**changes) -> AttentionConfig:
     base = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "shortlist": 24, "gates_per_group": 6}

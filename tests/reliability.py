@@ -18,10 +18,10 @@ from proteus_playground.common.files import write_text
 from proteus_playground.common.machine import environment, markdown
 
 ROOT = Path(__file__).parent.parent
-STREAM, STORES, TRAINING = (f"tests/{name}.py" for name in ("streaming/test_stream", "streaming/test_stores",
+STREAM, STORES, TRAINING = (f"tests/{name}.py" for name in ("streaming/test_stream", "streaming/test_stores_stopped",
                                                             "lm/test_training"))  # fmt: skip
 OUTPUTS, INPUT = "tests/common/test_outputs.py", "tests/cli/test_bad_input.py"
-HF = [f"tests/hf/test_{name}.py" for name in ("families", "patch", "cache_limits")]
+HF = [f"tests/hf/test_{name}.py" for name in ("families", "patch", "patch_limits", "cache_limits")]
 LIFE = "tests/attention/test_module_life.py"
 PROMISES = {
     "50 kills of a stream, then the same buffer": [f"{STREAM}::test_fifty_kills_leave_the_same_buffer"],

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
-from test_patch import SIZES, VOCABULARY, logits, make, proteus, untouched  # noqa: E402 -- after the skip
+from tiny_decoders import SIZES, VOCABULARY, logits, make, proteus, untouched  # noqa: E402 -- after the skip
 from tiny_model import save as save_tiny  # noqa: E402
 from transformers import (  # noqa: E402
     AutoTokenizer,

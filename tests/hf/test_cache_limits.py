@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 from test_cache import T, built, cache_of, write  # noqa: E402 -- after the skip
-from test_patch import SIZES, VOCABULARY, compiled, logits, make  # noqa: E402
+from tiny_decoders import SIZES, VOCABULARY, compiled, logits, make  # noqa: E402
 from tiny_llama import family  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 from test_cache import T, built, write  # noqa: E402 -- after the skip
-from test_patch import VOCABULARY, proteus  # noqa: E402
+from tiny_decoders import VOCABULARY, proteus  # noqa: E402
 
 from proteus_playground.hf import cache as hf_cache  # noqa: E402
 from proteus_playground.hf import decode_graph  # noqa: E402

@@ -9,7 +9,7 @@ from packaging.version import Version
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
-from test_patch import SIZES, VOCABULARY, logits  # noqa: E402 -- after the skip
+from tiny_decoders import SIZES, VOCABULARY, logits  # noqa: E402 -- after the skip
 from tiny_llama import family  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 import tiny_llama  # noqa: E402 -- after the skip
-from test_patch import SIZES, VOCABULARY  # noqa: E402
+from tiny_decoders import SIZES, VOCABULARY  # noqa: E402
 
 from proteus_playground.attention.settings import Settings  # noqa: E402
 from proteus_playground.hf import convert as converting  # noqa: E402

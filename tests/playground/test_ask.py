@@ -17,7 +17,7 @@ from proteus_playground.widgets import PlayState, apps, playground
 from proteus_playground.widgets.parts.controls import ModelChoice
 from proteus_playground.widgets.parts.state import SHELF, opening, preset_settings
 from proteus_playground.widgets.workbench import workbench
-from proteus_playground.widgets.workbench.ask_box import OWN, fact_sentence, reply_html
+from proteus_playground.widgets.workbench.ask_box import OWN, Answers, fact_sentence, reply_html
 
 from proteus_playground.attention.settings import Settings
 from proteus_playground.common.progress import Stopped
@@ -115,7 +115,7 @@ def test_a_question_that_nobody_can_judge(small):
     reply = probe.ask(OWN_SETTINGS)
     assert reply.right is reply.dense_right is None and reply.rows == () and probe.finder(OWN_SETTINGS) is None
     assert "".join(probe.tokens).endswith("Question: where is the golden fleece? Answer:")
-    assert "does not answer this question" in fact_sentence(probe, reply)
+    assert "does not answer this question" in fact_sentence(probe, Answers(reply))
 
 
 def test_a_text_of_another_world_is_called_so(small):
@@ -150,7 +150,7 @@ def rest(bench) -> None:
     end = time.monotonic() + 30
     while True:
         bench.worker.wait()
-        asked = not bench.state.question or (bench.reply and bench.reply.settings == bench.state.settings())
+        asked = not bench.state.question or (bench.answers and bench.answers.of(bench.state.settings(), bench._pin()))
         opened = bench.probe is not None and getattr(bench.probe, "question", "") in ("", bench.state.question)
         if opened and bench.drawn is not None and bench.drawn.wanted == bench.wanted() and asked:
             break
@@ -169,7 +169,7 @@ def ask(bench, at: int = 2) -> str:
 
 def test_it_opens_unasked_with_questions_to_pick(bench):
     box = bench.ask_box
-    assert box.layout.display == "" and "Press Ask" in box.reply.value and bench.reply is None
+    assert box.layout.display == "" and "Press Ask" in box.reply.value and bench.answers is None
     assert box.pick.options == (OWN, *(question.text for question in bench.probe.questions))
     assert box.question.value in box.pick.options
     assert bench.text.marked == [0, 0] and not bench.pictures.widget.layout.shapes[0].visible
@@ -180,14 +180,14 @@ def test_ask_shows_answer_and_fact_and_follows_the_row_that_needs_it(bench):
     probe, frame = bench.probe, bench.drawn
     assert bench.state.question == probe.question == question
     assert frame.row.token == len(probe.tokens) - 1 and (frame.view.layer, frame.row.head) == probe.start
-    weights = [bench.reply.weight(i) for i in range(len(bench.reply.rows))]
+    weights = [bench.answers.b.weight(i) for i in range(len(bench.answers.b.rows))]
     assert not any(weights) or weights.index(max(weights)) == probe.start[0] * probe.n_heads + probe.start[1]
     assert bench.text.marked == list(probe.fact)
     band = bench.pictures.widget.layout.shapes[0]
     assert band.visible and (band.x0, band.x1) == (probe.fact[0] - 0.5, probe.fact[1] - 0.5)
     html = bench.ask_box.reply.value
     assert "at these settings" in html and "dense" in html and ("✓" in html or "✗" in html)
-    assert fact_sentence(probe, bench.reply) in text_of(html)
+    assert fact_sentence(probe, bench.answers) in text_of(html)
     bench.ask_box.show.click()
     assert bench.text.look[0] == probe.value[0]
 
@@ -197,22 +197,22 @@ def test_picking_alone_asks_nothing_and_typing_asks(bench):
     assert bench.state.question == "" and bench.ask_box.question.value == bench.ask_box.pick.options[1]
     bench.ask_box.question.value = "where is the honey pot?"
     rest(bench)
-    assert bench.state.question == "where is the honey pot?" and bench.reply.right is None
+    assert bench.state.question == "where is the honey pot?" and bench.answers.b.right is None
 
 
 def test_a_slider_asks_again_and_the_old_answer_is_grey_meanwhile(bench):
     ask(bench)
-    before = bench.reply
+    before = bench.answers.b
     bench.state.flux_alpha = 0.0
     assert "pp-old" in bench.ask_box.reply.value
     rest(bench)
-    assert bench.reply.settings.flux_alpha == 0 and bench.reply is not before
+    assert bench.answers.b.settings.flux_alpha == 0 and bench.answers.b is not before
     assert "pp-old" not in bench.ask_box.reply.value
-    assert bench.reply.said == bench.reply.dense
-    token, reply = bench.drawn.row.token, bench.reply
+    assert bench.answers.b.said == bench.answers.b.dense
+    token, reply = bench.drawn.row.token, bench.answers.b
     bench.text.clicked = [3, 1]
     rest(bench)
-    assert bench.drawn.row.token == 3 != token and bench.reply is reply  # a click asks nothing
+    assert bench.drawn.row.token == 3 != token and bench.answers.b is reply  # a click asks nothing
 
 
 def test_many_moves_end_with_the_answer_of_the_last(bench):
@@ -220,7 +220,7 @@ def test_many_moves_end_with_the_answer_of_the_last(bench):
     for step in range(60):
         bench.state.flux_alpha = round(0.01 + step * 0.01, 2)
     rest(bench)
-    assert bench.reply.settings.flux_alpha == 0.6 == bench.drawn.view.settings.flux_alpha
+    assert bench.answers.b.settings.flux_alpha == 0.6 == bench.drawn.view.settings.flux_alpha
 
 
 def test_to_and_fro_the_answer_is_the_right_one_again(bench):
@@ -248,7 +248,38 @@ def test_to_and_fro_before_the_answer_still_brings_it(bench, monkeypatch):
     bench.state.flux_alpha = 0.4
     bench.state.flux_alpha = 0.5
     rest(bench)
-    assert bench.reply.settings.flux_alpha == 0.5 and "pp-old" not in bench.ask_box.reply.value
+    assert bench.answers.b.settings.flux_alpha == 0.5 and "pp-old" not in bench.ask_box.reply.value
+
+
+def test_what_is_pinned_answers_beside_what_the_sliders_set(bench):
+    ask(bench)
+    bench.ways.pin.click()
+    rest(bench)
+    assert bench.answers.a.settings.flux_alpha == 1.0
+    pinned = bench.answers.a
+    bench.state.flux_alpha = 0.0
+    assert "pp-old" in bench.ask_box.reply.value
+    rest(bench)
+    answers, said = bench.answers, text_of(bench.ask_box.reply.value)
+    assert answers.a is pinned and answers.b.settings.flux_alpha == 0  # A is asked once
+    assert f"B, at these settings {answers.b.said}" in said and f"A, pinned {answers.a.said}" in said
+    assert f"with B {answers.b.readers()} of the {len(answers.b.rows)} heads" in said
+    assert f"with A {answers.a.readers()}" in said and "pp-old" not in bench.ask_box.reply.value
+    bench.ways.swap.click()
+    rest(bench)
+    assert (bench.answers.b.settings.flux_alpha, bench.answers.a.settings.flux_alpha) == (1.0, 0.0)
+    bench.ways.pin.click()
+    rest(bench)
+    assert bench.answers.a is None and "pinned" not in text_of(bench.ask_box.reply.value)
+
+
+def test_dense_answers_of_two_models_stand_apart(small):
+    probe = asking(small)
+    b = probe.ask(OWN_SETTINGS)
+    a = replace(b, dense="eleven", dense_right=False)
+    both = text_of(reply_html(probe, Answers(b, None, a)))
+    assert "dense, B" in both and "dense, A eleven" in both
+    assert "dense, A" not in text_of(reply_html(probe, Answers(b, None, b)))
 
 
 def test_another_shelf_forgets_the_question(bench):
@@ -256,7 +287,7 @@ def test_another_shelf_forgets_the_question(bench):
     tokens = bench.probe.tokens
     bench.ask_box.another.click()
     rest(bench)
-    assert (bench.state.shelf, bench.state.question, bench.reply) == (6, "", None)
+    assert (bench.state.shelf, bench.state.question, bench.answers) == (6, "", None)
     assert bench.probe.tokens != tokens and "Press Ask" in bench.ask_box.reply.value
 
 
@@ -277,8 +308,8 @@ def test_text_from_outside_cannot_become_markup(bench):
     bench.ask_box.question.value = "who is <script>x</script>?"
     rest(bench)
     assert "<script>" not in bench.ask_box.reply.value + bench.captions["row"].value + bench.title.value
-    reply = replace(bench.reply, said="<b>bold</b>")
-    assert "<b>bold" not in reply_html(bench.probe, reply)
+    reply = replace(bench.answers.b, said="<b>bold</b>")
+    assert "<b>bold" not in reply_html(bench.probe, Answers(reply))
 
 
 # The model

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import codecs
-import errno
 import json
 import os
-import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from books import WORDS, disk, encode, left_in, open_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kills import run_through_kills
 
 from proteus_playground.common import texts
-from proteus_playground.common.progress import Stopped
 from proteus_playground.streaming import (
     TextRows,
     encoder,
@@ -28,52 +24,8 @@ from proteus_playground.streaming import (
     parse_bytes,
     sources,
     stores,
-    token_cache,
     tokenising,
 )
-
-WORDS = "the humble token waits\nin line for a gate, and\r\nnobody lures it: naïve 😀 語 prototypes\n\n"
-
-
-def encode(text: str) -> list[int]:
-    """Words and what stands between them; an id depends on the whole word, so a split word shows."""
-    out, word = [], ""
-    for char in text:
-        if char.isspace():
-            out += [sum(map(ord, word)) * 131 + len(word)] * bool(word) + [ord(char)]
-            word = ""
-        else:
-            word += char
-    return out + [sum(map(ord, word)) * 131 + len(word)] * bool(word)
-
-
-def open_words(path, tmp_path, **options):
-    return open_document(path, encode=encode, fingerprint="words", cache=tmp_path / "cache", **options)
-
-
-def disk(path, tmp_path, **options):
-    return open_words(path, tmp_path, ram_limit=0, **options)
-
-
-def left_in(folder: Path) -> set[str]:
-    """Suffixes of what a run left, the lock aside."""
-    return {file.suffix for file in folder.glob("*")} - {".lock"} if folder.exists() else set()
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Pieces and blocks so small that a page of text has many of each."""
-    monkeypatch.setattr(tokenising, "CHARACTERS_PER_PIECE", 64)
-    monkeypatch.setattr(sources, "BYTES_PER_READ", 50)
-    monkeypatch.setattr(token_cache, "TOKENS_PER_HASH", 100)
-
-
-@pytest.fixture
-def book(tmp_path) -> Path:
-    path = tmp_path / "book.txt"
-    path.write_bytes((WORDS * 60).encode())
-    return path
-
 
 # -- the same ids, however they are read ---------------------------------------------------------------------------
 
@@ -233,43 +185,6 @@ def test_other_sizes_are_refused(text):
         parse_bytes(text)
 
 
-# -- arrays and generated rows -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["<i4", "<i8", ">u2", "<u4"])
-@pytest.mark.parametrize("limit", [None, 0])
-def test_token_arrays(tmp_path, dtype, limit):
-    ids = np.random.default_rng(0).integers(0, 60_000, 1000).astype(dtype)
-    np.save(tmp_path / "ids.npy", ids)
-    store = open_document(tmp_path / "ids.npy", ram_limit=limit)
-    assert (len(store), store.kind, store.mode, store.nbytes) == (1000, "tokens", "disk" if limit == 0 else "ram", 4000)
-    got = store.read(10, 990)
-    assert got.dtype == np.int32 and (got == ids[10:990]).all()
-    assert pickle.loads(pickle.dumps(store)).read(3, 3).shape == (0,)
-
-
-@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4", "bfloat16"])
-@pytest.mark.parametrize("limit", [None, 0])
-def test_embeddings(tmp_path, dtype, limit):
-    import torch
-    from safetensors.torch import save_file
-
-    rows = np.random.default_rng(0).standard_normal((300, 7)).astype("<f4")
-    if dtype == "bfloat16":
-        path = tmp_path / "rows.safetensors"
-        save_file({"x": torch.from_numpy(rows).to(torch.bfloat16)}, path)
-        rows = torch.from_numpy(rows).to(torch.bfloat16).float().numpy()
-    else:
-        path = tmp_path / "rows.npy"
-        rows = rows.astype(dtype)
-        np.save(path, rows)
-    store = open_document(path, ram_limit=limit)
-    got = store.read(5, 299)
-    assert (store.kind, store.width, len(store)) == ("embeddings", 7, 300)
-    assert got.dtype == (np.float16 if dtype == "<f2" else np.float32) and got.nbytes == store.nbytes * 294 // 300
-    assert (got == rows[5:299].astype(got.dtype)).all()
-
-
 def test_fingerprints_follow_the_content(tmp_path, book):
     np.save(tmp_path / "a.npy", np.arange(50))
     first = open_document(tmp_path / "a.npy")
@@ -283,74 +198,7 @@ def test_fingerprints_follow_the_content(tmp_path, book):
     assert len(prints) == 9 and all(int(some, 16) for some in prints)
 
 
-@pytest.mark.parametrize("width", [None, 1, 6, 512])
-def test_generated_rows_are_the_same_in_any_slice(width):
-    store = generated(10_000, seed=3, width=width, vocabulary=500)
-    whole = store.read(0, 10_000)
-    for start, stop in [(0, 1), (1023, 1025), (1024, 2048), (777, 5000), (9_999, 10_000), (4, 4)]:
-        assert (store.read(start, stop) == whole[start:stop]).all()
-    longer = generated(10**9, seed=3, width=width, vocabulary=500)
-    assert (longer.read(0, 10_000) == whole).all() and longer.mode == "generated"
-    assert len(np.unique(longer.read(10**9 - 2000, 10**9), axis=0)) > 470
-    assert (generated(10_000, seed=4, width=width, vocabulary=500).read(0, 99) != whole[:99]).any()
-    if width is None:
-        assert (whole.min(), whole.max()) == (0, 499)
-    else:
-        assert abs(whole.mean()) < 0.05 and abs(whole.var() - 1) < 0.05
-        assert abs(np.corrcoef(whole[:-1, 0], whole[1:, 0])[0, 1]) < 0.05
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [({"tokens": 0}, ValueError), ({"tokens": 1.5}, TypeError), ({"tokens": 9, "width": 0}, ValueError)]
-    + [({"tokens": 9, "seed": -1}, ValueError), ({"tokens": 9, "vocabulary": True}, TypeError)],
-)
-@pytest.mark.bad_input
-def test_what_cannot_be_generated(options, error):
-    with pytest.raises(error, match=f"{list(options)[-1]}="):
-        generated(**options)
-
-
 # -- what is refused -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("array", "said"),
-    [
-        (np.array(["a"], object), "Python objects in dtype"),
-        (np.zeros((2, 3, 4)), r"float64 of shape \(2, 3, 4\)"),
-        (np.zeros(4), r"float64 of shape \(4,\)"),
-        (np.zeros((4, 4), int), r"int64 of shape \(4, 4\)"),
-        (np.zeros(0, int), r"shape \(0,\)"),
-        (np.zeros((5, 4), order="F"), "column after column"),
-        (np.zeros(4, bool), "bool"),
-    ],
-)
-@pytest.mark.bad_input
-def test_arrays_that_are_no_document(tmp_path, array, said):
-    np.save(tmp_path / "a.npy", array, allow_pickle=True)
-    with pytest.raises(ValueError, match=said):
-        open_document(tmp_path / "a.npy")
-
-
-def test_broken_arrays_are_refused(tmp_path):
-    np.save(tmp_path / "a.npy", np.array([5, -1, 7]))
-    with pytest.raises(ValueError, match="token 1 is -1: allowed are ids from 0"):
-        open_document(tmp_path / "a.npy")
-    raw = (tmp_path / "a.npy").read_bytes()
-    for torn in (raw[:-4], raw[:20], b"hello"):
-        (tmp_path / "a.npy").write_bytes(torn)
-        with pytest.raises(ValueError, match="cannot be read as .npy"):
-            open_document(tmp_path / "a.npy")
-        (tmp_path / "a.safetensors").write_bytes(torn)
-        with pytest.raises(ValueError, match="cannot be read as safetensors"):
-            open_document(tmp_path / "a.safetensors")
-    from safetensors.numpy import save_file
-
-    for tensors in ({"a": np.zeros(3)}, {"a": np.zeros((3, 3), "f4"), "b": np.zeros((3, 3), "f4")}):
-        save_file(tensors, tmp_path / "a.safetensors")
-        with pytest.raises(ValueError, match="allowed is one tensor"):
-            open_document(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("limit", [None, 0])
@@ -463,19 +311,6 @@ def test_text_that_is_replaced_while_it_is_tokenised(tmp_path, book, small):
     assert left_in(tmp_path / "cache") == set()
 
 
-def test_an_array_that_changes_afterwards(tmp_path):
-    path = tmp_path / "a.npy"
-    np.save(path, np.arange(1000))
-    memory, store = open_document(path), open_document(path, ram_limit=0)
-    os.truncate(path, 2000)
-    with pytest.raises(OSError, match="a.npy shrank"):
-        store.read(0, 10)
-    assert memory.read(990, 1000).tolist() == list(range(990, 1000))
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match="a.npy"):
-        store.read(0, 10)
-
-
 def test_the_cache_is_used_once_made_and_made_again_when_it_is_not_sound(tmp_path, book, small):
     calls = []
 
@@ -508,95 +343,3 @@ def test_the_cache_is_used_once_made_and_made_again_when_it_is_not_sound(tmp_pat
     book.write_bytes(book.read_bytes().replace(b"gate", b"date"))
     expected = sum(map(encode, tokenising.pieces([book.read_bytes().decode()], 64)), [])
     assert again() and left_in(tmp_path / "cache") == {".npy", ".json"}
-
-
-# -- runs that do not reach their end ------------------------------------------------------------------------------
-
-
-def test_a_stopped_run_leaves_nothing_and_the_next_one_is_whole(tmp_path, book, small):
-    said = []
-    with pytest.raises(Stopped):
-        disk(book, tmp_path, progress=lambda share, text: said.append(share), stop=lambda: len(said) > 20)
-    assert len(said) == 21 and said == sorted(said) and 0 < said[-1] < 1
-    assert left_in(tmp_path / "cache") == set()
-    assert disk(book, tmp_path).fingerprint == disk(book, tmp_path / "plain").fingerprint
-
-
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, book, small, monkeypatch):
-    room, write = [3000], token_cache._write_all
-
-    def full(file, data):
-        room[0] -= len(data)
-        if room[0] < 0:
-            file.write(data[:5])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(file, data)
-
-    monkeypatch.setattr(token_cache, "_write_all", full)
-    with pytest.raises(OSError, match=r"No space left on device after \d+ tokens: make room") as caught:
-        disk(book, tmp_path)
-    assert caught.value.errno == errno.ENOSPC and left_in(tmp_path / "cache") == set()
-
-
-def test_the_system_refuses_a_write_half_way(tmp_path, book):
-    """A file size limit: the kernel takes a part of a write, then none."""
-    script = CHILD + "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\ntry: run()\n"
-    script += "except OSError as err: print(err)"
-    done = subprocess.run([sys.executable, "-c", script, str(book), str(tmp_path / "cache")], **PIPES)
-    assert "File too large after" in done.stdout, done.stderr
-    assert left_in(tmp_path / "cache") == set()
-
-
-CHILD = f"""
-import sys, time
-sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-from test_stores import encode
-from proteus_playground.streaming import open_document, sources, tokenising
-tokenising.CHARACTERS_PER_PIECE, sources.BYTES_PER_READ = 64, 50
-def slow(text):
-    time.sleep(0.02)
-    return encode(text)
-def run(encode=encode):
-    store = open_document(sys.argv[1], encode=encode, fingerprint="words", ram_limit=0, cache=sys.argv[2], workers=2)
-    print(store.fingerprint, flush=True)
-"""
-PIPES = {"capture_output": True, "text": True, "timeout": 60}
-
-
-def child_print(book, tmp_path) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenising, "CHARACTERS_PER_PIECE", 64)
-        return disk(book, tmp_path / "plain").fingerprint
-
-
-def tokenise(folder: Path, step: Callable[[], None]) -> None:
-    """Tokenises from the start; the ids that a killed run left are no finished file."""
-    tokenising.CHARACTERS_PER_PIECE, sources.BYTES_PER_READ = 64, 50
-    left = left_in(folder / "cache")
-    assert ".npy" not in left
-    if ".part" in left:
-        (folder / "begun").touch()
-
-    def told(text: str) -> list[int]:
-        step()
-        return encode(text)
-
-    store = open_document(
-        folder / "book.txt", encode=told, fingerprint="words", ram_limit=0, cache=folder / "cache", workers=2
-    )
-    (folder / "print").write_text(store.fingerprint)
-
-
-def test_kill_at_any_moment_then_run_again_gives_the_same_array(tmp_path, book):
-    run_through_kills(tokenise, tmp_path, kills=12, span=40)
-    assert (tmp_path / "begun").exists(), "no kill came while the ids were written"
-    assert (tmp_path / "print").read_text() == child_print(book, tmp_path)
-    assert left_in(tmp_path / "cache") == {".npy", ".json"}
-
-
-def test_two_processes_tokenise_once(tmp_path, book):
-    command = [sys.executable, "-c", CHILD + "run(slow)", str(book), str(tmp_path / "cache")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [child.communicate(timeout=60)[0].split()[-1] for child in both]
-    assert said == [child_print(book, tmp_path)] * 2
-    assert left_in(tmp_path / "cache") == {".npy", ".json"}

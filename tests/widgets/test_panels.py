@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -19,8 +16,8 @@ import numpy as np
 import psutil
 import pytest
 import tiny_llama
-import torch
 from fake_probe import FakeProbe
+from helpers import SENTENCE
 from proteus_playground.experiments.evidence import committed
 from proteus_playground.experiments.needles.haystacks import Haystack
 from proteus_playground.experiments.needles.live import Found
@@ -36,18 +33,14 @@ from proteus_playground.widgets import (
     wall_panel,
 )  # fmt: skip
 from proteus_playground.widgets.parts import panel as panels
-from proteus_playground.widgets.parts import worker as parts_worker
 from proteus_playground.widgets.parts.panel import Panel
-from proteus_playground.widgets.parts.worker import Worker
 from proteus_playground.widgets.stream.frames import Source
 
-from proteus_playground.common.progress import Stopped
 from proteus_playground.common.texts import load_text, pasted
 from proteus_playground.playground.bank_reading import RandomReader
 from proteus_playground.playground.live import random_bytes
 from proteus_playground.streaming.random_words import RandomWords
 
-SENTENCE = " the cat of the house sat on a warm wall and looked at the garden all day."
 MARKUP = "<script>x</script> <b>bold</b>"
 
 
@@ -392,113 +385,6 @@ def test_a_cell_that_is_run_again_closes_the_panels_of_its_last_run(opened, monk
 
 def test_outside_a_notebook_there_is_no_cell():
     assert panels.running_cell() is None
-
-
-# The worker
-
-
-def test_a_worker_puts_back_the_number_of_threads():
-    seen, here = [], torch.get_num_threads()
-
-    def compute(stop, progress):
-        seen.append(torch.get_num_threads())
-        return torch.get_num_threads()
-
-    def after(number, result):
-        seen.append(torch.get_num_threads())
-
-    worker = Worker()
-    for _ in range(2):
-        worker.submit("frame", compute, after, lambda *_: None)
-        worker.wait(5)
-    inside, outside = seen[0::2], seen[1::2]
-    assert len(seen) == 4 and len(set(inside)) == len(set(outside)) == 1 and inside[0] <= outside[0]
-    assert torch.get_num_threads() == here
-    worker.close()
-
-
-def test_a_closed_worker_runs_nothing_and_its_thread_ends():
-    worker, heard = Worker(), []
-
-    def forever(stop, progress):
-        while not stop():
-            time.sleep(0.005)
-
-    worker.submit("model", forever, lambda *_: heard.append("done"), lambda *_: heard.append("failed"))
-    thread = worker._thread
-    time.sleep(0.02)
-    worker.close()
-    thread.join(5)
-    assert not thread.is_alive() and heard == []
-    worker.submit("model", forever, lambda *_: heard.append("done"), lambda *_: heard.append("failed"))
-    worker.wait(1)
-    assert heard == [] and worker._thread is None
-
-
-def test_what_a_stopped_job_held_is_freed_at_once():
-    worker, held = Worker(), []
-
-    def compute(stop, progress):
-        tensor = torch.zeros(3)
-        held.append(weakref.ref(tensor))
-        while not stop():
-            time.sleep(0.005)
-        raise Stopped
-
-    gc.disable()
-    try:
-        worker.submit("frame", compute, lambda *_: None, lambda *_: None)
-        while not held:
-            time.sleep(0.005)
-        worker.cancel()
-        worker.wait(5)
-        assert held[0]() is None
-    finally:
-        gc.enable()
-        worker.close()
-
-
-def test_memory_is_handed_back_when_no_request_has_come_for_a_while(monkeypatch):
-    """The time that a request runs counts: it is measured from the moment that the last one came."""
-    handed, now = threading.Event(), [0.0]
-    monkeypatch.setattr(parts_worker, "hand_back_memory", handed.set)
-    monkeypatch.setattr(parts_worker, "QUIET_SECONDS", 1000.0)
-    monkeypatch.setattr(parts_worker, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    worker = Worker()
-
-    def compute(stop, progress):
-        now[0] += 2000
-
-    worker.submit("frame", compute, lambda *_: None, lambda *_: None)
-    assert handed.wait(20)
-    worker.close()
-
-
-HEAP = """
-import ctypes
-from proteus_playground.widgets.parts import worker
-
-class Info(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", *"abcdef")]
-
-libc = ctypes.CDLL(None)
-libc.mallinfo2.restype, libc.malloc.restype, libc.malloc.argtypes = Info, ctypes.c_void_p, [ctypes.c_size_t]
-libc.mallopt(-3, 32 << 20)  # where glibc's own limit ends
-mapped = [libc.mallinfo2().hblks]
-for prepare in (lambda: None, worker.map_large_blocks):
-    prepare()
-    libc.malloc(64 * worker.LARGE - 4096)
-    mapped.append(libc.mallinfo2().hblks)
-print(mapped[1] - mapped[0], mapped[2] - mapped[1])
-"""
-
-
-def test_a_large_block_lies_outside_the_heaps():
-    """In a process of its own, whose heap has no large gap that a block would fill."""
-    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
-        pytest.skip("needs glibc 2.33 or later")
-    said = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["0", "1"], said
 
 
 # Needles

@@ -8,6 +8,7 @@ from helpers import text_of
 from proteus_playground.widgets import PlayState
 from proteus_playground.widgets.parts.state import opening, pin_of, unpin
 from proteus_playground.widgets.workbench import workbench
+from proteus_playground.widgets.workbench.tradeoff import ALPHAS, NLL
 from proteus_playground.widgets.workbench.two_models import Probes, apart, source_of
 from proteus_playground.widgets.workbench.workbench import Workbench
 from test_widgets import rest
@@ -174,3 +175,45 @@ def test_a_pin_without_a_model_is_of_the_model_on_show():
     assert unpin("model=shelf-mini", "random").settings.gates == opening("shelf-mini")["gates"]
     with pytest.raises(ValueError, match="allowed is settings, a selector, what is taken away and a model"):
         PlayState().update({"pinned": "layer=3"})
+
+
+def test_cost_against_quality_is_drawn_of_both(made):
+    bench, _ = made
+    bench.ways.pin.click()
+    choose_a(bench, "someone/healed")
+    bench.curve.measure.click()
+    for _ in range(3):
+        bench.worker.wait()
+    curves = bench.curve.curves
+    assert curves.unfinished is None and not bench.curve.old
+    assert [row[3] for row in curves.a.rows] == pytest.approx([row[3] + 0.5 for row in curves.b.rows])
+    assert curves.a.nll[0.5] == pytest.approx(curves.b.nll[0.5] + 0.5) and len(curves.a.nll) == len(ALPHAS)
+    traces = {trace.name: trace for trace in bench.curve.widget.data}
+    assert list(traces["output error of A"].y) == [row[3] for row in curves.a.rows]
+    assert list(traces[NLL + " of A"].y) == list(curves.a.nll.values())
+    assert traces[NLL + " of A"].opacity < 1 and "A, the faint lines: At α" in bench.curve.said.value
+    bench.ways.pin.click()  # unpinned: the figures are those of two
+    rest(bench)
+    assert bench.curve.old
+    bench.curve.measure.click()
+    for _ in range(3):
+        bench.worker.wait()
+    assert bench.curve.curves.a is None and not bench.curve.old and not traces["output error of A"].y
+    assert "faint" not in bench.curve.said.value
+
+
+def test_a_pinned_setting_is_another_curve_and_its_own_alpha_is_none(made):
+    bench, _ = made
+    bench.ways.pin.click()
+    bench.state.shortlist = 32
+    rest(bench)
+    bench.curve.measure.click()
+    for _ in range(3):
+        bench.worker.wait()
+    a, b = bench.curve.curves.a, bench.curve.curves.b
+    assert (a.settings.shortlist, b.settings.shortlist) == (128, 32) and a.rows[-1][2] > b.rows[-1][2]
+    assert not bench.curve.old
+    bench.state.pinned = pin_of(bench.state.to_dict() | {"shortlist": 128, "flux_alpha": 0.25})
+    assert not bench.curve.old  # alpha is the axis
+    bench.state.pinned = pin_of(bench.state.to_dict() | {"shortlist": 64})
+    assert bench.curve.old

@@ -18,6 +18,7 @@ from proteus_playground.widgets.parts.html import style_sheets
 from proteus_playground.widgets.parts.plot import GREY, OKABE_ITO
 from proteus_playground.widgets.parts.state import pin_of
 from proteus_playground.widgets.workbench import figure, keep, readout, workbench
+from proteus_playground.widgets.workbench.ask_box import OURS_ANSWERS
 from proteus_playground.widgets.workbench.tradeoff import ALPHAS
 from test_widgets import rest
 
@@ -113,16 +114,16 @@ def test_ask_says_that_it_answers_by_ours_whole():
 
     try:
         made.worker.wait()
-        assert "at these settings here" in said() and workbench.OURS_ANSWERS not in said() and "ours" not in said()
+        assert "at these settings here" in said() and OURS_ANSWERS not in said() and "ours" not in said()
         for change in ({"selector": "quest"}, {"selector": "ours", "without": "notes"}):
             made.state.update(change)
-            assert "ours at these settings here" in said() and workbench.OURS_ANSWERS in said()
+            assert "ours at these settings here" in said() and OURS_ANSWERS in said()
         made.state.without = ""
-        assert workbench.OURS_ANSWERS not in text_of(made.ask_box.reply.value)  # at once, before the new picture
-        assert workbench.OURS_ANSWERS not in said() and made.probe.calls["ask"] == 1
+        assert OURS_ANSWERS not in text_of(made.ask_box.reply.value)  # at once, before the new picture
+        assert OURS_ANSWERS not in said() and made.probe.calls["ask"] == 1
         made.state.update({"flux_alpha": 0.5, "selector": "quest"})
         assert "pp-old" in made.ask_box.reply.value
-        assert workbench.OURS_ANSWERS in said() and "pp-old" not in made.ask_box.reply.value
+        assert OURS_ANSWERS in said() and "pp-old" not in made.ask_box.reply.value
         assert "<p>where is it?</p>" + made.ask_box.reply.value in keep.page(made)
     finally:
         made.close()
@@ -176,7 +177,7 @@ def test_cost_against_quality_is_measured_and_clicked(bench):
     bench.curve.measure.click()
     bench.worker.wait()
     bench.worker.wait()
-    curve = bench.curve.curve
+    curve = bench.curve.curves.b
     rows = curve.rows
     assert [row[0] for row in rows] == list(ALPHAS) and rows[0][3] == 0 and rows[-1][2] < rows[0][2]
     assert list(curve.nll) == list(ALPHAS) and curve.nll[0.5] == pytest.approx(0.15)
@@ -200,7 +201,7 @@ def test_losses_come_after_the_picture_and_are_marked_while_they_are_missing(ben
     bench.probe.seconds = 0.02
     bench.curve.measure.click()
     end = time.monotonic() + 20
-    while bench.curve.curve is None or not bench.curve.curve.nll:
+    while bench.curve.curves is None or not bench.curve.curves.b.nll:
         assert time.monotonic() < end
         time.sleep(0.005)
     assert "being measured, " in bench.curve.said.value
@@ -208,7 +209,7 @@ def test_losses_come_after_the_picture_and_are_marked_while_they_are_missing(ben
     bench.state.shortlist = 64  # the losses that are missing would be those of other settings
     rest(bench)
     bench.worker.wait()
-    curve = bench.curve.curve
+    curve = bench.curve.curves.b
     assert 0 < len(curve.nll) < len(ALPHAS) and bench.probe.calls["run_model"] <= runs + 1
     assert f"NLL: {len(curve.nll)} of 9 values are there." in bench.curve.said.value and bench.curve.old
     bench.state.shortlist = 128
@@ -217,7 +218,7 @@ def test_losses_come_after_the_picture_and_are_marked_while_they_are_missing(ben
     bench.worker.wait()
     assert len(curve.nll) == len(ALPHAS) and not bench.curve.old and "pp-fresh" in bench.status.value
     bench.curve.measure.click()
-    while not bench.curve.curve.nll or bench.curve.curve is curve:
+    while not bench.curve.curves.b.nll or bench.curve.curves.b is curve:
         time.sleep(0.005)
     bench.cancel.click()
     assert "stopped; press the button" in bench.curve.said.value and not bench.curve.place.layout.display

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import time
@@ -19,7 +18,6 @@ from proteus_playground.widgets.parts import raster, sentences
 from proteus_playground.widgets.parts.controls import Knob, LayerControls, ModelChoice, Switch, main_knobs
 from proteus_playground.widgets.parts.html import style_sheets
 from proteus_playground.widgets.parts.state import BY_NAME, KEYS, check, opening, parse, preset_settings
-from proteus_playground.widgets.parts.worker import Worker
 from proteus_playground.widgets.workbench import figure, readout
 from proteus_playground.widgets.workbench.tour import STEPS, Tour
 
@@ -229,59 +227,6 @@ def test_each_step_of_the_tour_is_two_plain_sentences_about_an_element_that_is_t
         assert all(f"{name} " in sheet for name in step.element.split())
     assert len({(step.element, step.part) for step in STEPS}) == 6
     assert "pp-term" in Tour().steps[3]["words"]
-
-
-# Latest wins
-
-
-def test_an_overtaken_result_is_dropped_and_a_quick_one_is_drawn():
-    worker, drawn = Worker(patience=0.05), []
-
-    def job(seconds):
-        def compute(stop, progress):
-            time.sleep(seconds)
-            return seconds
-
-        return compute
-
-    worker.submit("frame", job(0.3), lambda n, r: drawn.append(r), lambda n, e: None)
-    time.sleep(0.05)
-    worker.submit("frame", job(0.01), lambda n, r: drawn.append(r), lambda n, e: None)
-    worker.wait(5)
-    assert drawn == [0.01]
-    worker.submit("frame", job(0.03), lambda n, r: drawn.append(r), lambda n, e: None)
-    time.sleep(0.01)
-    worker.submit("frame", job(0.02), lambda n, r: drawn.append(r), lambda n, e: None)
-    worker.wait(5)
-    assert drawn == [0.01, 0.03, 0.02]
-
-
-def test_a_result_can_be_cancelled_until_it_is_shown():
-    async def run() -> None:
-        worker, heard = Worker(), []
-        worker.submit("frame", lambda stop, progress: 1, lambda n, r: heard.append(r), lambda n, e: heard.append(e))
-        worker.wait(5)  # the loop is held up meanwhile: the result is there, and nobody has heard of it
-        assert worker.cancel("frame") and not worker.cancel("frame")
-        await asyncio.sleep(0.05)
-        assert heard == []
-
-    asyncio.run(run())
-
-
-def test_cancel_stops_what_runs_and_forgets_what_waits():
-    worker, heard = Worker(), []
-
-    def forever(stop, progress):
-        while not stop():
-            time.sleep(0.005)
-        raise RuntimeError("stopped")
-
-    worker.submit("model", forever, lambda n, r: heard.append(r), lambda n, e: heard.append(e))
-    time.sleep(0.05)
-    worker.submit("frame", forever, lambda n, r: heard.append(r), lambda n, e: heard.append(e))
-    worker.cancel()
-    worker.wait(5)
-    assert heard == []
 
 
 def test_an_error_is_said_and_the_next_setting_recovers(bench):

@@ -1,21 +1,47 @@
-"""A question to shelf-mini, its answers at these settings and dense, and how many heads read the fact."""
+"""A question to shelf-mini, its answers at these settings, at those pinned as A and dense, and how many heads read the
+fact."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from html import escape
 
 import ipywidgets as w
 
+from proteus_playground.attention.settings import Settings
 from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
 
 from ..parts.boxes import button, row
 from ..parts.controls import tip
 from ..parts.sentences import percent, token_name
-from ..parts.state import MAX_LENGTH, PlayState
+from ..parts.state import MAX_LENGTH, Pin, PlayState
 from ..parts.terms import with_terms
 
 OWN = "choose a question, or type one"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What B answers and, where something is pinned, what A answers."""
+
+    b: Reply
+    pin: Pin | None = None
+    a: Reply | None = None
+
+    def of(self, settings: Settings, pin: Pin | None) -> bool:
+        """Whether these are the answers of B at `settings` and of that A."""
+        return (self.b.settings, self.pin) == (settings, pin)
+
+
+def ask_both(
+    probe: ShelfProbe, settings: Settings, pin: Pin | None, probe_a, known: Answers | None, stop: Callable
+) -> Answers:
+    """Asks what `known`, of the same question, does not hold. probe_a: what answers for `pin`; unused without one."""
+    b = known.b if known is not None and known.b.settings == settings else probe.ask(settings, stop=stop)
+    if pin is None:
+        return Answers(b)
+    return Answers(b, pin, known.a if known is not None and known.pin == pin else probe_a.ask(pin.settings, stop=stop))
 
 
 class AskBox(w.VBox):
@@ -65,9 +91,9 @@ class AskBox(w.VBox):
         self.show.layout.display = "none" if probe.value is None else ""
         self.reply.value = f'<div class="pp-reply">{HINT if not probe.question else "…"}</div>'
 
-    def answered(self, reply: Reply, note: str = "") -> None:
-        """note: a sentence that replaces the one on the heads that read the fact, where other keys are chosen."""
-        self.reply.value = reply_html(self.probe, reply, note)
+    def answered(self, answers: Answers, ours: bool) -> None:
+        """ours: other keys are chosen in the pictures, so a sentence says whose the answers are."""
+        self.reply.value = reply_html(self.probe, answers, OURS_ANSWERS if ours else "")
 
     def grey(self, old: bool) -> None:
         """Greys the answer while the settings differ from those it was given at."""
@@ -100,35 +126,49 @@ LOOKED = (
 )
 
 
-def reply_html(probe: ShelfProbe, reply: Reply, note: str = "") -> str:
-    """Both answers, marked right or wrong, and one sentence: `note`, or which heads read the fact."""
-    said = (
-        ("ours at these settings" if note else "at these settings", reply.said, reply.right),
-        ("dense", reply.dense, reply.dense_right),
-    )
+OURS_ANSWERS = (
+    "This answer comes from our own selector, with nothing taken away. The bars of the next token show the effect of "
+    "the chosen selector and of what is taken away."
+)
+
+
+def reply_html(probe: ShelfProbe, answers: Answers, note: str = "") -> str:
+    """All answers, marked right or wrong, and one sentence: `note`, or which heads read the fact."""
     cells = "".join(
         f'<span class="pp-verdict {MARKS[right][0]}"><b>{label}</b> {escape(words) or "(no answer)"} '
         f"<i>{MARKS[right][1]}</i></span>"
-        for label, words, right in said
+        for label, words, right in _said(answers, "ours at these settings" if note else "at these settings")
     )
-    return (
-        f'<div class="pp-reply">{cells}<p title="{LOOKED}">{with_terms(note or fact_sentence(probe, reply))}</p></div>'
-    )
+    sentence = with_terms(note or fact_sentence(probe, answers))
+    return f'<div class="pp-reply">{cells}<p title="{LOOKED}">{sentence}</p></div>'
+
+
+def _said(answers: Answers, at: str) -> list[tuple[str, str, bool | None]]:
+    """(label, words, whether they are right) of each answer; the dense one of A where A is another model."""
+    a, b = answers.a, answers.b
+    dense = [("dense", b.dense, b.dense_right)]
+    if a is None:
+        return [(at, b.said, b.right), *dense]
+    if (a.dense, a.dense_right) != (b.dense, b.dense_right):
+        dense = [("dense, B", b.dense, b.dense_right), ("dense, A", a.dense, a.dense_right)]
+    return [(f"B, {at}", b.said, b.right), ("A, pinned", a.said, a.right), *dense]
 
 
 MARKS = {True: ("pp-right", "✓ right"), False: ("pp-wrong", "✗ wrong"), None: ("", "")}
 
 
-def fact_sentence(probe: ShelfProbe, reply: Reply) -> str:
+def fact_sentence(probe: ShelfProbe, answers: Answers) -> str:
     """How many heads read the fact's key itself and not through a note, and which head gives it most attention."""
+    reply, a = answers.b, answers.a
     if not reply.rows:
         return "The text does not answer this question, so no answer can be marked right or wrong."
+    value, heads = token_name(probe.tokens, reply.value[0]), f"of the {len(reply.rows)} heads in all layers"
+    if a is not None:
+        counts = f"with B {reply.readers()} {heads} read the key of {value} itself, with A {a.readers()}"
+        return f"“{probe.asked.fact}”: {counts}; the others read it through notes or not at all."
     best = max(range(len(reply.rows)), key=reply.weight)
     layer, head = best // probe.n_heads, best % probe.n_heads
-    value = token_name(probe.tokens, reply.value[0])
     most = f"head {head} of layer {layer} gives it most attention ({percent(reply.weight(best))})"
-    count = reply.readers()
-    if not count:
+    if not reply.readers():
         return f"“{probe.asked.fact}”: no head reads the key of {value} itself; it is read through notes or not at all."
-    where = f"{count} of the {len(reply.rows)} heads in all layers"
-    return f"“{probe.asked.fact}”: {where} read the key of {value} itself; {most}."
+    return f"“{probe.asked.fact}”: {reply.readers()} {heads} read the key of {value} itself; {most}."

@@ -60,7 +60,7 @@ def page(bench, only: str | None = None) -> str:
         parts += [bench.captions[name].value, figure, BUTTONS.format(name)]
         library = False
     if only is None:
-        asked = bench.reply is not None
+        asked = bench.answers is not None
         answer = f"<p>{escape(bench.probe.question)}</p>{bench.ask_box.reply.value}" if asked else ""
         above = [bench.title.value, bench.banner.value, answer, bench.numbers.value]
         parts = [*above, *parts, bench.captions["text"].value, _text(bench), bench.next.value]

@@ -1,5 +1,7 @@
-"""Cost against quality over flux alpha, measured on this machine: time, reads and error of the layer on show, and the
-loss of the whole model, which is measured last."""
+"""Cost against quality over flux alpha, measured on this machine, of B and of what is pinned as A.
+
+Time, reads and error are those of the layer on show; the loss is the whole model's, and is measured last.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from proteus_playground.attention.settings import Settings
 from ..parts.boxes import button, column, row
 from ..parts.painted import Room
 from ..parts.plot import PAPER, blank, titled
-from ..parts.state import PlayState
+from ..parts.state import Pin, PlayState
 from .readout import mean_reads
 
 ALPHAS = tuple(i / 8 for i in range(9))
@@ -24,6 +26,7 @@ RUNS = 3
 LINES = (("time", "#D55E00", "dash"), ("keys read", "#0072B2", "solid"), ("output error", "#1b1f24", "dot"))
 NLL = "NLL over dense (right axis)"
 OLD = "pp-old-curve"
+FAINT = 0.4  # opacity of A's lines
 NLL_COLOUR = "#009E73"
 
 
@@ -50,6 +53,42 @@ class Curve:
         return None if self.no_nll else next((alpha for alpha in ALPHAS if alpha not in self.nll), None)
 
 
+@dataclass
+class Curves:
+    """The curve of B, and that of what was pinned as A if anything was."""
+
+    b: Curve
+    pin: Pin | None = None
+    a: Curve | None = None
+
+    @property
+    def both(self) -> list[Curve]:
+        return [self.b] if self.a is None else [self.b, self.a]
+
+    @property
+    def unfinished(self) -> Curve | None:
+        """The first curve with losses to come."""
+        return next((curve for curve in self.both if curve.due is not None), None)
+
+    def of(self, layer: int, settings: Settings, way: Way, pin: Pin | None) -> bool:
+        """As `Curve.of`, and of that A: it was measured over all alphas, so its own alpha does not matter."""
+        if not self.b.of(layer, settings, way) or (pin is None) != (self.pin is None):
+            return False
+        return pin is None or (pin.model == self.pin.model and self.a.of(layer, pin.settings, pin.way))
+
+
+def measure_both(probe, wanted, a: tuple | None, stop: Callable, progress: Callable) -> Curves:
+    """What `probe` costs and loses as `wanted` asks, and for `a`, (probe, pin), likewise in the same layer."""
+    if a is None:
+        return Curves(measure(probe, wanted.layer, wanted.settings, wanted.way, stop, progress))
+    b = measure(probe, wanted.layer, wanted.settings, wanted.way, stop,
+                lambda share, what: progress(share / 2, f"B: {what}"))  # fmt: skip
+    other, pin = a
+    found = measure(other, wanted.layer, pin.settings, pin.way, stop,
+                    lambda share, what: progress((1 + share) / 2, f"A: {what}"))  # fmt: skip
+    return Curves(b, pin, found)
+
+
 def measure(probe, layer: int, settings: Settings, way: Way, stop: Callable, progress: Callable) -> Curve:
     """(alpha, time, reads, error) of each alpha: time and reads as shares of dense attention's; time None by masks.
 
@@ -71,7 +110,7 @@ class Tradeoff(w.VBox):
     """Empty until its button is pressed; a click on a point sets alpha. `on_measure()` asks for the numbers."""
 
     def __init__(self, state: PlayState, on_measure: Callable[[], object]):
-        self.state, self.curve, self.what = state, None, ""
+        self.state, self.curves, self.what = state, None, ""
         self.measure = button("Cost against quality over α", "Runs this layer, then the whole model, at nine positions "
                               "of flux α, and draws time, keys read, output error and loss",
                               on_measure, icon="line-chart")  # fmt: skip
@@ -80,24 +119,26 @@ class Tradeoff(w.VBox):
         super().__init__([row("pp-ways-row", self.measure, self.said), self.place])
         state.observe(lambda _: self.follow(), "flux_alpha")
 
-    def draw(self, curve: Curve, what: str) -> None:
-        """Shows a curve, whole or with losses still to come; what: the layer and text that it belongs to."""
-        self.curve, self.what = curve, what
+    def draw(self, curves: Curves, what: str) -> None:
+        """Shows curves, whole or with losses still to come; what: the layer and text that they belong to."""
+        self.curves, self.what = curves, what
         if self.widget is None:
             self._make()
         self.place.layout.display = ""
         with self.widget.batch_update():
-            for at, trace in enumerate(self.widget.data[:3], 1):
-                known = [(one[0], one[at]) for one in curve.rows if one[at] is not None]
-                trace.update(x=[x for x, _ in known], y=[y for _, y in known])
-            slowest = max([1.0, *(one[1] for one in curve.rows if one[1] is not None)])
+            for curve, traces in zip((curves.b, curves.a), self._lines(), strict=True):
+                _fill(traces, curve)
+            slowest = max([1.0, *(one[1] for curve in curves.both for one in curve.rows if one[1] is not None)])
             self.widget.layout.yaxis.range = [-2.2, max(1.3, log10(slowest) + 0.2)]
-            losses = sorted(curve.nll.items())
-            self.widget.data[3].update(x=[x for x, _ in losses], y=[y for _, y in losses])
-            low, high = min([0.0, *curve.nll.values()]), max([0.1, *curve.nll.values()])
+            losses = [loss for curve in curves.both for loss in curve.nll.values()]
+            low, high = min([0.0, *losses]), max([0.1, *losses])
             self.widget.layout.yaxis2.range = [low - 0.08 * (high - low), high + 0.15 * (high - low)]
             self.follow()
         self._say()
+
+    def _lines(self) -> tuple:
+        """The traces of B's curve and of A's."""
+        return self.widget.data[:4], self.widget.data[5:]
 
     @property
     def old(self) -> bool:
@@ -105,26 +146,27 @@ class Tradeoff(w.VBox):
 
     def mark(self, old: bool) -> None:
         """Greys the figures, and says so, where they are those of another layer, other settings or another way."""
-        if self.curve is None or old == self.old:
+        if self.curves is None or old == self.old:
             return
         (self.place.add_class if old else self.place.remove_class)(OLD)
         self._say()
 
     def halt(self) -> None:
         """Says that no more losses come."""
-        if self.curve is not None and self.curve.due is not None:
-            self.curve.no_nll = "stopped; press the button to measure again"
+        if self.curves is not None and self.curves.unfinished is not None:
+            for curve in self.curves.both:
+                if curve.due is not None:
+                    curve.no_nll = "stopped; press the button to measure again"
             self._say()
 
     def _say(self) -> None:
-        curve = self.curve
-        cheapest = min(curve.rows, key=lambda one: one[2])
-        old = self.old
+        old, curves = self.old, self.curves
         earlier = "These are the figures of earlier settings: press the button to measure again. " if old else ""
-        said = (
-            f"{earlier}{self.what}. At α {cheapest[0]:g} a query reads {cheapest[2]:.0%} of the keys; its output "
-            f"differs from dense by {cheapest[3]:.0%}. {loss_sentence(curve, old)} Click a point to go there."
-        )
+        if curves.a is None:
+            said = curve_sentence(curves.b, old)
+        else:
+            said = f"B: {curve_sentence(curves.b, old)} A, the faint lines: {curve_sentence(curves.a, old)}"
+        said = f"{earlier}{self.what}. {said} Click a point to go there."
         self.said.value = f'<span class="pp-note" role="note">{said}</span>'
 
     def follow(self) -> None:
@@ -134,7 +176,7 @@ class Tradeoff(w.VBox):
 
     def clear(self) -> None:
         """For another model or text, whose numbers are others."""
-        self.curve, self.said.value, self.place.layout.display = None, "", "none"
+        self.curves, self.said.value, self.place.layout.display = None, "", "none"
         if self.widget is not None:
             with self.widget.batch_update():
                 for trace in self.widget.data:
@@ -150,24 +192,51 @@ class Tradeoff(w.VBox):
             "yaxis2": titled("nats per token", overlaying="y", side="right", tickmode="auto", nticks=5,
                              tickformat=".2f", range=[-0.01, 0.1]),
         }  # fmt: skip
-        lines = [
-            {"type": "scatter", "mode": "lines+markers", "name": name, "x": [], "y": [],
-             "line": {"color": colour, "dash": dash}, "hovertemplate": "α %{x}: %{y:.1%}<extra>" + name + "</extra>"}
-            for name, colour, dash in LINES
-        ]  # fmt: skip
-        loss = {"type": "scatter", "mode": "lines+markers", "name": NLL, "x": [], "y": [], "yaxis": "y2",
-                "line": {"color": NLL_COLOUR}, "marker": {"symbol": "diamond", "size": 8},
-                "hovertemplate": "α %{x}: %{y:+.3f} nats<extra>NLL</extra>"}  # fmt: skip
         now = {"type": "scatter", "mode": "lines", "x": [], "y": [], "line": {"color": "#57606a", "width": 1},
                "name": "now", "hoverinfo": "skip"}  # fmt: skip
-        self.widget = blank(layout, [*lines, loss, now])
-        for trace in self.widget.data[:4]:
+        self.widget = blank(layout, [*_traces("B"), now, *_traces("A")])
+        for trace in (trace for traces in self._lines() for trace in traces):
             trace.on_click(self._clicked)
         self.place.children = (column("pp-figure", self.widget, Room()),)
 
     def _clicked(self, _, points, __) -> None:
         if points.xs:
             self.state.flux_alpha = float(points.xs[0])
+
+
+def _traces(of: str) -> list[dict]:
+    """Lines of time, reads, error and loss of "B" or of "A", whose lines are faint and not in the legend."""
+    shown = {"type": "scatter", "mode": "lines+markers", "x": [], "y": [], "legendgroup": of,
+             "opacity": 1 if of == "B" else FAINT, "showlegend": of == "B"}  # fmt: skip
+    behind = "" if of == "B" else " of A"
+    lines = [
+        {**shown, "name": name + behind, "line": {"color": colour, "dash": dash},
+         "hovertemplate": f"α %{{x}}: %{{y:.1%}}<extra>{name}{behind}</extra>"}
+        for name, colour, dash in LINES
+    ]  # fmt: skip
+    loss = {**shown, "name": NLL + behind, "yaxis": "y2", "line": {"color": NLL_COLOUR},
+            "marker": {"symbol": "diamond", "size": 8},
+            "hovertemplate": f"α %{{x}}: %{{y:+.3f}} nats<extra>NLL{behind}</extra>"}  # fmt: skip
+    return [*lines, loss]
+
+
+def _fill(traces, curve: Curve | None) -> None:
+    """Puts a curve into its four traces; None empties them."""
+    rows, losses = ([], {}) if curve is None else (curve.rows, curve.nll)
+    for at, trace in enumerate(traces[:3], 1):
+        known = [(one[0], one[at]) for one in rows if one[at] is not None]
+        trace.update(x=[x for x, _ in known], y=[y for _, y in known])
+    known = sorted(losses.items())
+    traces[3].update(x=[x for x, _ in known], y=[y for _, y in known])
+
+
+def curve_sentence(curve: Curve, old: bool = False) -> str:
+    """What is read at the cheapest alpha and what that costs in output error and loss."""
+    alpha, _, reads, error = min(curve.rows, key=lambda one: one[2])
+    return (
+        f"At α {alpha:g} a query reads {reads:.0%} of the keys; its output differs from dense by {error:.0%}. "
+        f"{loss_sentence(curve, old)}"
+    )
 
 
 def loss_sentence(curve: Curve, old: bool = False) -> str:

@@ -15,18 +15,20 @@ from proteus_playground.attention.settings import Settings
 from proteus_playground.common.progress import Stopped
 from proteus_playground.hf.models import find, pull
 from proteus_playground.playground.next_token import compare
-from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
+from proteus_playground.playground.shelf_probe import ShelfProbe
 from proteus_playground.playground.views import LayerView, ModelView
 
+from ..parts.sentences import last_word
 from ..parts.state import SETTINGS, Pin, PlayState
 from ..parts.text_panel import TextPanel
 from ..parts.worker import LANES
 from . import readout
+from .ask_box import Answers, ask_both
 from .board import Frame, Wanted
 from .figure import Pictures
 from .keep import keep
 from .next_bars import NONE, bars_html, no_bars_html
-from .tradeoff import ALPHAS, Curve, measure
+from .tradeoff import ALPHAS, Curves, measure_both
 from .two_models import SOURCE, Probes, TwoModels, source_of
 
 PAINT_SECONDS = 0.25  # after which the next picture is sent even if the browser has not painted the last one
@@ -49,7 +51,7 @@ class Workbench(TwoModels):
             Probes(make_probe), state, self.pictures.widget, self.text, self._pull, self._go_to, verdict,
             self._measure_curve, self.keep,
         )  # fmt: skip
-        self.reply: Reply | None = None
+        self.answers: Answers | None = None
         self._view: LayerView | None = None  # the last one computed, so that a click on a token re-runs no layer
         self._timed: LayerView | None = None  # the last run of the layer on show; its latency is the median of `_runs`
         self._runs = 0
@@ -102,7 +104,7 @@ class Workbench(TwoModels):
         if self.worker.cancel("frame") and self.worker.busy != "model":
             self.say("fresh")
         self._ask_next(self.drawn)
-        self._ask_model(self.drawn.wanted.settings)
+        self._ask_model(self.drawn.wanted)
         if self._runs == 1:
             self._stop_timing()
             self._time_again(self.drawn)
@@ -167,7 +169,8 @@ class Workbench(TwoModels):
             if self.wanted() == now:
                 self.say("fresh")
         self._ask_next(frame)
-        self._ask_model(now.settings)
+        self._ask_model(now)
+        self._mark_curve()
         if "view" in changed:
             self._time_again(frame)
 
@@ -211,22 +214,30 @@ class Workbench(TwoModels):
         if not isinstance(err, Stopped):
             self.next.value = no_bars_html(str(err))
 
-    def _ask_model(self, settings: Settings) -> None:
-        """Asks the question again at the settings of the picture that has just been drawn."""
-        probe = self.probe
+    def _ask_model(self, wanted: Wanted) -> None:
+        """Asks the question again at the settings of the picture that has just been drawn, and at those of A."""
+        probe, known, pin = self.probe, self.answers, self._answering(wanted.pin)
         asked = isinstance(probe, ShelfProbe) and probe.question
-        if asked and (self.reply is None or self.reply.settings != settings):
-            self.worker.submit("ask", lambda stop, _: probe.ask(settings, stop=stop), self._answered, self._failed)
+        if asked and (known is None or not known.of(wanted.settings, pin)):
+            a = None if pin is None else self._probe_of(pin)
+            self.worker.submit("ask", lambda stop, _: ask_both(probe, wanted.settings, pin, a, known, stop),
+                               self._answered, self._failed)  # fmt: skip
 
-    def _answered(self, _: int, reply: Reply) -> None:
-        self.reply = reply
+    def _answering(self, pin: Pin | None) -> Pin | None:
+        """What is pinned, if its model can answer the question."""
+        return pin if pin is not None and isinstance(self._probe_of(pin), ShelfProbe) else None
+
+    def _answered(self, _: int, answers: Answers) -> None:
+        self.answers = answers
         self._show_reply()
 
     def _show_reply(self) -> None:
-        """Both answers: grey while they are those of other settings; with other keys chosen, a sentence says whose."""
-        if self.reply is not None:
-            self.ask_box.answered(self.reply, "" if self.state.way().plain else OURS_ANSWERS)
-            self.ask_box.grey(self.reply.settings != self.state.settings())
+        """All answers: grey while they are those of other settings; with other keys chosen, a sentence says whose."""
+        if self.answers is not None:
+            pin = self._answering(self._pin())
+            plain = self.state.way().plain and (pin is None or pin.way.plain)
+            self.ask_box.answered(self.answers, ours=not plain)
+            self.ask_box.grey(not self.answers.of(self.state.settings(), pin))
 
     # Work that takes longer
 
@@ -245,14 +256,11 @@ class Workbench(TwoModels):
         self.worker.cancel("frame", "next", "ask", "repeat", "model", "curve", "loss")
         self.probes.keep(source_of(state), self._a_source)
         place = self._place(probe)
-        self.probe, self.drawn, self.model_view, self._view, self.reply = probe, None, None, None, None
+        self.probe, self.drawn, self.model_view, self._view, self.answers = probe, None, None, None, None
         self._fitted.clear()
         self._expected.clear()
-        self.model_a, self._other, self.kl = (
-            None,
-            None,
-            readout.Far(None, "dense") if isinstance(probe, ShelfProbe) else None,
-        )
+        self.model_a = self._other = None
+        self.kl = readout.Far(None, "dense") if isinstance(probe, ShelfProbe) else None
         self.curve.clear()
         self.pays.value = readout.pays_html(len(probe.tokens))
         self.next.value = no_bars_html("…" if probe.predicts else NONE)
@@ -278,7 +286,7 @@ class Workbench(TwoModels):
         if asked and (self.probe is not None or state.token == 0):
             layer, head = probe.start or (layer, head)
             return {"layer": layer, "head": head, "token": end - 1}
-        token = state.token if 0 < state.token < end else end - 1 if asked else _last_word(probe.tokens)
+        token = state.token if 0 < state.token < end else end - 1 if asked else last_word(probe.tokens)
         return {"layer": layer, "head": head, "token": token}
 
     def _run_whole_model(self) -> None:
@@ -340,31 +348,32 @@ class Workbench(TwoModels):
         self.say("busy", 0.0, "cost against quality")
         self._stop_timing()
         name = f"Layer {wanted.layer}, {len(probe.tokens):,} tokens, {wanted.way.selector}, on this machine"
+        a = wanted.pin and (self._probe_of(wanted.pin), wanted.pin)
 
-        def show(_: int, curve: Curve) -> None:
-            self.curve.draw(curve, name)
+        def show(_: int, curves: Curves) -> None:
+            self.curve.draw(curves, name)
             self._mark_curve()
             self.say("fresh" if self.wanted() == self._shown() else "stale")
             self._measure_loss()
 
-        self.worker.submit(
-            "curve", lambda *told: measure(probe, wanted.layer, wanted.settings, wanted.way, *told), show, self._failed,
-            self._progress,
-        )  # fmt: skip
+        self.worker.submit("curve", lambda *told: measure_both(probe, wanted, a, *told), show, self._failed,
+                           self._progress)  # fmt: skip
 
     def _mark_curve(self) -> bool:
-        """Marks the curve as old or not; returns whether it is of what is on show."""
-        curve, wanted = self.curve.curve, self.wanted()
-        ours = curve is not None and curve.of(wanted.layer, wanted.settings, wanted.way)
+        """Marks the curves as old or not; returns whether they are of what is on show."""
+        curves, wanted = self.curve.curves, self.wanted()
+        ours = curves is not None and curves.of(wanted.layer, wanted.settings, wanted.way, wanted.pin)
         self.curve.mark(not ours)
         return ours
 
     def _measure_loss(self) -> None:
-        """Runs the whole model at the next alpha of the curve that has no loss yet, after everything else."""
-        probe, curve = self.probe, self.curve.curve
-        alpha = curve.due if self._mark_curve() else None
-        if alpha is None:
+        """Runs the whole model at the next alpha of the curves that has no loss yet, after everything else."""
+        curves = self.curve.curves if self._mark_curve() else None
+        curve = None if curves is None else curves.unfinished
+        if curve is None:
             return
+        probe = self.probe if curve is curves.b else self._probe_of(curves.pin)
+        alpha = curve.due
         settings, what = replace(curve.settings, flux_alpha=alpha), f"whole model at flux α {alpha:g}"
 
         def run(stop, progress) -> ModelView:
@@ -373,7 +382,7 @@ class Workbench(TwoModels):
 
         def show(_: int, view: ModelView) -> None:
             curve.nll[alpha] = view.nll - view.dense_nll
-            self.curve.draw(curve, self.curve.what)
+            self.curve.draw(curves, self.curve.what)
             self.say("fresh" if self.wanted() == self._shown() else "stale")
             self._measure_loss()
 
@@ -430,20 +439,8 @@ class Workbench(TwoModels):
             self._painted.wait(PAINT_SECONDS)
 
 
-OURS_ANSWERS = (
-    "This answer comes from our own selector, with nothing taken away. The bars of the next token show the effect of "
-    "the chosen selector and of what is taken away."
-)
-
-
 def _again(old: LayerView | None, probe, layer: int, settings: Settings, way: Way, stop) -> LayerView:
     """`old` if it shows the same, else a new run of the layer."""
     if old is not None and (old.layer, old.settings, old.way) == (layer, settings, way):
         return old
     return probe.view(layer, settings, way=way, stop=stop)
-
-
-def _last_word(tokens: list[str]) -> int:
-    """The row to show first: the last word of more than three letters, which has the whole text before it."""
-    words = (i for i in range(len(tokens) - 1, -1, -1) if len(tokens[i].strip()) > 3 and tokens[i].strip().isalpha())
-    return next(words, len(tokens) - 1)
