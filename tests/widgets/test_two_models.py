@@ -216,4 +216,17 @@ def test_a_pinned_setting_is_another_curve_and_its_own_alpha_is_none(made):
     bench.state.pinned = pin_of(bench.state.to_dict() | {"shortlist": 128, "flux_alpha": 0.25})
     assert not bench.curve.old  # alpha is the axis
     bench.state.pinned = pin_of(bench.state.to_dict() | {"shortlist": 64})
-    assert bench.curve.old
+    assert bench.curve.old and "shortlist 64 → 32" in bench.ways.pinned.value
+    bench.state.shortlist = 64
+    assert "A and B are the same" in bench.ways.pinned.value
+    bench.state.flux_alpha = 1.0  # A and B lie on one curve, which is measured once
+    assert "flux alpha 0.5 → 1" in bench.ways.pinned.value
+    rest(bench)
+    bench.curve.measure.click()
+    for _ in range(3):
+        bench.worker.wait()
+    assert bench.curve.curves.a is None and not bench.curve.old
+    now, pinned = bench.curve.widget.data[4:6]
+    assert (now.x[0], pinned.x[0]) == (1.0, 0.5) and pinned.visible
+    bench.ways.pin.click()
+    assert not pinned.visible and not bench.curve.old

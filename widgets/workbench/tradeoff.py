@@ -71,10 +71,18 @@ class Curves:
         return next((curve for curve in self.both if curve.due is not None), None)
 
     def of(self, layer: int, settings: Settings, way: Way, pin: Pin | None) -> bool:
-        """As `Curve.of`, and of that A: it was measured over all alphas, so its own alpha does not matter."""
+        """As `Curve.of`, and whether A's is of `pin`, which comes from `other_curve`."""
         if not self.b.of(layer, settings, way) or (pin is None) != (self.pin is None):
             return False
         return pin is None or (pin.model == self.pin.model and self.a.of(layer, pin.settings, pin.way))
+
+
+def other_curve(state: PlayState, pin: Pin | None) -> Pin | None:
+    """What is pinned, where its curve is another than that of `state`; None where only alpha differs."""
+    same = pin is not None and (pin.model, pin.way, replace(pin.settings, flux_alpha=0.0)) == (
+        state.model, state.way(), replace(state.settings(), flux_alpha=0.0),
+    )  # fmt: skip
+    return None if same else pin
 
 
 def measure_both(probe, wanted, a: tuple | None, stop: Callable, progress: Callable) -> Curves:
@@ -117,7 +125,7 @@ class Tradeoff(w.VBox):
         self.said, self.widget = w.HTML(), None
         self.place = row("pp-curve")
         super().__init__([row("pp-ways-row", self.measure, self.said), self.place])
-        state.observe(lambda _: self.follow(), "flux_alpha")
+        state.observe(lambda _: self.follow(), ["flux_alpha", "pinned"])
 
     def draw(self, curves: Curves, what: str) -> None:
         """Shows curves, whole or with losses still to come; what: the layer and text that they belong to."""
@@ -138,7 +146,7 @@ class Tradeoff(w.VBox):
 
     def _lines(self) -> tuple:
         """The traces of B's curve and of A's."""
-        return self.widget.data[:4], self.widget.data[5:]
+        return self.widget.data[:4], self.widget.data[6:]
 
     @property
     def old(self) -> bool:
@@ -170,9 +178,14 @@ class Tradeoff(w.VBox):
         self.said.value = f'<span class="pp-note" role="note">{said}</span>'
 
     def follow(self) -> None:
-        """Moves the mark to the present alpha."""
-        if self.widget is not None:
+        """Moves the marks to the present alpha and to that of A."""
+        if self.widget is None:
+            return
+        pin = self.state.pin()
+        with self.widget.batch_update():
             self.widget.data[4].update(x=[self.state.flux_alpha] * 2, y=[0, 10])
+            self.widget.data[5].update(x=[0 if pin is None else pin.settings.flux_alpha] * 2, y=[0, 10])
+            self.widget.data[5].visible = pin is not None
 
     def clear(self) -> None:
         """For another model or text, whose numbers are others."""
@@ -192,9 +205,10 @@ class Tradeoff(w.VBox):
             "yaxis2": titled("nats per token", overlaying="y", side="right", tickmode="auto", nticks=5,
                              tickformat=".2f", range=[-0.01, 0.1]),
         }  # fmt: skip
-        now = {"type": "scatter", "mode": "lines", "x": [], "y": [], "line": {"color": "#57606a", "width": 1},
-               "name": "now", "hoverinfo": "skip"}  # fmt: skip
-        self.widget = blank(layout, [*_traces("B"), now, *_traces("A")])
+        mark = {"type": "scatter", "mode": "lines", "x": [], "y": [], "hoverinfo": "skip"}
+        marks = [{**mark, "name": "now", "line": {"color": "#57606a", "width": 1}},
+                 {**mark, "name": "A", "line": {"color": "#57606a", "width": 1, "dash": "dash"}}]  # fmt: skip
+        self.widget = blank(layout, [*_traces("B"), *marks, *_traces("A")])
         for trace in (trace for traces in self._lines() for trace in traces):
             trace.on_click(self._clicked)
         self.place.children = (column("pp-figure", self.widget, Room()),)
@@ -206,7 +220,7 @@ class Tradeoff(w.VBox):
 
 def _traces(of: str) -> list[dict]:
     """Lines of time, reads, error and loss of "B" or of "A", whose lines are faint and not in the legend."""
-    shown = {"type": "scatter", "mode": "lines+markers", "x": [], "y": [], "legendgroup": of,
+    shown = {"type": "scatter", "mode": "lines+markers", "x": [], "y": [],
              "opacity": 1 if of == "B" else FAINT, "showlegend": of == "B"}  # fmt: skip
     behind = "" if of == "B" else " of A"
     lines = [

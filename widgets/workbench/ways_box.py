@@ -57,6 +57,7 @@ class WaysBox(w.VBox):
         super().__init__([choose, self.verdict, less, compare])
         self.add_class("pp-ways")
         state.observe(lambda _: self._show(), ["selector", "without", "pinned", "model"])
+        state.observe(lambda _: self._say_pinned(), SETTINGS)
         self._show()
 
     def follow(self, layer: int, group: int, seen: RowView, tokens: list[str]) -> None:
@@ -133,7 +134,10 @@ class WaysBox(w.VBox):
         self.swap.layout.display = self.model_a_row.layout.display = "" if state.pinned else "none"
         if state.pinned:
             self.model_a.show(unpin(state.pinned, state.model).model)
-        self.pinned.value = f'<span class="pp-note">{pin_words(state)}</span>'
+        self._say_pinned()
+
+    def _say_pinned(self) -> None:
+        self.pinned.value = f'<span class="pp-note">{pin_words(self.state)}</span>'
 
 
 def verdict_html(name: str, broken: str = "") -> str:

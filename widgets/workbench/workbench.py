@@ -28,7 +28,7 @@ from .board import Frame, Wanted
 from .figure import Pictures
 from .keep import keep
 from .next_bars import NONE, bars_html, no_bars_html
-from .tradeoff import ALPHAS, Curves, measure_both
+from .tradeoff import ALPHAS, Curves, measure_both, other_curve
 from .two_models import SOURCE, Probes, TwoModels, source_of
 
 PAINT_SECONDS = 0.25  # after which the next picture is sent even if the browser has not painted the last one
@@ -348,7 +348,8 @@ class Workbench(TwoModels):
         self.say("busy", 0.0, "cost against quality")
         self._stop_timing()
         name = f"Layer {wanted.layer}, {len(probe.tokens):,} tokens, {wanted.way.selector}, on this machine"
-        a = wanted.pin and (self._probe_of(wanted.pin), wanted.pin)
+        pin = other_curve(self.state, wanted.pin)
+        a = pin and (self._probe_of(pin), pin)
 
         def show(_: int, curves: Curves) -> None:
             self.curve.draw(curves, name)
@@ -362,7 +363,8 @@ class Workbench(TwoModels):
     def _mark_curve(self) -> bool:
         """Marks the curves as old or not; returns whether they are of what is on show."""
         curves, wanted = self.curve.curves, self.wanted()
-        ours = curves is not None and curves.of(wanted.layer, wanted.settings, wanted.way, wanted.pin)
+        pin = other_curve(self.state, wanted.pin)
+        ours = curves is not None and curves.of(wanted.layer, wanted.settings, wanted.way, pin)
         self.curve.mark(not ours)
         return ours
 
