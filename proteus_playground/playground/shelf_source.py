@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -132,12 +133,11 @@ class ShelfSource:
         """Greedy continuation of `ids` `(T,)`: at most `most` tokens, up to but without the first one in `ends`.
 
         layers: index -> what runs in place of that layer's attention; all other layers are dense. Raises `Stopped` on
-        request, between two tokens.
+        request, between two layers.
         """
-        model, ends, said = self._twin(layers), set(ends), []
+        model, ends, said = self._twin(layers, lambda _: check_stop(stop)), set(ends), []
         state = model.new_state(1, len(ids) + most)
         for token in model.generate(ids.to(self.device)[None], most, temperature=0.0, state=state):
-            check_stop(stop)
             if int(token) in ends:
                 break
             said.append(int(token))
@@ -146,14 +146,16 @@ class ShelfSource:
     def _twin(self, layers: Mapping[int, ProteusLayer], before=None, after=None) -> ProteusLM:
         """The model with `layers` at their settings and the others dense.
 
-        before(layer) and after(layer, x, y) are called around each layer's attention.
+        before(layer) is called before each layer, after(layer, x, y) after its attention.
         """
         model = _share(self._model)
         model.blocks = nn.ModuleList(map(_share, self._model.blocks))
         for index, block in enumerate(model.blocks):
             block.attn = _attention(index, block.attn, layers.get(index))
-            if before is not None or after is not None:
-                block.attn = _Hooked(index, block.attn, before, after)
+            if before is not None:
+                block.attn_norm = _Before(block.attn_norm, partial(before, index))
+            if after is not None:
+                block.attn = _Hooked(index, block.attn, after)
         return model
 
 
@@ -214,17 +216,26 @@ class _Untrained(nn.Module):
         return None
 
 
-class _Hooked(nn.Module):
-    """Wraps a layer and calls hooks before and after it runs."""
+class _Before(nn.Module):
+    """Calls a function, then what it takes the place of."""
 
-    def __init__(self, index: int, attn: nn.Module, before, after):
+    def __init__(self, module: nn.Module, call: Callable[[], None]):
         super().__init__()
-        self.index, self.attn, self.before, self.after = index, attn, before, after
+        self.module, self.call = module, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.call()
+        return self.module(x)
+
+
+class _Hooked(nn.Module):
+    """Wraps a layer's attention and calls a hook after it has run."""
+
+    def __init__(self, index: int, attn: nn.Module, after):
+        super().__init__()
+        self.index, self.attn, self.after = index, attn, after
 
     def forward(self, x: Tensor, **options):
-        if self.before is not None:
-            self.before(self.index)
         y = self.attn(x, **options)
-        if self.after is not None:
-            self.after(self.index, x, y)
+        self.after(self.index, x, y)
         return y

@@ -110,6 +110,12 @@ def test_readers_are_the_rows_that_the_panel_shows(small):
     assert dense.readers() == len(dense.rows) and dense.said == dense.dense
 
 
+def test_an_answer_can_be_stopped_before_each_layer(small):
+    probe, asked = asking(small), []
+    probe._source.answer(probe._ids, {}, (), 1, lambda: asked.append(True))
+    assert len(asked) >= probe.n_layers > 1
+
+
 def test_a_question_that_nobody_can_judge(small):
     probe = open_shelf(*small, None, question="where is the golden fleece?", max_tokens=200)
     reply = probe.ask(OWN_SETTINGS)

@@ -29,18 +29,18 @@ def stamp(image: np.ndarray, at: np.ndarray, colour: np.ndarray, shape: np.ndarr
     Where dots overlap, the later one covers the earlier one; its colour mixes with the image below only.
     """
     half, (rows, columns) = shape.shape[0] // 2, image.shape[:2]
-    layer = np.zeros((rows, columns, 4), np.float32)
     row, column = np.nonzero(shape)
     order = np.argsort(shape[row, column])  # edges first, so that no edge covers the middle of a neighbour
     row, column = row[order], column[order]
     y = at[:, 0] + (row - half)[:, None]  # (pixels of the shape, dots)
     x = at[:, 1] + (column - half)[:, None]
-    paint = np.broadcast_to(colour.astype(np.float32), (*y.shape, 4)) * np.float32([1, 1, 1, 0])
-    paint[..., 3] = colour[:, 3] * shape[row, column][:, None]
     inside = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
-    layer[y[inside], x[inside]] = paint[inside]
-    alpha = layer[..., 3:]
-    image += (layer[..., :3] - image) * alpha
+    last = np.full(rows * columns, -1, np.int32)  # the number of the pair (pixel of the shape, dot) that is on top
+    last[(y * columns + x)[inside]] = np.flatnonzero(inside)
+    part, dot = np.divmod(last[last >= 0], len(at))
+    alpha = (colour[dot, 3] * shape[row[part], column[part]])[:, None]
+    hit = (last >= 0).reshape(rows, columns)
+    image[hit] += (colour[dot, :3] - image[hit]) * alpha
 
 
 def data_uri(image: np.ndarray) -> str:
