@@ -13,6 +13,7 @@ from importlib.metadata import version
 import ipywidgets
 import numpy as np
 import psutil
+from plotly.graph_objects import FigureWidget
 from proteus_playground.widgets import bank_panel, duel_panel, evidence_panel, playground, prototype_panel, stream_panel
 from proteus_playground.widgets.parts.controls import Knob
 from proteus_playground.widgets.parts.panel import STALE_SECONDS, Panel, held
@@ -154,7 +155,7 @@ async def counts(panels: int = 0, quiet: bool = True, seconds: float = 30.0) -> 
     return {
         "rss": psutil.Process().memory_info().rss,
         "widgets": len(open_widgets),
-        "figures": sum(type(widget).__name__ == "FigureWidget" for widget in open_widgets),
+        "figures": sum(isinstance(widget, FigureWidget) for widget in open_widgets),
         "panels": alive,
         "threads": sorted(thread.name for thread in threading.enumerate()),
     }

@@ -167,6 +167,19 @@ def test_a_key_on_a_slider_changes_numbers_and_pictures(page, name):
     driver.settle(page)
 
 
+def test_plain_keys_in_a_panel_are_not_the_notebooks(page):
+    """In command mode "a" inserts a cell and an arrow folds headings."""
+    cells = page.locator(".jp-Cell").count()
+    handle = page.locator(f".pp-knob-flux-alpha {driver.HANDLE}")
+    for key in "aab":
+        handle.press(key)
+    page.wait_for_timeout(300)
+    assert page.locator(".jp-Cell").count() == cells
+    assert handle.get_attribute("data-lm-suppress-shortcuts") is not None
+    handle.press("Control")
+    assert handle.get_attribute("data-lm-suppress-shortcuts") is None
+
+
 def test_a_held_key_ends_on_the_last_value(page):
     page.focus(f".pp-knob-flux-alpha {driver.HANDLE}")
     for _ in range(60):

@@ -398,6 +398,18 @@ def test_another_model_opens_as_it_opens_by_itself_but_where_the_sliders_are():
     assert state.gates == opening("shelf-mini")["gates"] and state.flux_alpha == 0.6 and state.layer == 0
 
 
+def test_a_browser_that_comes_later_gets_what_is_on_show(bench):
+    """In Voila, or after the page was loaded again."""
+    bench.state.token = 40
+    rest(bench)
+    figure = bench.pictures.widget
+    state = figure.get_state()
+    assert [trace["type"] for trace in state["_widget_data"]] == [trace.type for trace in figure.data]
+    heat = next(trace for trace in state["_widget_data"] if trace["type"] == "heatmap")
+    assert "z" in heat and state["_widget_layout"]["height"] == figure.layout.height
+    assert set(figure.get_state("_view_count")) == {"_view_count"}
+
+
 # Without a model
 
 

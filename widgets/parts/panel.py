@@ -15,6 +15,7 @@ from traitlets import HasTraits
 
 from .boxes import column, row
 from .html import caption_html, status_html, styles, title_html
+from .keys import Keys
 from .worker import Worker
 
 STALE_SECONDS = 0.12  # a picture that is replaced sooner is not marked as old: the mark would only flash
@@ -39,7 +40,7 @@ class Panel(w.VBox):
 
     def place(self, css_class: str, *below: w.Widget) -> None:
         """Puts title and status above the widgets `below`, and the panel into its notebook cell."""
-        super().__init__([styles(), row("pp-head", self.title, self.status), *below])
+        super().__init__([styles(), Keys(), row("pp-head", self.title, self.status), *below])
         self.add_class("pp-app")
         self.add_class(css_class)
         _close_those_of_an_earlier_run(self)

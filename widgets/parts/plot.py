@@ -22,9 +22,24 @@ AXIS = {"fixedrange": True, "zeroline": False, "showgrid": False, "ticks": "outs
         "linecolor": GREY}  # fmt: skip
 
 
-def blank(layout: dict, traces: Iterable = ()) -> go.FigureWidget:
+class Figure(go.FigureWidget):
+    """Plotly's figure, with what is on show as its state.
+
+    Plotly brings the state up to date only where a figure is a cell's result by itself; ours lie in boxes. A browser
+    that comes later, in Voila or after a reload, would get an empty figure.
+    """
+
+    def get_state(self, key=None, drop_defaults=False) -> dict:
+        state = super().get_state(key, drop_defaults)
+        if key is None and hasattr(self, "_layout_obj"):  # which it lacks while it is being made
+            for name, now in (("_widget_layout", self._layout_obj._props), ("_widget_data", self._data)):
+                state[name] = self.trait_metadata(name, "to_json", self._trait_to_json)(now, self)
+        return state
+
+
+def blank(layout: dict, traces: Iterable = ()) -> Figure:
     """A figure that holds `traces`."""
-    made = go.FigureWidget(layout=layout)
+    made = Figure(layout=layout)
     made._config = {**made._config, **CONFIG}
     for trace in traces:
         made.add_trace(trace)
