@@ -1,5 +1,4 @@
-"""A question to shelf-mini, its answers at these settings, at those pinned as A and dense, and how many heads read the
-fact."""
+"""A question to shelf-mini, its answers at these settings, as A and dense, and how many heads read the fact."""
 
 from __future__ import annotations
 
