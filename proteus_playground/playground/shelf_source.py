@@ -217,7 +217,7 @@ class _Untrained(nn.Module):
 
 
 class _Before(nn.Module):
-    """Calls a function, then what it takes the place of."""
+    """Calls a function, then the module that it replaces."""
 
     def __init__(self, module: nn.Module, call: Callable[[], None]):
         super().__init__()

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
-from tiny_decoders import SIZES, VOCABULARY, YARN, T, compiled, logits, make, proteus, untouched  # noqa: E402
+from tiny_decoders import SIZES, YARN, T, compiled, logits, make, proteus, untouched  # noqa: E402
 from transformers import (  # noqa: E402 -- after the skip
     BloomConfig,
     BloomForCausalLM,
@@ -28,16 +28,6 @@ from transformers import (  # noqa: E402 -- after the skip
 
 from proteus_playground.attention import rotate  # noqa: E402
 from proteus_playground.hf.patch import NAME, capture, full_attention_layers, handed, patched  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return make(LlamaForCausalLM, LlamaConfig)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return torch.randint(VOCABULARY, (2, T), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(

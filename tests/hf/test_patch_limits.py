@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
-from tiny_decoders import VOCABULARY, T, logits, make, proteus, untouched  # noqa: E402 -- after the skip
+from tiny_decoders import T, logits, make, proteus, untouched  # noqa: E402 -- after the skip
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from proteus_playground.hf.patch import patched  # noqa: E402
@@ -24,16 +24,6 @@ MASKS = {
     "a hole": (CAUSAL & ~((torch.arange(T) == 50)[:, None] & (torch.arange(T) == 8)), "neither causal"),
     "rows of padding": (CAUSAL & ~((torch.arange(T) >= 20)[:, None] & (torch.arange(T) < 20)), "neither causal"),
 }
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return make(LlamaForCausalLM, LlamaConfig)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return torch.randint(VOCABULARY, (2, T), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("kind", MASKS)

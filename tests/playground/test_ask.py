@@ -279,6 +279,26 @@ def test_what_is_pinned_answers_beside_what_the_sliders_set(bench):
     assert bench.answers.a is None and "pinned" not in text_of(bench.ask_box.reply.value)
 
 
+def test_an_answer_is_asked_for_once(bench, monkeypatch):
+    """What is pinned has answered already, and going back to a setting asks nothing."""
+    ask(bench)
+    asked, answer = [], bench.probe.ask
+
+    def counted(settings, **given):
+        asked.append(settings)
+        return answer(settings, **given)
+
+    monkeypatch.setattr(bench.probe, "ask", counted)
+    bench.ways.pin.click()
+    rest(bench)
+    assert bench.answers.a is bench.answers.b and not asked
+    bench.state.flux_alpha = 0.5
+    rest(bench)
+    bench.ways.swap.click()
+    rest(bench)
+    assert [settings.flux_alpha for settings in asked] == [0.5] and bench.answers.a.settings.flux_alpha == 0.5
+
+
 def test_dense_answers_of_two_models_stand_apart(small):
     probe = asking(small)
     b = probe.ask(OWN_SETTINGS)

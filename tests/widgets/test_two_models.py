@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from fake_probe import FakeProbe
 from helpers import text_of
@@ -65,6 +67,13 @@ def choose_a(bench, name: str) -> None:
     bench.ways.model_a.value = name
     bench.worker.wait()
     rest(bench)
+
+
+def measure(bench) -> None:
+    """Until the cost curve and all its losses are there."""
+    bench.curve.measure.click()
+    for _ in range(3):
+        bench.worker.wait()
 
 
 def test_every_panel_shows_both_models(made):
@@ -181,24 +190,20 @@ def test_cost_against_quality_is_drawn_of_both(made):
     bench, _ = made
     bench.ways.pin.click()
     choose_a(bench, "someone/healed")
-    bench.curve.measure.click()
-    for _ in range(3):
-        bench.worker.wait()
-    curves = bench.curve.curves
-    assert curves.unfinished is None and not bench.curve.old
-    assert [row[3] for row in curves.a.rows] == pytest.approx([row[3] + 0.5 for row in curves.b.rows])
-    assert curves.a.nll[0.5] == pytest.approx(curves.b.nll[0.5] + 0.5) and len(curves.a.nll) == len(ALPHAS)
+    measure(bench)
+    b, a = bench.curve.curves
+    assert bench.curve.unfinished is None and not bench.curve.old
+    assert [row[3] for row in a.rows] == pytest.approx([row[3] + 0.5 for row in b.rows])
+    assert a.nll[0.5] == pytest.approx(b.nll[0.5] + 0.5) and len(a.nll) == len(ALPHAS)
     traces = {trace.name: trace for trace in bench.curve.widget.data}
-    assert list(traces["output error of A"].y) == [row[3] for row in curves.a.rows]
-    assert list(traces[NLL + " of A"].y) == list(curves.a.nll.values())
+    assert list(traces["output error of A"].y) == [row[3] for row in a.rows]
+    assert list(traces[NLL + " of A"].y) == list(a.nll.values())
     assert traces[NLL + " of A"].opacity < 1 and "A, the faint lines: At α" in bench.curve.said.value
     bench.ways.pin.click()  # unpinned: the figures are those of two
     rest(bench)
     assert bench.curve.old
-    bench.curve.measure.click()
-    for _ in range(3):
-        bench.worker.wait()
-    assert bench.curve.curves.a is None and not bench.curve.old and not traces["output error of A"].y
+    measure(bench)
+    assert len(bench.curve.curves) == 1 and not bench.curve.old and not traces["output error of A"].y
     assert "faint" not in bench.curve.said.value
 
 
@@ -207,11 +212,9 @@ def test_a_pinned_setting_is_another_curve_and_its_own_alpha_is_none(made):
     bench.ways.pin.click()
     bench.state.shortlist = 32
     rest(bench)
-    bench.curve.measure.click()
-    for _ in range(3):
-        bench.worker.wait()
-    a, b = bench.curve.curves.a, bench.curve.curves.b
-    assert (a.settings.shortlist, b.settings.shortlist) == (128, 32) and a.rows[-1][2] > b.rows[-1][2]
+    measure(bench)
+    b, a = bench.curve.curves
+    assert (a.of.settings.shortlist, b.of.settings.shortlist) == (128, 32) and a.rows[-1][2] > b.rows[-1][2]
     assert not bench.curve.old
     bench.state.pinned = pin_of(bench.state.to_dict() | {"shortlist": 128, "flux_alpha": 0.25})
     assert not bench.curve.old  # alpha is the axis
@@ -222,11 +225,48 @@ def test_a_pinned_setting_is_another_curve_and_its_own_alpha_is_none(made):
     bench.state.flux_alpha = 1.0  # A and B lie on one curve, which is measured once
     assert "flux alpha 0.5 → 1" in bench.ways.pinned.value
     rest(bench)
-    bench.curve.measure.click()
-    for _ in range(3):
-        bench.worker.wait()
-    assert bench.curve.curves.a is None and not bench.curve.old
+    measure(bench)
+    assert len(bench.curve.curves) == 1 and not bench.curve.old
     now, pinned = bench.curve.widget.data[4:6]
     assert (now.x[0], pinned.x[0]) == (1.0, 0.5) and pinned.visible
     bench.ways.pin.click()
     assert not pinned.visible and not bench.curve.old
+
+
+def test_losses_go_on_when_the_model_of_a_is_back(made):
+    bench, _ = made
+    bench.ways.pin.click()
+    choose_a(bench, "someone/healed")
+    for probe in (bench.probe, bench.pinned_probe):
+        probe.seconds = 0.01
+    bench.curve.measure.click()
+    end = time.monotonic() + 30
+    while not bench.curve.curves or not bench.curve.curves[0].nll:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    for name in ("someone/other", "someone/healed"):
+        bench.ways.model_a.value = name
+        bench.worker.wait()
+    rest(bench)
+    while bench.curve.unfinished is not None:
+        assert time.monotonic() < end, "no loss is on its way"
+        bench.worker.wait()
+    assert [len(curve.nll) for curve in bench.curve.curves] == [len(ALPHAS)] * 2 and not bench.curve.old
+
+
+@pytest.mark.parametrize("name,shown", [("smollm2", True), ("someone/healed", True), ("someone/other", False)])
+def test_the_alpha_of_a_is_marked_where_a_is_shown(made, name, shown):
+    bench, _ = made
+    bench.ways.pin.click()
+    choose_a(bench, name)
+    measure(bench)
+    assert bench.curve.widget.data[5].visible == shown and (bench.drawn.other is not None) == shown
+
+
+def test_the_curves_name_both_selectors(made):
+    bench, _ = made
+    bench.ways.pin.click()
+    bench.state.selector = "quest"
+    rest(bench)
+    measure(bench)
+    assert "120 tokens, quest and ours, on this machine. B: At" in bench.curve.said.value

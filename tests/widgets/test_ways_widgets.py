@@ -177,7 +177,7 @@ def test_cost_against_quality_is_measured_and_clicked(bench):
     bench.curve.measure.click()
     bench.worker.wait()
     bench.worker.wait()
-    curve = bench.curve.curves.b
+    curve = bench.curve.curves[0]
     rows = curve.rows
     assert [row[0] for row in rows] == list(ALPHAS) and rows[0][3] == 0 and rows[-1][2] < rows[0][2]
     assert list(curve.nll) == list(ALPHAS) and curve.nll[0.5] == pytest.approx(0.15)
@@ -201,7 +201,7 @@ def test_losses_come_after_the_picture_and_are_marked_while_they_are_missing(ben
     bench.probe.seconds = 0.02
     bench.curve.measure.click()
     end = time.monotonic() + 20
-    while bench.curve.curves is None or not bench.curve.curves.b.nll:
+    while not bench.curve.curves or not bench.curve.curves[0].nll:
         assert time.monotonic() < end
         time.sleep(0.005)
     assert "being measured, " in bench.curve.said.value
@@ -209,7 +209,7 @@ def test_losses_come_after_the_picture_and_are_marked_while_they_are_missing(ben
     bench.state.shortlist = 64  # the losses that are missing would be those of other settings
     rest(bench)
     bench.worker.wait()
-    curve = bench.curve.curves.b
+    curve = bench.curve.curves[0]
     assert 0 < len(curve.nll) < len(ALPHAS) and bench.probe.calls["run_model"] <= runs + 1
     assert f"NLL: {len(curve.nll)} of 9 values are there." in bench.curve.said.value and bench.curve.old
     bench.state.shortlist = 128
@@ -218,7 +218,7 @@ def test_losses_come_after_the_picture_and_are_marked_while_they_are_missing(ben
     bench.worker.wait()
     assert len(curve.nll) == len(ALPHAS) and not bench.curve.old and "pp-fresh" in bench.status.value
     bench.curve.measure.click()
-    while not bench.curve.curves.b.nll or bench.curve.curves.b is curve:
+    while not bench.curve.curves[0].nll or bench.curve.curves[0] is curve:
         time.sleep(0.005)
     bench.cancel.click()
     assert "stopped; press the button" in bench.curve.said.value and not bench.curve.place.layout.display

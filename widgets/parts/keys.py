@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import anywidget
 
-# Lumino, which both are built on, looks for no shortcut where this attribute is set. A window sees a key first.
+# Lumino, which both are built on, looks for no shortcut where this attribute is set. The window's capturing listener
+# gets a key before Lumino's.
 WATCH = """
 const MARK = "data-lm-suppress-shortcuts";
 const keep = (event) => {

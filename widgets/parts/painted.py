@@ -30,14 +30,14 @@ export default { render({ model, el }) {
 } };
 """
 NOBODY = -1  # `painted` before a browser shows the panel
-PATIENCE, LONGEST = 2.0, 32.0  # seconds after which a browser that has not painted is taken for closed
+PATIENCE, LONGEST = 2.0, 32.0  # seconds until a browser that has not painted is taken for closed: at first, at most
 
 
 class Room(anywidget.AnyWidget):
     """Lies in the same box as the figure. `painted` becomes `asked` once that picture is on the screen.
 
-    A browser that needs longer than PATIENCE would fall ever further behind, and clicks would wait behind its pictures.
-    Therefore each picture that is sent before the last one is painted doubles the time until the next one may be sent.
+    A picture that is sent before the last one is painted doubles the wait for the next, up to LONGEST. Otherwise a slow
+    browser would get more pictures than it can paint, and clicks would have to wait for them.
     """
 
     _esm = WATCH

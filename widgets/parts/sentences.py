@@ -129,9 +129,3 @@ def text_sentence(view: LayerView, row: RowView, tokens: list[str]) -> str:
     return (
         f"{gone}; {token_name(tokens, row.token)} reads {keys}{noted} of the {row.token + 1:,} tokens so far{hidden}."
     )
-
-
-def last_word(tokens: list[str]) -> int:
-    """The row to show first: the last word of more than three letters, which has the whole text before it."""
-    words = (i for i in range(len(tokens) - 1, -1, -1) if len(tokens[i].strip()) > 3 and tokens[i].strip().isalpha())
-    return next(words, len(tokens) - 1)

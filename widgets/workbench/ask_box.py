@@ -33,16 +33,6 @@ class Answers:
         return (self.b.settings, self.pin) == (settings, pin)
 
 
-def ask_both(
-    probe: ShelfProbe, settings: Settings, pin: Pin | None, probe_a, known: Answers | None, stop: Callable
-) -> Answers:
-    """Asks what `known`, of the same question, does not hold. probe_a: what answers for `pin`; unused without one."""
-    b = known.b if known is not None and known.b.settings == settings else probe.ask(settings, stop=stop)
-    if pin is None:
-        return Answers(b)
-    return Answers(b, pin, known.a if known is not None and known.pin == pin else probe_a.ask(pin.settings, stop=stop))
-
-
 class AskBox(w.VBox):
     """Shown where the model can answer questions. "show the fact" calls `on_show(token)` with the fact's place."""
 
@@ -126,7 +116,7 @@ LOOKED = (
 
 
 OURS_ANSWERS = (
-    "This answer comes from our own selector, with nothing taken away. The bars of the next token show the effect of "
+    "Answers come from our own selector, with nothing taken away. The bars of the next token show the effect of "
     "the chosen selector and of what is taken away."
 )
 

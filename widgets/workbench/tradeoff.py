@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from math import log10
 from statistics import median
 
 import ipywidgets as w
-
-from proteus_playground.attention.selectors import Way
-from proteus_playground.attention.settings import Settings
 
 from ..parts.boxes import button, column, row
 from ..parts.painted import Room
@@ -32,20 +30,13 @@ NLL_COLOUR = "#009E73"
 
 @dataclass
 class Curve:
-    """What was measured, and of what: a layer, its settings but for alpha, and its way of choosing keys."""
+    """What was measured of one layer: time, reads and error at each alpha, and the loss of the whole model."""
 
     layer: int
-    settings: Settings
-    way: Way
+    of: Pin  # settings, way of choosing keys, and model; its alpha is 0, as every alpha is measured
     rows: list[tuple]  # from `measure`
     nll: dict[float, float] = field(default_factory=dict)  # alpha -> NLL of the whole model less that of dense, nats
     no_nll: str = ""  # why there is none, or no more; "" where it is there or on its way
-
-    def of(self, layer: int, settings: Settings, way: Way) -> bool:
-        """Whether these are the figures of that layer, those settings but for alpha, and that way."""
-        return (layer, replace(settings, flux_alpha=0.0), way) == (
-            self.layer, replace(self.settings, flux_alpha=0.0), self.way,
-        )  # fmt: skip
 
     @property
     def due(self) -> float | None:
@@ -53,95 +44,74 @@ class Curve:
         return None if self.no_nll else next((alpha for alpha in ALPHAS if alpha not in self.nll), None)
 
 
-@dataclass
-class Curves:
-    """The curve of B, and that of what was pinned as A if anything was."""
-
-    b: Curve
-    pin: Pin | None = None
-    a: Curve | None = None
-
-    @property
-    def both(self) -> list[Curve]:
-        return [self.b] if self.a is None else [self.b, self.a]
-
-    @property
-    def unfinished(self) -> Curve | None:
-        """The first curve with losses to come."""
-        return next((curve for curve in self.both if curve.due is not None), None)
-
-    def of(self, layer: int, settings: Settings, way: Way, pin: Pin | None) -> bool:
-        """As `Curve.of`, and whether A's is of `pin`, which comes from `other_curve`."""
-        if not self.b.of(layer, settings, way) or (pin is None) != (self.pin is None):
-            return False
-        return pin is None or (pin.model == self.pin.model and self.a.of(layer, pin.settings, pin.way))
+def lines(*shown: Pin | None) -> list[Pin]:
+    """What curves are of, each once: settings that differ in alpha only lie on one curve. None is left out."""
+    zero = [pin._replace(settings=replace(pin.settings, flux_alpha=0.0)) for pin in shown if pin is not None]
+    return list(dict.fromkeys(zero))
 
 
-def other_curve(state: PlayState, pin: Pin | None) -> Pin | None:
-    """What is pinned, where its curve is another than that of `state`; None where only alpha differs."""
-    same = pin is not None and (pin.model, pin.way, replace(pin.settings, flux_alpha=0.0)) == (
-        state.model, state.way(), replace(state.settings(), flux_alpha=0.0),
-    )  # fmt: skip
-    return None if same else pin
+def names(count: int) -> list[str]:
+    """What stands before the words on each of `count` curves."""
+    return ["B: ", "A: "] if count == 2 else [""]
 
 
-def measure_both(probe, wanted, a: tuple | None, stop: Callable, progress: Callable) -> Curves:
-    """What `probe` costs and loses as `wanted` asks, and for `a`, (probe, pin), likewise in the same layer."""
-    if a is None:
-        return Curves(measure(probe, wanted.layer, wanted.settings, wanted.way, stop, progress))
-    b = measure(probe, wanted.layer, wanted.settings, wanted.way, stop,
-                lambda share, what: progress(share / 2, f"B: {what}"))  # fmt: skip
-    other, pin = a
-    found = measure(other, wanted.layer, pin.settings, pin.way, stop,
-                    lambda share, what: progress((1 + share) / 2, f"A: {what}"))  # fmt: skip
-    return Curves(b, pin, found)
+def measure_all(layer: int, asked: list[tuple], stop: Callable, progress: Callable) -> list[Curve]:
+    """The curve of each (probe, what it is of) in `asked`, without losses: B's first, then A's if there is one."""
+    found = []
+    for (probe, of), name in zip(asked, names(len(asked)), strict=True):
+
+        def tell(share: float, what: str, name: str = name, done: int = len(found)) -> None:
+            progress((done + share) / len(asked), name + what)
+
+        found.append(measure(probe, layer, of, stop, tell))
+    return found
 
 
-def measure(probe, layer: int, settings: Settings, way: Way, stop: Callable, progress: Callable) -> Curve:
+def measure(probe, layer: int, of: Pin, stop: Callable, progress: Callable) -> Curve:
     """(alpha, time, reads, error) of each alpha: time and reads as shares of dense attention's; time None by masks.
 
     The loss of the whole model is left to the caller, who asks `Curve.due`.
     """
+    way = of.way
     rows, dense_reads = [], (len(probe.tokens) + 1) / 2
     for done, alpha in enumerate(ALPHAS):
         progress(done / len(ALPHAS), f"measuring at flux α {alpha:g}")
-        now = replace(settings, flux_alpha=alpha)
+        now = replace(of.settings, flux_alpha=alpha)
         views = [probe.view(layer, now, way=way, stop=stop) for _ in range(RUNS if way.plain else 1)]
         view = views[-1]
         time = median(one.latency_ms for one in views) / view.dense_ms if way.plain else None
         rows.append((alpha, time, mean_reads(view) / dense_reads, view.error))
     why = "the whole model runs with our own selector only" if not way.plain else ""
-    return Curve(layer, settings, way, rows, no_nll="random weights predict nothing" if probe.random else why)
+    return Curve(layer, of, rows, no_nll="random weights predict nothing" if probe.random else why)
 
 
 class Tradeoff(w.VBox):
     """Empty until its button is pressed; a click on a point sets alpha. `on_measure()` asks for the numbers."""
 
     def __init__(self, state: PlayState, on_measure: Callable[[], object]):
-        self.state, self.curves, self.what = state, None, ""
+        self.state, self.what = state, ""
+        self.curves: list[Curve] = []  # of B, and of A where it is another
         self.measure = button("Cost against quality over α", "Runs this layer, then the whole model, at nine positions "
                               "of flux α, and draws time, keys read, output error and loss",
                               on_measure, icon="line-chart")  # fmt: skip
         self.said, self.widget = w.HTML(), None
         self.place = row("pp-curve")
         super().__init__([row("pp-ways-row", self.measure, self.said), self.place])
-        state.observe(lambda _: self.follow(), ["flux_alpha", "pinned"])
 
-    def draw(self, curves: Curves, what: str) -> None:
+    def draw(self, curves: list[Curve], what: str) -> None:
         """Shows curves, whole or with losses still to come; what: the layer and text that they belong to."""
         self.curves, self.what = curves, what
         if self.widget is None:
             self._make()
         self.place.layout.display = ""
         with self.widget.batch_update():
-            for curve, traces in zip((curves.b, curves.a), self._lines(), strict=True):
+            for traces, curve in zip_longest(self._lines(), curves):
                 _fill(traces, curve)
-            slowest = max([1.0, *(one[1] for curve in curves.both for one in curve.rows if one[1] is not None)])
+            slowest = max([1.0, *(one[1] for curve in curves for one in curve.rows if one[1] is not None)])
             self.widget.layout.yaxis.range = [-2.2, max(1.3, log10(slowest) + 0.2)]
-            losses = [loss for curve in curves.both for loss in curve.nll.values()]
+            losses = [loss for curve in curves for loss in curve.nll.values()]
             low, high = min([0.0, *losses]), max([0.1, *losses])
             self.widget.layout.yaxis2.range = [low - 0.08 * (high - low), high + 0.15 * (high - low)]
-            self.follow()
         self._say()
 
     def _lines(self) -> tuple:
@@ -152,44 +122,46 @@ class Tradeoff(w.VBox):
     def old(self) -> bool:
         return OLD in self.place._dom_classes
 
-    def mark(self, old: bool) -> None:
-        """Greys the figures, and says so, where they are those of another layer, other settings or another way."""
-        if self.curves is None or old == self.old:
+    def are_of(self, layer: int, shown: list[Pin]) -> bool:
+        """Whether the curves are those of `shown`, from `lines`, in that layer."""
+        return bool(self.curves) and [(one.layer, one.of) for one in self.curves] == [(layer, of) for of in shown]
+
+    @property
+    def unfinished(self) -> Curve | None:
+        """The first curve with losses to come."""
+        return next((curve for curve in self.curves if curve.due is not None), None)
+
+    def mark(self, old: bool, alpha_a: float | None) -> None:
+        """Moves the marks to the present alpha and to that of A, None where A is not shown.
+
+        Greys the figures, and says so, where they are those of another layer, other settings or another way.
+        """
+        if not self.curves:
             return
-        (self.place.add_class if old else self.place.remove_class)(OLD)
-        self._say()
+        with self.widget.batch_update():
+            for trace, alpha in zip(self.widget.data[4:6], (self.state.flux_alpha, alpha_a), strict=True):
+                trace.update(x=[alpha or 0.0] * 2, y=[0, 10], visible=alpha is not None)
+        if old != self.old:
+            (self.place.add_class if old else self.place.remove_class)(OLD)
+            self._say()
 
     def halt(self) -> None:
         """Says that no more losses come."""
-        if self.curves is not None and self.curves.unfinished is not None:
-            for curve in self.curves.both:
+        if self.unfinished is not None:
+            for curve in self.curves:
                 if curve.due is not None:
                     curve.no_nll = "stopped; press the button to measure again"
             self._say()
 
     def _say(self) -> None:
-        old, curves = self.old, self.curves
-        earlier = "These are the figures of earlier settings: press the button to measure again. " if old else ""
-        if curves.a is None:
-            said = curve_sentence(curves.b, old)
-        else:
-            said = f"B: {curve_sentence(curves.b, old)} A, the faint lines: {curve_sentence(curves.a, old)}"
-        said = f"{earlier}{self.what}. {said} Click a point to go there."
+        earlier = "These are the figures of earlier settings: press the button to measure again. " if self.old else ""
+        said = " A, the faint lines: ".join(curve_sentence(curve, self.old) for curve in self.curves)
+        said = f"{earlier}{self.what}. {names(len(self.curves))[0]}{said} Click a point to go there."
         self.said.value = f'<span class="pp-note" role="note">{said}</span>'
-
-    def follow(self) -> None:
-        """Moves the marks to the present alpha and to that of A."""
-        if self.widget is None:
-            return
-        pin = self.state.pin()
-        with self.widget.batch_update():
-            self.widget.data[4].update(x=[self.state.flux_alpha] * 2, y=[0, 10])
-            self.widget.data[5].update(x=[0 if pin is None else pin.settings.flux_alpha] * 2, y=[0, 10])
-            self.widget.data[5].visible = pin is not None
 
     def clear(self) -> None:
         """For another model or text, whose numbers are others."""
-        self.curves, self.said.value, self.place.layout.display = None, "", "none"
+        self.curves, self.said.value, self.place.layout.display = [], "", "none"
         if self.widget is not None:
             with self.widget.batch_update():
                 for trace in self.widget.data:

@@ -6,9 +6,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from proteus_playground.attention.selectors import Way
+from proteus_playground.attention.settings import Settings
+from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
+
 from ..parts.state import Pin, PlayState
 from .board import Board
+from .tradeoff import lines
 
+KEPT = 8  # predictions that are kept, and answers
 SOURCE = ("model", "text", "pasted", "length", "shelf", "question")
 
 
@@ -64,6 +70,7 @@ class TwoModels(Board):
         self._a_source: dict | None = None  # what the probe of A is made of, where A is another model
         self._a_made: tuple | None = None  # (a probe, why it is random), once it is open
         self._expected: dict[tuple, np.ndarray] = {}  # (probe, token, settings, way) -> log-probabilities that follow
+        self._replies: dict[tuple, Reply] = {}  # (probe, settings) -> the answer to the question
         self._missing = ""  # the model that Pull fetches
         state.observe(lambda _: self._load_pinned(), ["pinned", *SOURCE])
 
@@ -75,6 +82,14 @@ class TwoModels(Board):
     def _probe_of(self, pin: Pin):
         return self.probe if pin.model == self.state.model else self.pinned_probe
 
+    def _answering(self, pin: Pin | None) -> Pin | None:
+        """What is pinned, if its model can answer the question."""
+        return pin if pin is not None and isinstance(self._probe_of(pin), ShelfProbe) else None
+
+    def _lines(self) -> list[Pin]:
+        """What the curves of B and A are of, as the controls ask for them."""
+        return lines(Pin(self.state.settings(), self.state.way(), self.state.model), self._pin())
+
     def _load_pinned(self) -> None:
         """Opens the model of A where it differs from that of B; until it is there, B is shown alone."""
         state, pin = self.state, self.state.pin()
@@ -82,7 +97,7 @@ class TwoModels(Board):
         if source == self._a_source:
             return
         self._a_source, self._a_made = source, None
-        self._expected.clear()
+        self._forget()
         self.worker.cancel("pinned")
         self._judge_pinned()
         if source is not None:
@@ -95,7 +110,7 @@ class TwoModels(Board):
         if self.probe is None:
             return
         self.say("fresh" if self.wanted() == self._shown() else "stale")
-        self._ask()
+        self._settings_changed()
 
     def _pinned_failed(self, number: int, err: BaseException) -> None:
         self._failed(number, err)
@@ -128,3 +143,26 @@ class TwoModels(Board):
         self._a_source = None
         self._load_pinned()
         self._load()
+
+    # What the probes have said
+
+    def _expect(self, probe, token: int, settings: Settings | None, way: Way, stop) -> np.ndarray:
+        at = (id(probe), token, settings, way)
+        return _once(self._expected, at, lambda: probe.next_logprobs(token, settings, way, stop=stop))
+
+    def _reply(self, probe: ShelfProbe, settings: Settings, stop) -> Reply:
+        return _once(self._replies, (id(probe), settings), lambda: probe.ask(settings, stop=stop))
+
+    def _forget(self) -> None:
+        """Lets go of what probes have said: another probe may get the number of one that is gone."""
+        self._expected.clear()
+        self._replies.clear()
+
+
+def _once(kept: dict, at: tuple, make: Callable):
+    """What is kept of `at`, else what `make()` gives; of more than KEPT the one that was longest not asked for goes."""
+    found = kept.pop(at, None)
+    kept[at] = found = make() if found is None else found
+    if len(kept) > KEPT:
+        kept.pop(next(iter(kept)))
+    return found

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from proteus_playground.attention.selectors import Way, Without
 from proteus_playground.attention.settings import Settings
 from proteus_playground.common.progress import Stopped
@@ -18,23 +16,21 @@ from proteus_playground.playground.next_token import compare
 from proteus_playground.playground.shelf_probe import ShelfProbe
 from proteus_playground.playground.views import LayerView, ModelView
 
-from ..parts.sentences import last_word
 from ..parts.state import SETTINGS, Pin, PlayState
 from ..parts.text_panel import TextPanel
 from ..parts.worker import LANES
 from . import readout
-from .ask_box import Answers, ask_both
+from .ask_box import Answers
 from .board import Frame, Wanted
 from .figure import Pictures
 from .keep import keep
 from .next_bars import NONE, bars_html, no_bars_html
-from .tradeoff import ALPHAS, Curves, measure_both, other_curve
+from .tradeoff import ALPHAS, Curve, measure_all, names
 from .two_models import SOURCE, Probes, TwoModels, source_of
 
 PAINT_SECONDS = 0.25  # after which the next picture is sent even if the browser has not painted the last one
 REST_SECONDS = 0.8  # without a move, after which the layer is timed again
 NEXT_SECONDS = 0.2  # likewise, after which the next token is asked for
-KEPT = 8  # predictions that are kept
 REPEATS = 4  # extra runs, so that the latency shown is a median
 WAYS = ("selector", "without", "pinned")
 
@@ -170,7 +166,6 @@ class Workbench(TwoModels):
                 self.say("fresh")
         self._ask_next(frame)
         self._ask_model(now)
-        self._mark_curve()
         if "view" in changed:
             self._time_again(frame)
 
@@ -202,30 +197,23 @@ class Workbench(TwoModels):
 
         self.worker.submit("next", compute, show, self._no_next)
 
-    def _expect(self, probe, token: int, settings: Settings | None, way: Way, stop) -> np.ndarray:
-        at = (id(probe), token, settings, way)
-        if at not in self._expected:
-            if len(self._expected) >= KEPT:
-                self._expected.pop(next(iter(self._expected)))
-            self._expected[at] = probe.next_logprobs(token, settings, way, stop=stop)
-        return self._expected[at]
-
     def _no_next(self, _: int, err: BaseException) -> None:
         if not isinstance(err, Stopped):
             self.next.value = no_bars_html(str(err))
 
     def _ask_model(self, wanted: Wanted) -> None:
         """Asks the question again at the settings of the picture that has just been drawn, and at those of A."""
-        probe, known, pin = self.probe, self.answers, self._answering(wanted.pin)
-        asked = isinstance(probe, ShelfProbe) and probe.question
-        if asked and (known is None or not known.of(wanted.settings, pin)):
+        probe, settings, pin = self.probe, wanted.settings, self._answering(wanted.pin)
+        if not (isinstance(probe, ShelfProbe) and probe.question):
+            return
+        if self.answers is None or not self.answers.of(settings, pin):
             a = None if pin is None else self._probe_of(pin)
-            self.worker.submit("ask", lambda stop, _: ask_both(probe, wanted.settings, pin, a, known, stop),
-                               self._answered, self._failed)  # fmt: skip
 
-    def _answering(self, pin: Pin | None) -> Pin | None:
-        """What is pinned, if its model can answer the question."""
-        return pin if pin is not None and isinstance(self._probe_of(pin), ShelfProbe) else None
+            def ask(stop, _) -> Answers:
+                b = self._reply(probe, settings, stop)
+                return Answers(b, pin, None if pin is None else self._reply(a, pin.settings, stop))
+
+            self.worker.submit("ask", ask, self._answered, self._failed)
 
     def _answered(self, _: int, answers: Answers) -> None:
         self.answers = answers
@@ -258,7 +246,7 @@ class Workbench(TwoModels):
         place = self._place(probe)
         self.probe, self.drawn, self.model_view, self._view, self.answers = probe, None, None, None, None
         self._fitted.clear()
-        self._expected.clear()
+        self._forget()
         self.model_a = self._other = None
         self.kl = readout.Far(None, "dense") if isinstance(probe, ShelfProbe) else None
         self.curve.clear()
@@ -286,7 +274,7 @@ class Workbench(TwoModels):
         if asked and (self.probe is not None or state.token == 0):
             layer, head = probe.start or (layer, head)
             return {"layer": layer, "head": head, "token": end - 1}
-        token = state.token if 0 < state.token < end else end - 1 if asked else last_word(probe.tokens)
+        token = state.token if 0 < state.token < end else end - 1 if asked else _last_word(probe.tokens)
         return {"layer": layer, "head": head, "token": token}
 
     def _run_whole_model(self) -> None:
@@ -347,36 +335,33 @@ class Workbench(TwoModels):
             return
         self.say("busy", 0.0, "cost against quality")
         self._stop_timing()
-        name = f"Layer {wanted.layer}, {len(probe.tokens):,} tokens, {wanted.way.selector}, on this machine"
-        pin = other_curve(self.state, wanted.pin)
-        a = pin and (self._probe_of(pin), pin)
+        asked = [(self._probe_of(of), of) for of in self._lines()]
+        selectors = " and ".join(dict.fromkeys(of.way.selector for _, of in asked))
+        name = f"Layer {wanted.layer}, {len(probe.tokens):,} tokens, {selectors}, on this machine"
 
-        def show(_: int, curves: Curves) -> None:
+        def show(_: int, curves: list[Curve]) -> None:
             self.curve.draw(curves, name)
             self._mark_curve()
             self.say("fresh" if self.wanted() == self._shown() else "stale")
             self._measure_loss()
 
-        self.worker.submit("curve", lambda *told: measure_both(probe, wanted, a, *told), show, self._failed,
+        self.worker.submit("curve", lambda *told: measure_all(wanted.layer, asked, *told), show, self._failed,
                            self._progress)  # fmt: skip
 
     def _mark_curve(self) -> bool:
         """Marks the curves as old or not; returns whether they are of what is on show."""
-        curves, wanted = self.curve.curves, self.wanted()
-        pin = other_curve(self.state, wanted.pin)
-        ours = curves is not None and curves.of(wanted.layer, wanted.settings, wanted.way, pin)
-        self.curve.mark(not ours)
+        pin, ours = self._pin(), self.curve.are_of(self.wanted().layer, self._lines())
+        self.curve.mark(not ours, None if pin is None else pin.settings.flux_alpha)
         return ours
 
     def _measure_loss(self) -> None:
         """Runs the whole model at the next alpha of the curves that has no loss yet, after everything else."""
-        curves = self.curve.curves if self._mark_curve() else None
-        curve = None if curves is None else curves.unfinished
-        if curve is None:
+        curves, curve = self.curve.curves, self.curve.unfinished
+        if not self._mark_curve() or curve is None:
             return
-        probe = self.probe if curve is curves.b else self._probe_of(curves.pin)
-        alpha = curve.due
-        settings, what = replace(curve.settings, flux_alpha=alpha), f"whole model at flux α {alpha:g}"
+        probe, alpha = self._probe_of(curve.of), curve.due
+        name = names(len(curves))[curves.index(curve)]
+        settings, what = replace(curve.of.settings, flux_alpha=alpha), f"{name}whole model at flux α {alpha:g}"
 
         def run(stop, progress) -> ModelView:
             progress(len(curve.nll) / len(ALPHAS), what)
@@ -446,3 +431,9 @@ def _again(old: LayerView | None, probe, layer: int, settings: Settings, way: Wa
     if old is not None and (old.layer, old.settings, old.way) == (layer, settings, way):
         return old
     return probe.view(layer, settings, way=way, stop=stop)
+
+
+def _last_word(tokens: list[str]) -> int:
+    """The row to show first: the last word of more than three letters, which has the whole text before it."""
+    words = (i for i in range(len(tokens) - 1, -1, -1) if len(tokens[i].strip()) > 3 and tokens[i].strip().isalpha())
+    return next(words, len(tokens) - 1)
