@@ -34,8 +34,11 @@ class DuelSettings:
     groups: int = 2  # KV groups
     heads_awake: int = 2  # at most, per token and group, at alpha 1
     gates: int = 4  # per group
+    probes: int = 2  # gates that a query opens, at most
+    nearest_gates: bool = False  # see `AttentionConfig`
     shortlist: int | None = None  # L, reads per query at alpha 1; None: length / 16
     dna_fraction: float = 0.25  # of L
+    match: float = 0.0  # weight of the distance to dense attention in Proteus's loss, see `losses.dense_match`
     lr: float = 3e-3
     scored: int = 5  # how many times the held-out text is read
     held_out: int = 24  # windows of `length` tokens in the held-out text
@@ -54,8 +57,8 @@ class DuelSettings:
     def model(self, arm: str, vocab_size: int) -> ModelConfig:
         attention = AttentionConfig(
             d_model=self.width, n_heads=self.heads, n_kv_heads=self.groups, shortlist=self.shortlist, n_anchors=1,
-            gates_per_group=self.gates, heads_awake_max=self.heads_awake, probes=min(2, self.gates), flux_alpha=1.0,
-            dna_fraction=self.dna_fraction,
+            gates_per_group=self.gates, heads_awake_max=self.heads_awake, probes=min(self.probes, self.gates),
+            nearest_gates=self.nearest_gates, flux_alpha=1.0, dna_fraction=self.dna_fraction,
         )  # fmt: skip
         if arm == "dense":
             attention = replace(attention, flux_alpha=0.0, route_heads=False)
@@ -68,15 +71,17 @@ class DuelSettings:
             rest = replace(rest, alpha=(0.0, 1.0), top_share=0.5)
         stages = (Stage((self.length,), self.tokens, first, 0.0), rest)
         warmup = min(50, max(1, self.steps // 10))
-        return Recipe(stages, self.lr, warmup, cooldown=0.3, seed=self.seed, learn_gates=arm == "proteus")
+        ours = {"learn_gates": True, "match": self.match} if arm == "proteus" else {"learn_gates": False}
+        return Recipe(stages, self.lr, warmup, cooldown=0.3, seed=self.seed, **ours)
 
 
 PRESETS = {
     "small": DuelSettings(),
     "t4": DuelSettings(length=1024, tokens=16_384, steps=1_000, minutes=4.5, width=256, layers=6, heads=8, groups=2,
                    gates=16, heads_awake=2, lr=2e-3),
-    "full": DuelSettings(length=4096, tokens=32_768, steps=800, minutes=None, width=384, layers=8, heads=12, groups=4,
-                     gates=32, heads_awake=3, lr=1e-3, scored=4, held_out=48),
+    "full": DuelSettings(length=4096, tokens=32_768, steps=1_600, minutes=None, width=384, layers=8, heads=12, groups=4,
+                     gates=256, probes=16, nearest_gates=True, dna_fraction=0.5, heads_awake=3, match=1.0, lr=1e-3,
+                     scored=4, held_out=48),
 }  # fmt: skip
 
 

@@ -44,6 +44,7 @@ def evidence_command(
     cases: Annotated[int | None, typer.Option(help="Least number of answers per cell and seed.")] = None,
     models: Annotated[Path | None, typer.Option(help=MODELS, callback=output_folder)] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    processes: Annotated[int, typer.Option(help="Processes that share the work, in turn on each GPU.", min=1)] = 1,
     out: Annotated[Path, typer.Option(help="JSON file; a stopped run goes on.", callback=output_file)] = Path(
         "evidence.json"
     ),
@@ -68,7 +69,7 @@ def evidence_command(
         }  # fmt: skip
         settings = replace(SETTINGS[preset], **{name: value for name, value in given.items() if value is not None})
         where = str(pick_device(choose("--device", device, ("cpu", "cuda"))))
-        _run(size, settings, out, models or _models_folder(size), where)
+        _run(size, settings, out, models or _models_folder(size), where, processes)
 
 
 def _scale(preset: str, fields: str) -> Scale:
@@ -96,15 +97,15 @@ def _models_folder(scale: Scale) -> Path:
     return cache_dir() / "evidence" / name
 
 
-def _run(scale: Scale, settings: StudySettings, out: Path, models: Path, device: str) -> None:
+def _run(scale: Scale, settings: StudySettings, out: Path, models: Path, device: str, processes: int) -> None:
     """Run the study with a progress bar."""
     with tqdm(total=len(cells(scale, settings)), unit="cell", dynamic_ncols=True) as bar:
-        for event in study(scale, settings, out, models, device=device):
+        for event in study(scale, settings, out, models, device=device, processes=processes):
             if isinstance(event, CellResult):
                 cell = event.cell
                 bar.set_postfix_str(f"{cell.change or cell.arm}, {cell.task} {cell.length:,}: {event.accuracy:.3f}")
                 bar.update()
-            elif event.step.step % 10 == 0:
+            elif event.step.step % 10 == 0 or event.step.step == event.steps:
                 bar.set_postfix_str(f"{event.name} {event.step.step}/{event.steps}, loss {event.step.loss:.3f}")
 
 

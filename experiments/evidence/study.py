@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -28,12 +29,14 @@ from ...lm.recall.tasks import TASKS
 from .arms import ARMS, DENSE_ARMS, ArmOutput, calibrate, read, walk
 from .changes import AS_IT_IS, CHANGES, in_training, with_gates
 from .rings import attend_by_rings
+from .spread import spread
 from .subjects import Training, prepare
 
 OURS = "gates + notes + trained alpha"
 CALIBRATION = 1 << 14  # tokens of training text that k-means is fitted to
 UNTRAINED_BATCH = 10**9  # index of a batch that no training reaches
 TOKENS_PER_BATCH = 1 << 14
+_held: dict[tuple, ProteusLM] = {}  # the reader of this process's last cell, where several processes measure
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ class Cell:
     def subject(self) -> tuple[str, str]:
         """Kind of the model that answers, and the settings beside its scale that it was trained with."""
         return ALPHA if ARMS[self.arm].alpha else DENSE, CHANGES[self.change or AS_IT_IS].label
+
+    @property
+    def reader(self) -> tuple:
+        """What decides the model that answers, with its gates."""
+        return self.seed, *self.subject, self.change
 
 
 @dataclass(frozen=True)
@@ -128,12 +136,14 @@ def cells(scale: Scale, settings: StudySettings) -> list[Cell]:
 
 
 def study(
-    scale: Scale, settings: StudySettings, out: Path, models: Path, *, device: str = "cpu", stop: Stop | None = None
-) -> Iterator[CellResult | Training]:
+    scale: Scale, settings: StudySettings, out: Path, models: Path, *, device: str = "cpu", processes: int = 1,
+    stop: Stop | None = None,
+) -> Iterator[CellResult | Training]:  # fmt: skip
     """Measure the cells that `out` lacks. Yields every result, known ones first, and `Training` while models train.
 
     out: JSON file of all results so far. models: folder of the models, as `prepare` keeps them; a missing model is
-    trained. Raises `ValueError` where `out` was measured at another scale, `Stopped`, `OSError`.
+    trained. processes: how many share the work, in turn on each GPU; with more than one, the last `Training` of each
+    model is yielded. Raises `ValueError` where `out` was measured at another scale, `Stopped`, `OSError`.
     """
     check_place(out, "out")
     check_folder(models, "models")
@@ -141,20 +151,52 @@ def study(
     wanted = cells(scale, settings)
     done = {cell for cell in wanted if cell in known and known[cell].cases >= settings.cases}
     yield from (known[cell] for cell in wanted if cell in done)
+    missing = [cell for cell in wanted if cell not in done]
+    work = (scale, models, settings.cases, missing, device)
+    for event in _alone(*work, stop) if processes == 1 else _shared(*work, processes, stop):
+        if isinstance(event, CellResult):
+            known[event.cell] = event
+            save(out, scale, list(known.values()), device)
+        yield event
+
+
+def _alone(
+    scale: Scale, models: Path, cases: int, missing: list[Cell], device: str, stop: Stop | None
+) -> Iterator[CellResult | Training]:
     held, model = None, None
-    for cell in (cell for cell in wanted if cell not in done):
+    for cell in missing:
         check_stop(stop)
-        if held != (cell.seed, *cell.subject, cell.change):
-            held, model = (cell.seed, *cell.subject, cell.change), None
+        if held != cell.reader:
             for event in _subject(scale, cell, models, device, stop):
                 if isinstance(event, Training):
                     yield event
                 else:
-                    model = event
-        row = measure_cell(model, cell, maker(scale, cell.task, cell.things, cell.seed), settings.cases)
-        known[cell] = row
-        save(out, scale, list(known.values()), device)
-        yield row
+                    held, model = cell.reader, event
+        yield measure_cell(model, cell, maker(scale, cell.task, cell.things, cell.seed), cases)
+
+
+def _shared(
+    scale: Scale, models: Path, cases: int, missing: list[Cell], device: str, processes: int, stop: Stop | None
+) -> Iterator[CellResult | Training]:
+    """First every model is trained, by one process each, then every cell is measured."""
+    first = {(cell.seed, *cell.subject): cell for cell in missing}
+    for last in spread(partial(_train, scale, models), first.values(), device, processes, stop):
+        if last is not None:
+            yield last
+    yield from spread(partial(_measure, scale, models, cases), missing, device, processes, stop)
+
+
+def _train(scale: Scale, models: Path, cell: Cell, device: str) -> Training | None:
+    """Train a cell's model if it is missing; the last step, None if nothing was trained."""
+    steps = [event for event in _subject(scale, cell, models, device, None) if isinstance(event, Training)]
+    return steps[-1] if steps else None
+
+
+def _measure(scale: Scale, models: Path, cases: int, cell: Cell, device: str) -> CellResult:
+    if cell.reader not in _held:
+        _held.clear()
+        *_, _held[cell.reader] = _subject(scale, cell, models, device, None)
+    return measure_cell(_held[cell.reader], cell, maker(scale, cell.task, cell.things, cell.seed), cases)
 
 
 def maker(scale: Scale, task: str, things: int, seed: int) -> Task:

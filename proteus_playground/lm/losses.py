@@ -1,6 +1,6 @@
-"""Auxiliary training losses: router z-loss, gate-opening loss, and Top-A alignment loss.
+"""Auxiliary training losses: router z-loss, gate-opening loss, Top-A alignment loss, and match with dense attention.
 
-All of them are computed from `AttentionTrace`. There is no load-balancing loss, because the router's balance bias
+The first three are computed from `AttentionTrace`. There is no load-balancing loss, because the router's balance bias
 balances the load without a gradient.
 
 Axes: `B` batch, `T` tokens, `R` sampled rows, `D` model width, `G` KV groups, `K` slots for awake heads, `d` head dim,
@@ -9,7 +9,8 @@ Axes: `B` batch, `T` tokens, `R` sampled rows, `D` model width, `G` KV groups, `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,3 +110,43 @@ def alignment(trace: AttentionTrace, model: ProteusLM, targets: Tensor) -> Tenso
     rows = model.unembedding()[targets.clamp(min=0)].float()
     gap = 1 - cosine_similarity(model.blocks[-1].attn.consensus(trace), rows, dim=-1)
     return (gap * scored).sum() / scored.sum().clamp(min=1)
+
+
+@contextmanager
+def attention_calls(model: ProteusLM) -> Iterator[list[tuple[ProteusAttention, Tensor, Tensor]]]:
+    """The attention layers that run in this block, in order: the layer, its input and its output, `(B, T, D)` each."""
+    calls = []
+
+    def keep(attn: ProteusAttention, inputs: tuple, output) -> None:
+        calls.append((attn, inputs[0], output if isinstance(output, Tensor) else output[0]))
+
+    with ExitStack() as stack:
+        for block in model.blocks:
+            stack.callback(block.attn.register_forward_hook(keep).remove)
+        yield calls
+
+
+def dense_match(calls: Sequence[tuple[ProteusAttention, Tensor, Tensor]]) -> Tensor:
+    """Squared distance of each layer's output to dense attention over the same input, over the square of the latter.
+
+    Mean over layers, a scalar >= 0. Both outputs receive a gradient, so sparse and dense attention move towards each
+    other, as in SSA (2025, https://arxiv.org/abs/2511.20102). calls: see `attention_calls`.
+    """
+    if not calls:
+        raise ValueError("calls=[]: must hold at least one layer's call")
+    return torch.stack([_distance(y, _densely(attn, h)) for attn, h, y in calls]).mean()
+
+
+def _distance(y: Tensor, dense: Tensor) -> Tensor:
+    y, dense = y.float(), dense.float()
+    return (y - dense).square().sum() / dense.detach().square().sum().clamp(min=1e-12)
+
+
+def _densely(attn: ProteusAttention, h: Tensor) -> Tensor:
+    """The layer at alpha 0. In evaluation mode, so that its prototypes do not see these keys a second time."""
+    was_training = attn.training
+    try:
+        with attn.eval().settings(flux_alpha=0.0):
+            return attn(h)
+    finally:
+        attn.train(was_training)

@@ -5,10 +5,10 @@ A cell that still holds `...` raises `NotYet`, which a notebook shows as one sen
 
 from __future__ import annotations
 
+from ..common.checks import whole_number
 from .exercises import EXERCISES, Exercise
 
 _GUESSES: dict[str, float] = {}
-_HINTS_GIVEN: dict[str, int] = {}
 
 
 class NotYet(Exception):
@@ -56,7 +56,7 @@ def check(name: str, answer) -> None:
     """Says that `answer` solves the exercise `name`, or raises `NotYet` with what is wrong."""
     exercise = _exercise(name)
     if answer is ...:
-        raise NotYet(f"{exercise.task}\nReplace the ... by your answer. hint({name!r}) gives a first hint.")
+        raise NotYet(f"{exercise.task}\nReplace the ... by your answer. hint({name!r}, 1) gives a first hint.")
     try:
         wrong = exercise.wrong(answer)
     except NotImplementedError:
@@ -64,19 +64,19 @@ def check(name: str, answer) -> None:
     except Exception as err:  # the visitor's own function, or an answer of another kind
         wrong = f"it stopped with {type(err).__name__}: {err}"
     if wrong:
-        raise NotYet(f"Not yet: {wrong} hint({name!r}) gives a hint.")
+        raise NotYet(f"Not yet: {wrong} hint({name!r}, 1) gives a hint.")
     print(f"Right. {exercise.because}")
 
 
-def hint(name: str) -> None:
-    """Prints the next hint of an exercise; after the last one, its solution."""
-    exercise = _exercise(name)
-    given = _HINTS_GIVEN.get(name, 0)
-    _HINTS_GIVEN[name] = given + 1
-    if given < len(exercise.hints):
-        print(f"Hint {given + 1} of {len(exercise.hints)}: {exercise.hints[given]}")
-    else:
-        print(f"A solution:\n\n{exercise.solution}")
+def hint(name: str, number: int = 1) -> None:
+    """Prints a hint of an exercise, from 1 on; a number beyond the last hint prints a solution."""
+    hints, solution = _exercise(name).hints, _exercise(name).solution
+    whole_number("number", number, 1)
+    if number > len(hints):
+        print(f"A solution:\n\n{solution}")
+        return
+    after = "a solution" if number == len(hints) else "the next hint"
+    print(f"Hint {number} of {len(hints)}: {hints[number - 1]}\nhint({name!r}, {number + 1}) gives {after}.")
 
 
 def _exercise(name: str) -> Exercise:

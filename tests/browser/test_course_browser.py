@@ -73,7 +73,7 @@ def test_a_notebook_of_the_course(notebook, shots):
         page.locator(".pp-healing").screenshot(path=shots / "healing.png")
     exercise = {"01_the_wall": "wall", "05_needles": "needles", "06_your_own_model": "own"}.get(name, "selector")
     cell = page.locator(".jp-CodeCell").filter(has_text=f'check("{exercise}"').last
-    start = "from proteus_playground.playground.course import check\n"
+    start = "from proteus_playground.playground.course import check, hint\n"
     solution = EXERCISES[exercise].solution
     made = "answer" if exercise in ("wall", "own") else "mine"
     if exercise in WRONG:

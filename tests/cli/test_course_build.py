@@ -39,7 +39,10 @@ def test_one_source_makes_two_builds(tmp_path, capsys):
         (solution,) = (source(cell) for cell in extra if cell["cell_type"] == "code")
         asked = next(source(cell) for cell in cells["student"] if "exercise" in cell["metadata"].get("tags", ()))
         exercises |= {name for name in EXERCISES if f'check("{name}"' in asked and f'check("{name}"' in solution}
-        exec("from proteus_playground.playground.course import check\n" + solution, {})
+        hinted = asked.split("\n# hint(")[0] + "\nhint(" + asked.split("# hint(")[1].split("\n")[0]
+        exec(hinted, {})  # as when a participant takes away the first #
+        assert capsys.readouterr().out.startswith("Hint 1 of"), name
+        exec("from proteus_playground.playground.course import check, hint\n" + solution, {})
         assert "Right." in capsys.readouterr().out
     assert exercises == set(EXERCISES)
 

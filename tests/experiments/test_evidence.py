@@ -173,7 +173,7 @@ def test_our_arms_are_the_layer():
     assert all(block.attn.cfg == model.cfg.attention for block in model.blocks)
 
 
-@pytest.mark.parametrize("changes", [{}, {"notes": False}, {"probes": 3}, {"shortlist": 90}])
+@pytest.mark.parametrize("changes", [{}, {"notes": False}, {"probes": 3}, {"shortlist": 90}, {"nearest_gates": True}])
 def test_rings_by_masks_are_the_layer_and_salient_ones_read_as_much(changes):
     """An independent reading of the layer's rule; only which keys of a gate are in its ring differs."""
     attn, h = small_model().blocks[0].attn, torch.randn(2, 90, 32)

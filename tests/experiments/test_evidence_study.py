@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from time import monotonic, sleep
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from proteus_playground.experiments.evidence import report as reports
 from proteus_playground.experiments.evidence import study as studies
 from proteus_playground.experiments.evidence.arms import ARMS
 from proteus_playground.experiments.evidence.changes import CHANGES, in_training, with_gates
+from proteus_playground.experiments.evidence.spread import spread
 from proteus_playground.experiments.evidence.study import OURS, Cell, CellResult, StudySettings, cells, load, study
 from proteus_playground.experiments.evidence.subjects import Training
 from proteus_playground.experiments.intervals import over_seeds
@@ -84,6 +86,34 @@ def test_a_study_goes_on_and_gives_what_it_would_have_given(measured, tmp_path):
     ]
 
 
+def test_processes_measure_what_one_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "TOKENS_PER_BATCH", 1 << 14)  # as the other processes have it
+    asked = replace(ASKED, arms=("local", OURS), lengths=(64,), things=(4,), cases=10)
+    once = rows_of(study(SCALE, asked, tmp_path / "one.json", tmp_path / "models"))
+    models = shutil.copytree(tmp_path / "models", tmp_path / "others")
+    shutil.rmtree(models / "alpha-1")  # is trained again
+    many = list(study(SCALE, asked, tmp_path / "two.json", models, processes=2))
+    last, rows = many[0], rows_of(many)
+    assert isinstance(last, Training) and (last.name, last.step.step, len(many)) == ("alpha-1", last.steps, 5)
+    found = {row.cell: (row.right, row.cases, row.keys) for row in rows}
+    assert found == {row.cell: (row.right, row.cases, row.keys) for row in once}
+    assert {row.cell for row in load(tmp_path / "two.json", SCALE)} == {*found}
+
+
+def stuck(item: int, device: str) -> int:
+    sleep(600 if item else 0)
+    return item
+
+
+def test_processes_end_when_they_are_stopped():
+    began, done = monotonic(), []
+    with pytest.raises(Stopped):
+        done.extend(spread(stuck, range(3), "cpu", 2, stop=lambda: monotonic() - began > 5))
+    assert monotonic() - began < 60
+    with pytest.raises(TypeError):
+        list(spread(len, (1,), "cpu", 2))
+
+
 def test_a_file_of_another_scale_is_refused(measured, tmp_path):
     folder, _ = measured
     with pytest.raises(ValueError, match="another scale"):
@@ -124,7 +154,7 @@ def test_every_change_changes_what_it_says(measured, tmp_path):
     """Each is measured on a row of its own, and none but the routed ones trains a model that another one has."""
     folder, _ = measured
     asked = replace(ASKED, arms=(), changes=tuple(CHANGES), lengths=(64,), things=(4,), shares=(2,), seeds=1, cases=10)
-    events = list(study(replace(SCALE, heads=4, gates=8, opening=0.1), asked, tmp_path / "x.json", tmp_path))
+    events = list(study(replace(SCALE, heads=4, gates=8, nearest_gates=True), asked, tmp_path / "x.json", tmp_path))
     rows = {row.cell.change: row for row in rows_of(events)}
     assert list(rows) != [] and set(rows) == set(CHANGES)
     trained = {event.name for event in events if isinstance(event, Training)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from proteus_playground.playground import course
 from proteus_playground.playground.course import NotYet, check, compare, hint, predict
 from proteus_playground.playground.exercises import EXERCISES
 
@@ -43,8 +42,7 @@ def value(code: str):
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_a_check_says_what_is_wrong_and_when_it_is_right(name, capsys, monkeypatch):
-    monkeypatch.setattr(course, "_HINTS_GIVEN", {})
+def test_a_check_says_what_is_wrong_and_when_it_is_right(name, capsys):
     with pytest.raises(NotYet, match=r"Replace the \.\.\.") as empty:
         check(name, ...)
     assert empty.value._render_traceback_() == [str(empty.value)]  # one sentence and no traceback
@@ -54,12 +52,16 @@ def test_a_check_says_what_is_wrong_and_when_it_is_right(name, capsys, monkeypat
         assert said in str(wrong.value), wrong.value
     check(name, value(EXERCISES[name].solution))
     assert capsys.readouterr().out.startswith("Right. ")
-    for number in range(len(EXERCISES[name].hints)):
-        hint(name)
+    last = len(EXERCISES[name].hints)
+    for number in range(1, last + 1):
+        hint(name, number)
         shown = capsys.readouterr().out
-        assert shown.startswith(f"Hint {number + 1}") and EXERCISES[name].solution not in shown
-    hint(name)
+        assert shown.startswith(f"Hint {number} of {last}") and EXERCISES[name].solution not in shown
+        assert f"hint({name!r}, {number + 1}) gives {'a solution' if number == last else 'the next'}" in shown
+    hint(name, last + 1)
     assert EXERCISES[name].solution in capsys.readouterr().out
+    with pytest.raises(ValueError, match="number=0"):
+        hint(name, 0)
 
 
 def test_a_guess_is_kept_and_compared(capsys):

@@ -29,6 +29,8 @@ class Scale:
     gates: int = 64
     """C per KV group."""
     probes: int = 4
+    nearest_gates: bool = False
+    """Whether a query fills its reads with the rings of its best gates, and reads the notes of the next best."""
     dna_fraction: float = 0.75
     rope_theta: float | None = None
     """Base of the rotary positions. None leaves them out: what is learned at 256 tokens then also works at 4,096."""
@@ -83,7 +85,8 @@ class Scale:
         """changes: other fields of `AttentionConfig`."""
         shape = {
             "d_model": self.width, "n_heads": self.heads, "route_heads": False, "gates_per_group": self.gates,
-            "probes": self.probes, "dna_fraction": self.dna_fraction, "rope_theta": self.rope_theta, "flux_alpha": 1.0,
+            "probes": self.probes, "nearest_gates": self.nearest_gates, "dna_fraction": self.dna_fraction,
+            "rope_theta": self.rope_theta, "flux_alpha": 1.0,
             "shortlist": self.shortlist(max(length for length, _ in self.stages), self.share),
         }  # fmt: skip
         attention = AttentionConfig(**{**shape, **changes})
@@ -96,8 +99,8 @@ class Scale:
 RELATED = ("induction", "multi-key", "multi-query")  # tasks that a model trained on mqar and repetition can do
 SMALL = Scale()
 FULL = Scale(
-    gates=128, dna_fraction=0.875, opening=0.3, things=(4, 16, 64, 128), tokens=32768, lr=3e-3, top_share=0.5,
-    stages=((64, 400), (128, 400), (256, 600), (512, 600), (1024, 1000)),
+    gates=128, probes=16, nearest_gates=True, dna_fraction=0.875, things=(4, 16, 64, 128), tokens=32768, lr=3e-3,
+    top_share=0.5, stages=((64, 400), (128, 400), (256, 600), (512, 600), (1024, 1000)),
 )  # fmt: skip
 PRESETS = {"small": SMALL, "full": FULL}
 

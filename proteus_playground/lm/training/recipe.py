@@ -113,6 +113,9 @@ class Recipe:
     """Weight of the opening loss (`losses.opening`), which trains queries to open the gates they need, >= 0."""
     alignment: float = 0.0
     """Weight of the alignment loss for Top-A (`losses.alignment`), >= 0."""
+    match: float = 0.0
+    """Weight of the distance between each layer's output and dense attention (`losses.dense_match`), >= 0. It counts
+    in steps whose alpha is above 0, and needs `checkpoint` to be False."""
     seed: int = 0
     """Seed of the draws of length and alpha, >= 0."""
     checkpoint: bool = False
@@ -127,9 +130,11 @@ class Recipe:
             raise TypeError(f"stages={self.stages!r}: must be one Stage or more")
         for name in ("lr", "clip", "gate_lr"):
             real_number(name, getattr(self, name), 0, above=True)
-        for name in ("weight_decay", "router_z", "opening", "alignment"):
+        for name in ("weight_decay", "router_z", "opening", "alignment", "match"):
             real_number(name, getattr(self, name), 0)
         real_number("cooldown", self.cooldown, 0, 1)
+        if self.match and self.checkpoint:
+            raise ValueError(f"match={self.match!r}: must be 0 with checkpoint=True, which keeps no layer's output")
         whole_number("warmup", self.warmup, 0)
         whole_number("seed", self.seed, 0)
         for beta in self.betas:

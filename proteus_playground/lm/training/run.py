@@ -8,6 +8,7 @@ Axes: `B` batch, `T` tokens, `V` vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from hashlib import sha256
@@ -230,10 +231,12 @@ class Run:
         recipe, options = self.recipe, {"checkpoint": True} if self.recipe.checkpoint else {}
         ids, targets = (x.to(self.device, non_blocking=True) for x in (batch.ids, batch.targets))
         routed = recipe.router_z > 0 and self.model.cfg.attention.route_heads
-        if recipe.alignment > 0 or recipe.opening > 0 or routed:
-            logits, traces = self.model(ids, return_trace=True, **options)
-        else:
-            logits, traces = self.model(ids, **options), ()
+        matched = recipe.match > 0 and self.model.blocks[0].attn.cfg.flux_alpha != 0
+        with losses.attention_calls(self.model) if matched else nullcontext() as calls:
+            if recipe.alignment > 0 or recipe.opening > 0 or routed:
+                logits, traces = self.model(ids, return_trace=True, **options)
+            else:
+                logits, traces = self.model(ids, **options), ()
         each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=losses.IGNORED, reduction="none")
         if batch.weights is not None:
             each = each * batch.weights.to(self.device, non_blocking=True).flatten()
@@ -244,6 +247,8 @@ class Run:
             extra = extra + recipe.opening * losses.opening(traces, self.model, first=self.position.step)
         if recipe.alignment:
             extra = extra + recipe.alignment * losses.alignment(traces[-1], self.model, targets)
+        if matched:
+            extra = extra + recipe.match * losses.dense_match(calls)
         return each.sum() * (self.ranks / max(scored, 1e-9)), extra
 
     # -- saving and resuming ----------------------------------------------------------------------------------
