@@ -68,8 +68,8 @@ def play(
     from proteus_playground.cli import play as player
 
     chosen = player.free_port(port)
-    folder = player.notebooks_folder(directory, say=typer.echo)
-    player.serve(folder, chosen, browser=browser, app=as_app, say=typer.echo)
+    notebook = player.app_notebook() if as_app else player.notebooks_folder(directory, say=typer.echo) / player.FIRST
+    player.serve(notebook, chosen, browser=browser, app=as_app, say=typer.echo)
 
 
 @app.command()

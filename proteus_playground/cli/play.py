@@ -12,8 +12,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..common.files import file_place, shipped_notebooks, whole, write_json
+from ..common.files import cache_dir, file_place, shipped_notebooks, whole, write_json
 
+APP = "proteus-workbench.ipynb"
 FIRST = "00_start_here.ipynb"
 HOST = "127.0.0.1"
 LEDGER = ".proteus-notebooks.json"  # sha256 of each notebook as it was copied; a different hash is the user's edit
@@ -51,6 +52,18 @@ def copy_notebooks(shipped: Path, directory: Path, say: Say = print) -> None:
     say(f"Your notebooks are in {directory.resolve()}.")
 
 
+def app_notebook() -> Path:
+    """A notebook of one cell that opens the workbench, written into the cache folder: what Voila shows."""
+    code = "from proteus_playground.widgets import playground\n\nplayground()"
+    cell = {"cell_type": "code", "id": "workbench", "metadata": {}, "outputs": [], "execution_count": None}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book = {"cells": [cell | {"source": code}], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    path = cache_dir() / APP
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, book)
+    return path
+
+
 def _read_ledger(path: Path) -> dict[str, str]:
     """The hashes of the copies that we made. A damaged file counts as empty: then every notebook that differs stays."""
     try:
@@ -72,28 +85,29 @@ def free_port(port: str | None = None) -> int:
     return next(p for p in [*range(8888, 8908), _any_port()] if _is_free(p))
 
 
-def server_command(folder: Path, port: int, browser: bool, app: bool) -> list[str]:
+def server_command(notebook: Path, port: int, browser: bool, app: bool) -> list[str]:
     """The command line of the server: reachable from this machine only, with a token, on exactly `port`."""
+    folder = notebook.parent
     if app:
-        line = [sys.executable, "-m", "voila", str(folder / FIRST), f"--port={port}", f"--Voila.ip={HOST}"]
+        line = [sys.executable, "-m", "voila", str(notebook), f"--port={port}", f"--Voila.ip={HOST}"]
         # Voila uses a token only on request.
         line += ["--strip_sources=True", "--token"]
     else:
         line = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={HOST}", f"--ServerApp.port={port}"]
         line += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
-        line += [f"--LabApp.default_url=/lab/tree/{FIRST}"]
+        line += [f"--LabApp.default_url=/doc/tree/{notebook.name}"]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             line += ["--allow-root"]  # as in containers; Jupyter refuses to run as root otherwise
     return line if browser else [*line, "--no-browser"]
 
 
-def serve(folder: Path, port: int, browser: bool, app: bool, say: Say = print) -> None:
+def serve(notebook: Path, port: int, browser: bool, app: bool, say: Say = print) -> None:
     """Replace this process by the server, so that signals reach it. Raises `ImportError` without the `lab` extra."""
     module = "voila" if app else "jupyterlab"
     if find_spec(module) is None:
         raise ImportError(f"{module} is not installed: pip install 'proteus-playground[lab]'")
-    line = server_command(folder, port, browser, app)
-    say(f"Opening {folder / FIRST}. The address with its token follows; Ctrl-C stops it.")
+    line = server_command(notebook, port, browser, app)
+    say(f"Opening {notebook}. The address with its token follows; Ctrl-C stops it.")
     sys.stdout.flush()
     if os.name == "posix":
         os.execv(line[0], line)

@@ -6,6 +6,7 @@ of `TESTS` raises an error where the two differ.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -89,7 +90,9 @@ def dropped_tokens(mesh) -> None:
 
 
 def triton_in_pieces(mesh) -> None:
-    """A path that reads weights and calls no projection. On a CPU its kernels are interpreted."""
+    """A path that reads weights and calls no projection. On a CPU only where its kernels are interpreted."""
+    if mesh.device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return
     pair = Pair(mesh, flux_alpha=1.0, backend="triton", bias=True)
     with torch.no_grad():
         pair.near(pair.part(pair.x[:1, :32]), pair.whole(pair.x[:1, :32]))

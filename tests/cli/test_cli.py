@@ -213,7 +213,7 @@ def test_play_serves_this_machine_only_and_asks_for_the_token(tmp_path, app):
     (tmp_path / play.FIRST).write_text(json.dumps(NOTEBOOK))
     port = play.free_port()
     code = "import pathlib; from proteus_playground.cli import play; "
-    code += f"play.serve(pathlib.Path.cwd(), {port}, browser=False, app={app})"
+    code += f"play.serve(pathlib.Path.cwd() / play.FIRST, {port}, browser=False, app={app})"
     log = open(tmp_path / "log", "w+")  # noqa: SIM115  the server writes while the test reads
     server = subprocess.Popen(
         [sys.executable, "-c", code], stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=tmp_path
@@ -256,10 +256,18 @@ def status(port: int, path: str) -> int:
     raise AssertionError(f"nothing answers on port {port}")
 
 
+def test_the_app_is_a_notebook_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROTEUS_CACHE", str(tmp_path / "cache"))
+    path = play.app_notebook()
+    (cell,) = json.loads(path.read_text())["cells"]
+    assert path == tmp_path / "cache" / play.APP and compile(cell["source"], "cell", "exec")
+    assert play.app_notebook().read_bytes() == path.read_bytes()
+
+
 def test_the_server_is_told_to_stay_on_this_machine():
-    line = play.server_command(Path("there"), 8888, browser=False, app=False)
+    line = play.server_command(Path("there") / "book.ipynb", 8888, browser=False, app=False)
     assert "--ServerApp.ip=127.0.0.1" in line and "--no-browser" in line
     assert ("--allow-root" in line) == (hasattr(os, "geteuid") and os.geteuid() == 0)
-    line = play.server_command(Path("there"), 8888, browser=True, app=True)
+    line = play.server_command(Path("there") / "book.ipynb", 8888, browser=True, app=True)
     assert "--Voila.ip=127.0.0.1" in line and "--token" in line and "--no-browser" not in line
     assert not any(word.startswith(("--ServerApp.token", "--IdentityProvider.token")) for word in line)

@@ -133,10 +133,13 @@ def test_a_link_opens_both_and_exchanging_them_opens_neither_again(made):
 @pytest.mark.parametrize(
     "name,why",
     [
-        ("someone/other", "someone/other reads this text as 90 tokens and smollm2 as 120, so the same place is not"),
+        (
+            "someone/other",
+            "someone/other and SmolLM2-135M cut this text into different tokens, so the same place is not",
+        ),
         (
             "someone/wide",
-            "has 4 layers of 12 heads in 3 groups and smollm2 4 layers of 9 heads in 3 groups, so no head",
+            "has 4 layers of 12 heads in 3 groups and SmolLM2-135M 4 layers of 9 heads in 3 groups, so no head",
         ),
         ("someone/missing", "A is not shown: someone/missing is not on this machine"),
         ("someone/gone", "A is not shown: the disk is gone"),
@@ -219,11 +222,11 @@ def test_a_pinned_setting_is_another_curve_and_its_own_alpha_is_none(made):
     bench.state.pinned = pin_of(bench.state.to_dict() | {"shortlist": 128, "flux_alpha": 0.25})
     assert not bench.curve.old  # alpha is the axis
     bench.state.pinned = pin_of(bench.state.to_dict() | {"shortlist": 64})
-    assert bench.curve.old and "shortlist 64 → 32" in bench.ways.pinned.value
+    assert bench.curve.old and "shortlist L 64 → 32" in bench.ways.pinned.value
     bench.state.shortlist = 64
     assert "A and B are the same" in bench.ways.pinned.value
     bench.state.flux_alpha = 1.0  # A and B lie on one curve, which is measured once
-    assert "flux alpha 0.5 → 1" in bench.ways.pinned.value
+    assert "flux α 0.5 → 1" in bench.ways.pinned.value
     rest(bench)
     measure(bench)
     assert len(bench.curve.curves) == 1 and not bench.curve.old

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 from math import log2
+from pathlib import Path
 
 import ipywidgets as w
 from traitlets import HasTraits
@@ -361,7 +362,11 @@ class ShareControls(w.VBox):
 
     def _keep(self) -> None:
         try:
-            self.message.value = f'<span class="pp-note">kept in {escape(str(self._on_keep(self.file.value)))}</span>'
+            kept = escape(str(Path(self._on_keep(self.file.value)).absolute()))
+            self.message.value = (
+                f'<span class="pp-note">Kept in {kept}. Open it in a browser; JupyterLab shows its pictures after '
+                "“Trust HTML”.</span>"
+            )
         except (OSError, ValueError) as err:
             self.message.value = f'<span class="pp-error">{escape(str(err))}</span>'
 

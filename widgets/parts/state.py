@@ -25,7 +25,7 @@ NUMBERS = (
     Control("token", "token", "token", 0, 1_000_000, 0, "The token whose query every picture shows."),
     Control("length", "length", "length", 64, 4096, 1024, "How many tokens of the text the model reads.", "tokens"),
     Control("shelf", "shelf", "shelf", 0, 999_999, 1, "The number of the shelf; every number is another text."),
-    Control("tour", "tour", "tour", 0, 6, 0, "The step of the guided tour that is shown; 0 shows none."),
+    Control("tour", "tour", "tour", 0, 7, 0, "The step of the guided tour that is shown; 0 shows none."),
 )
 BY_NAME = {control.name: control for control in (*NUMBERS, *CONTROLS)}
 WORDS = {

@@ -84,7 +84,7 @@ class Board(Panel):
         self.cancel = button("Cancel", "Stop what is running")
         self.more = w.ToggleButton(description="More controls", icon="sliders", layout={"width": "auto"})
         self.more.observe(lambda change: self._show_more(change["new"]), "value")
-        self.guide = button("Guided tour", "Six steps through the pictures; Escape ends it",
+        self.guide = button("Guided tour", "Seven steps through the pictures; Escape ends it",
                             lambda: state.update({"tour": 1}), icon="map-signs")  # fmt: skip
         self.tour = Tour()
         self.tour.observe(lambda change: state.update({"tour": change["new"]}), "step")
@@ -104,9 +104,9 @@ class Board(Panel):
         self.model_choice = ModelChoice(state)
         over = [self.captions[name] for name in ("heads", "gates", "row")]
         self.place(
-            "pp-workbench", self.tour, row("pp-banner", self.banner, self.model_choice), knobs, self.ways, self.ask_box,
-            self.drawer,
-            self.numbers, self.pays, self.beside([pictures, *over], [self.captions["text"], text, self.next]),
+            "pp-workbench", self.tour, row("pp-banner", self.banner, self.model_choice), knobs, self.drawer,
+            self.numbers, self.pays, self.ways, self.ask_box,
+            self.beside([pictures, *over], [self.captions["text"], text, self.next]),
             self.curve,
         )  # fmt: skip
         self._show_more(False)

@@ -18,7 +18,7 @@ from ..parts import raster
 from ..parts.plot import GATE_COLOURS, GREY, INK, OKABE_ITO, PAPER, bare, blank, domain, titled
 
 HEIGHT = 680
-LEFT, RIGHT = 46, 12  # pixels beside the axes
+LEFT, RIGHT = 54, 12  # pixels beside the axes
 SPLIT = 0.55  # where the left picture ends and the right one begins, as shares of the width between the margins
 GAP = 0.04
 TOP = (104, 338)  # pixels from the top: heads and prototypes
@@ -271,7 +271,7 @@ def _traces() -> list:
     share = "%{text} (%{x:.0f}) gets %{customdata:.2%}<extra></extra>"
     return [
         heat,
-        go.Scatter(mode="markers", marker=ring, **skip, **first),
+        go.Scatter(mode="markers", marker=ring, cliponaxis=False, **skip, **first),
         # The keys are drawn as an image, which has no tooltips: this transparent line through them has.
         go.Scatter(mode="lines", line={"color": CLEAR, "width": 1, "simplify": False},
                    hovertemplate="%{text}<extra></extra>", showlegend=False, **second),

@@ -42,6 +42,8 @@ def panel_figure(figure: go.FigureWidget, name: str) -> go.Figure:
         start, end = layout[key]["domain"]
         whole = key.startswith("x") or high <= low
         layout[key]["domain"] = [0, 1] if whole else [(start - low) / (high - low), (end - low) / (high - low)]
+    if name == "gates":
+        layout["width"] = 440  # as wide for its height as in the workbench, so that circles stay round
     layout |= {"height": 320, "margin": {"l": 60, "r": 12, "t": 10, "b": 46}, "template": {}}
     return go.Figure([trace for trace in figure.data if (trace.yaxis or "y") in axes], layout)
 
@@ -62,15 +64,18 @@ def page(bench, only: str | None = None) -> str:
     if only is None:
         asked = bench.answers is not None
         answer = f"<p>{escape(bench.probe.question)}</p>{bench.ask_box.reply.value}" if asked else ""
-        above = [bench.title.value, bench.banner.value, answer, bench.numbers.value]
+        two = bench.ways.pinned.value if bench.drawn.other is not None else ""
+        above = [bench.title.value, bench.banner.value, answer, two, bench.numbers.value]
         parts = [*above, *parts, bench.captions["text"].value, _text(bench), bench.next.value]
     body = "\n".join(parts)
     title = f"{TITLE}: {bench.probe.name}, layer {bench.drawn.view.layer}, {bench.state.text}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{style_sheets()} body {{ max-width: 1100px; margin: 16px auto; }} "
-        ".pp-text { height: auto; } .pp-cap { position: static; }</style></head>"
-        f'<body class="pp-app">{body}<h3>What made this page</h3><pre>{escape(_made_by(bench))}</pre></body></html>'
+        ".pp-text { height: auto; } .pp-cap { position: static; margin-top: 28px; } pre { white-space: pre-wrap; "
+        "overflow-wrap: anywhere; }</style></head>"
+        f'<body class="pp-app">{body}<details><summary>What made this page: settings, seed, versions, machine</summary>'
+        f"<pre>{escape(_made_by(bench))}</pre></details></body></html>"
     )
 
 

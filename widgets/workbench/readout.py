@@ -93,9 +93,9 @@ def pays_sentence(tokens: int) -> str:
     slower = max(size for size, ratio in rows if ratio < 1)
     faster = [(size, ratio) for size, ratio in rows if ratio >= 1]
     said = ", ".join(f"{ratio:.1f}× at {size:,}" for size, ratio in faster)
-    now = "too short for that" if tokens < faster[0][0] else "long enough"
+    now = "too short for a gain in speed" if tokens < faster[0][0] else "long enough for a gain in speed"
     return (
-        f"This text is {now} ({tokens:,} tokens): on a CPU our layer becomes faster than dense attention between "
+        f"With {tokens:,} tokens this text is {now}: on a CPU our layer becomes faster than dense attention between "
         f"{slower:,} and {faster[0][0]:,} tokens. It was faster by {said} tokens ({where}, proteus bench layer)."
     )
 
@@ -127,7 +127,7 @@ def two_html(
         ("output error", b.error, a.error, lambda x: f"{x:.1%}"),
     )  # fmt: skip
     cells = [cell(f"{label}: B", words(now), f"A {words(was)}{_ratio(now, was)}",
-                  "B is set by the sliders, A is pinned; × is B divided by A.")
+                  "B is set by the sliders, A is pinned.")
              for label, now, was, words in pairs]  # fmt: skip
     return tiles_html(request, [*cells, _two_models_cell(model, model_a, settings)])
 
@@ -142,7 +142,7 @@ def _two_models_cell(model: ModelView | None, model_a: ModelView | None, setting
 
 
 def _ratio(now: float, was: float) -> str:
-    return f" (× {now / was:.2g})" if was > 0 else ""
+    return f"; B is {now / was:.2g} × A" if was > 0 else ""
 
 
 def _model_cell(model: ModelView | None, settings: Settings, plain: bool = True) -> str:
@@ -187,7 +187,7 @@ def legend_html(kinds: np.ndarray, fact: bool = False) -> str:
     fact: whether a band marks the sentence that holds the answer.
     """
     band = key(MARKED, "band: the fact") if fact else ""
-    names = {1: "window", 2: "anchors", 3: "rings", 4: "notes only", 0: "not seen"}
+    names = {1: "window", 2: "anchors", 3: "rings", 4: "by notes only", 0: "not seen"}
     colours = {**OKABE_ITO, 0: GREY}
     return "".join(key(colours[kind], f"{name} {(kinds == kind).sum():,}") for kind, name in names.items()) + band
 
@@ -212,7 +212,11 @@ GATE_LEGEND = (
 )
 TWO_GATE_LEGEND = GATE_LEGEND + "<span>○ read by A</span>"
 TWO_HEAT_LEGEND = '<span class="pp-two">A more <i></i> B more</span>'
-TWO_TEXT_LEGEND = key("#1b1f24", "read by B only", line=True) + key("#8c959f", "read by A only, dashed", line=True)
 TEXT_LEGEND = key("#f6ee92", "salient") + "".join(
     key(OKABE_ITO[kind], word, line=True) for kind, word in ((1, "window"), (2, "anchor"), (3, "ring"), (4, "note"))
+)
+TWO_TEXT_LEGEND = (
+    TEXT_LEGEND
+    + '<span><i class="pp-swatch pp-only-b"></i>double: only B reads it</span>'
+    + '<span><i class="pp-swatch pp-only-a"></i>only A reads it</span>'
 )

@@ -1,4 +1,4 @@
-"""The guided tour: six steps, each beside the part of the workbench that it explains."""
+"""The guided tour: seven steps, each beside the part of the workbench that it explains."""
 
 from __future__ import annotations
 
@@ -27,22 +27,25 @@ STEPS = (
     Step("The sliders",
          "Drag flux α down to 0 and back up to 1, or click it and use the arrow keys. At 0 every query reads all "
          "earlier tokens; at 1 it reads a few. Watch “keys per query”.", ".pp-top"),
+    Step("Heads",
+         "A column is a token and a row is a head; the line above the picture says what a bright cell means. Click a "
+         "cell: all pictures then follow that head at that token.", FIGURE, (0, 0.56, 0, 372)),
+    Step("Prototypes",
+         "Each dot is a key, in the colour of its gate; ★ is the key of your word, and filled diamonds are the gates "
+         "that its query opened. Click another dot: other gates open.", FIGURE, (0.57, 1, 0, 372)),
     Step("The text",
          "Click a word, or click the text once and use the arrow keys. A line under a word shows that the query of "
          "your word reads it, and the line's colour says why; yellow words are salient.", ".pp-text"),
     Step("What a query reads",
          "Each line is an earlier token that the query of your word reads, and its height is the attention that the "
-         "token gets. Set shortlist L lower: lines vanish, and the attention goes to the others.",
+         "token gets. A lower shortlist L leaves fewer lines, and the others get more attention.",
          FIGURE, (0, 1, 376, 680)),
-    Step("Prototypes",
-         "Each dot is a key, in the colour of its gate; ★ is the key of your word, and filled diamonds are the gates "
-         "that its query opened. Click another dot: other gates open.", FIGURE, (0.57, 1, 0, 372)),
-    Step("Heads",
-         "A column is a token and a row is a head; the line above the picture says what a bright cell means. Click a "
-         "cell: all pictures then follow that head at that token.", FIGURE, (0, 0.56, 0, 372)),
     Step("What comes next",
-         "The bars compare which tokens the model expects after your word. In the row “take away” press “far keys” "
-         "to see what they were good for, then “give all back”.", ".pp-next"),
+         "The bars compare which tokens the model expects after your word: with dense attention, and at these "
+         "settings.", ".pp-next"),
+    Step("Compare two settings",
+         "Press “Pin as A”, then move a slider: it sets B, and every picture shows A and B. “take away” removes notes, "
+         "far keys, a head, a gate or one key, to see what they were good for.", ".pp-ways"),
 )  # fmt: skip
 
 

@@ -235,5 +235,6 @@ def loss_sentence(curve: Curve, old: bool = False) -> str:
         return f"No NLL: {curve.no_nll}." if not curve.nll else f"NLL: {done}; {curve.no_nll}."
     if curve.due is not None:
         return f"NLL: {done}." if old else f"NLL of the whole model: being measured, {done}."
-    last = ALPHAS[-1]
-    return f"With all layers at α {last:g} the whole model's NLL is {curve.nll[last]:+.3f} nats per token from dense."
+    last, gap = ALPHAS[-1], curve.nll[ALPHAS[-1]]
+    than = f"{abs(gap):.3f} nats per token {'lower' if gap < 0 else 'higher'} than dense (lower is better)"
+    return f"With all layers at α {last:g} the whole model's NLL is {than}."

@@ -10,6 +10,7 @@ from proteus_playground.attention.selectors import Way
 from proteus_playground.attention.settings import Settings
 from proteus_playground.playground.shelf_probe import Reply, ShelfProbe
 
+from ..parts.html import MODEL_NAMES
 from ..parts.state import Pin, PlayState
 from .board import Board
 from .tradeoff import lines
@@ -48,13 +49,16 @@ class Probes:
 
 def apart(a, b) -> str:
     """Why the pictures of two probes cannot be compared, as a sentence; "" where they can."""
+    names = [MODEL_NAMES.get(probe.name, probe.name) for probe in (a, b)]
     if a.tokens != b.tokens:
-        counts = f"{a.name} reads this text as {len(a.tokens):,} tokens and {b.name} as {len(b.tokens):,}"
-        return f"A is not shown: {counts}, so the same place is not the same word in both."
+        return (
+            f"A is not shown: {names[0]} and {names[1]} cut this text into different tokens, so the same place is not "
+            "the same word in both. Unpin A, or give A a model with the tokens of B."
+        )
     shapes = [(probe.n_layers, probe.n_heads, probe.n_groups) for probe in (a, b)]
     if shapes[0] != shapes[1]:
         words = [f"{n} layers of {heads} heads in {groups} groups" for n, heads, groups in shapes]
-        return f"A is not shown: {a.name} has {words[0]} and {b.name} {words[1]}, so no head is the same in both."
+        return f"A is not shown: {names[0]} has {words[0]} and {names[1]} {words[1]}, so no head is the same in both."
     return ""
 
 

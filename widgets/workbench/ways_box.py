@@ -14,7 +14,7 @@ from proteus_playground.playground.views import RowView
 from ..parts.boxes import button, labelled, row
 from ..parts.controls import ModelEntry, bind, model_title, tip
 from ..parts.sentences import shown
-from ..parts.state import SETTINGS, PlayState, pin_of, unpin
+from ..parts.state import BY_NAME, SETTINGS, PlayState, pin_of, unpin
 
 OURS_TITLE = "Ours: the window, the anchors, and keys and notes of the gates that a query opens."
 WHAT = {
@@ -175,7 +175,7 @@ def pin_words(state: PlayState) -> str:
         return "To compare two settings, press Pin as A, then move the sliders: they set B."
     settings, way, model = unpin(state.pinned, state.model)
     now, here = state.settings(), state.way()
-    differ = [f"{name.replace('_', ' ')} {getattr(settings, name):g} → {getattr(now, name):g}"
+    differ = [f"{BY_NAME[name].label} {_value(getattr(settings, name))} → {_value(getattr(now, name))}"
               for name in SETTINGS if getattr(settings, name) != getattr(now, name)]  # fmt: skip
     if model != state.model:
         differ.insert(0, f"{model_title(model)} → {model_title(state.model)}")
@@ -188,6 +188,10 @@ def pin_words(state: PlayState) -> str:
         if differ
         else "A and B are the same: move a slider, choose another selector, or give A another model."
     )
+
+
+def _value(value: float | bool) -> str:
+    return ("off", "on")[value] if isinstance(value, bool) else f"{value:g}"
 
 
 def _strongest(seen: RowView) -> int | None:

@@ -64,6 +64,11 @@ class Workbench(TwoModels):
         self._load()
         self._load_pinned()
 
+    @property
+    def keys_per_query(self) -> float | None:
+        """Keys and notes that one query reads on average, of the picture on show; None before the first one."""
+        return None if self.drawn is None else readout.mean_reads(self.drawn.view)
+
     # What is wanted
 
     def wanted(self) -> Wanted:
