@@ -111,7 +111,7 @@ def test_the_tour_frames_each_picture_and_the_keyboard_leads_through_it(shelf):
 def test_cost_and_quality_are_drawn_and_the_losses_come_last(shelf):
     shelf.locator('button:has-text("Cost against quality")').click()
     said = "document.querySelector('.pp-workbench').innerText"
-    shelf.wait_for_function(f"() => {said}.includes('nats per token from dense')", timeout=120_000)
+    shelf.wait_for_function(f"() => {said}.includes('than dense (lower is better)')", timeout=120_000)
     figure = "document.querySelector('.pp-curve .js-plotly-plot')"
     shelf.wait_for_function(f"() => {figure}.data[3].x.length === 9 && {figure}.querySelectorAll('.point').length > 30")
 
@@ -122,7 +122,7 @@ def test_another_model_can_be_typed_for_a_and_the_panel_says_why_it_is_not_shown
     entry.fill("random")
     entry.press("Enter")
     shelf.wait_for_function("() => document.querySelector('.pp-ways').innerText.includes('A is not shown: random layer "
-                            "reads this text as')", timeout=60_000)  # fmt: skip
+                            "and shelf-mini cut this text into different tokens')", timeout=60_000)  # fmt: skip
     shelf.locator('button:has-text("Unpin A")').click()
     driver.settle(shelf)
     entry.wait_for(state="hidden")

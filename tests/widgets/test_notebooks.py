@@ -31,7 +31,7 @@ def test_the_notebook_says_what_colab_needs_and_carries_no_outputs(name):
     assert all(f"display({shown})" in source for shown in SHOWN[name])
     assert "torch==" not in source and "install torch" not in source
     first = "".join(book["cells"][0]["source"])
-    assert "colab-badge.svg" in first and f"blob/main/notebooks/{name}.ipynb" in first
+    assert "[Open in Colab](" in first and f"blob/main/notebooks/{name}.ipynb" in first
 
 
 def test_all_notebooks_have_the_same_metadata():

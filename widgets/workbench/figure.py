@@ -28,6 +28,7 @@ FLOOR = -4.0  # log10 of the smallest weight drawn: 0.01%
 STUB = -3.8  # log10 of the height at which a key of smaller weight is drawn
 UNDER = -4.5  # log10 of the height, below the axis, at which lines run from stem to stem
 MARKED = "#f3c9e0"
+NUMBERED = 4  # opened gates that carry their numbers
 BOTH = ((466, 546), (550, 630))  # the row of B, and below it the row of A, where settings are pinned
 HIDDEN = (HEIGHT - 1, HEIGHT)  # its background would lie over the row of B
 RGB = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in (*GATE_COLOURS, GREY)])
@@ -194,7 +195,8 @@ class Pictures:
         protos = gate_map.prototypes[opened].reshape(-1, 2)
         self._set(self._lit, x=at[:, 0], y=at[:, 1], text=[self.tokens[i] for i in self._lit_index],
                   customdata=self._lit_index.astype(np.int32))  # fmt: skip
-        self._set(self._opened, x=protos[:, 0], y=protos[:, 1], text=[f"<b>{gate}</b>" for gate in opened])
+        numbers = [f"<b>{gate}</b>" if len(opened) <= NUMBERED else "" for gate in opened]  # more would overlap
+        self._set(self._opened, x=protos[:, 0], y=protos[:, 1], text=numbers)
         here = gate_map.keys[row.token]
         self._set(self._star, x=here[:1], y=here[1:])
 
