@@ -1,4 +1,4 @@
-"""A page of JupyterLab over copies of the notebooks, which asks nothing of other machines; its console's errors are kept."""
+"""A page of JupyterLab over copies of the notebooks, which asks nothing of other machines, and keeps console errors."""
 
 from __future__ import annotations
 

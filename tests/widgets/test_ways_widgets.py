@@ -175,6 +175,15 @@ def test_a_function_of_a_guest_is_checked_and_joins_the_list():
 
 def test_cost_against_quality_is_measured_and_clicked(bench):
     bench.curve.measure.click()
+    assert "Being measured" in bench.curve.said.value
+    bench.stop()
+    assert bench.curve.said.value == ""
+    view, bench.probe.view = bench.probe.view, lambda *args, **how: 1 / 0
+    bench.curve.measure.click()
+    bench.worker.wait()
+    assert bench.curve.said.value == "" and "division by zero" in bench.status.value
+    bench.probe.view = view
+    bench.curve.measure.click()
     bench.worker.wait()
     bench.worker.wait()
     curve = bench.curve.curves[0]

@@ -145,13 +145,19 @@ class Tradeoff(w.VBox):
             (self.place.add_class if old else self.place.remove_class)(OLD)
             self._say()
 
+    def wait(self) -> None:
+        """Says that figures are being measured, until `draw` or `halt`."""
+        self.said.value = '<span class="pp-note" role="status">Being measured …</span>'
+
     def halt(self) -> None:
-        """Says that no more losses come."""
-        if self.unfinished is not None:
-            for curve in self.curves:
-                if curve.due is not None:
-                    curve.no_nll = "stopped; press the button to measure again"
+        """Says that no more figures come."""
+        for curve in self.curves:
+            if curve.due is not None:
+                curve.no_nll = "stopped; press the button to measure again"
+        if self.curves:
             self._say()
+        else:
+            self.said.value = ""
 
     def _say(self) -> None:
         earlier = "These are the figures of earlier settings: press the button to measure again. " if self.old else ""

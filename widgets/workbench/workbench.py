@@ -339,6 +339,7 @@ class Workbench(TwoModels):
         if probe is None:
             return
         self.say("busy", 0.0, "cost against quality")
+        self.curve.wait()
         self._stop_timing()
         asked = [(self._probe_of(of), of) for of in self._lines()]
         selectors = " and ".join(dict.fromkeys(of.way.selector for _, of in asked))
@@ -350,7 +351,11 @@ class Workbench(TwoModels):
             self.say("fresh" if self.wanted() == self._shown() else "stale")
             self._measure_loss()
 
-        self.worker.submit("curve", lambda *told: measure_all(wanted.layer, asked, *told), show, self._failed,
+        def failed(number: int, err: BaseException) -> None:
+            self.curve.halt()
+            self._failed(number, err)
+
+        self.worker.submit("curve", lambda *told: measure_all(wanted.layer, asked, *told), show, failed,
                            self._progress)  # fmt: skip
 
     def _mark_curve(self) -> bool:
