@@ -71,8 +71,9 @@ class DuelSettings:
             rest = replace(rest, alpha=(0.0, 1.0), top_share=0.5)
         stages = (Stage((self.length,), self.tokens, first, 0.0), rest)
         warmup = min(50, max(1, self.steps // 10))
-        ours = {"learn_gates": True, "match": self.match} if arm == "proteus" else {"learn_gates": False}
-        return Recipe(stages, self.lr, warmup, cooldown=0.3, seed=self.seed, **ours)
+        ours = arm == "proteus"
+        match = self.match if ours else 0.0
+        return Recipe(stages, self.lr, warmup, cooldown=0.3, seed=self.seed, learn_gates=ours, match=match)
 
 
 PRESETS = {

@@ -1,4 +1,4 @@
-"""Tasks that several processes do, each process on one device: the GPUs in turn, or the CPU with one thread."""
+"""Do tasks in several processes, each on one device: the GPUs in turn, or the CPU with one thread."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ _device = "cpu"  # of this process, once it is one of several
 def spread(
     task: Callable[[Item, str], Result], items: Iterable[Item], device: str, processes: int, stop: Stop | None = None
 ) -> Iterator[Result]:
-    """`task(item, device of its process)` for every item, yielded as each is done.
+    """`task(item, device of its process)` for every item, in the order in which they are done.
 
-    task: a function or a `partial` that can be pickled. The first error ends the work, as does `stop` (`Stopped`).
+    task: a function or a `partial` that can be pickled. The first error ends the work, as does `stop` (`Stopped`); the
+    processes are then terminated.
     """
+    others = set(multiprocessing.active_children())
     count = torch.cuda.device_count() if device.startswith("cuda") else 0
     spawn = multiprocessing.get_context("spawn")
     devices = spawn.Queue()
@@ -37,7 +39,7 @@ def spread(
                 yield from (each.result() for each in done)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
+            for child in set(multiprocessing.active_children()) - others:
                 child.terminate()  # what it trains is saved every half minute
             raise
 

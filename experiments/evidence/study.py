@@ -36,7 +36,6 @@ OURS = "gates + notes + trained alpha"
 CALIBRATION = 1 << 14  # tokens of training text that k-means is fitted to
 UNTRAINED_BATCH = 10**9  # index of a batch that no training reaches
 TOKENS_PER_BATCH = 1 << 14
-_held: dict[tuple, ProteusLM] = {}  # the reader of this process's last cell, where several processes measure
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,9 @@ def study(
     """Measure the cells that `out` lacks. Yields every result, known ones first, and `Training` while models train.
 
     out: JSON file of all results so far. models: folder of the models, as `prepare` keeps them; a missing model is
-    trained. processes: how many share the work, in turn on each GPU; with more than one, the last `Training` of each
-    model is yielded. Raises `ValueError` where `out` was measured at another scale, `Stopped`, `OSError`.
+    trained. processes: how many share the work, in turn on each GPU; with more than one, results come in the order in
+    which they are done, and of each model's training the last step. Raises `ValueError` where `out` was measured at
+    another scale, `Stopped`, `OSError`.
     """
     check_place(out, "out")
     check_folder(models, "models")
@@ -179,8 +179,8 @@ def _shared(
     scale: Scale, models: Path, cases: int, missing: list[Cell], device: str, processes: int, stop: Stop | None
 ) -> Iterator[CellResult | Training]:
     """First every model is trained, by one process each, then every cell is measured."""
-    first = {(cell.seed, *cell.subject): cell for cell in missing}
-    for last in spread(partial(_train, scale, models), first.values(), device, processes, stop):
+    one_cell_per_model = {(cell.seed, *cell.subject): cell for cell in missing}.values()
+    for last in spread(partial(_train, scale, models), one_cell_per_model, device, processes, stop):
         if last is not None:
             yield last
     yield from spread(partial(_measure, scale, models, cases), missing, device, processes, stop)
@@ -188,15 +188,24 @@ def _shared(
 
 def _train(scale: Scale, models: Path, cell: Cell, device: str) -> Training | None:
     """Train a cell's model if it is missing; the last step, None if nothing was trained."""
-    steps = [event for event in _subject(scale, cell, models, device, None) if isinstance(event, Training)]
+    steps = [event for event in _trained(scale, cell, models, device, None) if isinstance(event, Training)]
     return steps[-1] if steps else None
 
 
 def _measure(scale: Scale, models: Path, cases: int, cell: Cell, device: str) -> CellResult:
-    if cell.reader not in _held:
-        _held.clear()
-        *_, _held[cell.reader] = _subject(scale, cell, models, device, None)
-    return measure_cell(_held[cell.reader], cell, maker(scale, cell.task, cell.things, cell.seed), cases)
+    model = _last_subject(scale, models, cell.reader, device, cell)
+    return measure_cell(model, cell, maker(scale, cell.task, cell.things, cell.seed), cases)
+
+
+_kept: dict[tuple, ProteusLM] = {}  # the last subject of a process that measures many cells
+
+
+def _last_subject(scale: Scale, models: Path, reader: tuple, device: str, cell: Cell) -> ProteusLM:
+    """The model that answers in a cell, made again only where another one answered in the cell before."""
+    if (scale, models, reader) not in _kept:
+        _kept.clear()
+        *_, _kept[scale, models, reader] = _subject(scale, cell, models, device, None)
+    return _kept[scale, models, reader]
 
 
 def maker(scale: Scale, task: str, things: int, seed: int) -> Task:
@@ -206,19 +215,24 @@ def maker(scale: Scale, task: str, things: int, seed: int) -> Task:
 
 def _subject(scale: Scale, cell: Cell, models: Path, device: str, stop: Stop | None) -> Iterator[Training | ProteusLM]:
     """The model that answers in a cell; gates are fitted where training did not fit them or their number changes."""
-    kind, trained = cell.subject
     change = CHANGES[cell.change or AS_IT_IS]
-    fields, scale = in_training(change, scale.heads), replace(scale, **change.lessons)
-    for event in prepare(scale, kind, cell.seed, models, change=trained, device=device, stop=stop, **fields):
+    for event in _trained(scale, cell, models, device, stop):
         if isinstance(event, Training):
             yield event
             continue
         model = event if change.gates is None else with_gates(event, change.gates)
-        if kind == DENSE or change.gates is not None:
-            length = max(length for length, _ in scale.stages)
-            ids = training_batches(scale, cell.seed).batch(UNTRAINED_BATCH, max(1, CALIBRATION // length), length).ids
+        if cell.subject[0] == DENSE or change.gates is not None:
+            length, lessons = max(length for length, _ in scale.stages), replace(scale, **change.lessons)
+            ids = training_batches(lessons, cell.seed).batch(UNTRAINED_BATCH, max(1, CALIBRATION // length), length).ids
             model = calibrate(model, ids.to(device), cell.seed)
         yield model
+
+
+def _trained(scale: Scale, cell: Cell, models: Path, device: str, stop: Stop | None) -> Iterator[Training | ProteusLM]:
+    """The model of a cell as it was trained, by `prepare`."""
+    (kind, trained), change = cell.subject, CHANGES[cell.change or AS_IT_IS]
+    fields, lessons = in_training(change, scale.heads), replace(scale, **change.lessons)
+    yield from prepare(lessons, kind, cell.seed, models, change=trained, device=device, stop=stop, **fields)
 
 
 def measure_cell(model: ProteusLM, cell: Cell, task: Task, cases: int) -> CellResult:

@@ -16,10 +16,9 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 from torch.distributed import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial
 
 from ...attention import AttentionConfig, ProteusAttention
-from ...attention.sharding import shard_groups
+from ...attention.sharding import add_up, shard_groups
 from ...common import options
 from ...common.machine import environment, markdown
 from ...common.processes import together
@@ -67,8 +66,9 @@ def measure(
 ) -> dict:
     """One row of the table; all processes call this.
 
-    exchange: adding up the devices' outputs, as one forward pass does, alone. difference: the largest between the
-    outputs of one device and of several.
+    In milliseconds: one, one_dense on one device; shared, shared_dense on all; exchange: one all-reduce of the output.
+    speedup, speedup_dense: one over all; against_dense: dense over ours, on all. difference: the largest between the
+    outputs of one device and of several, largest: the largest output.
     """
     torch.manual_seed(seed)
     device = torch.device(mesh.device_type)
@@ -78,7 +78,7 @@ def measure(
     whole = ProteusAttention(cfg).to(device, dtype).eval()
     whole.calibrate(x[:, :CALIBRATION])
     part, first = shard_groups(whole, mesh), dist.get_rank() == 0
-    exchange = _times(lambda: DTensor.from_local(x, mesh, [Partial()]).full_tensor(), device, repeats, alone=False)
+    exchange = _times(lambda: add_up(x, mesh), device, repeats, alone=False)
     row = {"tokens": tokens, "exchange": exchange}
     with torch.no_grad():
         y = part(x)

@@ -38,37 +38,42 @@ class GroupShard(ProteusAttention):
     def __init__(self, cfg: AttentionConfig, mesh: DeviceMesh):
         super().__init__(cfg)
         self.mesh = mesh
-        self.gates = _SharedGates(cfg.n_kv_heads, cfg.gates_per_group, cfg.head_dim, cfg.heads_per_group, cfg.ema_decay)
-        self.gates.mesh = mesh
+        sizes = (cfg.n_kv_heads, cfg.gates_per_group, cfg.head_dim, cfg.heads_per_group, cfg.ema_decay)
+        self.gates = _SharedGates(mesh, *sizes)
         if mesh.get_local_rank():
             self.o_proj.bias = None
 
     def forward(self, x: Tensor, **how):
-        """As `ProteusAttention.forward`. In a backward pass the devices' gradients of x are added up."""
+        """As `ProteusAttention.forward`, `(B, T, D)` to `(B, T, D)`; a backward pass adds up the gradients of x."""
         if getattr(x, "requires_grad", False):
             x = DTensor.from_local(x, self.mesh, [Replicate()]).to_local(grad_placements=[Partial()])
         return super().forward(x, **how)
 
     def save(self, path: str | Path) -> Path:
-        """Write the whole layer, as `ProteusAttention.save` does. All devices call this; the first one writes."""
+        """Write the whole layer, as `ProteusAttention.save` does. All devices call this; the first one writes.
+
+        The others return the path at once, where the file may not be yet.
+        """
         whole = join_groups(self)
         return Path(path) if self.mesh.get_local_rank() else whole.save(path)
 
     def _fast_path(self, x: Tensor, *how) -> Tensor | None:
         y = super()._fast_path(x, *how)
-        return None if y is None else _add_up(y, self.mesh)
+        return None if y is None else add_up(y, self.mesh)
 
     def _project_out(self, *heads) -> Tensor:
-        return _add_up(super()._project_out(*heads), self.mesh)
+        return add_up(super()._project_out(*heads), self.mesh)
 
 
 class _SharedGates(Gates):
     """Gates of one device's groups, whose salience is the mean over the groups of all devices."""
 
-    mesh: DeviceMesh
+    def __init__(self, mesh: DeviceMesh, *sizes):
+        super().__init__(*sizes)
+        self.mesh = mesh
 
     def salience(self, k: Tensor) -> Tensor:
-        return _add_up(super().salience(k), self.mesh) / self.mesh.size()
+        return add_up(super().salience(k), self.mesh) / self.mesh.size()
 
 
 def shard_groups(attn: ProteusAttention, mesh: DeviceMesh) -> GroupShard:
@@ -78,7 +83,8 @@ def shard_groups(attn: ProteusAttention, mesh: DeviceMesh) -> GroupShard:
     the first device's `attn`; its hooks are not taken over. Outputs and gradients are those of `attn` up to rounding,
     in which a token whose salience is at the threshold may go either way, for all devices alike. In training a gate
     that is hardly used moves to the key that fits worst in this device's groups, instead of in all. Change gates
-    (`surgery`) before this. Raises `TypeError` for an adapted projection, `ValueError` for a mesh that does not fit.
+    (`surgery`) before this. Raises `TypeError` for an adapted projection or another kind of `attn` or `mesh`,
+    `ValueError` for a mesh that does not fit.
     """
     _check(attn, mesh)
     n, cfg = mesh.size(), attn.cfg
@@ -93,7 +99,10 @@ def shard_groups(attn: ProteusAttention, mesh: DeviceMesh) -> GroupShard:
 
 @torch.no_grad()
 def join_groups(part: GroupShard) -> ProteusAttention:
-    """The whole layer again, on every device. All devices call this."""
+    """The whole layer of which `part` is this device's share, on every device. All devices call this.
+
+    A weight that is frozen in `part` is frozen in the layer.
+    """
     n, cfg, held = part.mesh.size(), part.cfg, part.state_dict()
     with torch.device("meta"):
         whole = ProteusAttention(replace(cfg, n_heads=cfg.n_heads * n, n_kv_heads=cfg.n_kv_heads * n))
@@ -103,16 +112,21 @@ def join_groups(part: GroupShard) -> ProteusAttention:
         placement = Partial() if name == LAST_BIAS else _placement(name)
         joined[name] = DTensor.from_local(mine, part.mesh, [placement]).full_tensor().clone()
     whole.load_state_dict(joined, assign=True)
+    for name, weight in part.named_parameters():
+        whole.get_parameter(name).requires_grad_(weight.requires_grad)
     return whole.train(part.training)
 
 
-def _add_up(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def add_up(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """The sum of all devices' x, on each of them; in a backward pass its gradient as it is."""
     return DTensor.from_local(x, mesh, [Partial()]).full_tensor()
 
 
 def _placement(name: str) -> Placement:
-    """How a tensor of the layer's state is divided: by groups, which are its first axis but in o_proj's weight."""
+    """How a tensor of the layer's state is divided: by groups, which are its first axis but in o_proj's weight.
+
+    o_proj's bias is copied out to all devices, of which only the first keeps it.
+    """
     if name == LAST_BIAS or "quantiles" in name:
         return Replicate()
     return Shard(1 if name == "o_proj.weight" else 0)

@@ -53,8 +53,11 @@ def copy_notebooks(shipped: Path, directory: Path, say: Say = print) -> None:
 
 
 def app_notebook() -> Path:
-    """A notebook of one cell that opens the workbench, written into the cache folder: what Voila shows."""
-    code = "from proteus_playground.widgets import playground\n\nplayground()"
+    """A notebook of one cell that opens the workbench, written into the cache folder: what Voila shows.
+
+    Its files, such as a kept page, are written where the command was given.
+    """
+    code = f"import os\n\nfrom proteus_playground.widgets import playground\n\nos.chdir({os.getcwd()!r})\nplayground()"
     cell = {"cell_type": "code", "id": "workbench", "metadata": {}, "outputs": [], "execution_count": None}
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     book = {"cells": [cell | {"source": code}], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
@@ -87,14 +90,13 @@ def free_port(port: str | None = None) -> int:
 
 def server_command(notebook: Path, port: int, browser: bool, app: bool) -> list[str]:
     """The command line of the server: reachable from this machine only, with a token, on exactly `port`."""
-    folder = notebook.parent
     if app:
         line = [sys.executable, "-m", "voila", str(notebook), f"--port={port}", f"--Voila.ip={HOST}"]
         # Voila uses a token only on request.
         line += ["--strip_sources=True", "--token"]
     else:
         line = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={HOST}", f"--ServerApp.port={port}"]
-        line += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}"]
+        line += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={notebook.parent}"]
         line += [f"--LabApp.default_url=/doc/tree/{notebook.name}"]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             line += ["--allow-root"]  # as in containers; Jupyter refuses to run as root otherwise

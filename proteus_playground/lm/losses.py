@@ -114,15 +114,22 @@ def alignment(trace: AttentionTrace, model: ProteusLM, targets: Tensor) -> Tenso
 
 @contextmanager
 def attention_calls(model: ProteusLM) -> Iterator[list[tuple[ProteusAttention, Tensor, Tensor]]]:
-    """The attention layers that run in this block, in order: the layer, its input and its output, `(B, T, D)` each."""
+    """The attention layers that run inside the `with`, in order: the layer, its input and its output, `(B, T, D)` each.
+
+    Both are part of the graph. Raises `ValueError` in a pass with positions or padding. Not for activation
+    checkpointing, in which the first pass keeps no graph.
+    """
     calls = []
 
-    def keep(attn: ProteusAttention, inputs: tuple, output) -> None:
+    def keep(attn: ProteusAttention, inputs: tuple, how: dict, output) -> None:
+        given = [name for name in ("positions", "key_padding_mask") if how.get(name) is not None]
+        if given:
+            raise ValueError(f"{given[0]} is given: must be None where a layer is compared with dense attention")
         calls.append((attn, inputs[0], output if isinstance(output, Tensor) else output[0]))
 
     with ExitStack() as stack:
         for block in model.blocks:
-            stack.callback(block.attn.register_forward_hook(keep).remove)
+            stack.callback(block.attn.register_forward_hook(keep, with_kwargs=True).remove)
         yield calls
 
 
@@ -130,7 +137,8 @@ def dense_match(calls: Sequence[tuple[ProteusAttention, Tensor, Tensor]]) -> Ten
     """Squared distance of each layer's output to dense attention over the same input, over the square of the latter.
 
     Mean over layers, a scalar >= 0. Both outputs receive a gradient, so sparse and dense attention move towards each
-    other, as in SSA (2025, https://arxiv.org/abs/2511.20102). calls: see `attention_calls`.
+    other, as in SSA (2025, https://arxiv.org/abs/2511.20102). Dense attention wakes all heads, so in a routed layer the
+    distance holds what sleeping heads leave out. calls: see `attention_calls`; `ValueError` for none.
     """
     if not calls:
         raise ValueError("calls=[]: must hold at least one layer's call")

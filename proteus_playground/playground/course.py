@@ -69,11 +69,15 @@ def check(name: str, answer) -> None:
 
 
 def hint(name: str, number: int = 1) -> None:
-    """Prints a hint of an exercise, from 1 on; a number beyond the last hint prints a solution."""
-    hints, solution = _exercise(name).hints, _exercise(name).solution
+    """Prints a hint of an exercise, from 1 on; a number larger than the number of hints prints a solution.
+
+    Raises `ValueError` for an unknown exercise or a number below 1, `TypeError` for another kind of number.
+    """
+    exercise = _exercise(name)
     whole_number("number", number, 1)
+    hints = exercise.hints
     if number > len(hints):
-        print(f"A solution:\n\n{solution}")
+        print(f"A solution:\n\n{exercise.solution}")
         return
     after = "a solution" if number == len(hints) else "the next hint"
     print(f"Hint {number} of {len(hints)}: {hints[number - 1]}\nhint({name!r}, {number + 1}) gives {after}.")

@@ -33,6 +33,7 @@ def run(capfd, monkeypatch, tmp_path):
     """Run `proteus` with an empty cache in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.setenv("PROTEUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     return partial(run_command, capfd)
 
 
@@ -258,6 +259,7 @@ def status(port: int, path: str) -> int:
 
 def test_the_app_is_a_notebook_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("PROTEUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
     path = play.app_notebook()
     (cell,) = json.loads(path.read_text())["cells"]
     assert path == tmp_path / "cache" / play.APP and compile(cell["source"], "cell", "exec")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from typer.testing import CliRunner
 
@@ -39,8 +40,8 @@ def test_one_source_makes_two_builds(tmp_path, capsys):
         (solution,) = (source(cell) for cell in extra if cell["cell_type"] == "code")
         asked = next(source(cell) for cell in cells["student"] if "exercise" in cell["metadata"].get("tags", ()))
         exercises |= {name for name in EXERCISES if f'check("{name}"' in asked and f'check("{name}"' in solution}
-        hinted = asked.split("\n# hint(")[0] + "\nhint(" + asked.split("# hint(")[1].split("\n")[0]
-        exec(hinted, {})  # as when a participant takes away the first #
+        imported, call = asked.split("\n")[0], re.search(r"^# (hint\(.*?\))", asked, re.M).group(1)
+        exec(f"{imported}\n{call}", {})  # as when a participant deletes the first #
         assert capsys.readouterr().out.startswith("Hint 1 of"), name
         exec("from proteus_playground.playground.course import check, hint\n" + solution, {})
         assert "Right." in capsys.readouterr().out

@@ -45,7 +45,7 @@ STEPS = (
          "settings.", ".pp-next"),
     Step("Compare two settings",
          "Press “Pin as A”, then move a slider: it sets B, and every picture shows A and B. “take away” removes notes, "
-         "far keys, a head, a gate or one key, to see what they were good for.", ".pp-ways"),
+         "far keys, a head, a gate or one key, to see what changes without them.", ".pp-ways"),
 )  # fmt: skip
 
 

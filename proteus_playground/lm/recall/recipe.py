@@ -30,7 +30,7 @@ class Scale:
     """C per KV group."""
     probes: int = 4
     nearest_gates: bool = False
-    """Whether a query fills its reads with the rings of its best gates, and reads the notes of the next best."""
+    """See `AttentionConfig.nearest_gates`."""
     dna_fraction: float = 0.75
     rope_theta: float | None = None
     """Base of the rotary positions. None leaves them out: what is learned at 256 tokens then also works at 4,096."""
