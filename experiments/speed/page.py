@@ -16,8 +16,8 @@ from .rivals import LABELS, OURS
 from .table import HEAD, about, case_name, cells, sections, sweep_tables
 
 OUR_COLOURS = ("#d1495b", "#e58f65", "#8f2d56", "#f4b942")
-COLOURS = dict(zip(LABELS, ("#1d7874", "#2e86ab", "#7b9e3e", "#5c6b73", "#9a8c98", "#6a4c93", "#b08968", "#343a40"),
-                   strict=True))  # fmt: skip
+COLOURS = dict(zip(LABELS, ("#1d7874", "#2e86ab", "#7b9e3e", "#5c6b73", "#0b3954", "#087e8b", "#9a8c98", "#6a4c93",
+                            "#b08968", "#343a40"), strict=True))  # fmt: skip
 
 
 def write_page(report: dict, path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
+from importlib import import_module
 from typing import Annotated
 
 import torch
@@ -32,12 +33,24 @@ LABELS = {
     "cudnn": "SDPA, cuDNN",
     "efficient": "SDPA, memory-efficient",
     "fused": "SDPA, its own choice",
+    "fa3": "FlashAttention 3",
+    "fa4": "FlashAttention 4",
     "mha": "nn.MultiheadAttention, unfused, T x T weights",
     "flex": "FlexAttention, window + anchors",
     "flex-dense": "FlexAttention, causal",
     "nsa": "native sparse attention (fla)",
 }
-EXACT = ("flash", "cudnn", "efficient", "fused", "mha", "flex-dense")  # dense attention, which reads every key
+FLASH_PACKAGES = {"fa3": ("flash-attn-3", "flash_attn_interface"), "fa4": ("flash-attn-4", "flash_attn.cute")}
+EXACT = (
+    "flash",
+    "cudnn",
+    "efficient",
+    "fused",
+    "fa3",
+    "fa4",
+    "mha",
+    "flex-dense",
+)  # dense attention, which reads every key
 TOKENS_PER_DRAW = 1 << 16  # drawn at a time, so that long inputs do not need twice their memory
 CALIBRATION = 4096  # tokens that prototypes are fitted on
 TILE = 128  # FlexAttention's block
@@ -89,7 +102,8 @@ def enter(case: BenchCase) -> ReadyCase:
         layer = (_mha if case.who == "mha" else _nsa)(case)
         x, leaves = _hidden(case, layer)
         return ReadyCase({"": lambda: layer(x)}, leaves, facts)
-    ways, context = _flex(case) if case.who.startswith("flex") else _sdpa(case)
+    make = _flex if case.who.startswith("flex") else _flash_attention if case.who in FLASH_PACKAGES else _sdpa
+    ways, context = make(case)
     freq = rope_frequencies(case.cfg.head_dim, case.cfg.rope_theta, case.device)
     if case.scope == "layer":
         layer = _place(PlainLayer(case.cfg, freq), case)
@@ -217,6 +231,21 @@ def _sdpa(case: BenchCase):
     ways = {"grouped": partial(attend, repeat=False), "repeated": partial(attend, repeat=True)}
     context = partial(sdpa_kernel, KERNELS[case.who]) if case.who in KERNELS else nullcontext
     return (ways if r > 1 else {"": ways["grouped"]}), context
+
+
+def _flash_attention(case: BenchCase):
+    """Dense attention of https://github.com/Dao-AILab/flash-attention, with KV groups as they are."""
+    package, module = FLASH_PACKAGES[case.who]
+    try:
+        run = import_module(module).flash_attn_func
+    except ImportError as missing:
+        raise ImportError(f"{package}: {missing}") from missing
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = run(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # some versions also return the logarithms of the sums
+
+    return {"": attend}, nullcontext
 
 
 def _window_and_anchors(cfg: AttentionConfig) -> tuple[int, int]:

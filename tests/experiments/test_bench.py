@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from benches import TINY, case, saved
 from proteus_playground.experiments.speed import floor, measure, rivals, row, sweep, table
 from proteus_playground.experiments.speed.rivals import OURS
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.functional import scaled_dot_product_attention
 
 from proteus_playground.common import files, options
 
@@ -224,18 +227,19 @@ def test_a_call_is_weighed_in_a_process_of_its_own():
 
 def test_a_sweep_end_to_end(run, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
 
     def refuse():
         raise RuntimeError("compiler: no such thing")
 
     monkeypatch.setattr(rivals, "_compiled_flex", refuse)
     asked = "sweep --lengths 48..96 --alphas 1,auto --scope layer,attention --passes forward,training"
-    who = "fused,cudnn,mha,flex,nsa"
+    who = "fused,cudnn,mha,flex,nsa,fa3"
     code, out, err = run(*asked.split(), "--rivals", who, *TINY, "--out", "out.json", "--page", "page.html")
     assert code == 0, err
     report = saved()
     rows = {sweep.key(one): one for one in report["rows"]}
-    assert len(rows) == len(report["rows"]) == 2 * 2 * 2 * (2 + 5) and report["left_out"] == []
+    assert len(rows) == len(report["rows"]) == 2 * 2 * 2 * (2 + 6) and report["left_out"] == []
     assert report["rates"] and report["torch"] == torch.__version__ and report["settings"]["shortlist"] == 32
 
     def status(who, tokens, scope="layer", alpha=None):
@@ -246,6 +250,7 @@ def test_a_sweep_end_to_end(run, monkeypatch, tmp_path):
     assert status("flex", 48) == "failed: RuntimeError: compiler: no such thing"
     assert status("flex", 96) == "skipped: failed at 48 tokens"
     assert status("nsa", 48).startswith("not installed: flash-linear-attention")
+    assert status("fa3", 48, "attention").startswith("not installed: flash-attn-3: ")
     assert status("mha", 48, "attention").startswith("not offered: ")
     assert rows["layer", "forward", 2, 96, "mha", None]["keys_per_query"] == 48.5
     assert rows["layer", "forward", 2, 96, OURS, "auto"]["backend"] == "dense"
@@ -257,6 +262,27 @@ def test_a_sweep_end_to_end(run, monkeypatch, tmp_path):
     assert 'src="http' not in page.replace("'", '"').split("plotly.js v")[0], "the page needs no network"
     code, again, _ = run("page", "out.json", "again.html")
     assert code == 0 and again == out and (tmp_path / "again.html").stat().st_size > 1e6
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_flash_attention_is_called_as_its_package_wants_it(monkeypatch, pair):
+    """A stand-in for flash-attn-4, which takes `(B, T, H, d)` and KV groups as they are."""
+
+    def attend(q, k, v, causal):
+        assert causal and q.shape[2] == 2 * k.shape[2]
+        out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+        return (out.transpose(1, 2), None) if pair else out.transpose(1, 2)
+
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_func=attend))
+    for scope in ("layer", "attention"):
+        outs = []
+        for who, way in (("fa4", ""), ("fused", "grouped")):
+            torch.manual_seed(0)  # weights of the projections
+            ready = rivals.enter(replace(case(tokens=40, scope=scope), who=who))
+            outs.append(ready.ways[way]())
+            assert ready.facts()["keys_per_query"] == 20.5
+        torch.testing.assert_close(*outs)
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(run, monkeypatch):
