@@ -47,7 +47,7 @@ class DuelSettings:
     def __post_init__(self) -> None:
         if self.shortlist is None:
             object.__setattr__(self, "shortlist", max(1, self.length // 16))
-        for name in ("length", "steps", "scored", "held_out", "sample", "shortlist"):
+        for name in ("length", "steps", "scored", "held_out", "sample", "shortlist", "probes"):
             whole_number(name, getattr(self, name), 1)
         if self.minutes is not None and not 0 < self.minutes < inf:
             raise ValueError(f"minutes={self.minutes!r}: must be > 0, or None for no limit")

@@ -57,7 +57,7 @@ def evidence_command(
         around(page, out.stem)  # raises now, and not after hours
     if report:
         return _show(out, page)
-    with resumable(report=lambda: _show(out, page)):
+    with resumable(report=lambda: _show(out, page) if load(out) else None):
         size = _scale(preset, scale)
         given = {
             "tasks": size.tasks if tasks is None else tuple(choose_some("--tasks", tasks, TASKS)),

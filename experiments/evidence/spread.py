@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -21,35 +24,50 @@ def spread(
 ) -> Iterator[Result]:
     """`task(item, device of its process)` for every item, in the order in which they are done.
 
-    task: a function or a `partial` that can be pickled. The first error ends the work, as does `stop` (`Stopped`); the
-    processes are then terminated.
+    task: a function or a `partial` that can be pickled. processes: at most one per item is started. The first error
+    ends the work, as does `stop` (`Stopped`); the processes are then terminated, as they are when this process ends.
+    Raises `ChildProcessError` where one of them ends without a result.
     """
-    others = set(multiprocessing.active_children())
-    count = torch.cuda.device_count() if device.startswith("cuda") else 0
+    items, others = list(items), set(multiprocessing.active_children())
+    if not items:
+        return
     spawn = multiprocessing.get_context("spawn")
-    devices = spawn.Queue()
-    for i in range(processes):
-        devices.put(f"cuda:{i % count}" if count else device)
-    with ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(devices,)) as pool:
+    begun = spawn.Value("i", 0)
+    with ProcessPoolExecutor(min(processes, len(items)), spawn, initializer=_begin, initargs=(device, begun)) as pool:
         waiting = {pool.submit(_on_own_device, task, item) for item in items}
         try:
             while waiting:
                 check_stop(stop)
                 done, waiting = wait(waiting, SECONDS, FIRST_COMPLETED)
                 yield from (each.result() for each in done)
-        except BaseException:
+        except BaseException as problem:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()  # what it trains is saved every half minute
+            if isinstance(problem, BrokenProcessPool):
+                raise ChildProcessError(
+                    f"processes={processes}: one of them ended without a result, likely for lack of memory; the same "
+                    "command goes on, for instance with fewer processes"
+                ) from problem
             raise
 
 
-def _begin(devices) -> None:
+def _begin(device: str, begun) -> None:
+    """In a new process: its number decides its GPU, and it ends with the process that started it."""
     global _device
-    _device = devices.get()
+    with begun.get_lock():
+        number, begun.value = begun.value, begun.value + 1
     torch.set_num_threads(1)
-    if _device.startswith("cuda"):
+    _device = device
+    if device.startswith("cuda"):
+        _device = f"cuda:{number % torch.cuda.device_count()}"
         torch.cuda.set_device(_device)
+    Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _on_own_device(task: Callable[[Item, str], Result], item: Item) -> Result:

@@ -103,6 +103,8 @@ def join_groups(part: GroupShard) -> ProteusAttention:
 
     A weight that is frozen in `part` is frozen in the layer.
     """
+    if not isinstance(part, GroupShard):
+        raise TypeError(f"part={type(part).__name__}: expected GroupShard, from shard_groups")
     n, cfg, held = part.mesh.size(), part.cfg, part.state_dict()
     with torch.device("meta"):
         whole = ProteusAttention(replace(cfg, n_heads=cfg.n_heads * n, n_kv_heads=cfg.n_kv_heads * n))

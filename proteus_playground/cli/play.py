@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import mkdtemp
 
-from ..common.files import cache_dir, file_place, shipped_notebooks, whole, write_json
+from ..common.files import file_place, shipped_notebooks, whole, write_json
 
 APP = "proteus-workbench.ipynb"
 FIRST = "00_start_here.ipynb"
@@ -53,7 +54,7 @@ def copy_notebooks(shipped: Path, directory: Path, say: Say = print) -> None:
 
 
 def app_notebook() -> Path:
-    """A notebook of one cell that opens the workbench, written into the cache folder: what Voila shows.
+    """A notebook of one cell that opens the workbench, in a temporary folder of its own: what Voila shows.
 
     Its files, such as a kept page, are written where the command was given.
     """
@@ -61,8 +62,7 @@ def app_notebook() -> Path:
     cell = {"cell_type": "code", "id": "workbench", "metadata": {}, "outputs": [], "execution_count": None}
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     book = {"cells": [cell | {"source": code}], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
-    path = cache_dir() / APP
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(mkdtemp(prefix="proteus-app-")) / APP
     write_json(path, book)
     return path
 

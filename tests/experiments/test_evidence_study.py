@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic, sleep
 
+import psutil
 import pytest
 import torch
 from proteus_playground.experiments.evidence import command
@@ -111,7 +116,39 @@ def test_processes_end_when_they_are_stopped():
         done.extend(spread(stuck, range(3), "cpu", 2, stop=lambda: monotonic() - began > 5))
     assert monotonic() - began < 60
     with pytest.raises(TypeError):
-        list(spread(len, (1,), "cpu", 2))
+        list(spread(len, (1,), "cpu", 10**9))  # no more processes than items
+    with pytest.raises(ChildProcessError, match="processes=2: one of them ended without a result"):
+        list(spread(leave, range(2), "cpu", 2))
+    assert list(spread(leave, (), "cpu", 2)) == []
+
+
+def leave(item: int, device: str) -> None:
+    os._exit(9)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    """Also where that one is killed and cannot clean up."""
+    code = "import sys; sys.path[:0] = sys.argv[1:]\nfrom test_evidence_study import sleepers\n"
+    code += "if __name__ == '__main__': sleepers()"
+    (tmp_path / "start.py").write_text(code)
+    places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    parent = subprocess.Popen([sys.executable, tmp_path / "start.py", *places], stdout=subprocess.PIPE, text=True)
+    pids = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.kill()
+    parent.wait()
+    ends = monotonic() + 30
+    while any(map(psutil.pid_exists, pids)) and monotonic() < ends:
+        sleep(0.2)
+    assert not any(map(psutil.pid_exists, pids))
+
+
+def sleepers() -> None:
+    list(spread(say_and_sleep, range(2), "cpu", 2))
+
+
+def say_and_sleep(item: int, device: str) -> None:
+    print(os.getpid(), flush=True)
+    sleep(600)
 
 
 def test_a_file_of_another_scale_is_refused(measured, tmp_path):
