@@ -212,8 +212,8 @@ def test_a_training_step(changes):
         x = torch.randn(1, LENGTH, 32, generator=torch.Generator().manual_seed(2)).to(DEVICE)
         attn(x).square().sum().backward()
         found.append({n: p.grad for n, p in attn.named_parameters()})
-    for name, grad in found[0].items():  # with one head awake its weight is 1, and the router's gradient is rounding
-        assert off_by(found[1][name], grad) <= 1e-4 or (found[1][name] - grad).abs().max() <= 1e-6, name
+    for name, grad in found[0].items():  # one head awake has weight 1: the router's gradient is rounding, about 1e-6
+        assert off_by(found[1][name], grad) <= 1e-4 or (found[1][name] - grad).abs().max() <= 1e-5, name
 
 
 def test_checkpoint_gives_the_same_gradients():
