@@ -144,37 +144,6 @@ def test_the_opening_loss_is_part_of_the_gradient(finished):
     assert not same(lm, finished[0])
 
 
-def test_the_match_with_dense_attention_is_part_of_the_gradient(finished):
-    lm, steps = whole_run(match=0.5)
-    assert steps[4].loss == finished[1][4].loss and steps[4].grad_norm == finished[1][4].grad_norm  # alpha 0
-    assert steps[5].loss == finished[1][5].loss and steps[5].grad_norm != finished[1][5].grad_norm
-    assert not same(lm, finished[0])
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_the_match_with_dense_attention_is_a_distance_that_pulls_on_both(alpha):
-    lm = model(route_heads=False).train()
-    ids = Echo().batch(0, 2, 48).ids
-    with lm.settings(flux_alpha=alpha), losses.attention_calls(lm) as calls:
-        lm(ids)
-    lm(ids)  # no longer listened to
-    assert len(calls) == 2 and all(y.shape == h.shape == (2, 48, 16) for _, h, y in calls)
-    seen = [attn.gates.pending_count.clone() for attn, _, _ in calls]
-    loss = losses.dense_match(calls)
-    assert (loss < 1e-10) == (alpha == 0) and loss < 4
-    assert all(attn.training and attn.gates.pending_count.equal(n) for (attn, _, _), n in zip(calls, seen, strict=True))
-    attn, h, y = calls[1]
-    with torch.no_grad(), attn.settings(flux_alpha=0.0):
-        dense = attn.eval()(h)
-    squares = (y - dense).square().sum() / dense.square().sum()
-    torch.testing.assert_close(losses.dense_match(calls[1:]), squares)
-    pulls = [torch.autograd.grad(losses.dense_match([(attn, h, out)]), attn.o_proj.weight, retain_graph=True)[0]
-             for out in (y.detach(), y)]  # fmt: skip
-    assert alpha == 0 or (pulls[0].any() and not pulls[0].allclose(pulls[1]))  # dense alone, and both
-    with pytest.raises(ValueError, match="calls=\\[\\]"):
-        losses.dense_match([])
-
-
 def test_processes_that_write_ahead_change_no_bit(finished):
     lm = model()
     steps = list(train(lm, Echo(), recipe(), every=4, workers=1))
