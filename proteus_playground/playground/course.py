@@ -69,13 +69,15 @@ def check(name: str, answer) -> None:
 
 
 def hint(name: str, number: int = 1) -> None:
-    """Prints a hint of an exercise, from 1 on; a number larger than the number of hints prints a solution.
+    """Prints a hint of an exercise, from 1 on; a number larger than the number of hints prints a solution, 0 nothing.
 
-    Raises `ValueError` for an unknown exercise or a number below 1, `TypeError` for another kind of number.
+    Raises `ValueError` for an unknown exercise or a number below 0, `TypeError` for another kind of number.
     """
     exercise = _exercise(name)
-    whole_number("number", number, 1)
+    whole_number("number", number, 0)
     hints = exercise.hints
+    if number == 0:
+        return
     if number > len(hints):
         print(f"A solution:\n\n{exercise.solution}")
         return

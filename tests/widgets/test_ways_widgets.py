@@ -53,7 +53,7 @@ def test_two_settings_stand_side_by_side_and_a_link_restores_them(bench):
     assert frame.other.settings.flux_alpha == 1 and frame.view.settings.flux_alpha == 0.5
     assert frame.view.way == Way("quest", Without.parse("notes, head 1:2")) and frame.other.way == Way()
     said = text_of(bench.numbers.value)
-    assert re.search(r"A \d+; B is [\d.]+ × A", said)
+    assert re.search(r"A \d+; B = [\d.]+ × A", said)
     below = bench.pictures._other_stems
     assert any(len(trace.x) for trace in below.values()) and bench.pictures.widget.layout.yaxis4.visible
     assert len(bench.text.other) == len(bench.probe.tokens)

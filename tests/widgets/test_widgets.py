@@ -9,6 +9,7 @@ from dataclasses import replace
 from html import escape
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 from fake_probe import FakeProbe
 from helpers import text_of
@@ -17,6 +18,7 @@ from proteus_playground.widgets.apps import make_probe
 from proteus_playground.widgets.parts import raster, sentences
 from proteus_playground.widgets.parts.controls import Knob, LayerControls, ModelChoice, Switch, main_knobs
 from proteus_playground.widgets.parts.html import style_sheets
+from proteus_playground.widgets.parts.plot import blank
 from proteus_playground.widgets.parts.state import BY_NAME, KEYS, check, opening, parse, preset_settings
 from proteus_playground.widgets.workbench import figure, readout
 from proteus_playground.widgets.workbench.tour import STEPS, Tour
@@ -408,6 +410,22 @@ def test_a_browser_that_comes_later_gets_what_is_on_show(bench):
     heat = next(trace for trace in state["_widget_data"] if trace["type"] == "heatmap")
     assert "z" in heat and state["_widget_layout"]["height"] == figure.layout.height
     assert set(figure.get_state("_view_count")) == {"_view_count"}
+    sent = []
+    bench.next.send_state = lambda key: sent.append(key)
+    bench._seen = False
+    for number in (1, 2):
+        bench.text.painted = bench.number + number
+    assert sent == ["value"]  # with the first picture that it shows
+
+
+def test_what_the_browser_fills_in_takes_no_value_away():
+    """Plotly's own rule fails where a value is an array."""
+    figure = blank({}, [go.Scatter(x=np.arange(3), y=np.arange(3), text=["a", "b", "c"])])
+    uid = figure.data[0].uid
+    figure._last_trace_edit_id = 7
+    filled = {"uid": uid, "x": {"size": 3}, "text": ["d"], "mode": "lines"}
+    figure._js2py_traceDeltas = {"trace_deltas": [filled], "trace_edit_id": 7}
+    assert figure._js2py_traceDeltas is None and list(figure.data[0].text) == ["a", "b", "c"]
 
 
 # Without a model

@@ -13,7 +13,7 @@ from traitlets import HasTraits
 from proteus_playground.attention.settings import CONTROLS, Control
 from proteus_playground.hf.models import KNOWN, SHIPPED, find
 
-from .boxes import button, labelled
+from .boxes import button, labelled, row
 from .state import BY_NAME, MAX_LENGTH, PRESET_TIPS, PRESETS, SETTINGS, SHELF, PlayState, opening, preset_settings
 from .terms import control_html
 
@@ -342,7 +342,7 @@ class ShareControls(w.VBox):
         super().__init__([
             w.HTML('<span class="pp-knob-name">This workbench in a cell</span>'), self.cell,
             w.HTML('<span class="pp-knob-name">State: copy it, or paste another and press Restore</span>'), self.json,
-            w.HBox([self.restore, self.file, self.keep, self.message]),
+            row("pp-keep", self.restore, self.file, self.keep), self.message,
         ])  # fmt: skip
         self.visible = False
 

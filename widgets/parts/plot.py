@@ -36,6 +36,11 @@ class Figure(go.FigureWidget):
                 state[name] = self.trait_metadata(name, "to_json", self._trait_to_json)(now, self)
         return state
 
+    @staticmethod
+    def _remove_overlapping_props(input_data, delta_data, prop_path=()) -> list:
+        """Nothing: what the browser fills in takes the place of no value of ours, and plotly's rule fails on arrays."""
+        return []
+
 
 def blank(layout: dict, traces: Iterable = ()) -> Figure:
     """A figure that holds `traces`."""

@@ -71,7 +71,7 @@ def page(bench, only: str | None = None) -> str:
     title = f"{TITLE}: {bench.probe.name}, layer {bench.drawn.view.layer}, {bench.state.text}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{style_sheets()} body {{ max-width: 1100px; margin: 16px auto; }} "
+        f"<style>{style_sheets()} body.pp-app {{ max-width: 1100px; margin: 16px auto; overflow: visible; }} "
         ".pp-text { height: auto; } .pp-cap { position: static; margin-top: 28px; } pre { white-space: pre-wrap; "
         "overflow-wrap: anywhere; }</style></head>"
         f'<body class="pp-app">{body}<details><summary>What made this page: settings, seed, versions, machine</summary>'
@@ -80,11 +80,17 @@ def page(bench, only: str | None = None) -> str:
 
 
 def _text(bench) -> str:
-    chosen, kinds = bench.drawn.row.token, ("unseen", "local", "anchor", "dna", "note-only")
-    words = "".join(
-        f'<span class="pp-tok pp-{kinds[kind]}{" pp-chosen" if i == chosen else ""}">{escape(token)}</span>'
-        for i, (token, kind) in enumerate(zip(bench.probe.tokens, bench.drawn.row.kind, strict=True))
-    )
+    """The text as it is on show: which tokens the chosen word reads, and which of them only A or only B reads."""
+    frame, kinds = bench.drawn, ("unseen", "local", "anchor", "dna", "note-only")
+    mine = frame.row.kind
+    other = mine if frame.other_row is None else frame.other_row.kind
+    words, salience = "", bytes(bench.text.salience)
+    for i, (token, b, a) in enumerate(zip(bench.probe.tokens, mine, other, strict=True)):
+        one_by_one = (0 < a < 4, 0 < b < 4)
+        only = {(False, True): " pp-only-b", (True, False): " pp-only-a"}.get(one_by_one, "")
+        chosen = " pp-chosen" if i == frame.row.token else ""
+        yellow = f"background: rgba(240, 228, 66, {salience[i] / 255 * 0.75:.2f})"
+        words += f'<span class="pp-tok pp-{kinds[b]}{only}{chosen}" style="{yellow}">{escape(token)}</span>'
     return f'<div class="pp-text">{words}</div>'
 
 

@@ -142,7 +142,7 @@ def _two_models_cell(model: ModelView | None, model_a: ModelView | None, setting
 
 
 def _ratio(now: float, was: float) -> str:
-    return f"; B is {now / was:.2g} × A" if was > 0 else ""
+    return f"; B = {now / was:.2g} × A" if was > 0 else ""
 
 
 def _model_cell(model: ModelView | None, settings: Settings, plain: bool = True) -> str:
@@ -217,6 +217,6 @@ TEXT_LEGEND = key("#f6ee92", "salient") + "".join(
 )
 TWO_TEXT_LEGEND = (
     TEXT_LEGEND
-    + '<span><i class="pp-swatch pp-only-b"></i>double: only B reads it</span>'
-    + '<span><i class="pp-swatch pp-only-a"></i>only A reads it</span>'
+    + '<span><i class="pp-swatch pp-only-b"></i>double: only B reads it one by one</span>'
+    + '<span><i class="pp-swatch pp-only-a"></i>dashed: only A does</span>'
 )

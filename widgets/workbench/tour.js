@@ -12,6 +12,7 @@ function button(words, act, name) {
 }
 
 function render({ model, el }) {
+  let app = null;
   const frame = document.createElement("div");
   frame.className = "pp-tour-frame";
   const card = document.createElement("div");
@@ -27,13 +28,15 @@ function render({ model, el }) {
     model.save_changes();
   };
   const back = button("Back", () => go(model.get("step") - 1), "pp-tour-back");
-  const next = button("Next", () => go(model.get("step") + 1), "pp-tour-next mod-info");
+  const next = button("Next", () => {
+    const last = model.get("step") === model.get("steps").length;
+    go(model.get("step") + 1);
+    if (last && app) app.scrollIntoView({ block: "start" }); // back to the sliders
+  }, "pp-tour-next mod-info");
   const skip = button("End the tour", () => go(0), "pp-tour-end");
   row.append(back, next, skip);
   card.append(count, title, words, row);
   el.append(frame, card);
-  let app = null;
-
   const place = () => {
     const step = model.get("steps")[model.get("step") - 1];
     app = el.closest(".pp-app");

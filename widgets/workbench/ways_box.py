@@ -182,12 +182,18 @@ def pin_words(state: PlayState) -> str:
     if way.selector != here.selector:
         differ.append(f"{way.selector} → {here.selector}")
     if way.without != here.without:
-        differ.append(f"without {way.without or 'nothing'} → without {here.without or 'nothing'}")
+        differ.append(f"{_without(way.without)} → {_without(here.without)}")
     return (
         f"A → B: {', '.join(differ)}"
         if differ
         else "A and B are the same: move a slider, choose another selector, or give A another model."
     )
+
+
+def _without(parts: Without) -> str:
+    """`all` or `without notes, far keys`: by the names on the buttons."""
+    names = ["far keys" if part == "rings" else part for part in parts.parts()]
+    return f"without {', '.join(names)}" if names else "all"
 
 
 def _value(value: float | bool) -> str:

@@ -427,7 +427,8 @@ class Workbench(TwoModels):
     # Pacing: a browser that draws more slowly than the layer runs is not sent more than it can draw
 
     def _text_painted(self, change) -> None:
-        self._seen = True
+        if not self._seen:
+            self._seen = self.send_words()
         if change["new"] >= self.number:
             self._painted.set()
 
