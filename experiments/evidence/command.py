@@ -98,8 +98,14 @@ def _models_folder(scale: Scale) -> Path:
 
 
 def _run(scale: Scale, settings: StudySettings, out: Path, models: Path, device: str, processes: int) -> None:
-    """Run the study with a progress bar."""
-    with tqdm(total=len(cells(scale, settings)), unit="cell", dynamic_ncols=True) as bar:
+    """Run the study with a progress bar. ValueError where the settings leave nothing to measure."""
+    wanted = cells(scale, settings)
+    if not wanted:
+        raise ValueError(
+            f"lengths={settings.lengths}, pairs={settings.things}, arms={settings.arms}, changes={settings.changes}: "
+            "must leave something to measure, an arm or a change and texts that are long enough for the pairs"
+        )
+    with tqdm(total=len(wanted), unit="cell", dynamic_ncols=True) as bar:
         for event in study(scale, settings, out, models, device=device, processes=processes):
             if isinstance(event, CellResult):
                 cell = event.cell

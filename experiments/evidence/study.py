@@ -193,19 +193,20 @@ def _train(scale: Scale, models: Path, cell: Cell, device: str) -> Training | No
 
 
 def _measure(scale: Scale, models: Path, cases: int, cell: Cell, device: str) -> CellResult:
-    model = _last_subject(scale, models, cell.reader, device, cell)
+    model = _last_subject(scale, models, cell, device)
     return measure_cell(model, cell, maker(scale, cell.task, cell.things, cell.seed), cases)
 
 
 _kept: dict[tuple, ProteusLM] = {}  # the last subject of a process that measures many cells
 
 
-def _last_subject(scale: Scale, models: Path, reader: tuple, device: str, cell: Cell) -> ProteusLM:
+def _last_subject(scale: Scale, models: Path, cell: Cell, device: str) -> ProteusLM:
     """The model that answers in a cell, made again only where another one answered in the cell before."""
-    if (scale, models, reader) not in _kept:
+    at = (scale, models, cell.reader)
+    if at not in _kept:
         _kept.clear()
-        *_, _kept[scale, models, reader] = _subject(scale, cell, models, device, None)
-    return _kept[scale, models, reader]
+        *_, _kept[at] = _subject(scale, cell, models, device, None)
+    return _kept[at]
 
 
 def maker(scale: Scale, task: str, things: int, seed: int) -> Task:
@@ -222,7 +223,8 @@ def _subject(scale: Scale, cell: Cell, models: Path, device: str, stop: Stop | N
             continue
         model = event if change.gates is None else with_gates(event, change.gates)
         if cell.subject[0] == DENSE or change.gates is not None:
-            length, lessons = max(length for length, _ in scale.stages), replace(scale, **change.lessons)
+            lessons = replace(scale, **change.lessons)
+            length = max(length for length, _ in lessons.stages)
             ids = training_batches(lessons, cell.seed).batch(UNTRAINED_BATCH, max(1, CALIBRATION // length), length).ids
             model = calibrate(model, ids.to(device), cell.seed)
         yield model

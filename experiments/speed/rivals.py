@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
+from types import ModuleType
 from typing import Annotated
 
 import torch
@@ -41,16 +42,7 @@ LABELS = {
     "nsa": "native sparse attention (fla)",
 }
 FLASH_PACKAGES = {"fa3": ("flash-attn-3", "flash_attn_interface"), "fa4": ("flash-attn-4", "flash_attn.cute")}
-EXACT = (
-    "flash",
-    "cudnn",
-    "efficient",
-    "fused",
-    "fa3",
-    "fa4",
-    "mha",
-    "flex-dense",
-)  # dense attention, which reads every key
+EXACT = (*KERNELS, "fused", *FLASH_PACKAGES, "mha", "flex-dense")  # dense attention, which reads every key
 TOKENS_PER_DRAW = 1 << 16  # drawn at a time, so that long inputs do not need twice their memory
 CALIBRATION = 4096  # tokens that prototypes are fitted on
 TILE = 128  # FlexAttention's block
@@ -233,13 +225,17 @@ def _sdpa(case: BenchCase):
     return (ways if r > 1 else {"": ways["grouped"]}), context
 
 
-def _flash_attention(case: BenchCase):
-    """Dense attention of https://github.com/Dao-AILab/flash-attention, with KV groups as they are."""
-    package, module = FLASH_PACKAGES[case.who]
+def _of_package(package: str, module: str) -> ModuleType:
+    """A module of a package that may be missing; then `ImportError` names the package."""
     try:
-        run = import_module(module).flash_attn_func
+        return import_module(module)
     except ImportError as missing:
         raise ImportError(f"{package}: {missing}") from missing
+
+
+def _flash_attention(case: BenchCase):
+    """Dense attention of https://github.com/Dao-AILab/flash-attention, with KV groups as they are."""
+    run = _of_package(*FLASH_PACKAGES[case.who]).flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = run(q, k, v, causal=True)
@@ -308,12 +304,8 @@ def _mha(case: BenchCase) -> nn.Module:
 
 def _nsa(case: BenchCase) -> nn.Module:
     """Native sparse attention (Yuan et al. 2025) from `flash-linear-attention`, reading about L keys per query."""
-    try:
-        from fla.layers.nsa import NativeSparseAttention
-    except ImportError as missing:
-        raise ImportError(f"flash-linear-attention: {missing}") from missing
     cfg = case.cfg
-    layer = NativeSparseAttention(
+    layer = _of_package("flash-linear-attention", "fla.layers.nsa").NativeSparseAttention(
         hidden_size=cfg.d_model, num_heads=cfg.n_heads, num_kv_heads=cfg.n_kv_heads, head_dim=cfg.head_dim,
         block_size=NSA_BLOCK, block_counts=max(1, cfg.shortlist // 2 // NSA_BLOCK), window_size=cfg.shortlist // 2,
         rope_theta=cfg.rope_theta,

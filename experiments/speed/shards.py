@@ -78,7 +78,7 @@ def measure(
     whole = ProteusAttention(cfg).to(device, dtype).eval()
     whole.calibrate(x[:, :CALIBRATION])
     part, first = shard_groups(whole, mesh), dist.get_rank() == 0
-    exchange = _times(lambda: add_up(x, mesh), device, repeats, alone=False)
+    exchange = _by_all(lambda: add_up(x, mesh), device, repeats)
     row = {"tokens": tokens, "exchange": exchange}
     with torch.no_grad():
         y = part(x)
@@ -88,10 +88,10 @@ def measure(
             del exact
         del y
     x.requires_grad_(backward)
-    for name, layer, alone in (("one", whole, True), ("shared", part, False)):
-        row[name] = _times(_call(layer.train(backward), x, backward), device, repeats, alone)
+    for name, layer, timed in (("one", whole, _alone), ("shared", part, _by_all)):
+        row[name] = timed(_call(layer.train(backward), x, backward), device, repeats)
         with layer.settings(flux_alpha=0.0):
-            row[f"{name}_dense"] = _times(_call(layer.eval(), x, backward), device, repeats, alone)
+            row[f"{name}_dense"] = timed(_call(layer.eval(), x, backward), device, repeats)
     release(device)
     if first:
         ms = {name: times["median_ms"] for name, times in row.items() if isinstance(times, dict)}
@@ -108,25 +108,26 @@ def _call(layer: ProteusAttention, x: Tensor, backward: bool) -> Callable[[], ob
     return lambda: torch.autograd.grad(layer(x), leaves, upstream, allow_unused=True)
 
 
-def _times(run: Callable[[], object], device: torch.device, repeats: int, alone: bool) -> dict | None:
-    """Summary of the milliseconds of `repeats` calls, each the slowest process's. alone: only the first process runs,
-    and the others wait and return None."""
-    if alone and dist.get_rank():
-        _meet(device)
-        return None
-    times = []
-    for call in range(WARM_UP + repeats):
-        if not alone:
-            _meet(device)
-        ms = clock(run, device)[0]
-        if call >= WARM_UP:
-            times.append(ms)
-    slowest = torch.tensor(times, device=device)
-    if alone:
-        _meet(device)
-    else:
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+def _alone(run: Callable[[], object], device: torch.device, repeats: int) -> dict | None:
+    """Summary of the milliseconds of `repeats` calls by the first process; the others wait and return None."""
+    found = None if dist.get_rank() else summary(_samples(run, device, repeats))
+    _meet(device)
+    return found
+
+
+def _by_all(run: Callable[[], object], device: torch.device, repeats: int) -> dict:
+    """Summary of the milliseconds of `repeats` calls by all processes, each the slowest one's."""
+    slowest = torch.tensor(_samples(run, device, repeats, before=lambda: _meet(device)), device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return summary(slowest.tolist())
+
+
+def _samples(run: Callable[[], object], device: torch.device, repeats: int, before=lambda: None) -> list[float]:
+    times = []
+    for _ in range(WARM_UP + repeats):
+        before()
+        times.append(clock(run, device)[0])
+    return times[WARM_UP:]
 
 
 def _meet(device: torch.device) -> None:

@@ -142,12 +142,13 @@ def dense_match(calls: Sequence[tuple[ProteusAttention, Tensor, Tensor]]) -> Ten
     """
     if not calls:
         raise ValueError("calls=[]: must hold at least one layer's call")
-    return torch.stack([_distance(y, _densely(attn, h)) for attn, h, y in calls]).mean()
+    return torch.stack([relative_square(y, _densely(attn, h)) for attn, h, y in calls]).mean()
 
 
-def _distance(y: Tensor, dense: Tensor) -> Tensor:
-    y, dense = y.float(), dense.float()
-    return (y - dense).square().sum() / dense.detach().square().sum().clamp(min=1e-12)
+def relative_square(got: Tensor, wanted: Tensor) -> Tensor:
+    """Squared distance of two tensors of one shape over the square of `wanted`, which counts as a constant there."""
+    got, wanted = got.float(), wanted.float()
+    return (got - wanted).square().sum() / wanted.detach().square().sum().clamp(min=1e-12)
 
 
 def _densely(attn: ProteusAttention, h: Tensor) -> Tensor:

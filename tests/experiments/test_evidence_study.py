@@ -273,6 +273,7 @@ def test_the_command_prints_and_fills_the_page(measured, tmp_path, capsys):
         (["--out", out, "--report", "--page", str(tmp_path / "evidence.md")], "evidence.md"),
         (["--scale", '{"wide": 3}'], "--scale"),
         (["--arms", "best"], "--arms"),
+        (["--out", str(tmp_path / "new.json"), "--lengths", "32", "--pairs", "64"], "must leave something to measure"),
         (["--device", "mps"], "--device"),
     ):
         with pytest.raises(SystemExit) as left:

@@ -156,12 +156,11 @@ class Board(Panel):
             html = readout.two_html(self.number, view, drawn.other, self.model_view, model_a, drawn.wanted.settings)
         self.numbers.value = html
 
-    def send_words(self) -> bool:
-        """Sends all words once more; True. A browser that opened the page while they changed has missed some."""
+    def send_words(self) -> None:
+        """Sends all words once more. A browser that opened the page while they changed has missed some."""
         for words in (self.title, self.banner, self.numbers, self.status, self.pays, self.next, self.ask_box.reply,
                       *self.captions.values()):  # fmt: skip
             words.send_state("value")
-        return True
 
     def _show_empty(self, why: str) -> None:
         for name, title in EMPTY_TITLES.items():

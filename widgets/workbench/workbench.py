@@ -369,8 +369,7 @@ class Workbench(TwoModels):
         curves, curve = self.curve.curves, self.curve.unfinished
         if not self._mark_curve() or curve is None:
             return
-        probe, alpha = self._probe_of(curve.of), curve.due
-        name = names(len(curves))[curves.index(curve)]
+        probe, alpha, name = self._probe_of(curve.of), curve.due, names(len(curves))[curves.index(curve)]
         settings, what = replace(curve.of.settings, flux_alpha=alpha), f"{name}whole model at flux α {alpha:g}"
 
         def run(stop, progress) -> ModelView:
@@ -428,7 +427,8 @@ class Workbench(TwoModels):
 
     def _text_painted(self, change) -> None:
         if not self._seen:
-            self._seen = self.send_words()
+            self.send_words()
+        self._seen = True
         if change["new"] >= self.number:
             self._painted.set()
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...attention import Gates
 from ...attention.rope import rotate
+from ...lm.losses import relative_square
 from ..attention_call import AttentionCall
 from .rows import IGNORED
 
@@ -55,10 +56,10 @@ def output_match(student: Mapping[int, Tensor], teacher: Mapping[int, Tensor], r
     """
     parts = []
     for layer, wanted in teacher.items():
-        got, wanted = student[layer].float(), wanted.float()
+        got = student[layer]
         if real is not None:
             got, wanted = got[real], wanted[real]
-        parts.append((got - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12))
+        parts.append(relative_square(got, wanted))
     return torch.stack(parts).mean()
 
 
