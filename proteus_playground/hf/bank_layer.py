@@ -6,6 +6,7 @@ Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim.
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from ..attention.adapter import ProteusLayer
 from ..attention.bank.bank import ENDLESS, KVBank
 from ..attention.decide import weigh
 from .attention_call import AttentionCall
+
+if TYPE_CHECKING:
+    from .prompt_graph import PromptGraph
 
 NO_GRADIENT = "a ProteusCache gives no gradient: use torch.no_grad(), and model.eval()"
 
@@ -37,7 +41,9 @@ class BankLayer(CacheLayerMixin):
 
     alone: whether every layer that reads the whole past has a bank. transformers makes one mask for all of these: of
     the new tokens only if so, else of the whole past. tracks: whether the layer remembers which tokens were real; one
-    layer of a cache does so for all.
+    layer of a cache does so for all. defers: whether the cache asks after the whole pass whether a prompt's keys and
+    values were finite, by `total`, so that the host need not wait for a GPU in each layer. prompt: a recorded pass that
+    this layer shares with others, or None.
     """
 
     is_sliding = is_compileable = is_croppable = supports_early_init = False
@@ -48,7 +54,9 @@ class BankLayer(CacheLayerMixin):
         self.bank: KVBank | None = None
         self._inv_freq: Tensor | None = None  # of the last call
         self._new = 0  # tokens that `update` was given and `attend` was not
-        self.tracks = False
+        self.tracks = self.defers = False
+        self.prompt: PromptGraph | None = None
+        self.total: Tensor | None = None
         self.past: Tensor | None = None  # (B,) which tokens of each text were real, as `digest` says
 
     def attend(self, call: AttentionCall) -> Tensor:
@@ -72,13 +80,16 @@ class BankLayer(CacheLayerMixin):
         self._check_frequencies(call)
         self.check_past(call.past)
         if self.bank is None:
-            self._make(len(call.k), call.inv_freq, call.scale, call.k.dtype)
-        bank, near = self.bank, {"inv_freq": call.inv_freq, "positions": call.positions, "scale": call.scale}
+            replayed = None if self.prompt is None or not self.defers else self.prompt.read(self, call)
+            if replayed is not None:
+                out, bank, self.total = replayed
+                self._start(bank)
+                return out
+            self._start(self.empty_bank(len(call.k), call.inv_freq, call.scale, call.k.dtype))
+        bank = self.bank
         if bank.tokens == 0 and call.k.shape[1] > 1:
-            how = {"budget": budget, "explain": False, "return_index": True}
-            run = layer.run(call.q, call.k, call.v, real=call.keep, **how, **near)
-            bank.extend(call.k, call.v, keep=run.keep, positions=call.positions, index=run.result.index)
-            return run.out
+            out, self.total = read_prompt(bank, layer, call, waits=not self.defers)
+            return out
         decisions = layer.decide(call.q, call.k, call.keep, budget=budget, before=bank.count)
         read = bank.step if call.k.shape[1] == 1 else bank.steps
         out = read(call.q, call.k, call.v, keep=decisions.keep, awake=decisions.awake, positions=call.positions)
@@ -110,16 +121,21 @@ class BankLayer(CacheLayerMixin):
                 )
         self._inv_freq = call.inv_freq
 
-    def _make(self, batch: int, inv_freq: Tensor | None, scale: float, dtype: torch.dtype) -> None:
+    def empty_bank(self, batch: int, inv_freq: Tensor | None, scale: float, dtype: torch.dtype) -> KVBank:
+        """A bank without tokens for this layer."""
         int8 = self.layer.config.int8
         dtype = torch.float32 if dtype == torch.int8 else dtype
-        self.bank = KVBank.empty(
+        return KVBank.empty(
             self.budget, self.layer.gates, batch, inv_freq=inv_freq, scale=scale, dtype=dtype, int8=int8,
             reach=self.reach,
         )  # fmt: skip
+
+    def _start(self, bank: KVBank) -> None:
+        """Begin the texts of `bank`."""
+        self.bank = bank
         if self.tracks:
             with torch.inference_mode(False):
-                self.past = torch.zeros(batch, dtype=torch.int64, device=self.bank.count.device)
+                self.past = torch.zeros(bank.batch, dtype=torch.int64, device=bank.count.device)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the bank is made by the first `attend`."""
@@ -153,7 +169,7 @@ class BankLayer(CacheLayerMixin):
         self._new = 0
 
     def reset(self) -> None:
-        self.bank, self._inv_freq, self._new, self.past = None, None, 0, None
+        self.bank, self._inv_freq, self._new, self.past, self.total = None, None, 0, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -201,7 +217,7 @@ class BankLayer(CacheLayerMixin):
         if about is None:
             return
         mine = {name.removeprefix("bank."): x for name, x in tensors.items() if name.startswith("bank.")}
-        self._make(len(mine["count"]), tensors.get("inv_freq"), about["scale"], mine["rows"].dtype)
+        self._start(self.empty_bank(len(mine["count"]), tensors.get("inv_freq"), about["scale"], mine["rows"].dtype))
         if self.tracks:
             self._take_past(tensors.get("past"))  # files of earlier versions have none
         self.bank.load_state_dict({"about": about, "tensors": mine})
@@ -242,6 +258,20 @@ class HybridBankLayer(LinearAttentionLayer, BankLayer):
 
     def state_dict(self):
         raise ValueError("recurrent states cannot be saved: fork() the cache instead")
+
+
+def read_prompt(bank: KVBank, layer: ProteusLayer, call: AttentionCall, waits: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows of a text's first tokens, `(B, T, H, d)`, which go into the empty bank.
+
+    waits: let the host wait for a GPU to know whether keys and values are finite; else they count as finite, and their
+    sum `()` is returned too, None where it was not made.
+    """
+    where = {"inv_freq": call.inv_freq, "positions": call.positions, "scale": call.scale}
+    how = {"budget": bank.budget, "explain": False, "return_index": True}
+    run = layer.run(call.q, call.k, call.v, real=call.keep, **how, **where)
+    index = run.result.index
+    bank.extend(call.k, call.v, keep=run.keep, positions=call.positions, index=index, is_finite=not waits)
+    return run.out, None if waits or index is None else index.total
 
 
 def digest(real: Tensor, start: Tensor | None = None) -> Tensor:

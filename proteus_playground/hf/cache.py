@@ -40,8 +40,9 @@ from ..common.tensors import fingerprint, read_tensors, write_tensors
 from ..common.texts import Text, calibration_text
 from .bank_layer import NO_GRADIENT, BankLayer, HybridBankLayer, gates_from
 from .decode_graph import DecodeGraph
-from .passes import only_this_thread, unwatch, watch
+from .passes import current_pass, only_this_thread, unwatch, watch
 from .patch import check_layers, find_decoder, patched, reads_whole_past, surveyed
+from .prompt_graph import PromptGraph
 from .source import ModelSource
 
 CALIBRATION_TOKENS = 2048
@@ -74,7 +75,8 @@ class ProteusCache(Cache):
         the window seems farther away than that (see `KVBank`), so that a model goes on making sense beyond what it was
         trained on. None leaves all positions as they are. Not with int8 or at flux alpha 0. cuda_graph: record the pass
         of one token as a CUDA graph and replay it, which is several times as fast; every layer must have a bank. Beam
-        search, whose banks change with every token, runs without.
+        search, whose banks change with every token, runs without. Prompts of up to 16,384 tokens without padding are
+        read by a graph too, which is made of one layer and serves the layers after it.
         Raises `TypeError` or `ValueError` naming the argument.
         """
         decoder, known = surveyed(model)
@@ -112,6 +114,9 @@ class ProteusCache(Cache):
         if cuda_graph:
             _check_graph(layers, budget, decoder.device)
         self._graph = DecodeGraph(decoder, banks) if cuda_graph else None
+        defers, prompt = all(type(layer) is BankLayer for layer in layers), PromptGraph() if cuda_graph else None
+        for layer in banks.values():
+            layer.defers, layer.prompt = defers, prompt
         self._running = self._cut_short = False
         watch(decoder)
         self._closing = finalize(self, unwatch, decoder)
@@ -189,7 +194,9 @@ class ProteusCache(Cache):
             try:
                 if turn == "replay":
                     return self._graph.replay(kwargs)
-                return self._graph.record(native, kwargs) if turn == "record" else native(*args, **kwargs)
+                if turn == "record":
+                    return self._graph.record(native, kwargs)
+                return self._run_through(native, args, kwargs)
             except BaseException:
                 recurrent = any(hasattr(layer, "recurrent_states") for layer in self.layers)
                 self._cut_short = recurrent or self._lengths() != lengths
@@ -198,6 +205,25 @@ class ProteusCache(Cache):
                 self._running = False
                 for layer in self._bank_layers().values():
                     layer.end_pass()
+
+    def _run_through(self, native: Callable, args: tuple, kwargs: dict):
+        """A pass as usual. Where a prompt turns out to have keys or values that are not finite, it runs once more, and
+        the banks look for them in each layer."""
+        output, banks = native(*args, **kwargs), self._bank_layers().values()
+        totals = [layer.total for layer in banks if layer.total is not None]
+        for layer in banks:
+            layer.total = None
+        if not totals or torch.stack([x.to(totals[0].device) for x in totals]).isfinite().all():
+            return output
+        for layer in banks:
+            layer.reset()
+            layer.defers = False
+        current_pass(self._decoder).start()
+        try:
+            return native(*args, **kwargs)
+        finally:
+            for layer in banks:
+                layer.defers = True
 
     def _check_mask(self, mask: Tensor | None) -> None:
         """Padding is not kept, so a later mask must show the same tokens as the earlier ones did."""

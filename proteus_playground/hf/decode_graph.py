@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from .attention_call import CACHE_NAMES
 from .bank_layer import BankLayer
 from .passes import current_pass
+from .recording import capture
 
 WARM_UP = 2  # passes of one token before the recorded one: kernels are compiled and workspaces made in them
 INPUTS = ("input_ids", "inputs_embeds")
@@ -136,17 +137,3 @@ class DecodeGraph:
         self._graph.replay()
         cache = next(kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None)
         return self._kind(**{HIDDEN: self._hidden.clone()}, **dict.fromkeys(self._named, cache))
-
-
-def capture(run: Callable[[], object], device: torch.device) -> tuple[torch.cuda.CUDAGraph, object]:
-    """Record what `run` does on the GPU: the graph, and what it returned. Raises what `run` or CUDA raises."""
-    with torch.cuda.device(device):
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-                return graph, run()
-        except BaseException:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own,
-            home = torch.cuda.default_generators[torch.cuda.current_device()]
-            home.graphsafe_set_state(home.clone_state())  # and random numbers to be drawn in a graph only
-            raise

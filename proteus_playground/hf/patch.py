@@ -51,7 +51,7 @@ class _Turning:
 
     def __init__(self, rotation: Rotation):
         self.rotation = rotation
-        self.own, self.inv_freq, self.order = None, None, None
+        self.own, self.inv_freq, self.back, self.order = None, None, None, None
 
     def frequencies(self, decoder: nn.Module, device: torch.device) -> Tensor | None:
         """`(d / 2,)` radians per token; None where the layer turns nothing."""
@@ -62,6 +62,7 @@ class _Turning:
         if own is not self.own or self.inv_freq.device != device:
             with torch.inference_mode(False):  # a later pass may need a gradient
                 self.own, self.inv_freq = own, self.rotation.frequencies(own, device)
+                self.back = -self.inv_freq
         return self.inv_freq
 
     def arrange(self, x: Tensor) -> Tensor:
@@ -345,8 +346,7 @@ def _unrotated(slot: _Slot, q: Tensor, k: Tensor, v: Tensor, mask, scaling: floa
     dtype = torch.promote_types(q.dtype, v.dtype)  # under autocast, q and k leave a rotation in float32
     q, k, v = slot.turning.arrange(q).to(dtype), slot.turning.arrange(k).to(dtype), v.to(dtype)
     if inv_freq is not None:
-        back = -positions
-        q, k = rotate(q, back, inv_freq), rotate(k, back, inv_freq)
+        q, k = (rotate(x, positions, slot.turning.back) for x in (q, k))
     scale = dim**-0.5 if scaling is None else scaling
     return AttentionCall(
         slot.layer, q, k, arranged(v.transpose(1, 2), None, rotation.width), inv_freq, positions, float(scale),

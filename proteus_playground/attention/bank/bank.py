@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,22 @@ class KVBank(Slots):
 
     @torch.no_grad()
     def extend(
-        self, k: Tensor, v: Tensor, *, keep: Tensor | None = None, positions: Tensor | None = None, index: Any = None
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        keep: Tensor | None = None,
+        positions: Tensor | None = None,
+        index: Any = None,
+        is_finite: bool = False,
     ) -> None:
         """Take in n tokens at once: a prefill, or the next part of one. Equals n steps up to rounding of the sums.
 
         k, v: un-rotated, `(B, n, G, d)`. keep: `(B, n)` bool, tokens that take part (padding is False).
         positions: `(n,)` or `(B, n)`, in tokens; by default they follow on from the last.
         index: `AttentionResult.index` of a call with these keys, values and positions and this bank's budget and gates;
-        it fills an empty bank more quickly.
+        it fills an empty bank more quickly. is_finite: the caller knows that all keys and values are finite, or finds
+        out from `index.total`; else the host waits for a GPU to see.
         Raises `ValueError` when the budget was planned for fewer tokens than the bank would hold.
         """
         self.gates.check_keys(k)
@@ -116,7 +125,8 @@ class KVBank(Slots):
         empty = self.tokens == 0
         self._admit(k)
         where = None if positions is None else positions.to(k.device)
-        if index is not None and empty and keep is None and bank_fill(self, index, where):
+        quickly = index is not None and empty and keep is None and (is_finite or bool(index.total.isfinite()))
+        if quickly and bank_fill(self, index, where):
             return
         keep, _ = _finite(k, v, keep)
         size = max(1, NUMBERS_PER_STEP // (self.rows[:, :, 0].numel() + self.retired.numel()))
@@ -242,14 +252,18 @@ class KVBank(Slots):
 
     def fork(self) -> KVBank:
         """An independent copy over the same gates: stepping one does not change the other."""
-        return self.select(torch.arange(self.batch, device=self.count.device))
+        return self._twin(torch.clone)
 
     def select(self, rows: Tensor) -> KVBank:
         """A bank of the sequences at `rows` (n,) int64, in that order, repeats allowed: beams, or a smaller batch."""
+        return self._twin(lambda x: x[rows])
+
+    def _twin(self, copied: Callable[[Tensor], Tensor]) -> KVBank:
+        """A bank over the same gates, with what `copied` makes of each tensor."""
         twin = copy.copy(self)
         with torch.inference_mode(False):
             for name in self.TENSORS.values():
-                setattr(twin, name, getattr(self, name)[rows])
+                setattr(twin, name, copied(getattr(self, name)))
         return twin
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -6,8 +6,6 @@ Axes: `B` sequences, `T` tokens, `G` KV groups, `C` gates per group, `d` head di
 
 from __future__ import annotations
 
-from math import isfinite
-
 import torch
 import triton
 import triton.language as tl
@@ -17,34 +15,24 @@ from .forward import retired_at
 from .tables import KeyIndex, batch_stride
 
 KEYS = 16  # that one program copies at a time
+SUMMED = 128  # that one program adds up at a time: a gate may hold a large part of the text
 
 
 class PassIndex:
-    """The index of a pass over k and v `(B, T, G, d)`, and whether these are finite.
-
-    The GPU is asked before the pass attends and the answer is read after it, so the host waits for no more than that.
-    """
+    """The index of a pass over k and v `(B, T, G, d)`; `total` `()`, their sum, is finite only if all of them are."""
 
     def __init__(self, keys: KeyIndex, k: Tensor, v: Tensor):
-        self.keys, self.shape, self._answered = keys, k.shape, None
-        total = k.sum(dtype=torch.float32) + v.sum(dtype=torch.float32)
-        self._total = total.to("cpu", non_blocking=True)
-        if total.is_cuda:
-            self._answered = torch.cuda.current_stream(total.device).record_event()
-
-    def is_finite(self) -> bool:
-        if self._answered is not None:
-            self._answered.synchronize()
-        return isfinite(self._total)
+        self.keys, self.shape = keys, k.shape
+        self.total = k.sum(dtype=torch.float32) + v.sum(dtype=torch.float32)
 
 
 def fill(bank, done: PassIndex, positions: Tensor | None) -> bool:
     """Put all T keys of a pass into an empty bank, as `KVBank.extend` does. positions: `(T,)` or `(B, T)`, or None.
 
-    False, and nothing is done, where a key or value is not finite, or where the bank stores them otherwise.
+    Keys and values must be finite. False, and nothing is done, where the bank stores them otherwise.
     """
     keys = done.keys
-    if keys.k.dtype != bank.rows.dtype or bank.int8 or bank.sums.dtype != torch.float32 or not done.is_finite():
+    if keys.k.dtype != bank.rows.dtype or bank.int8 or bank.sums.dtype != torch.float32:
         return False
     (X, T), C, d, plan = keys.gate.shape, keys.first.shape[1], keys.k.shape[3], keys.plan
     G, S, direct = X // bank.batch, bank.token.shape[2], bank.anchors + bank.window
@@ -54,7 +42,7 @@ def fill(bank, done: PassIndex, positions: Tensor | None) -> bool:
             bank.token, bank.gate, bank.sums, bank.retired, bank.count, bank.seen, bank.next_position,
             T, G, C, d, S, bank.anchors, bank.window, bank.budget.window, plan.block, bank.ring,
             keys.count_base.shape[1] - 1, *keys.k.stride()[:2], *keys.v.stride()[:2], batch_stride(positions),
-            NOTES=bank.notes > 0, CH=plan.chunk, DP=plan.padded_dim, N=KEYS, num_warps=1,
+            NOTES=bank.notes > 0, CH=plan.chunk, DP=plan.padded_dim, N=KEYS, M=SUMMED, num_warps=4,
         )  # fmt: skip
     return True
 
@@ -81,7 +69,7 @@ def copy_keys(k, v, j, here, slot, gate, rows, token, home, k_token, v_token, d,
 @triton.jit
 def fill_ring(
     order, left, c, k, v, rows, token, home, whole, rest, first_slot, ring, k_token, v_token, d,
-    NOTES: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    NOTES: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """The newest keys of the `left` that gate c holds go to its ring; sums of all and of the others to `whole`, `rest`.
 
@@ -91,12 +79,14 @@ def fill_ring(
     passed = tl.maximum(left - ring, 0)
     k_sum, v_sum = tl.zeros((DP,), tl.float32), tl.zeros((DP,), tl.float32)
     if NOTES:
-        for i0 in range(0, passed, N):
-            i = i0 + tl.arange(0, N)
+        k_sums, v_sums = tl.zeros((M, DP), tl.float32), tl.zeros((M, DP), tl.float32)
+        for i0 in range(0, passed, M):
+            i = i0 + tl.arange(0, M)
             fits = (i < passed)[:, None] & (column < d)[None, :]
             j = tl.load(order + i, mask=i < passed, other=0).to(tl.int64)
-            k_sum += tl.sum(tl.load(k + j[:, None] * k_token + column[None, :], mask=fits, other=0.0).to(tl.float32), 0)
-            v_sum += tl.sum(tl.load(v + j[:, None] * v_token + column[None, :], mask=fits, other=0.0).to(tl.float32), 0)
+            k_sums += tl.load(k + j[:, None] * k_token + column[None, :], mask=fits, other=0.0).to(tl.float32)
+            v_sums += tl.load(v + j[:, None] * v_token + column[None, :], mask=fits, other=0.0).to(tl.float32)
+        k_sum, v_sum = tl.sum(k_sums, 0), tl.sum(v_sums, 0)
         tl.store(rest + column, k_sum, mask=column < d)
         tl.store(rest + d + column, v_sum, mask=column < d)
     for i0 in range(passed, left, N):
@@ -114,7 +104,7 @@ def fill_kernel(
     gate, order, first, before, count_base, k, v, position, rows, token, home, sums, retired, count, seen,
     next_position, T, G, C, d, S, anchors, slots, window, block, ring, chunks,
     k_batch, k_token, v_batch, v_token, position_batch,
-    NOTES: tl.constexpr, CH: tl.constexpr, DP: tl.constexpr, N: tl.constexpr,
+    NOTES: tl.constexpr, CH: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Program c < C fills the ring and the sums of gate c. Each of the others copies N keys of anchors and window.
 
@@ -131,7 +121,7 @@ def fill_kernel(
         mine = order + bg * T + tl.load(first + bg * C + c)
         whole, rest = sums + (bg * 2 * C + c) * 2 * d, sums + (bg * 2 * C + C + c) * 2 * d
         fill_ring(mine, left, c, k, v, rows, token, home, whole, rest, anchors + slots + c * ring, ring, k_token,
-                  v_token, d, NOTES, DP, N)  # fmt: skip
+                  v_token, d, NOTES, DP, N, M)  # fmt: skip
         if (c == 0) & (g == 0):
             last = T - 1
             if position is not None:

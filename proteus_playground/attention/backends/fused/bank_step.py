@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .choose import NOTHING, best_while_they_fit, sortable
+from .choose import NOTHING, best_of_the_rest, best_while_they_fit, sortable
 from .plan import LOG2_E, padded
 from .vectors import angles, turn
 
@@ -251,12 +251,12 @@ def choose_gates(
     if FILL:
         cost += tl.minimum(tl.load(retired + c, mask=c < C, other=0), ring).to(tl.int32)[None, :]
         most += ring_reads
-    chosen = best_while_they_fit(key, cost, most)
+    chosen, low, above = best_while_they_fit(key, cost, most, n + e)
     if RING:
         list_gates(opened, chosen, heads, c, n, CP)
     if NOTES == 2:
         others = tl.where(chosen, NOTHING, key)
-        read = best_while_they_fit(others, tl.full((RP, CP), 1 << 16, tl.int32), e << 16)
+        read = best_of_the_rest(others, e, low, above - tl.sum(chosen.to(tl.int32), 1))
         list_gates(noted, read, heads, c, e, CP)
     if NOTES == 1:
         tl.store(scores[:, None] + c[None, :], chosen.to(tl.float32), mask=here)

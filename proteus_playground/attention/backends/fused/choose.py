@@ -33,17 +33,36 @@ def between(low, high):
 
 
 @triton.jit
-def best_while_they_fit(key, cost, most):
+def best_while_they_fit(key, cost, most, plenty):
     """The largest keys of each row of key (M, CP) whose costs add up to `most` or less; of equal keys the first.
 
     A cost is 65,536 for a gate, plus what it takes up; `most` likewise, and both parts must fit. Keys that are NOTHING
-    are never taken. Returns a mask.
+    are never taken. Returns a mask, and for `best_of_the_rest` a number that more than `plenty` keys of a row exceed,
+    or all, and how many do.
+    """
+    real = key > NOTHING
+    low = tl.min(tl.where(real, key, 0x7FFFFFFF), 1) - 1
+    return halve(key, tl.where(real, cost, 0), most, low, tl.sum(tl.where(real, cost, 0), 1), plenty)
+
+
+@triton.jit
+def best_of_the_rest(key, count, low, above):
+    """The `count` largest of each row of key (M, CP); of equal keys the first. Of keys that are not NOTHING, `above`
+    exceed `low`: all, or more than `count`."""
+    cost = tl.where(key > NOTHING, 1 << 16, 0)
+    chosen, _, _ = halve(key, cost, count << 16, low, above << 16, count)
+    return chosen
+
+
+@triton.jit
+def halve(key, cost, most, low, beyond, plenty):
+    """As `best_while_they_fit`, from a number `low` on: keys above it cost `beyond`, which is too much or all there is.
+
+    cost: 0 for keys that are NOTHING.
     """
     high = tl.max(key, 1)  # keys above it fit
-    low = tl.min(tl.where(key > NOTHING, key, 0x7FFFFFFF), 1) - 1  # keys above it do not, unless all fit
     taken = tl.zeros_like(high)  # what the keys above `high` cost
-    cost = tl.where(key > NOTHING, cost, 0)
-    beyond = tl.sum(cost, 1)  # what the keys above `low` cost
+    known, above = low, beyond >> 16
     whole = fit(beyond, most)
     high = tl.where(whole, NOTHING, high)
     low = tl.where(whole, NOTHING, low)
@@ -51,14 +70,15 @@ def best_while_they_fit(key, cost, most):
     while tl.max(((high > low + 1) & ((beyond >> 16) > (taken >> 16) + 1)).to(tl.int32), 0) > 0:
         middle = between(low, high)
         here = tl.sum(tl.where(key > middle[:, None], cost, 0), 1)
-        fits = fit(here, most)
+        fits, many = fit(here, most), (here >> 16) > plenty
+        known, above = tl.where(many, middle, known), tl.where(many, here >> 16, above)
         high, taken = tl.where(fits, middle, high), tl.where(fits, here, taken)
         low, beyond = tl.where(fits, low, middle), tl.where(fits, beyond, here)
     chosen = key > high[:, None]
     if tl.max((~whole & ((beyond >> 16) > (taken >> 16) + 1)).to(tl.int32), 0) > 0:  # several keys are equal to `high`
         equal = (key == high[:, None]) & ~whole[:, None]
         chosen = chosen | (equal & fit(taken[:, None] + tl.cumsum(tl.where(equal, cost, 0), 1), most))
-    return chosen
+    return chosen, known, above
 
 
 @triton.jit
@@ -68,51 +88,46 @@ def fit(cost, most):
 
 
 @triton.jit
-def store_bits(at, chosen, line, words, rows, M: tl.constexpr, CP: tl.constexpr):
-    """Write the mask chosen (M, CP) as words of 32 bits, `words` to a row."""
+def store_bits(at, step, chosen, words, CP: tl.constexpr):
+    """Write the mask chosen (1, CP) as `words` words of 32 bits, `step` apart."""
     WORD: tl.constexpr = min(CP, 32)
     word = tl.arange(0, CP // WORD)
-    bits = chosen.to(tl.int32).reshape(M, CP // WORD, WORD) << tl.arange(0, WORD)[None, None, :]
-    tl.store(at + line[:, None] * words + word[None, :], tl.sum(bits, 2), mask=rows[:, None] & (word < words)[None, :])
+    bits = chosen.to(tl.int32).reshape(CP // WORD, WORD) << tl.arange(0, WORD)[None, :]
+    tl.store(at + word * step, tl.sum(bits, 1), mask=word < words)
 
 
 @triton.jit
 def choose_kernel(
     scores, before, count_base, probes, opened, noted,
     T, t0, rows, G, r, C, n, e, ring, ring_reads, block, chunks,
-    FILL: tl.constexpr, SOME: tl.constexpr, CH: tl.constexpr, RP: tl.constexpr, CP: tl.constexpr,
+    FILL: tl.constexpr, SOME: tl.constexpr, CH: tl.constexpr, NP: tl.constexpr, CP: tl.constexpr,
 ):  # fmt: skip
     """The gates that the heads of one token and group open and, with SOME, the e best others, whose notes they read.
 
     scores (B, rows, G r, C) float32, -inf for gates that cannot be opened; probes (B, rows, G r, n), -1 for none;
-    opened and noted (B, rows, G r, words) int32. With FILL a row opens gates only as long as their rings hold
-    ring_reads keys or fewer.
+    opened (words, B G, rows, r) and noted (B, rows, G r, words) int32. With FILL a row opens gates only as long as
+    their rings hold ring_reads keys or fewer.
     """
     at, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
-    h, c = tl.arange(0, RP), tl.arange(0, CP)
-    line, heads = (b * rows + at) * (G * r) + g * r + h, h < r
-    here = heads[:, None] & (c < C)[None, :]
-    key = sortable(tl.load(scores + line[:, None] * C + c[None, :], mask=here, other=-float("inf")))
-    cost, most = tl.full((RP, CP), 1 << 16, tl.int32), n << 16
+    c, slot = tl.arange(0, CP)[None, :], tl.arange(0, NP)[None, :]
+    cost, most, words = tl.full((1, CP), 1 << 16, tl.int32), n << 16, tl.cdiv(C, 32)
     if FILL:
         tick = (t0 + at) // block
-        held = retired_at(tick, count_base, before, bg, c, chunks, C, block, c < C, CH)
-        cost += tl.minimum(held, ring)[None, :]
+        cost += tl.minimum(retired_at(tick, count_base, before, bg, c, chunks, C, block, c < C, CH), ring)
         most += ring_reads
-    chosen = best_while_they_fit(key, cost, most)
-    place = tl.cumsum(chosen.to(tl.int32), 1)
-    tl.store(probes + line[:, None] * n + place - 1, tl.broadcast_to(c[None, :], (RP, CP)), mask=chosen)
-    slot = tl.arange(0, CP)  # n is C or less
-    some = tl.max(place, 1)
-    tl.store(probes + line[:, None] * n + slot[None, :], -1,
-             mask=heads[:, None] & (slot[None, :] >= some[:, None]) & (slot < n)[None, :])  # fmt: skip
-    words = tl.cdiv(C, 32)
-    store_bits(opened, chosen, line, words, heads, RP, CP)
-    if SOME:
-        key = tl.where(chosen, NOTHING, key)
-        read = best_while_they_fit(key, tl.full((RP, CP), 1 << 16, tl.int32), e << 16)
-        store_bits(noted, read, line, words, heads, RP, CP)
+    for h in range(r):
+        line = (b * rows + at) * (G * r) + g * r + h
+        key = sortable(tl.load(scores + line * C + c, mask=c < C, other=-float("inf")))
+        chosen, low, above = best_while_they_fit(key, cost, most, n + e)
+        place = tl.cumsum(chosen.to(tl.int32), 1)
+        some = tl.max(place, 1)
+        tl.store(probes + line * n + place - 1, c, mask=chosen)
+        tl.store(probes + line * n + slot, -1, mask=(slot >= some[:, None]) & (slot < n))
+        store_bits(opened + (bg * rows + at) * r + h, tl.num_programs(1) * rows * r, chosen, words, CP)
+        if SOME:
+            read = best_of_the_rest(tl.where(chosen, NOTHING, key), e, low, above - some)
+            store_bits(noted + line * words, 1, read, words, CP)
 
 
 @triton.jit
@@ -130,25 +145,24 @@ def bucket_bits_kernel(
     SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """As `index.bucket_kernel`, from the bits `opened`: a row's probes come in the order of their gates."""
-    quads, words = tl.cdiv(C, 4), tl.cdiv(C, 32)
+    quads = tl.cdiv(C, 4)
     segment, quad = tl.program_id(0) // quads, tl.program_id(0) % quads
     bg = tl.program_id(1).to(tl.int64)
-    b, g = bg // G, bg % G
     bucket = (bg * segments + segment) * C + quad * 4
-    opened += ((b * rows + segment * SEG) * G + g) * (R * words)
+    opened += (bg * rows + segment * SEG) * R
+    step = tl.num_programs(1).to(tl.int64) * rows * R  # from one word of a row to the next
     shift = quad % 8 * 4
     count = tl.zeros((1,), tl.int64)
     for at in range(0, SEG * R, BT):
         name = at + tl.arange(0, BT)
         token = name // R
         here = (name < SEG * R) & (segment * SEG + token < rows)
-        row = opened + token * (G * R * words) + name % R * words
-        word = tl.load(row + quad // 8, mask=here, other=0)
+        word = tl.load(opened + quad // 8 * step + name, mask=here, other=0)
         four = (word >> shift) & 15
         if tl.max(four, 0) > 0:
             slot = count_bits(word & ((1 << shift) - 1))
             for w in range(quad // 8):
-                slot += count_bits(tl.load(row + w, mask=here, other=0))
+                slot += count_bits(tl.load(opened + w * step + name, mask=here, other=0))
             wide = four.to(tl.int64)
             one = (wide & 1) | ((wide & 2) << 15) | ((wide & 4) << 30) | ((wide & 8) << 45)
             place = count + tl.cumsum(one, 0)

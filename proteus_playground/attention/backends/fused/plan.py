@@ -162,6 +162,9 @@ def padded(size: int) -> int:
 def compiler_options(plan: Plan) -> dict:
     """Compiler options of the attention kernels: on NVIDIA, few enough registers that four tiles share a processor."""
     options = {"num_warps": 8 if plan.padded_dim > 128 else 4, "num_stages": 1}
-    if plan.padded_dim <= 64 and not torch.version.hip:
-        options["maxnreg"] = 128
-    return options
+    return options | (few_registers(128) if plan.padded_dim <= 64 else {})
+
+
+def few_registers(most: int) -> dict:
+    """Compiler option: at most so many registers to a thread, so that a processor holds more of them. NVIDIA only."""
+    return {} if torch.version.hip else {"maxnreg": most}

@@ -17,7 +17,7 @@ from torch import Tensor
 from .choose import bucket_bits_kernel, choose_kernel
 from .index import bucket_kernel, gates_kernel, order_kernel, probe_kernel, rank_kernel, scan_counts_kernel
 from .notes import notes_kernel, scan_sums_kernel, sums_kernel
-from .plan import DTYPES, TILE_TOKENS, Plan, compiler_options
+from .plan import DTYPES, TILE_TOKENS, Plan, compiler_options, few_registers
 
 
 class Store(NamedTuple):
@@ -162,7 +162,7 @@ def index_rows(
     tiles, segments = triton.cdiv(rows, TILE_TOKENS), triton.cdiv(rows, plan.segment)
     opened = torch.empty(B, rows, H, n, **ints)
     words = triton.cdiv(C, 32) if plan.chooses else 0
-    bits, noted = (torch.empty(B, rows, H, words, **ints) for _ in range(2))
+    bits, noted = torch.empty(words, X, rows, r, **ints), torch.empty(B, rows, H, words, **ints)
     scores = torch.empty(B, rows, H, C if plan.chooses else 0, dtype=torch.float32, device=q.device)
     rope = lookup.inv_freq is not None
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device) if rope else q
@@ -178,7 +178,7 @@ def index_rows(
         choose_kernel[(rows, X)](
             scores, keys.before, keys.count_base, opened, bits, noted, T, t0, rows, G, r, C, n, plan.notes, plan.ring,
             plan.ring_reads, plan.block, chunks, FILL=plan.fills_rings, SOME=plan.some_notes, CH=plan.chunk,
-            RP=triton.next_power_of_2(r), CP=plan.padded_gates, num_warps=1,
+            NP=triton.next_power_of_2(max(n, 1)), CP=plan.padded_gates, num_warps=1, **few_registers(64),
         )  # fmt: skip
     del scores
     bucket_count = torch.empty(X, segments, C, **ints)

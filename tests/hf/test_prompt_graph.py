@@ -1,0 +1,157 @@
+"""Prompts whose layers replay a recorded one are read as by ordinary passes, and what it cannot serve runs as usual."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("transformers")
+from test_cache import T, built, write  # noqa: E402 -- after the skip
+from test_decode_graph import GPU, cache_of, gpu, one  # noqa: E402
+from tiny_decoders import VOCABULARY  # noqa: E402
+
+from proteus_playground.attention.bank.bank import KVBank  # noqa: E402
+from proteus_playground.hf import bank_layer, prompt_graph  # noqa: E402
+from proteus_playground.hf.prompt_graph import PromptGraph  # noqa: E402
+
+TENSORS = KVBank.TENSORS.values()
+
+
+@pytest.fixture
+def llama():
+    return built("llama").to("cuda" if GPU else "cpu")
+
+
+@pytest.fixture
+def ids(llama):
+    return torch.randint(VOCABULARY, (2, T), generator=torch.Generator().manual_seed(1)).to(llama.device)
+
+
+class Again:
+    """Stands in for a CUDA graph where there is no GPU: a replay runs the recorded function once more."""
+
+    def __init__(self, run):
+        self.run, self.made, self.replays = run, run(), 0
+
+    def replay(self):
+        self.replays += 1
+        out, bank, _ = self.run()
+        self.made[0].copy_(out)
+        for name in TENSORS:
+            getattr(self.made[1], name).copy_(getattr(bank, name))
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Those that the stand-in has made."""
+    made = []
+
+    def record(run, device):
+        made.append(Again(run))
+        return made[-1], made[-1].made
+
+    monkeypatch.setattr(prompt_graph, "capture", record)
+    return made
+
+
+def with_prompt_graph(model, **settings):
+    """A cache whose layers share a `PromptGraph`, and none for tokens."""
+    cache = cache_of(model, graph=False, **settings)
+    prompt = PromptGraph()
+    for layer in cache._bank_layers().values():
+        layer.prompt = prompt
+    return cache
+
+
+def assert_same_banks(cache, plain, atol):
+    for mine, its in zip(cache.banks.values(), plain.banks.values(), strict=True):
+        assert mine.tokens == its.tokens
+        for name in TENSORS:
+            assert_close(getattr(mine, name), getattr(its, name), atol=atol, rtol=0)
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has graphs of its own")
+def test_layers_after_the_second_replay_it(recordings, llama, ids):
+    with with_prompt_graph(llama) as cache, cache_of(llama, graph=False) as plain:
+        for text in (ids, ids.flip(0), ids[:, :20], ids[:1]):
+            assert_close(one(llama, cache, text), one(llama, plain, text), atol=1e-5, rtol=0)
+            assert_same_banks(cache, plain, 1e-5)
+            assert_close(one(llama, cache, text[:, :1]), one(llama, plain, text[:, :1]), atol=1e-5, rtol=0)
+            cache.reset(), plain.reset()
+    layers = len(cache._bank_layers())
+    assert [its.replays for its in recordings] == [2 * layers - 1, layers - 1, layers - 1], "one for each form"
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has graphs of its own")
+def test_what_cannot_be_recorded_runs_as_usual(monkeypatch, recordings, llama, ids):
+    mask = torch.ones_like(ids)
+    mask[1, :17] = 0
+    for settings, more in [({"keep_ratio": 0.6}, {}), ({"route_heads": True}, {}), ({}, {"attention_mask": mask})]:
+        with with_prompt_graph(llama, **settings) as cache, cache_of(llama, graph=False, **settings) as plain:
+            got, want = (write(llama, ids, each, 5, **more) for each in (cache, plain))
+            assert torch.equal(got.sequences, want.sequences)
+    assert not recordings
+
+    def fail(run, device):
+        raise RuntimeError("the stream is capturing")
+
+    monkeypatch.setattr(prompt_graph, "capture", fail)
+    with with_prompt_graph(llama) as cache, cache_of(llama, graph=False) as plain:
+        with pytest.warns(UserWarning, match="because the stream is capturing"):
+            got = one(llama, cache, ids)
+        assert_close(got, one(llama, plain, ids), atol=1e-5, rtol=0)
+        assert_same_banks(cache, plain, 1e-5)
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has sums of its own")
+def test_a_prompt_that_is_not_finite_is_read_again(monkeypatch, llama, ids):
+    usual, waited = bank_layer.read_prompt, []
+
+    def not_finite(bank, layer, call, waits):
+        waited.append(waits)
+        out, _ = usual(bank, layer, call, waits)
+        return out * (1 if waits else torch.nan), None if waits else torch.tensor(torch.nan)
+
+    with cache_of(llama, graph=False) as cache, cache_of(llama, graph=False) as plain:
+        want = one(llama, plain, ids)
+        monkeypatch.setattr(bank_layer, "read_prompt", not_finite)
+        assert_close(one(llama, cache, ids), want, atol=0, rtol=0)
+        layers = len(cache.banks)
+        assert waited == [False] * layers + [True] * layers
+        assert_same_banks(cache, plain, 0)
+        assert all(layer.defers and layer.total is None for layer in cache._bank_layers().values())
+        assert_close(one(llama, cache, ids[:, :1]), one(llama, plain, ids[:, :1]), atol=0, rtol=0)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prompts_on_a_gpu_are_those_of_ordinary_passes(llama, ids, dtype):
+    atol, long = 2e-5 if dtype == torch.float32 else 0.05, ids.repeat(1, 30)
+    llama.to(dtype)
+    with cache_of(llama) as cache, cache_of(llama, graph=False) as plain:
+        for text in (ids, ids.flip(0), long, long[:1]):
+            assert_close(one(llama, cache, text), one(llama, plain, text), atol=atol, rtol=0)
+            graph = cache._bank_layers()[0].prompt
+            assert graph._graph is not None and not graph._refused
+            assert_same_banks(cache, plain, atol * 30)
+            for t in range(5):
+                assert_close(one(llama, cache, ids[: len(text), t : t + 1]),
+                             one(llama, plain, ids[: len(text), t : t + 1]), atol=atol, rtol=0)  # fmt: skip
+            cache.reset(), plain.reset()
+        got, want = (write(llama, ids, each, 20) for each in (cache, plain))
+        assert torch.equal(got.sequences, want.sequences) or dtype != torch.float32
+        assert cache._bank_layers()[0].prompt._graph is not None, "a mask of nothing but ones is no padding"
+
+
+@gpu
+def test_keys_that_are_not_finite_on_a_gpu(llama, ids):
+    llama.model.embed_tokens.weight[7] = torch.nan
+    bad = ids.clone()
+    bad[1, 30] = 7
+    with cache_of(llama) as cache, cache_of(llama, graph=False) as plain:
+        assert not all(layer.defers is False for layer in plain._bank_layers().values())
+        for layer in plain._bank_layers().values():
+            layer.defers = False
+        got, want = one(llama, cache, bad), one(llama, plain, bad)
+        assert torch.equal(got.isnan(), want.isnan()) and want.isnan().any() and not want.isnan().all()
+        assert_close(got, want, atol=1e-4, rtol=0, equal_nan=True)
+        assert_close(one(llama, cache, ids[:, :1]), one(llama, plain, ids[:, :1]), atol=1e-4, rtol=0)
