@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..attention.rope import rotate
 
 HIDDEN = -1e4  # a mask's value that is as low hides a key: its weight is 0 in every floating type
 TABLE_ERROR = 0.02  # cosines of bfloat16 tables are this far off
@@ -39,6 +42,25 @@ class AttentionCall:
     keep: Tensor | None  # (B, T) bool, False at padding; None when nothing is padded
     past: Tensor | None = None  # (B, earlier tokens) bool, which of them the mask shows; None where it does not say
     order: tuple[int, ...] | None = None  # the model's feature at each place of q and k; None for the model's order
+
+
+class TurnedCall(AttentionCall):
+    """A call whose q and k are turned back when they are first asked for; for passes without a gradient.
+
+    turned: q and k as the model has turned them, in the order of `order`; back: the frequencies that undo it.
+    """
+
+    def __init__(self, turned: tuple[Tensor, Tensor], back: Tensor, **fields):
+        for name, value in {"turned": turned, "back": back, "past": None, "order": None, **fields}.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def q(self) -> Tensor:
+        return rotate(self.turned[0], self.positions, self.back)
+
+    @cached_property
+    def k(self) -> Tensor:
+        return rotate(self.turned[1], self.positions, self.back)
 
 
 Attend = Callable[[AttentionCall], Tensor | None]  # (B, T, H, d), or None to let the model's own attention run

@@ -62,18 +62,18 @@ class BankLayer(CacheLayerMixin):
     def attend(self, call: AttentionCall) -> Tensor:
         """Rows of the new tokens, `(B, T, H, d)`, which then go into the bank. A backward pass raises."""
         new, self._new = self._new, 0
-        if new != call.k.shape[1]:
+        if new != call.v.shape[1]:
             raise ValueError(
-                f"layer {call.layer} attends to {call.k.shape[1]} keys and put {new} into its cache: a layer "
+                f"layer {call.layer} attends to {call.v.shape[1]} keys and put {new} into its cache: a layer "
                 "that reads another layer's keys must stay native; where gradient checkpointing took the cache away, "
                 "call model.eval()"
             )
         with torch.no_grad():
             out = self._attend(call)
             if self.past is not None:
-                keep = call.k.new_ones(call.k.shape[:2], dtype=torch.bool) if call.keep is None else call.keep
+                keep = call.v.new_ones(call.v.shape[:2], dtype=torch.bool) if call.keep is None else call.keep
                 self.past += digest(keep, self.bank.seen - new)
-        return _NoGradient.apply(out, call.q) if call.q.requires_grad and torch.is_grad_enabled() else out
+        return _NoGradient.apply(out, call.q) if torch.is_grad_enabled() and call.q.requires_grad else out
 
     def _attend(self, call: AttentionCall) -> Tensor:
         layer, budget = self.layer, self.budget
@@ -85,13 +85,13 @@ class BankLayer(CacheLayerMixin):
                 out, bank, self.total = replayed
                 self._start(bank)
                 return out
-            self._start(self.empty_bank(len(call.k), call.inv_freq, call.scale, call.k.dtype))
+            self._start(self.empty_bank(len(call.v), call.inv_freq, call.scale, call.v.dtype))
         bank = self.bank
-        if bank.tokens == 0 and call.k.shape[1] > 1:
+        if bank.tokens == 0 and call.v.shape[1] > 1:
             out, self.total = read_prompt(bank, layer, call, waits=not self.defers)
             return out
         decisions = layer.decide(call.q, call.k, call.keep, budget=budget, before=bank.count)
-        read = bank.step if call.k.shape[1] == 1 else bank.steps
+        read = bank.step if call.v.shape[1] == 1 else bank.steps
         out = read(call.q, call.k, call.v, keep=decisions.keep, awake=decisions.awake, positions=call.positions)
         return weigh(out, decisions.weight)
 
@@ -166,7 +166,7 @@ class BankLayer(CacheLayerMixin):
 
     def end_pass(self) -> None:
         """Drop tokens that were put in and not attended to, where a pass was cut short."""
-        self._new = 0
+        self._new, self.total = 0, None
 
     def reset(self) -> None:
         self.bank, self._inv_freq, self._new, self.past, self.total = None, None, 0, None, None

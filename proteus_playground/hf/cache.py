@@ -75,7 +75,7 @@ class ProteusCache(Cache):
         the window seems farther away than that (see `KVBank`), so that a model goes on making sense beyond what it was
         trained on. None leaves all positions as they are. Not with int8 or at flux alpha 0. cuda_graph: record the pass
         of one token as a CUDA graph and replay it, which is several times as fast; every layer must have a bank. Beam
-        search, whose banks change with every token, runs without. Prompts of up to 16,384 tokens without padding are
+        search, whose banks change with every token, runs without. Prompts of up to 32,768 tokens without padding are
         read by a graph too, which is made of one layer and serves the layers after it.
         Raises `TypeError` or `ValueError` naming the argument.
         """
@@ -114,7 +114,7 @@ class ProteusCache(Cache):
         if cuda_graph:
             _check_graph(layers, budget, decoder.device)
         self._graph = DecodeGraph(decoder, banks) if cuda_graph else None
-        defers, prompt = all(type(layer) is BankLayer for layer in layers), PromptGraph() if cuda_graph else None
+        defers, prompt = all(type(layer) is BankLayer for layer in layers), PromptGraph(decoder) if cuda_graph else None
         for layer in banks.values():
             layer.defers, layer.prompt = defers, prompt
         self._running = self._cut_short = False
@@ -211,9 +211,12 @@ class ProteusCache(Cache):
         the banks look for them in each layer."""
         output, banks = native(*args, **kwargs), self._bank_layers().values()
         totals = [layer.total for layer in banks if layer.total is not None]
+        finite = not totals or bool(torch.stack([x.to(totals[0].device) for x in totals]).isfinite().all())
         for layer in banks:
             layer.total = None
-        if not totals or torch.stack([x.to(totals[0].device) for x in totals]).isfinite().all():
+            if layer.prompt is not None:
+                layer.prompt.forget()
+        if finite:
             return output
         for layer in banks:
             layer.reset()

@@ -108,7 +108,7 @@ class DecodeGraph:
         before, current = [layer.bank.tokens for layer in self.layers.values()], current_pass(self.decoder)
         current.recorded = True
         try:
-            graph, output = capture(partial(native, **{**kwargs, **fixed}), self._position.device)
+            graph, output = capture(partial(native, **{**kwargs, **fixed}), self.decoder, self._position.device)
             if not isinstance(output, ModelOutput) or set(output) - {HIDDEN, *CACHE_NAMES}:
                 raise TypeError(f"the decoder returns {type(output).__name__} of more than its hidden state")
         except Exception as problem:

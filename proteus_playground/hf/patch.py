@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.captured import CapturedLayer, half
-from ..attention.rope import rotate
 from ..attention.settings import LayerShape
 from ..attention.transforms import in_func
 from .attention_call import (
@@ -31,6 +30,7 @@ from .attention_call import (
     Attend,
     AttentionCall,
     Rotation,
+    TurnedCall,
     arranged,
     real_tokens,
     table_matches,
@@ -345,13 +345,14 @@ def _unrotated(slot: _Slot, q: Tensor, k: Tensor, v: Tensor, mask, scaling: floa
         mask = None
     dtype = torch.promote_types(q.dtype, v.dtype)  # under autocast, q and k leave a rotation in float32
     q, k, v = slot.turning.arrange(q).to(dtype), slot.turning.arrange(k).to(dtype), v.to(dtype)
-    if inv_freq is not None:
-        q, k = (rotate(x, positions, slot.turning.back) for x in (q, k))
-    scale = dim**-0.5 if scaling is None else scaling
-    return AttentionCall(
-        slot.layer, q, k, arranged(v.transpose(1, 2), None, rotation.width), inv_freq, positions, float(scale),
-        *real_tokens(mask, batch, tokens, slot.layer), rotation.order,
-    )  # fmt: skip
+    keep, past = real_tokens(mask, batch, tokens, slot.layer)
+    fields = {"layer": slot.layer, "v": arranged(v.transpose(1, 2), None, rotation.width), "inv_freq": inv_freq}
+    fields |= {"positions": positions, "scale": float(dim**-0.5 if scaling is None else scaling)}
+    fields |= {"keep": keep, "past": past, "order": rotation.order}
+    if inv_freq is None:
+        return AttentionCall(q=q, k=k, **fields)
+    turned = TurnedCall((q, k), slot.turning.back, **fields)
+    return AttentionCall(q=turned.q, k=turned.k, **fields) if torch.is_grad_enabled() else turned
 
 
 def _positions(slot: _Slot, batch: int, tokens: int, device: torch.device) -> Tensor:

@@ -14,24 +14,27 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.adapter import ProteusLayer
 from ..attention.bank.bank import KVBank
-from .attention_call import AttentionCall
+from .attention_call import AttentionCall, TurnedCall
 from .bank_layer import read_prompt
 from .recording import capture
 
 if TYPE_CHECKING:
     from .bank_layer import BankLayer
 
-MOST_TOKENS = 1 << 14  # of all texts together: longer prompts keep the GPU busy, and a recording holds on to its memory
+MOST_TOKENS = (
+    1 << 15
+)  # of all texts together: longer prompts keep the GPU busy, and a recording takes memory of its own
 
 
 class PromptGraph:
-    """The recorded pass, for prompts of one form at a time."""
+    """The recorded pass of one decoder's layers. The cache drops it at the end of each prompt."""
 
-    def __init__(self):
+    def __init__(self, decoder: nn.Module):
+        self._decoder = decoder
         self._refused = False  # after a pass that could not be recorded
         self.forget()
 
@@ -67,18 +70,18 @@ class PromptGraph:
         with torch.inference_mode(False):
             gates = copy.deepcopy(layer.layer.gates)
             self._inputs = [x.clone() for x in _inputs(layer, call)]
-        gates.prototypes, gates.alive, q, k, v, positions, *inv_freq = self._inputs
+        gates.prototypes, gates.alive, *others = self._inputs
         twin = copy.copy(layer)
         twin.layer = ProteusLayer(gates, layer.layer.config)
-        ours = AttentionCall(call.layer, q, k, v, inv_freq[0] if inv_freq else None, positions, call.scale, None)
 
         def run() -> tuple[Tensor, KVBank, Tensor | None]:
-            bank = twin.empty_bank(len(k), ours.inv_freq, ours.scale, k.dtype)
+            ours = _over(others, call)
+            bank = twin.empty_bank(len(ours.v), ours.inv_freq, ours.scale, ours.v.dtype)
             out, total = read_prompt(bank, twin.layer, ours, waits=False)
             return out, bank, total
 
         try:
-            self._graph, self._made = capture(run, q.device)
+            self._graph, self._made = capture(run, self._decoder, call.v.device)
         except Exception as problem:
             self.forget()
             self._refused = True
@@ -89,11 +92,12 @@ class PromptGraph:
 
 def _form(layer: BankLayer, call: AttentionCall) -> tuple | None:
     """What the kernels of a prompt's pass depend on, besides the inputs' numbers. None where the pass is not served."""
-    config, budget, x = layer.layer.config, layer.budget, call.q
+    config, budget, (batch, tokens) = layer.layer.config, layer.budget, call.v.shape[:2]
     chooses_tokens = call.keep is not None or budget.keep_ratio < 1
-    if chooses_tokens or config.route_heads or config.int8 or budget.dense or x.shape[0] * x.shape[1] > MOST_TOKENS:
+    if chooses_tokens or config.route_heads or config.int8 or budget.dense or batch * tokens > MOST_TOKENS:
         return None
-    if torch.is_autocast_enabled(x.device.type):
+    with_gradient = call.inv_freq is not None and not isinstance(call, TurnedCall)
+    if with_gradient or torch.is_autocast_enabled(call.v.device.type):
         return None
     kinds = [(x.shape, x.dtype, x.device) for x in _inputs(layer, call)]
     return kinds, call.scale, config, budget, layer.reach
@@ -102,5 +106,15 @@ def _form(layer: BankLayer, call: AttentionCall) -> tuple | None:
 def _inputs(layer: BankLayer, call: AttentionCall) -> list[Tensor]:
     """Tensors of one pass. Numbers of the bank's texts are not among them: it is empty."""
     gates = layer.layer.gates
-    turned = [] if call.inv_freq is None else [call.inv_freq]
-    return [gates.prototypes, gates.alive, call.q, call.k, call.v, call.positions, *turned]
+    turned = isinstance(call, TurnedCall)
+    q_and_k = (*call.turned, call.back, call.inv_freq) if turned else (call.q, call.k)
+    return [gates.prototypes, gates.alive, call.v, call.positions, *q_and_k]
+
+
+def _over(tensors: list[Tensor], call: AttentionCall) -> AttentionCall:
+    """A call like `call` over other tensors, those of `_inputs` after the gates'."""
+    v, positions, q, k, *turning = tensors
+    fields = {"layer": call.layer, "v": v, "positions": positions, "scale": call.scale, "keep": None}
+    if not turning:
+        return AttentionCall(q=q, k=k, inv_freq=None, **fields)
+    return TurnedCall((q, k), turning[0], inv_freq=turning[1], **fields)

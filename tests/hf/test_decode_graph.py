@@ -102,7 +102,7 @@ def replayed(monkeypatch):
     """Records by the stand-in; the list gets one for each recorded pass."""
     made = []
 
-    def record(run, device):
+    def record(run, decoder, device):
         made.append(Replayed(made.cache, run))
         return made[-1], made[-1].output
 
@@ -143,7 +143,7 @@ def test_what_is_recorded_is_replayed_until_something_changes(replayed, llama, i
 
 @pytest.mark.skipif(GPU, reason="a GPU has graphs of its own")
 def test_a_pass_that_cannot_be_recorded_runs_as_usual(monkeypatch, replayed, llama, ids):
-    def fail(run, device):
+    def fail(run, decoder, device):
         run()
         raise RuntimeError("the stream is capturing")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -252,18 +251,18 @@ class KVBank(Slots):
 
     def fork(self) -> KVBank:
         """An independent copy over the same gates: stepping one does not change the other."""
-        return self._twin(torch.clone)
+        if self._memory is None:
+            return self.select(torch.arange(self.batch, device=self.count.device))
+        twin = copy.copy(self)
+        with torch.inference_mode(False):
+            twin._lie_in(self._memory.clone())
+        return twin
 
     def select(self, rows: Tensor) -> KVBank:
         """A bank of the sequences at `rows` (n,) int64, in that order, repeats allowed: beams, or a smaller batch."""
-        return self._twin(lambda x: x[rows])
-
-    def _twin(self, copied: Callable[[Tensor], Tensor]) -> KVBank:
-        """A bank over the same gates, with what `copied` makes of each tensor."""
         twin = copy.copy(self)
         with torch.inference_mode(False):
-            for name in self.TENSORS.values():
-                setattr(twin, name, copied(getattr(self, name)))
+            twin._replace({name: getattr(self, name)[rows] for name in self.TENSORS.values()})
         return twin
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -293,8 +292,8 @@ class KVBank(Slots):
                     f"state's {name} is {new.dtype} {tuple(new.shape)}: must be {old.dtype} {tuple(old.shape)}"
                 )
         with torch.inference_mode(False):
-            for name, attribute in self.TENSORS.items():
-                setattr(self, attribute, tensors[name].to(self.rows.device, copy=True))
+            device = self.rows.device
+            self._replace({mine: tensors[name].to(device, copy=True) for name, mine in self.TENSORS.items()})
         self.tokens = int(self.seen.max())
         if self.budget.dense:
             self.window = self.scratch

@@ -9,6 +9,7 @@ Writes that are masked out go to the scratch slot.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from ..precision import at_least_float32, wide_dtype
 from ..rope import rotate
 
 DENSE_START = 64  # slots that a dense cache starts with
+ALIGNED = 64  # bytes between which a tensor begins: kernels read whole vectors
 
 
 class Keys(NamedTuple):
@@ -40,6 +42,8 @@ class Keys(NamedTuple):
 
 class Slots:
     """The tensors of a bank, and how keys move among them. Everything happens in place, for all sequences at once.
+
+    A new bank's tensors lie in one piece of memory: to make it, or to copy it, takes a GPU few operations.
 
     The n-th kept token of a sequence is written to slot n mod (w + b) of the window. Once it has left the window, the
     n-th key of its gate is in slot n mod m of the gate's ring, until a newer key replaces it there.
@@ -96,18 +100,36 @@ class Slots:
         noted = C if self.notes else 0
         slots = self.anchors + self.window + C * self.ring + 1
         shapes = {
-            "rows": ((batch, G, slots, 2, d), dtype, 0),
-            "scales": ((batch, G, slots, 2 if dtype == torch.int8 else 0), torch.float32, 0),
-            "token": ((batch, G, slots), torch.int64, -1),
-            "gate": ((batch, G, slots), torch.int32, -1),
-            "sums": ((batch, G, 2, noted, 2, d), wide_dtype(dtype), 0),
-            "rounding_error": ((batch, G, 2, noted, 2, d), wide_dtype(dtype), 0),
-            "retired": ((batch, G, C), torch.int64, 0),
-            **dict.fromkeys(("count", "seen", "next_position"), ((batch,), torch.int64, 0)),
+            "rows": ((batch, G, slots, 2, d), dtype),
+            "scales": ((batch, G, slots, 2 if dtype == torch.int8 else 0), torch.float32),
+            "sums": ((batch, G, 2, noted, 2, d), wide_dtype(dtype)),
+            "rounding_error": ((batch, G, 2, noted, 2, d), wide_dtype(dtype)),
+            "retired": ((batch, G, C), torch.int64),
+            **dict.fromkeys(("count", "seen", "next_position"), ((batch,), torch.int64)),
+            "token": ((batch, G, slots), torch.int64),
+            "gate": ((batch, G, slots), torch.int32),
         }
+        self._places, end = [], 0
+        for name, (shape, kind) in shapes.items():
+            start = -(-end // ALIGNED) * ALIGNED
+            end = start + prod(shape) * kind.itemsize
+            self._places.append((name, slice(start, end), kind, shape))
         with torch.inference_mode(False):  # so that a bank made in inference mode can be stepped outside it
-            for name, (shape, kind, fill) in shapes.items():
-                setattr(self, name, torch.full(shape, fill, dtype=kind, device=device))
+            memory = torch.zeros(end, dtype=torch.uint8, device=device)
+            memory[self._places[-2][1].start :] = 255  # whole numbers of such bytes are -1
+            self._lie_in(memory)
+
+    def _lie_in(self, memory: Tensor) -> None:
+        """Take the tensors from `memory` (bytes,) uint8."""
+        self._memory = memory
+        for name, place, kind, shape in self._places:
+            setattr(self, name, memory[place].view(kind).view(shape))
+
+    def _replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take these tensors, by their attributes' names. Each has memory of its own now."""
+        self._memory = None
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
 
     @property
     def int8(self) -> bool:
@@ -117,9 +139,9 @@ class Slots:
         """Make room for `tokens` tokens in a dense cache; the room at least doubles."""
         room = min(max(tokens, 2 * self.window), self.budget.tokens) - self.window
         with torch.inference_mode(False):
-            self.rows = F.pad(self.rows, (0, 0, 0, 0, 0, room))
-            self.token, self.gate = (F.pad(x, (0, room), value=-1) for x in (self.token, self.gate))
-            self.scales = F.pad(self.scales, (0, 0, 0, room))
+            rows, scales = F.pad(self.rows, (0, 0, 0, 0, 0, room)), F.pad(self.scales, (0, 0, 0, room))
+            token, gate = (F.pad(x, (0, room), value=-1) for x in (self.token, self.gate))
+            self._replace({"rows": rows, "scales": scales, "token": token, "gate": gate})
         self.window += room
 
     def _new_keys(self, k: Tensor, rotated: Tensor, v: Tensor, keep: Tensor | None) -> tuple[Keys, Tensor]:

@@ -88,12 +88,18 @@ def fit(cost, most):
 
 
 @triton.jit
-def store_bits(at, step, chosen, words, CP: tl.constexpr):
-    """Write the mask chosen (1, CP) as `words` words of 32 bits, `step` apart."""
+def store_bits(at, chosen, words, CP: tl.constexpr, COUNT: tl.constexpr):
+    """Write the mask chosen (1, CP) as `words` words of 32 bits. COUNT: words of 64, with the number of bits that the
+    words before hold in the upper half."""
     WORD: tl.constexpr = min(CP, 32)
     word = tl.arange(0, CP // WORD)
-    bits = chosen.to(tl.int32).reshape(CP // WORD, WORD) << tl.arange(0, WORD)[None, :]
-    tl.store(at + word * step, tl.sum(bits, 1), mask=word < words)
+    each = chosen.to(tl.int32).reshape(CP // WORD, WORD)
+    bits = tl.sum(each << tl.arange(0, WORD)[None, :], 1)
+    if COUNT:
+        held = tl.sum(each, 1)
+        earlier = (tl.cumsum(held, 0) - held).to(tl.int64)
+        bits = (bits.to(tl.int64) & 0xFFFFFFFF) | (earlier << 32)
+    tl.store(at + word, bits, mask=word < words)
 
 
 @triton.jit
@@ -105,8 +111,8 @@ def choose_kernel(
     """The gates that the heads of one token and group open and, with SOME, the e best others, whose notes they read.
 
     scores (B, rows, G r, C) float32, -inf for gates that cannot be opened; probes (B, rows, G r, n), -1 for none;
-    opened (words, B G, rows, r) and noted (B, rows, G r, words) int32. With FILL a row opens gates only as long as
-    their rings hold ring_reads keys or fewer.
+    opened (B, rows, G r, words) int64 and noted, likewise int32, as `store_bits` writes them. With FILL a row opens
+    gates only as long as their rings hold ring_reads keys or fewer.
     """
     at, bg = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, g = bg // G, bg % G
@@ -124,10 +130,10 @@ def choose_kernel(
         some = tl.max(place, 1)
         tl.store(probes + line * n + place - 1, c, mask=chosen)
         tl.store(probes + line * n + slot, -1, mask=(slot >= some[:, None]) & (slot < n))
-        store_bits(opened + (bg * rows + at) * r + h, tl.num_programs(1) * rows * r, chosen, words, CP)
+        store_bits(opened + line * words, chosen, words, CP, True)
         if SOME:
             read = best_of_the_rest(tl.where(chosen, NOTHING, key), e, low, above - some)
-            store_bits(noted + line * words, 1, read, words, CP)
+            store_bits(noted + line * words, read, words, CP, False)
 
 
 @triton.jit
@@ -145,24 +151,24 @@ def bucket_bits_kernel(
     SEG: tl.constexpr, R: tl.constexpr, N: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """As `index.bucket_kernel`, from the bits `opened`: a row's probes come in the order of their gates."""
-    quads = tl.cdiv(C, 4)
+    quads, words = tl.cdiv(C, 4), tl.cdiv(C, 32)
     segment, quad = tl.program_id(0) // quads, tl.program_id(0) % quads
     bg = tl.program_id(1).to(tl.int64)
+    b, g = bg // G, bg % G
     bucket = (bg * segments + segment) * C + quad * 4
-    opened += (bg * rows + segment * SEG) * R
-    step = tl.num_programs(1).to(tl.int64) * rows * R  # from one word of a row to the next
+    opened += ((b * rows + segment * SEG) * G + g) * (R * words)
     shift = quad % 8 * 4
     count = tl.zeros((1,), tl.int64)
     for at in range(0, SEG * R, BT):
         name = at + tl.arange(0, BT)
         token = name // R
         here = (name < SEG * R) & (segment * SEG + token < rows)
-        word = tl.load(opened + quad // 8 * step + name, mask=here, other=0)
+        row = opened + token * (G * R * words) + name % R * words
+        both = tl.load(row + quad // 8, mask=here, other=0)
+        word = (both & 0xFFFFFFFF).to(tl.int32)
         four = (word >> shift) & 15
         if tl.max(four, 0) > 0:
-            slot = count_bits(word & ((1 << shift) - 1))
-            for w in range(quad // 8):
-                slot += count_bits(tl.load(opened + w * step + name, mask=here, other=0))
+            slot = (both >> 32).to(tl.int32) + count_bits(word & ((1 << shift) - 1))
             wide = four.to(tl.int64)
             one = (wide & 1) | ((wide & 2) << 15) | ((wide & 4) << 30) | ((wide & 8) << 45)
             place = count + tl.cumsum(one, 0)

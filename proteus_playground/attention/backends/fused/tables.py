@@ -162,7 +162,8 @@ def index_rows(
     tiles, segments = triton.cdiv(rows, TILE_TOKENS), triton.cdiv(rows, plan.segment)
     opened = torch.empty(B, rows, H, n, **ints)
     words = triton.cdiv(C, 32) if plan.chooses else 0
-    bits, noted = torch.empty(words, X, rows, r, **ints), torch.empty(B, rows, H, words, **ints)
+    noted = torch.empty(B, rows, H, words, **ints)
+    bits = torch.empty(B, rows, H, words, dtype=torch.int64, device=q.device)
     scores = torch.empty(B, rows, H, C if plan.chooses else 0, dtype=torch.float32, device=q.device)
     rope = lookup.inv_freq is not None
     rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device) if rope else q
