@@ -27,7 +27,7 @@ from ...hf.opening import load_source, title
 from ...hf.patch import handed
 from .measure import clock, measured_on, release, summary
 
-WHO = ("dense", "proteus", "graph")  # the last: tokens by a recorded CUDA graph
+WHO = ("dense", "proteus", "graph")  # the last: by recorded CUDA graphs
 TEXT = "commonplace book"
 
 
@@ -124,15 +124,15 @@ def model_table(report: dict) -> str:
     body = [
         [
             f"{tokens:,}",
-            *figures(rows, lambda row: row["prefill"]["median_ms"], "{:,.1f}", WHO[:2]),
+            *figures(rows, lambda row: row["prefill"]["median_ms"], "{:,.1f}", ways),
             *figures(rows, lambda row: row["token"]["median_ms"], "{:,.2f}", ways),
             *figures(rows, lambda row: row["cache_bytes"] / 1e6, "{:,.1f}", WHO[:2]),
         ]
         for tokens, rows in by.items()
     ]
     parts = ("dense", "Proteus", "ratio")
-    head = ["tokens", *(f"prompt, ms: {part}" for part in parts)]
-    head += [f"one more token, ms: {part}" for part in (*parts, *(("Proteus, CUDA graph", "ratio") if graph else ()))]
+    timed = (*parts, *(("Proteus, CUDA graph", "ratio") if graph else ()))
+    head = ["tokens", *(f"{what}, ms: {part}" for what in ("prompt", "one more token") for part in timed)]
     head += [f"cache, MB: {part}" for part in parts]
     where = f"{measured_on(report)}; {report['model']}, L = {report['shortlist']}, medians"
     return f"{where}\n\n{markdown(head, body)}"

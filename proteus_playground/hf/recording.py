@@ -11,22 +11,27 @@ from torch import nn
 
 Made = TypeVar("Made")
 
-# Memory of each decoder's recordings, by device. One that is dropped leaves its part to the next; the passes of one
-# decoder never run at the same time.
-_POOLS: WeakKeyDictionary[nn.Module, dict[torch.device, torch.cuda.MemPool]] = WeakKeyDictionary()
+# A small recording of each decoder, by device, whose memory all others of that decoder share: one that is dropped leaves
+# its part to the next. The passes of one decoder never run at the same time.
+_FIRST: WeakKeyDictionary[nn.Module, dict[torch.device, torch.cuda.CUDAGraph]] = WeakKeyDictionary()
 
 
 def capture(run: Callable[[], Made], decoder: nn.Module, device: torch.device) -> tuple[torch.cuda.CUDAGraph, Made]:
-    """Record what `run` does on the GPU: the graph, and what it returned. Raises what `run` or CUDA raises.
+    """Record what `run` does on the GPU: the graph, and what it returned. Raises what `run` or CUDA raises."""
+    first = _FIRST.setdefault(decoder, {})
+    if device not in first:
+        first[device], _ = _record(lambda: torch.zeros(1, device=device), device, None)
+    return _record(run, device, first[device].pool())
 
-    `torch.cuda.graph` would also wait for the GPU and give its spare memory back, which takes longer than to record.
-    """
+
+def _record(run: Callable[[], Made], device: torch.device, pool) -> tuple[torch.cuda.CUDAGraph, Made]:
+    """As `torch.cuda.graph`, which would also wait for the GPU and give its spare memory back: that takes longer."""
     with torch.cuda.device(device):
         graph, current, own = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
         own.wait_stream(current)
         try:
             with torch.cuda.stream(own):
-                graph.capture_begin(_pool(decoder, device), capture_error_mode="thread_local")
+                graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     made = run()
                 finally:
@@ -38,13 +43,3 @@ def capture(run: Callable[[], Made], decoder: nn.Module, device: torch.device) -
             raise
         current.wait_stream(own)
         return graph, made
-
-
-def _pool(decoder: nn.Module, device: torch.device) -> tuple[int, int] | None:
-    """The memory of the decoder's recordings; None where each has its own, before torch 2.7."""
-    if not hasattr(torch.cuda.MemPool, "use_count"):
-        return None
-    pools = _POOLS.setdefault(decoder, {})
-    if device not in pools:
-        pools[device] = torch.cuda.MemPool()
-    return pools[device].id

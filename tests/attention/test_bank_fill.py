@@ -49,6 +49,16 @@ def test_bank_is_that_of_pytorch(changes):
     assert off_by(got.step(*now), want.step(*now)) <= 1e-5
 
 
+def test_a_key_that_is_nan_falls_into_a_gate_that_exists():
+    """Else what sorts the keys by gate would write beyond its tables."""
+    (q, k, v), bank = world(groups=1, heads=1, batch=2)
+    k[:, ::7] = torch.nan
+    how = {"inv_freq": bank.inv_freq, "explain": False, "backend": "triton", "return_index": True}
+    index = proteus_attention(q, k, v, bank.gates, bank.budget, **how).index
+    assert index.total.isnan() and index.keys.gate.max() < bank.gates.gates_per_group
+    assert bank.gates.gates_per_group & (bank.gates.gates_per_group - 1), "a power of two needs no padding"
+
+
 def test_calls_that_the_kernel_does_not_serve_go_the_usual_way():
     (q, k, v), bank = world(groups=1, heads=1, batch=2)
     broken = k.clone()

@@ -40,6 +40,7 @@ def gates_kernel(
     score = sharp_dot(second, tl.load(p_at + d // 2, mask=p_fits, other=0.0), score)
     usable = tl.load(alive + g * C + c, mask=c < C, other=0) != 0
     best = tl.argmax(tl.where(usable[None, :], score, -float("inf")), 1)
+    best = tl.minimum(best, C - 1)  # a key that is NaN matches anything
     end = T
     if KEEP:
         end = tl.load(length + b)
