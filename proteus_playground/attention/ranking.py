@@ -25,24 +25,22 @@ def rank_gates(q: Tensor, prototypes: Tensor, alive: Tensor, retired: Tensor, bl
     B, T, H, _ = q.shape
     G, C = alive.shape
     usable = (retired > 0) & alive[:, None]  # (B, G, N, C)
-    heads = prototypes.repeat_interleave(H // G, dim=0)  # (H, C, d)
     held = SCORES_PER_STEP if q.device.type == "cpu" else SCORES_PER_STEP_GPU
     step = max(1, held // (B * H * C * block)) * block
     ranked = torch.empty(B, T, H, count, dtype=torch.int64, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for i in range(0, T, step):
-            rows = q[:, i : i + step].float().transpose(1, 2)  # (B, H, t, d)
+            rows = q[:, i : i + step].float().transpose(1, 2).unflatten(1, (G, H // G))  # (B, G, r, t, d)
+            size = rows.shape[3]
             here = usable[:, :, i // block : (i + step - 1) // block + 1].repeat_interleave(block, dim=2)
-            here = here[:, :, None, : rows.shape[2]]
+            here = here[:, :, None, :size]
             if count <= FEW:
-                score = heads @ rows.mT  # (B, H, C, t): the maximum runs over whole vectors of rows
-                score.unflatten(1, (G, H // G)).masked_fill_(~here.mT, -torch.inf)
-                best = _best_one_by_one(score, count).mT
+                score = prototypes[:, None] @ rows.mT  # (B, G, r, C, t): the maximum runs over whole vectors of rows
+                best = _best_one_by_one(score.masked_fill_(~here.mT, -torch.inf), count).mT
             else:
-                score = rows @ heads.mT  # (B, H, t, C)
-                score.unflatten(1, (G, H // G)).masked_fill_(~here, -torch.inf)
-                best = _best_sorted(score, count)
-            ranked[:, i : i + step] = best.transpose(1, 2)
+                score = (rows.flatten(2, 3) @ prototypes.mT).unflatten(2, (-1, size))  # (B, G, r, t, C)
+                best = _best_sorted(score.masked_fill_(~here, -torch.inf), count)
+            ranked[:, i : i + step] = best.flatten(1, 2).transpose(1, 2)
     return ranked
 
 

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from .backends.dispatch import rotate
 from .precision import wide_dtype
 
-__all__ = ["Frequencies", "rope_frequencies", "rotate"]
+__all__ = ["Frequencies", "rope_frequencies", "rotate", "rotate_both"]
+
+
+def rotate_both(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q `(B, T, H, d)` and k `(B, T, G, d)`, rotated in one call: quicker for few tokens."""
+    return rotate(torch.cat((q, k), dim=2), positions, inv_freq).split((q.shape[2], k.shape[2]), dim=2)
 
 
 def rope_frequencies(head_dim: int, theta: float, device=None, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.rope import rotate
+from ..attention.rope import rotate, rotate_both
 
 HIDDEN = -1e4  # a mask's value that is as low hides a key: its weight is 0 in every floating type
 TABLE_ERROR = 0.02  # cosines of bfloat16 tables are this far off
@@ -55,12 +55,19 @@ class TurnedCall(AttentionCall):
             object.__setattr__(self, name, value)
 
     @cached_property
-    def q(self) -> Tensor:
-        return rotate(self.turned[0], self.positions, self.back)
+    def _both(self) -> tuple[Tensor, Tensor]:
+        q, k = self.turned
+        if q.shape[1] == 1:
+            return rotate_both(q, k, self.positions, self.back)
+        return rotate(q, self.positions, self.back), rotate(k, self.positions, self.back)
 
-    @cached_property
+    @property
+    def q(self) -> Tensor:
+        return self._both[0]
+
+    @property
     def k(self) -> Tensor:
-        return rotate(self.turned[1], self.positions, self.back)
+        return self._both[1]
 
 
 Attend = Callable[[AttentionCall], Tensor | None]  # (B, T, H, d), or None to let the model's own attention run

@@ -91,8 +91,11 @@ class BankLayer(CacheLayerMixin):
             out, self.total = read_prompt(bank, layer, call, waits=not self.defers)
             return out
         decisions = layer.decide(call.q, call.k, call.keep, budget=budget, before=bank.count)
-        read = bank.step if call.v.shape[1] == 1 else bank.steps
-        out = read(call.q, call.k, call.v, keep=decisions.keep, awake=decisions.awake, positions=call.positions)
+        how = {"keep": decisions.keep, "awake": decisions.awake, "positions": call.positions}
+        if call.v.shape[1] == 1:
+            out = bank.step(call.q, call.k, call.v, **how, turned=getattr(call, "turned", None))
+        else:
+            out = bank.steps(call.q, call.k, call.v, **how)
         return weigh(out, decisions.weight)
 
     def check_past(self, past: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 Made = TypeVar("Made")
 
-# A small recording of each decoder, by device, whose memory all others of that decoder share: one that is dropped leaves
+# A small recording of each decoder, by device. All others of that decoder share its memory: one that is dropped leaves
 # its part to the next. The passes of one decoder never run at the same time.
 _FIRST: WeakKeyDictionary[nn.Module, dict[torch.device, torch.cuda.CUDAGraph]] = WeakKeyDictionary()
 

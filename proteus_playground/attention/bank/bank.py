@@ -24,7 +24,7 @@ from ..backends.dispatch import bank_fill, bank_step
 from ..budget import Budget
 from ..functional import check_budget, check_inputs
 from ..gates import Gates
-from ..rope import rotate
+from ..rope import rotate, rotate_both
 from .row import dense_row, sparse_row
 from .slots import Slots
 from .view import BankContents, view_of
@@ -147,18 +147,20 @@ class KVBank(Slots):
         keep: Tensor | None = None,
         awake: Tensor | None = None,
         positions: Tensor | None = None,
+        turned: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Take in one token per sequence and return its row, `(B, 1, H, d)`: zero for dropped tokens, sleeping heads.
 
         q: `(B, 1, H, d)`, k and v: `(B, 1, G, d)`, un-rotated, H any multiple of G. keep: `(B, 1)` bool, False for
         a token that takes no part. awake: `(B, 1, H)` bool. positions: `(1,)` or `(B, 1)`, in tokens; by default
-        they follow on. The same row as `proteus_attention` over all tokens so far, with this budget.
+        they follow on. turned: q and k rotated at `positions`, if the caller has them.
+        The same row as `proteus_attention` over all tokens so far, with this budget.
         Raises `TypeError` or `ValueError` naming the argument.
         """
         check_inputs(q, k, v, self.gates, positions, keep, awake, self.inv_freq)
         if q.shape[1] != 1:
             raise ValueError(f"q has {q.shape[1]} tokens: a step takes 1 per sequence; steps takes many")
-        return self._advance(q, k, v, keep, awake, positions)
+        return self._advance(q, k, v, keep, awake, positions, turned)
 
     @torch.no_grad()
     def steps(
@@ -186,7 +188,7 @@ class KVBank(Slots):
             start += most
         return torch.cat(rows, dim=1)
 
-    def _advance(self, q: Tensor, k: Tensor, v: Tensor, keep, awake, positions) -> Tensor:
+    def _advance(self, q: Tensor, k: Tensor, v: Tensor, keep, awake, positions, turned=None) -> Tensor:
         """Take in tokens that belong to one block of each sequence, and return their rows."""
         self._admit(k)
         kernels = self._kernels(q, k, v)
@@ -198,8 +200,7 @@ class KVBank(Slots):
         keep, finite = _finite(k, v, keep)
         at = self._positions(positions, k)
         with torch.autocast(q.device.type, enabled=False):
-            rotated = rotate(torch.cat((q, k), dim=2), at, self.inv_freq)
-            rotated_q, rotated_k = rotated.split((q.shape[2], k.shape[2]), dim=2)
+            rotated_q, rotated_k = turned or rotate_both(q, k, at, self.inv_freq)
             self.write(k, rotated_k, v, keep)
             out = dense_row(self, rotated_q) if self.budget.dense else sparse_row(self, q, rotated_q)
         if keep is not None:

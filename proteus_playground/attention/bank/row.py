@@ -38,15 +38,22 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
         ring = as_read(keys).unflatten(2, (tile.shape[2], -1))  # (B, G, t r, n m, 2, d)
         score = (ring[..., 0, :] @ tile[..., None])[..., 0]
         parts.append(score.masked_fill(keys.token.view_as(score) < 0, -torch.inf))
-    if bank.notes:
+    if bank.notes and noted is not None:
+        notes, held = _notes_of(bank, noted)
+        parts.append(
+            (notes[..., 0, :] @ tile[..., None])[..., 0] / held + held.log().masked_fill(noted < 0, -torch.inf)
+        )
+    elif bank.notes:
         notes, held = bank.sums.flatten(2, 3), _held(bank)
         score = tile @ notes[..., 0, :].mT / held.clamp(min=1) + held.log()
-        parts.append(score.masked_fill(~_read_notes(opened, noted, score), -torch.inf))
+        parts.append(score.masked_fill(~_read_notes(opened, score), -torch.inf))
     weight = torch.cat(parts, dim=-1).softmax(-1).split([x.shape[-1] for x in parts], dim=-1)
     out = weight[0] @ window[..., 1, :]
     if bank.ring:
         out += (weight[1][..., None, :] @ ring[..., 1, :])[..., 0, :]
-    if bank.notes:
+    if bank.notes and noted is not None:
+        out += ((weight[-1] / held)[..., None, :] @ notes[..., 1, :])[..., 0, :]
+    elif bank.notes:
         out += (weight[-1] / held.clamp(min=1)) @ notes[..., 1, :]
     return _by_token(out, q).to(q.dtype)
 
@@ -71,24 +78,28 @@ def _seen(bank: Slots, q: Tensor, slots: int) -> Tensor:
     return (token >= 0) & (token <= row[:, None, :, None])
 
 
+def _notes_of(bank: Slots, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of all keys and values of the gates `gate` `(B, G, t r, e)`, -1 for none: `(B, G, t r, e, 2, d)`. And how
+    many keys they hold, `(B, G, t r, e)`, at least 1."""
+    B, G, C = bank.retired.shape
+    group = torch.arange(B * G, device=gate.device).view(B, G, 1, 1)
+    gate = gate.clamp(min=0)
+    held = bank.retired.flatten()[gate + group * C].clamp(min=1).to(bank.sums.dtype)
+    return bank.sums.flatten(0, 3)[gate + group * (2 * C)], held
+
+
 def _held(bank: Slots) -> Tensor:
     """Number of keys in each sum, `(B, G, 1, 2 C)` float32: ALL of every gate, then REST."""
     return torch.cat((bank.retired, (bank.retired - bank.ring).clamp(min=0)), dim=-1)[:, :, None].to(bank.sums.dtype)
 
 
-def _read_notes(opened: Tensor, noted: Tensor | None, score: Tensor) -> Tensor:
-    """Mask of the notes that rows read, like `score`; two notes are kept per gate.
+def _read_notes(opened: Tensor, score: Tensor) -> Tensor:
+    """Mask of the notes that rows read where they read all, like `score`; two notes are kept per gate.
 
-    opened, noted: `(B, G, t r, n or e)`, -1 for none; noted None: all. A row that opened the gate reads its ring one by
-    one and so REST (keys beyond the ring); every other row reads ALL.
+    opened: `(B, G, t r, n)`, -1 for none. A row that opened the gate reads its ring one by one and so REST (keys beyond
+    the ring); every other row reads ALL.
     """
     C = score.shape[-1] // 2
-    is_open = _marked(opened, score, C)
-    read = torch.ones_like(is_open) if noted is None else _marked(noted, score, C)
-    return torch.cat((read & ~is_open, read & is_open), dim=-1)
-
-
-def _marked(gate: Tensor, like: Tensor, C: int) -> Tensor:
-    """Which of the C gates stand in `gate` (B, G, t r, n), -1 for none: `(B, G, t r, C)` bool."""
-    marks = torch.zeros(*like.shape[:-1], C + 1, dtype=torch.bool, device=like.device)
-    return marks.scatter_(-1, gate.masked_fill(gate < 0, C), True)[..., :C]
+    marks = torch.zeros(*score.shape[:-1], C + 1, dtype=torch.bool, device=score.device)
+    is_open = marks.scatter_(-1, opened.masked_fill(opened < 0, C), True)[..., :C]
+    return torch.cat((~is_open, is_open), dim=-1)
