@@ -15,7 +15,7 @@ __all__ = ["Frequencies", "rope_frequencies", "rotate", "rotate_both"]
 
 
 def rotate_both(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q `(B, T, H, d)` and k `(B, T, G, d)`, rotated in one call: quicker for few tokens."""
+    """q `(B, T, H, d)` and k `(B, T, G, d)`, rotated in one call, which is quicker than two where tokens are few."""
     return rotate(torch.cat((q, k), dim=2), positions, inv_freq).split((q.shape[2], k.shape[2]), dim=2)
 
 

@@ -41,9 +41,9 @@ class BankLayer(CacheLayerMixin):
 
     alone: whether every layer that reads the whole past has a bank. transformers makes one mask for all of these: of
     the new tokens only if so, else of the whole past. tracks: whether the layer remembers which tokens were real; one
-    layer of a cache does so for all. defers: whether the cache asks after the whole pass whether a prompt's keys and
-    values were finite, by `total`, so that the host need not wait for a GPU in each layer. prompt: a recorded pass that
-    this layer shares with others, or None.
+    layer of a cache does so for all. defers: whether the layer leaves the sum of a prompt's keys and values in `total`
+    and does not ask whether they are finite. The cache looks at all sums after the pass, so that the host waits for a
+    GPU once, not in each layer. prompt: recordings that the layer shares with others, or None.
     """
 
     is_sliding = is_compileable = is_croppable = supports_early_init = False
@@ -88,7 +88,7 @@ class BankLayer(CacheLayerMixin):
             self._start(self.empty_bank(len(call.v), call.inv_freq, call.scale, call.v.dtype))
         bank = self.bank
         if bank.tokens == 0 and call.v.shape[1] > 1:
-            out, self.total = read_prompt(bank, layer, call, waits=not self.defers)
+            out, self.total = read_prompt(bank, layer, call, is_finite=self.defers)
             return out
         decisions = layer.decide(call.q, call.k, call.keep, budget=budget, before=bank.count)
         how = {"keep": decisions.keep, "awake": decisions.awake, "positions": call.positions}
@@ -263,18 +263,20 @@ class HybridBankLayer(LinearAttentionLayer, BankLayer):
         raise ValueError("recurrent states cannot be saved: fork() the cache instead")
 
 
-def read_prompt(bank: KVBank, layer: ProteusLayer, call: AttentionCall, waits: bool) -> tuple[Tensor, Tensor | None]:
+def read_prompt(
+    bank: KVBank, layer: ProteusLayer, call: AttentionCall, is_finite: bool
+) -> tuple[Tensor, Tensor | None]:
     """Rows of a text's first tokens, `(B, T, H, d)`, which go into the empty bank.
 
-    waits: let the host wait for a GPU to know whether keys and values are finite; else they count as finite, and their
-    sum `()` is returned too, None where it was not made.
+    is_finite: keys and values count as finite, and their sum `()` is returned for a later look, None where there is
+    none; else the host waits for a GPU to see.
     """
     where = {"inv_freq": call.inv_freq, "positions": call.positions, "scale": call.scale}
     how = {"budget": bank.budget, "explain": False, "return_index": True}
     run = layer.run(call.q, call.k, call.v, real=call.keep, **how, **where)
     index = run.result.index
-    bank.extend(call.k, call.v, keep=run.keep, positions=call.positions, index=index, is_finite=not waits)
-    return run.out, None if waits or index is None else index.total
+    bank.extend(call.k, call.v, keep=run.keep, positions=call.positions, index=index, is_finite=is_finite)
+    return run.out, index.total if is_finite and index is not None else None
 
 
 def digest(real: Tensor, start: Tensor | None = None) -> Tensor:

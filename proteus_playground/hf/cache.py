@@ -75,8 +75,9 @@ class ProteusCache(Cache):
         the window seems farther away than that (see `KVBank`), so that a model goes on making sense beyond what it was
         trained on. None leaves all positions as they are. Not with int8 or at flux alpha 0. cuda_graph: record the pass
         of one token as a CUDA graph and replay it, which is several times as fast; every layer must have a bank. Beam
-        search, whose banks change with every token, runs without. Prompts of up to 32,768 tokens without padding are
-        read by a graph too, which is made of one layer and serves the layers after it.
+        search, whose banks change with every token, runs without. A prompt of up to 32,768 tokens without padding uses
+        graphs too: one layer is recorded, the later ones replay it. Run all passes of the model on one CUDA stream; the
+        memory of recordings stays with the model.
         Raises `TypeError` or `ValueError` naming the argument.
         """
         decoder, known = surveyed(model)
@@ -114,9 +115,9 @@ class ProteusCache(Cache):
         if cuda_graph:
             _check_graph(layers, budget, decoder.device)
         self._graph = DecodeGraph(decoder, banks) if cuda_graph else None
-        defers, prompt = all(type(layer) is BankLayer for layer in layers), PromptGraph(decoder) if cuda_graph else None
+        self._prompt = PromptGraph(decoder) if cuda_graph else None
         for layer in banks.values():
-            layer.defers, layer.prompt = defers, prompt
+            layer.defers, layer.prompt = all(type(each) is BankLayer for each in layers), self._prompt
         self._running = self._cut_short = False
         watch(decoder)
         self._closing = finalize(self, unwatch, decoder)
@@ -203,6 +204,8 @@ class ProteusCache(Cache):
                 raise
             finally:
                 self._running = False
+                if self._prompt is not None:
+                    self._prompt.forget()
                 for layer in self._bank_layers().values():
                     layer.end_pass()
 
@@ -214,8 +217,6 @@ class ProteusCache(Cache):
         finite = not totals or bool(torch.stack([x.to(totals[0].device) for x in totals]).isfinite().all())
         for layer in banks:
             layer.total = None
-            if layer.prompt is not None:
-                layer.prompt.forget()
         if finite:
             return output
         for layer in banks:

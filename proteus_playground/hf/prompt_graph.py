@@ -25,51 +25,50 @@ from .recording import capture
 if TYPE_CHECKING:
     from .bank_layer import BankLayer
 
-MOST_TOKENS = (
-    1 << 15
-)  # of all texts together: longer prompts keep the GPU busy, and a recording takes memory of its own
+MOST_TOKENS = 1 << 15  # of all texts together: longer prompts keep the GPU busy, and a recording takes memory
 
 
 class PromptGraph:
-    """The recorded pass of one decoder's layers. The cache drops it at the end of each prompt."""
+    """The recordings of one decoder's layers, one for each form of layer. The cache drops them after each pass."""
 
     def __init__(self, decoder: nn.Module):
         self._decoder = decoder
-        self._refused = False  # after a pass that could not be recorded
+        self._refused: set[tuple] = set()  # forms that could not be recorded
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was recorded, and the memory of it."""
-        self._form = self._graph = self._made = None
-        self._inputs: list[Tensor] = []
+        """Drop the recordings. Their memory is left to later ones."""
+        self._recorded: dict[tuple, _Recording | None] = {}  # None for a form of which one layer has run
 
     def read(self, layer: BankLayer, call: AttentionCall) -> tuple[Tensor, KVBank, Tensor | None] | None:
-        """What `read_prompt` returns, with the bank: rows `(B, T, H, d)`, which the next `read` overwrites, the filled
-        bank, and a sum or None.
+        """Read a prompt by a recording: its rows `(B, T, H, d)`, which the next `read` overwrites, the filled bank, and
+        the sum that `read_prompt` returns.
 
-        None where the pass must run as usual, and also where it is the first of its form.
+        None where the pass must run as usual: it cannot be recorded, or it is the first of its form.
         """
-        form = None if self._refused else _form(layer, call)
-        if form is None:
+        form = _form(layer, call)
+        if form is None or form in self._refused:
             return None
-        if form != self._form:
-            self.forget()
-            self._form = form
+        if form not in self._recorded:
+            self._recorded[form] = None
             return None
-        if self._graph is None and not self._record(layer, call):
-            return None
-        torch._foreach_copy_(self._inputs, _inputs(layer, call))
-        self._graph.replay()
-        out, bank, total = self._made
-        mine = bank.fork()
-        mine.gates, mine.inv_freq = layer.layer.gates, call.inv_freq
-        return out, mine, None if total is None else total.clone()
+        if self._recorded[form] is None:
+            try:
+                self._recorded[form] = _Recording(layer, call, self._decoder)
+            except Exception as problem:
+                self._refused.add(form)
+                warnings.warn(f"cuda_graph=True: prompts are read without a graph, because {problem}", stacklevel=2)
+                return None
+        return self._recorded[form].replay(layer, call)
 
-    def _record(self, layer: BankLayer, call: AttentionCall) -> bool:
-        """Record the layer's pass. Where that fails, all passes run as usual from now on."""
+
+class _Recording:
+    """What a layer does with a prompt, as a CUDA graph over inputs of its own. Raises where it cannot be recorded."""
+
+    def __init__(self, layer: BankLayer, call: AttentionCall, decoder: nn.Module):
         with torch.inference_mode(False):
             gates = copy.deepcopy(layer.layer.gates)
-            self._inputs = [x.clone() for x in _inputs(layer, call)]
+            self._inputs = [x.detach().clone() for x in _inputs(layer, call)]
         gates.prototypes, gates.alive, *others = self._inputs
         twin = copy.copy(layer)
         twin.layer = ProteusLayer(gates, layer.layer.config)
@@ -77,34 +76,38 @@ class PromptGraph:
         def run() -> tuple[Tensor, KVBank, Tensor | None]:
             ours = _over(others, call)
             bank = twin.empty_bank(len(ours.v), ours.inv_freq, ours.scale, ours.v.dtype)
-            out, total = read_prompt(bank, twin.layer, ours, waits=False)
+            out, total = read_prompt(bank, twin.layer, ours, is_finite=True)
             return out, bank, total
 
-        try:
-            self._graph, self._made = capture(run, self._decoder, call.v.device)
-        except Exception as problem:
-            self.forget()
-            self._refused = True
-            warnings.warn(f"cuda_graph=True: prompts are read without a graph, because {problem}", stacklevel=2)
-            return False
-        return True
+        self._graph, self._made = capture(run, decoder, call.v.device)
+
+    def replay(self, layer: BankLayer, call: AttentionCall) -> tuple[Tensor, KVBank, Tensor | None]:
+        """The same for another layer: see `PromptGraph.read`."""
+        torch._foreach_copy_(self._inputs, _inputs(layer, call))
+        self._graph.replay()
+        out, bank, total = self._made
+        mine = bank.fork()
+        mine.gates, mine.inv_freq = layer.layer.gates, call.inv_freq
+        return out, mine, None if total is None else total.clone()
 
 
 def _form(layer: BankLayer, call: AttentionCall) -> tuple | None:
     """What the kernels of a prompt's pass depend on, besides the inputs' numbers. None where the pass is not served."""
     config, budget, (batch, tokens) = layer.layer.config, layer.budget, call.v.shape[:2]
     chooses_tokens = call.keep is not None or budget.keep_ratio < 1
-    if chooses_tokens or config.route_heads or config.int8 or budget.dense or batch * tokens > MOST_TOKENS:
+    if chooses_tokens or config.route_heads or config.int8 or budget.dense:
+        return None
+    if tokens == 1 or batch * tokens > MOST_TOKENS:
         return None
     with_gradient = call.inv_freq is not None and not isinstance(call, TurnedCall)
     if with_gradient or torch.is_autocast_enabled(call.v.device.type):
         return None
-    kinds = [(x.shape, x.dtype, x.device) for x in _inputs(layer, call)]
+    kinds = tuple((x.shape, x.dtype, x.device) for x in _inputs(layer, call))
     return kinds, call.scale, config, budget, layer.reach
 
 
 def _inputs(layer: BankLayer, call: AttentionCall) -> list[Tensor]:
-    """Tensors of one pass. Numbers of the bank's texts are not among them: it is empty."""
+    """Tensors of one pass, apart from the bank, which is made in it."""
     gates = layer.layer.gates
     turned = isinstance(call, TurnedCall)
     q_and_k = (*call.turned, call.back, call.inv_freq) if turned else (call.q, call.k)

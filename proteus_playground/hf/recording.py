@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -11,35 +12,44 @@ from torch import nn
 
 Made = TypeVar("Made")
 
-# A small recording of each decoder, by device. All others of that decoder share its memory: one that is dropped leaves
-# its part to the next. The passes of one decoder never run at the same time.
-_FIRST: WeakKeyDictionary[nn.Module, dict[torch.device, torch.cuda.CUDAGraph]] = WeakKeyDictionary()
+# The first recording of each decoder, by device, and the stream that it was made on. It is tiny, and stays so that its
+# memory does: later recordings share it, and where one is dropped the next takes its place. That is right because the
+# passes of one decoder run one after another.
+_FIRST: WeakKeyDictionary[nn.Module, dict[torch.device, tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]]] = (
+    WeakKeyDictionary()
+)
 
 
 def capture(run: Callable[[], Made], decoder: nn.Module, device: torch.device) -> tuple[torch.cuda.CUDAGraph, Made]:
     """Record what `run` does on the GPU: the graph, and what it returned. Raises what `run` or CUDA raises."""
-    first = _FIRST.setdefault(decoder, {})
-    if device not in first:
-        first[device], _ = _record(lambda: torch.zeros(1, device=device), device, None)
-    return _record(run, device, first[device].pool())
-
-
-def _record(run: Callable[[], Made], device: torch.device, pool) -> tuple[torch.cuda.CUDAGraph, Made]:
-    """As `torch.cuda.graph`, which would also wait for the GPU and give its spare memory back: that takes longer."""
+    firsts = _FIRST.setdefault(decoder, {})
     with torch.cuda.device(device):
-        graph, current, own = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
-        own.wait_stream(current)
-        try:
-            with torch.cuda.stream(own):
-                graph.capture_begin(pool, capture_error_mode="thread_local")
-                try:
-                    made = run()
-                finally:
+        if device not in firsts:
+            own = torch.cuda.Stream()
+            firsts[device] = _record(lambda: torch.zeros(1, device=device), own, None)[0], own
+        first, own = firsts[device]
+        return _record(run, own, first.pool())
+
+
+def _record(run: Callable[[], Made], own: torch.cuda.Stream, pool) -> tuple[torch.cuda.CUDAGraph, Made]:
+    """As `torch.cuda.graph`, which would also wait for the GPU and give its spare memory back: that takes longer."""
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    own.wait_stream(current)
+    try:
+        with torch.cuda.stream(own):
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                made = run()
+            except BaseException:
+                with suppress(Exception):  # says only that the recording has failed, not why
                     graph.capture_end()
-        except BaseException:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own,
-            home = torch.cuda.default_generators[torch.cuda.current_device()]
-            home.graphsafe_set_state(home.clone_state())  # and random numbers to be drawn in a graph only
-            raise
-        current.wait_stream(own)
-        return graph, made
+                raise
+            graph.capture_end()
+    except BaseException:
+        # A recording that fails leaves its stream current, and a random generator that works in graphs only.
+        torch.cuda.set_stream(current)
+        home = torch.cuda.default_generators[torch.cuda.current_device()]
+        home.graphsafe_set_state(home.clone_state())
+        raise
+    current.wait_stream(own)
+    return graph, made

@@ -1,5 +1,8 @@
 """Banks that are saved, copied, selected or looked into; bad input."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from banks import parallel, take_in, walk, world
@@ -56,8 +59,15 @@ def test_saved_forked_and_selected_banks_go_on_bit_for_bit(tmp_path, alpha, kind
     saved = KVBank.load(bank.save(tmp_path / "bank.safetensors"), bank.gates)
     copied.load_state_dict(bank.state_dict())
     fork, swapped = bank.fork(), bank.select(torch.tensor([1, 0]))
+    torch.save(bank.state_dict(), tmp_path / "state.pt")
+    size = (tmp_path / "state.pt").stat().st_size
+    assert size < bank.nbytes + 20_000, "every tensor is written once"
+    pickled = pickle.loads(pickle.dumps(bank))
+    walk(pickled, q, k, v, None, 101, 120)
+    later, deep = pickled.fork(), copy.deepcopy(bank)  # a copy after steps holds what they took in
     want = walk(bank, q, k, v, None, 101, 160)
-    for other in (saved, copied, fork):
+    assert torch.equal(walk(later, q, k, v, None, 120, 160), want[:, 19:])
+    for other in (saved, copied, fork, deep):
         assert torch.equal(walk(other, q, k, v, None, 101, 160), want)
     rows = walk(swapped, *(x.flip(0) for x in (q, k, v)), None, 101, 160)
     assert off_by(rows.flip(0), want) <= 1e-6

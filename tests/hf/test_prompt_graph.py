@@ -56,9 +56,9 @@ def recordings(monkeypatch):
 def with_prompt_graph(model, **settings):
     """A cache whose layers share a `PromptGraph`, and none for tokens."""
     cache = cache_of(model, graph=False, **settings)
-    prompt = PromptGraph(model.model)
+    cache._prompt = PromptGraph(model.model)
     for layer in cache._bank_layers().values():
-        layer.prompt = prompt
+        layer.prompt = cache._prompt
     return cache
 
 
@@ -102,14 +102,32 @@ def test_what_cannot_be_recorded_runs_as_usual(monkeypatch, recordings, llama, i
         assert_same_banks(cache, plain, 1e-5)
 
 
+@pytest.mark.skipif(GPU, reason="a GPU has graphs of its own")
+def test_layers_of_another_form_have_a_recording_of_their_own_and_none_outlives_its_pass(recordings, llama, ids):
+    with with_prompt_graph(llama) as cache, cache_of(llama, graph=False) as plain:
+        for each in (cache, plain):
+            each._bank_layers()[1].reach = 200
+        assert_close(one(llama, cache, ids), one(llama, plain, ids), atol=1e-5, rtol=0)
+        assert [its.replays for its in recordings] == [1] and not cache._prompt._recorded
+        cache.reset()
+        hook = llama.model.layers[2].mlp.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            one(llama, cache, ids)
+        hook.remove()
+        assert len(recordings) == 2 and not cache._prompt._recorded
+        cache.reset(), plain.reset()
+        assert_close(one(llama, cache, ids[:, :1]), one(llama, plain, ids[:, :1]), atol=1e-5, rtol=0)
+        assert len(recordings) == 2, "a prompt of one token is not recorded"
+
+
 @pytest.mark.skipif(GPU, reason="a GPU has sums of its own")
 def test_a_prompt_that_is_not_finite_is_read_again(monkeypatch, llama, ids):
     usual, waited = bank_layer.read_prompt, []
 
-    def not_finite(bank, layer, call, waits):
-        waited.append(waits)
-        out, _ = usual(bank, layer, call, waits)
-        return out * (1 if waits else torch.nan), None if waits else torch.tensor(torch.nan)
+    def not_finite(bank, layer, call, is_finite):
+        waited.append(not is_finite)
+        out, _ = usual(bank, layer, call, is_finite)
+        return (out * torch.nan, torch.tensor(torch.nan)) if is_finite else (out, None)
 
     with cache_of(llama, graph=False) as cache, cache_of(llama, graph=False) as plain:
         want = one(llama, plain, ids)
@@ -132,7 +150,7 @@ def test_prompts_on_a_gpu_are_those_of_ordinary_passes(monkeypatch, llama, ids, 
     with cache_of(llama) as cache, cache_of(llama, graph=False) as plain:
         for text in (ids, ids.flip(0), long, long[:1]):
             assert_close(one(llama, cache, text), one(llama, plain, text), atol=atol, rtol=0)
-            assert len(recorded) == (made := made + 1) and not cache._bank_layers()[0].prompt._refused
+            assert len(recorded) == (made := made + 1) and not cache._prompt._refused
             assert_same_banks(cache, plain, atol * 30)
             for t in range(5):
                 assert_close(one(llama, cache, ids[: len(text), t : t + 1]),
@@ -149,7 +167,7 @@ def test_keys_that_are_not_finite_on_a_gpu(llama, ids):
     bad = ids.clone()
     bad[1, 30] = 7
     with cache_of(llama) as cache, cache_of(llama, graph=False) as plain:
-        assert not all(layer.defers is False for layer in plain._bank_layers().values())
+        assert all(layer.defers for layer in plain._bank_layers().values())
         for layer in plain._bank_layers().values():
             layer.defers = False
         got, want = one(llama, cache, bad), one(llama, plain, bad)

@@ -9,7 +9,6 @@ Axes: `B` sequences, `H` query heads, `G` KV groups, `d` head dim, `n` tokens ta
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from math import isfinite
 from pathlib import Path
@@ -254,14 +253,14 @@ class KVBank(Slots):
         """An independent copy over the same gates: stepping one does not change the other."""
         if self._memory is None:
             return self.select(torch.arange(self.batch, device=self.count.device))
-        twin = copy.copy(self)
+        twin = self._twin()
         with torch.inference_mode(False):
             twin._lie_in(self._memory.clone())
         return twin
 
     def select(self, rows: Tensor) -> KVBank:
         """A bank of the sequences at `rows` (n,) int64, in that order, repeats allowed: beams, or a smaller batch."""
-        twin = copy.copy(self)
+        twin = self._twin()
         with torch.inference_mode(False):
             twin._replace({name: getattr(self, name)[rows] for name in self.TENSORS.values()})
         return twin
@@ -271,9 +270,11 @@ class KVBank(Slots):
         return {name: getattr(self, attribute) for name, attribute in self.TENSORS.items()}
 
     def state_dict(self) -> dict:
-        """`{"about": plain values, "tensors": {name: tensor}}`; the tensors are the bank's own, not copies."""
-        about = {"budget": self.budget.to_dict(), "gates": fingerprint(self.gates), "scale": self.scale}
-        return {"about": about, "tensors": self._tensors()}
+        """`{"about": plain values, "tensors": {name: tensor}}`; the tensors are copies."""
+        return {"about": self._about(), "tensors": {name: x.clone() for name, x in self._tensors().items()}}
+
+    def _about(self) -> dict:
+        return {"budget": self.budget.to_dict(), "gates": fingerprint(self.gates), "scale": self.scale}
 
     def load_state_dict(self, state: dict) -> None:
         """Copy in the tensors of a `state_dict` of a bank with the same gates, budget, scale, dtype and number of
@@ -282,7 +283,7 @@ class KVBank(Slots):
             about, tensors = state["about"], {name: state["tensors"][name] for name in self.TENSORS}
         except (KeyError, TypeError) as problem:
             raise ValueError(f"state is not what state_dict gave: {problem} is missing") from problem
-        for name, mine in self.state_dict()["about"].items():
+        for name, mine in self._about().items():
             if about.get(name) != mine:
                 raise ValueError(f"state has {name}={about.get(name)}: must be {mine}, as the bank")
         for name, old in self._tensors().items():

@@ -38,11 +38,11 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
         ring = as_read(keys).unflatten(2, (tile.shape[2], -1))  # (B, G, t r, n m, 2, d)
         score = (ring[..., 0, :] @ tile[..., None])[..., 0]
         parts.append(score.masked_fill(keys.token.view_as(score) < 0, -torch.inf))
-    if bank.notes and noted is not None:
+    some = bank.notes and noted is not None
+    if some:
         notes, held = _notes_of(bank, noted)
-        parts.append(
-            (notes[..., 0, :] @ tile[..., None])[..., 0] / held + held.log().masked_fill(noted < 0, -torch.inf)
-        )
+        score = (notes[..., 0, :] @ tile[..., None])[..., 0] / held + held.log()
+        parts.append(score.masked_fill(noted < 0, -torch.inf))
     elif bank.notes:
         notes, held = bank.sums.flatten(2, 3), _held(bank)
         score = tile @ notes[..., 0, :].mT / held.clamp(min=1) + held.log()
@@ -51,7 +51,7 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
     out = weight[0] @ window[..., 1, :]
     if bank.ring:
         out += (weight[1][..., None, :] @ ring[..., 1, :])[..., 0, :]
-    if bank.notes and noted is not None:
+    if some:
         out += ((weight[-1] / held)[..., None, :] @ notes[..., 1, :])[..., 0, :]
     elif bank.notes:
         out += (weight[-1] / held.clamp(min=1)) @ notes[..., 1, :]

@@ -24,7 +24,8 @@ from ..precision import at_least_float32, wide_dtype
 from ..rope import rotate
 
 DENSE_START = 64  # slots that a dense cache starts with
-ALIGNED = 64  # bytes between which a tensor begins: kernels read whole vectors
+ALIGNED = 64  # each tensor begins at a multiple of so many bytes, because kernels read whole vectors
+MINUS_ONE = ("token", "gate")  # tensors of an empty bank that are -1, in the order of memory the last; others are 0
 
 
 class Keys(NamedTuple):
@@ -116,7 +117,8 @@ class Slots:
             self._places.append((name, slice(start, end), kind, shape))
         with torch.inference_mode(False):  # so that a bank made in inference mode can be stepped outside it
             memory = torch.zeros(end, dtype=torch.uint8, device=device)
-            memory[self._places[-2][1].start :] = 255  # whole numbers of such bytes are -1
+            first = next(place.start for name, place, *_ in self._places if name in MINUS_ONE)
+            memory[first:] = 255  # an integer whose bytes are all 255 is -1
             self._lie_in(memory)
 
     def _lie_in(self, memory: Tensor) -> None:
@@ -124,6 +126,16 @@ class Slots:
         self._memory = memory
         for name, place, kind, shape in self._places:
             setattr(self, name, memory[place].view(kind).view(shape))
+
+    def __getstate__(self) -> dict:
+        """For pickle, `torch.save` and `deepcopy`, which would write the memory once for each tensor in it."""
+        return {**vars(self), "_memory": None, **{name: getattr(self, name).clone() for name in self.TENSORS.values()}}
+
+    def _twin(self):
+        """Another object with the same attributes."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(vars(self))
+        return twin
 
     def _replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Take these tensors, by their attributes' names. Each has memory of its own now."""

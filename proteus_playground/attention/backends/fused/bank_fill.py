@@ -15,7 +15,7 @@ from .forward import retired_at
 from .tables import KeyIndex, batch_stride
 
 KEYS = 16  # that one program copies at a time
-SUMMED = 128  # that one program adds up at a time: a gate may hold a large part of the text
+SUMMED = 1 << 13  # numbers of keys that one program adds up at a time: a gate may hold a large part of the text
 
 
 class PassIndex:
@@ -42,7 +42,8 @@ def fill(bank, done: PassIndex, positions: Tensor | None) -> bool:
             bank.token, bank.gate, bank.sums, bank.retired, bank.count, bank.seen, bank.next_position,
             T, G, C, d, S, bank.anchors, bank.window, bank.budget.window, plan.block, bank.ring,
             keys.count_base.shape[1] - 1, *keys.k.stride()[:2], *keys.v.stride()[:2], batch_stride(positions),
-            NOTES=bank.notes > 0, CH=plan.chunk, DP=plan.padded_dim, N=KEYS, M=SUMMED, num_warps=4,
+            NOTES=bank.notes > 0, CH=plan.chunk, DP=plan.padded_dim, N=KEYS, M=max(16, SUMMED // plan.padded_dim),
+            num_warps=4,
         )  # fmt: skip
     return True
 

@@ -37,8 +37,8 @@ def best_while_they_fit(key, cost, most, plenty):
     """The largest keys of each row of key (M, CP) whose costs add up to `most` or less; of equal keys the first.
 
     A cost is 65,536 for a gate, plus what it takes up; `most` likewise, and both parts must fit. Keys that are NOTHING
-    are never taken. Returns a mask, and for `best_of_the_rest` a number that more than `plenty` keys of a row exceed,
-    or all, and how many do.
+    are never taken. Returns a mask, a number `low`, and how many keys of each row are above `low`: more than `plenty`,
+    or all. `best_of_the_rest` begins its search there.
     """
     real = key > NOTHING
     low = tl.min(tl.where(real, key, 0x7FFFFFFF), 1) - 1
@@ -47,8 +47,8 @@ def best_while_they_fit(key, cost, most, plenty):
 
 @triton.jit
 def best_of_the_rest(key, count, low, above):
-    """The `count` largest of each row of key (M, CP); of equal keys the first. Of keys that are not NOTHING, `above`
-    exceed `low`: all, or more than `count`."""
+    """The `count` largest of each row of key (M, CP); of equal keys the first. low, above: those of
+    `best_while_they_fit`, less the keys that it took: `above` keys are larger than `low`, more than `count` or all."""
     cost = tl.where(key > NOTHING, 1 << 16, 0)
     chosen, _, _ = halve(key, cost, count << 16, low, above << 16, count)
     return chosen
@@ -56,9 +56,9 @@ def best_of_the_rest(key, count, low, above):
 
 @triton.jit
 def halve(key, cost, most, low, beyond, plenty):
-    """As `best_while_they_fit`, from a number `low` on: keys above it cost `beyond`, which is too much or all there is.
+    """As `best_while_they_fit`, by halving what is between `low` and the largest key.
 
-    cost: 0 for keys that are NOTHING.
+    beyond: what the keys above `low` cost, which is too much, or all there is. cost: 0 for keys that are NOTHING.
     """
     high = tl.max(key, 1)  # keys above it fit
     taken = tl.zeros_like(high)  # what the keys above `high` cost
@@ -89,8 +89,8 @@ def fit(cost, most):
 
 @triton.jit
 def store_bits(at, chosen, words, CP: tl.constexpr, COUNT: tl.constexpr):
-    """Write the mask chosen (1, CP) as `words` words of 32 bits. COUNT: words of 64, with the number of bits that the
-    words before hold in the upper half."""
+    """Write the mask chosen (1, CP) as `words` words of 32 bits. COUNT: of 64; the lower half holds the bits, the upper
+    half how many bits of the words before are set."""
     WORD: tl.constexpr = min(CP, 32)
     word = tl.arange(0, CP // WORD)
     each = chosen.to(tl.int32).reshape(CP // WORD, WORD)
