@@ -6,7 +6,7 @@ Axes: `B` batch, `T` tokens, `H` query heads, `G` KV groups, `d` head dim.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from ..attention.adapter import ProteusLayer
 from ..attention.bank.bank import ENDLESS, KVBank
 from ..attention.decide import weigh
 from .attention_call import AttentionCall
-
-if TYPE_CHECKING:
-    from .prompt_graph import PromptGraph
 
 NO_GRADIENT = "a ProteusCache gives no gradient: use torch.no_grad(), and model.eval()"
 
@@ -34,6 +31,13 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         raise RuntimeError(NO_GRADIENT)
+
+
+class Recordings(Protocol):
+    """Recorded passes over prompts, see `prompt_graph.PromptGraph`."""
+
+    def read(self, layer: BankLayer, call: AttentionCall) -> tuple[Tensor, KVBank, Tensor | None] | None:
+        """Rows, filled bank and sum of a prompt's pass; None where it must run as usual."""
 
 
 class BankLayer(CacheLayerMixin):
@@ -55,7 +59,7 @@ class BankLayer(CacheLayerMixin):
         self._inv_freq: Tensor | None = None  # of the last call
         self._new = 0  # tokens that `update` was given and `attend` was not
         self.tracks = self.defers = False
-        self.prompt: PromptGraph | None = None
+        self.prompt: Recordings | None = None
         self.total: Tensor | None = None
         self.past: Tensor | None = None  # (B,) which tokens of each text were real, as `digest` says
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,8 @@ from torch import Tensor, nn
 from ..attention.adapter import ProteusLayer
 from ..attention.bank.bank import KVBank
 from .attention_call import AttentionCall, TurnedCall
-from .bank_layer import read_prompt
+from .bank_layer import BankLayer, read_prompt
 from .recording import capture
-
-if TYPE_CHECKING:
-    from .bank_layer import BankLayer
 
 MOST_TOKENS = 1 << 15  # of all texts together: longer prompts keep the GPU busy, and a recording takes memory
 
