@@ -42,6 +42,7 @@ class AttentionCall:
     keep: Tensor | None  # (B, T) bool, False at padding; None when nothing is padded
     past: Tensor | None = None  # (B, earlier tokens) bool, which of them the mask shows; None where it does not say
     order: tuple[int, ...] | None = None  # the model's feature at each place of q and k; None for the model's order
+    turned = None  # q and k as the model has turned them, where a `TurnedCall` still has them
 
 
 class TurnedCall(AttentionCall):
@@ -51,7 +52,7 @@ class TurnedCall(AttentionCall):
     """
 
     def __init__(self, turned: tuple[Tensor, Tensor], back: Tensor, **fields):
-        for name, value in {"turned": turned, "back": back, "past": None, "order": None, **fields}.items():
+        for name, value in {"turned": turned, "back": back, **fields}.items():
             object.__setattr__(self, name, value)
 
     @cached_property

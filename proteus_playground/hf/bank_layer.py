@@ -97,7 +97,7 @@ class BankLayer(CacheLayerMixin):
         decisions = layer.decide(call.q, call.k, call.keep, budget=budget, before=bank.count)
         how = {"keep": decisions.keep, "awake": decisions.awake, "positions": call.positions}
         if call.v.shape[1] == 1:
-            out = bank.step(call.q, call.k, call.v, **how, turned=getattr(call, "turned", None))
+            out = bank.step(call.q, call.k, call.v, **how, turned=call.turned)
         else:
             out = bank.steps(call.q, call.k, call.v, **how)
         return weigh(out, decisions.weight)

@@ -112,12 +112,13 @@ class ProteusCache(Cache):
         super().__init__(layers=layers)
         banks = self._bank_layers()
         next(iter(banks.values())).tracks = True
+        only_banks = all(type(layer) is BankLayer for layer in layers)
         if cuda_graph:
-            _check_graph(layers, budget, decoder.device)
+            _check_graph(only_banks, budget, decoder.device)
         self._graph = DecodeGraph(decoder, banks) if cuda_graph else None
         self._prompt = PromptGraph(decoder) if cuda_graph else None
         for layer in banks.values():
-            layer.defers, layer.prompt = all(type(each) is BankLayer for each in layers), self._prompt
+            layer.defers, layer.prompt = only_banks, self._prompt
         self._running = self._cut_short = False
         watch(decoder)
         self._closing = finalize(self, unwatch, decoder)
@@ -347,10 +348,10 @@ def _check_gates(index: int, gates: Gates, config: AttentionConfig) -> None:
         raise ValueError(f"gates[{index}] has groups, gates and head dim {found}: must have {wanted}")
 
 
-def _check_graph(layers: list, budget: Budget, device: torch.device) -> None:
+def _check_graph(only_banks: bool, budget: Budget, device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(f"cuda_graph=True: must be False for a model on {device}")
-    if budget.dense or any(type(layer) is not BankLayer for layer in layers):
+    if budget.dense or not only_banks:
         raise ValueError("cuda_graph=True: must be False where a layer has no bank, or the budget holds every key")
 
 

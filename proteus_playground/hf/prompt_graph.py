@@ -95,7 +95,7 @@ def _form(layer: BankLayer, call: AttentionCall) -> tuple | None:
         return None
     if tokens == 1 or batch * tokens > MOST_TOKENS:
         return None
-    with_gradient = call.inv_freq is not None and not isinstance(call, TurnedCall)
+    with_gradient = call.inv_freq is not None and call.turned is None
     if with_gradient or torch.is_autocast_enabled(call.v.device.type):
         return None
     kinds = tuple((x.shape, x.dtype, x.device) for x in _inputs(layer, call))
@@ -105,8 +105,7 @@ def _form(layer: BankLayer, call: AttentionCall) -> tuple | None:
 def _inputs(layer: BankLayer, call: AttentionCall) -> list[Tensor]:
     """Tensors of one pass, apart from the bank, which is made in it."""
     gates = layer.layer.gates
-    turned = isinstance(call, TurnedCall)
-    q_and_k = (*call.turned, call.back, call.inv_freq) if turned else (call.q, call.k)
+    q_and_k = (call.q, call.k) if call.turned is None else (*call.turned, call.back, call.inv_freq)
     return [gates.prototypes, gates.alive, call.v, call.positions, *q_and_k]
 
 

@@ -1,4 +1,4 @@
-"""A small Llama and two rows of tokens, where a file of tests has none of its own."""
+"""A small Llama and two rows of tokens, where a file of tests has none of its own; the same on a GPU if there is one."""
 
 import pytest
 import torch
@@ -17,3 +17,18 @@ def ids():
     from tiny_decoders import VOCABULARY, T
 
     return torch.randint(VOCABULARY, (2, T), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model():
+    from test_cache import built
+
+    return built("llama").to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def texts(model):
+    from test_cache import T
+    from tiny_decoders import VOCABULARY
+
+    return torch.randint(VOCABULARY, (2, T), generator=torch.Generator().manual_seed(1)).to(model.device)

@@ -5,59 +5,36 @@ import torch
 from torch.testing import assert_close
 
 pytest.importorskip("transformers")
-from test_cache import T, built, write  # noqa: E402 -- after the skip
-from tiny_decoders import VOCABULARY, proteus  # noqa: E402
+from graph_caches import GPU, cache_of, gpu, one  # noqa: E402 -- after the skip
+from test_cache import T, write  # noqa: E402
+from tiny_decoders import proteus  # noqa: E402
 
 from proteus_playground.hf import cache as hf_cache  # noqa: E402
 from proteus_playground.hf import decode_graph  # noqa: E402
 from proteus_playground.hf.cache import ProteusCache  # noqa: E402
 from proteus_playground.hf.decode_graph import DecodeGraph  # noqa: E402
-from proteus_playground.hf.patch import full_attention_layers, handed, patched  # noqa: E402
-
-GPU = torch.cuda.is_available()
-gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
-
-
-@pytest.fixture
-def llama():
-    return built("llama").to("cuda" if GPU else "cpu")
-
-
-@pytest.fixture
-def ids(llama):
-    return torch.randint(VOCABULARY, (2, T), generator=torch.Generator().manual_seed(1)).to(llama.device)
-
-
-def cache_of(model, alpha=1.0, graph=True, **settings):
-    layer = proteus(alpha, **settings)
-    gates = layer.gates.to(model.device)
-    return ProteusCache(model, dict.fromkeys(full_attention_layers(model), gates), layer.config, cuda_graph=graph)
+from proteus_playground.hf.patch import full_attention_layers, patched  # noqa: E402
 
 
 def recorded(cache) -> bool:
     return cache._graph._graph is not None
 
 
-def one(model, cache, tokens):
-    with torch.no_grad():
-        return model(tokens, **handed(model, cache)).logits
-
-
-def test_it_is_refused_where_it_cannot_be(llama):
+def test_it_is_refused_where_it_cannot_be(model):
     with pytest.raises(ValueError, match="cuda_graph=True"):
-        cache_of(llama, alpha=0.0)
-    if llama.device.type == "cpu":
+        cache_of(model, alpha=0.0)
+    if model.device.type == "cpu":
         with pytest.raises(ValueError, match="for a model on cpu"):
-            cache_of(llama)
+            cache_of(model)
     else:
         with pytest.raises(ValueError, match="where a layer has no bank"):
-            ProteusCache(llama, {0: proteus(1.0).gates.cuda()}, proteus(1.0).config, cuda_graph=True)
+            ProteusCache(model, {0: proteus(1.0).gates.cuda()}, proteus(1.0).config, cuda_graph=True)
 
 
-def test_only_a_plain_pass_of_one_token_is_served(llama, ids):
-    cache, token = cache_of(llama, graph=False), ids[:, :1]
-    one(llama, cache, ids)
-    graph = DecodeGraph(llama.model, cache._bank_layers())
+def test_only_a_plain_pass_of_one_token_is_served(model, texts):
+    cache, token = cache_of(model, graph=False), texts[:, :1]
+    one(model, cache, texts)
+    graph = DecodeGraph(model.model, cache._bank_layers())
     plain, mask, at = {"input_ids": token, "use_cache": True}, torch.ones(2, T + 1, dtype=torch.int64), token * 0 + T
 
     def serves(*args, **kwargs):
@@ -70,11 +47,11 @@ def test_only_a_plain_pass_of_one_token_is_served(llama, ids):
         assert not serves(position_ids=at, attention_mask=mask[:, 1:]) and not serves(attention_mask=mask[None, None])
         assert not serves(position_ids=at, attention_mask=torch.cat((mask[:, :-1], mask[:, :1] * 0), 1))
         assert not serves(position_ids=at.expand(2, 3)) and not serves(position_ids=at.expand(3, 2, 1))
-        assert not serves(token) and not serves(input_ids=ids) and not serves(use_cache=False)
+        assert not serves(token) and not serves(input_ids=texts) and not serves(use_cache=False)
         assert (
             not serves(output_hidden_states=True) and not serves(token_type_ids=token) and not serves(return_dict=False)
         )
-        hook = llama.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
         assert not serves()
         hook.remove()
     assert not serves(), "a gradient is asked for"
@@ -113,28 +90,30 @@ def replayed(monkeypatch):
 
 
 @pytest.mark.skipif(GPU, reason="a GPU has graphs of its own")
-def test_what_is_recorded_is_replayed_until_something_changes(replayed, llama, ids):
-    mask = torch.ones_like(ids)
+def test_what_is_recorded_is_replayed_until_something_changes(replayed, model, texts):
+    mask = torch.ones_like(texts)
     mask[1, :17] = 0
-    with cache_of(llama, graph=False) as plain:
-        want = write(llama, ids, plain, 40, attention_mask=mask)
-    with cache_of(llama) as cache:
+    with cache_of(model, graph=False) as plain:
+        want = write(model, texts, plain, 40, attention_mask=mask)
+    with cache_of(model) as cache:
         replayed.cache = cache
-        got = write(llama, ids, cache, 40, attention_mask=mask)
+        got = write(model, texts, cache, 40, attention_mask=mask)
         assert len(replayed) == 1 and replayed[0].runs == 39 - 2  # the prompt's pass gives the first token
     assert torch.equal(got.sequences, want.sequences)
     assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-5, rtol=0)
-    with cache_of(llama) as cache, cache_of(llama, graph=False) as plain:
+    with cache_of(model) as cache, cache_of(model, graph=False) as plain:
         replayed.cache = cache
 
         def step(t):
-            assert_close(one(llama, cache, ids[:, t : t + 1]), one(llama, plain, ids[:, t : t + 1]), atol=1e-5, rtol=0)
+            assert_close(
+                one(model, cache, texts[:, t : t + 1]), one(model, plain, texts[:, t : t + 1]), atol=1e-5, rtol=0
+            )
             return cache._graph._warm, recorded(cache)
 
         for each in (cache, plain):
-            one(llama, each, ids)
+            one(model, each, texts)
         assert [step(t) for t in range(4)] == [(1, False), (2, False), (3, True), (3, True)]
-        llama.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(llama.model.layers[0].mlp.up_proj.weight.clone())
+        model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(model.model.layers[0].mlp.up_proj.weight.clone())
         assert [step(t) for t in range(4)] == [(1, False), (2, False), (3, True), (3, True)]
         cache._bank_layers()[0].bank = cache._bank_layers()[0].bank.fork()
         assert step(9) == (1, False)
@@ -142,90 +121,90 @@ def test_what_is_recorded_is_replayed_until_something_changes(replayed, llama, i
 
 
 @pytest.mark.skipif(GPU, reason="a GPU has graphs of its own")
-def test_a_pass_that_cannot_be_recorded_runs_as_usual(monkeypatch, replayed, llama, ids):
+def test_a_pass_that_cannot_be_recorded_runs_as_usual(monkeypatch, replayed, model, texts):
     def fail(run, decoder, device):
         run()
         raise RuntimeError("the stream is capturing")
 
     layer = proteus(1.0)
-    gates = dict.fromkeys(full_attention_layers(llama), layer.gates)
-    with ProteusCache(llama, gates, layer.config, tokens=T + 4, cuda_graph=True) as cache:
+    gates = dict.fromkeys(full_attention_layers(model), layer.gates)
+    with ProteusCache(model, gates, layer.config, tokens=T + 4, cuda_graph=True) as cache:
         replayed.cache = cache
-        for part in (ids, *(ids[:, :1],) * 4):
-            one(llama, cache, part)
+        for part in (texts, *(texts[:, :1],) * 4):
+            one(model, cache, part)
         with pytest.raises(ValueError, match=f"at most {T + 4}"):
-            one(llama, cache, ids[:, :1])
+            one(model, cache, texts[:, :1])
         assert not cache._cut_short and cache.get_seq_length() == T + 4
     monkeypatch.setattr(decode_graph, "capture", fail)
-    with cache_of(llama) as cache, pytest.warns(UserWarning, match="because the stream is capturing"):
-        for part in (ids, *(ids[:, :1],) * 3):
-            one(llama, cache, part)
+    with cache_of(model) as cache, pytest.warns(UserWarning, match="because the stream is capturing"):
+        for part in (texts, *(texts[:, :1],) * 3):
+            one(model, cache, part)
         assert cache._graph.refused and cache.get_seq_length() == T + 3 and not cache._cut_short
 
 
 @gpu
 @pytest.mark.parametrize("settings", [{}, {"keep_ratio": 0.6}, {"route_heads": True, "head_top_p": 0.7}], ids=str)
-def test_texts_are_those_of_ordinary_passes(llama, ids, settings):
-    mask = torch.ones_like(ids)
+def test_texts_are_those_of_ordinary_passes(model, texts, settings):
+    mask = torch.ones_like(texts)
     mask[1, :17] = 0
-    with cache_of(llama, graph=False, **settings) as cache:
-        want = write(llama, ids, cache, 90, attention_mask=mask)
+    with cache_of(model, graph=False, **settings) as cache:
+        want = write(model, texts, cache, 90, attention_mask=mask)
         length = cache.get_seq_length()
-    with cache_of(llama, **settings) as cache:
-        got = write(llama, ids, cache, 90, attention_mask=mask)
+    with cache_of(model, **settings) as cache:
+        got = write(model, texts, cache, 90, attention_mask=mask)
         assert recorded(cache) and not cache._graph.refused and cache.get_seq_length() == length
     assert torch.equal(got.sequences, want.sequences)
     assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=0)
 
 
 @gpu
-def test_forks_other_sizes_and_hooks_go_on(llama, ids):
-    with cache_of(llama) as cache, cache_of(llama, graph=False) as plain:
+def test_forks_other_sizes_and_hooks_go_on(model, texts):
+    with cache_of(model) as cache, cache_of(model, graph=False) as plain:
         for each in (cache, plain):
-            one(llama, each, ids)
+            one(model, each, texts)
         for t in range(20):
-            token = ids[:, t : t + 1]
-            assert_close(one(llama, cache, token), one(llama, plain, token), atol=1e-4, rtol=0)
+            token = texts[:, t : t + 1]
+            assert_close(one(model, cache, token), one(model, plain, token), atol=1e-4, rtol=0)
         assert recorded(cache)
         twin, other = cache.fork(), plain.fork()
         for t in range(8):
-            token = ids[:, t : t + 1]
-            assert_close(one(llama, twin, token), one(llama, other, token), atol=1e-4, rtol=0)
-            assert_close(one(llama, cache, token.flip(0)), one(llama, plain, token.flip(0)), atol=1e-4, rtol=0)
+            token = texts[:, t : t + 1]
+            assert_close(one(model, twin, token), one(model, other, token), atol=1e-4, rtol=0)
+            assert_close(one(model, cache, token.flip(0)), one(model, plain, token.flip(0)), atol=1e-4, rtol=0)
         heard = []
-        hook = llama.model.layers[0].mlp.register_forward_hook(lambda *_: heard.append(1))
-        assert_close(one(llama, cache, ids[:, :1]), one(llama, plain, ids[:, :1]), atol=1e-4, rtol=0)
+        hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: heard.append(1))
+        assert_close(one(model, cache, texts[:, :1]), one(model, plain, texts[:, :1]), atol=1e-4, rtol=0)
         hook.remove()
         assert heard
-        assert_close(one(llama, cache, ids[:, 3:9]), one(llama, plain, ids[:, 3:9]), atol=1e-4, rtol=0)
+        assert_close(one(model, cache, texts[:, 3:9]), one(model, plain, texts[:, 3:9]), atol=1e-4, rtol=0)
         for t in range(6):
-            token = ids[:, t : t + 1]
-            assert_close(one(llama, cache, token), one(llama, plain, token), atol=1e-4, rtol=0)
-        llama.double().float()  # the weights lie elsewhere now
-        assert_close(one(llama, cache, ids[:, :1]), one(llama, plain, ids[:, :1]), atol=1e-4, rtol=0)
+            token = texts[:, t : t + 1]
+            assert_close(one(model, cache, token), one(model, plain, token), atol=1e-4, rtol=0)
+        model.double().float()  # the weights lie elsewhere now
+        assert_close(one(model, cache, texts[:, :1]), one(model, plain, texts[:, :1]), atol=1e-4, rtol=0)
 
 
 @gpu
-def test_a_full_bank_is_noticed_and_a_pass_that_waits_is_not_recorded(llama, ids):
+def test_a_full_bank_is_noticed_and_a_pass_that_waits_is_not_recorded(model, texts):
     layer = proteus(1.0)
-    gates = dict.fromkeys(full_attention_layers(llama), layer.gates.cuda())
-    with ProteusCache(llama, gates, layer.config, tokens=T + 6, cuda_graph=True) as cache:
-        one(llama, cache, ids)
+    gates = dict.fromkeys(full_attention_layers(model), layer.gates.cuda())
+    with ProteusCache(model, gates, layer.config, tokens=T + 6, cuda_graph=True) as cache:
+        one(model, cache, texts)
         for t in range(6):
-            one(llama, cache, ids[:, t : t + 1])
+            one(model, cache, texts[:, t : t + 1])
         assert recorded(cache)
         with pytest.raises(ValueError, match=f"at most {T + 6}"):
-            one(llama, cache, ids[:, :1])
-    mlp = llama.model.layers[1].mlp
+            one(model, cache, texts[:, :1])
+    mlp = model.model.layers[1].mlp
     waits, original = (lambda x: original(x * float(x.abs().amax() >= 0))), mlp.forward
     mlp.forward = waits
-    with cache_of(llama) as cache, cache_of(llama, graph=False) as plain:
+    with cache_of(model) as cache, cache_of(model, graph=False) as plain:
         for each in (cache, plain):
-            one(llama, each, ids)
+            one(model, each, texts)
         with pytest.warns(UserWarning, match="passes run without a graph"):
             for t in range(5):
-                token = ids[:, t : t + 1]
-                assert_close(one(llama, cache, token), one(llama, plain, token), atol=1e-4, rtol=0)
+                token = texts[:, t : t + 1]
+                assert_close(one(model, cache, token), one(model, plain, token), atol=1e-4, rtol=0)
         assert cache._graph.refused and cache.get_seq_length() == T + 5
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
         torch.rand(1, device="cuda"), torch.cuda.empty_cache()  # would raise where a capture had not ended

@@ -36,12 +36,12 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
         slot = torch.where(opened[..., None] < 0, bank.scratch, first)  # (B, G, t r, n, m)
         keys = bank.keys_at(slot.flatten(2))
         ring = as_read(keys).unflatten(2, (tile.shape[2], -1))  # (B, G, t r, n m, 2, d)
-        score = (ring[..., 0, :] @ tile[..., None])[..., 0]
+        score = _scores(tile, ring)
         parts.append(score.masked_fill(keys.token.view_as(score) < 0, -torch.inf))
     some = bank.notes and noted is not None
     if some:
         notes, held = _notes_of(bank, noted)
-        score = (notes[..., 0, :] @ tile[..., None])[..., 0] / held + held.log()
+        score = _scores(tile, notes) / held + held.log()
         parts.append(score.masked_fill(noted < 0, -torch.inf))
     elif bank.notes:
         notes, held = bank.sums.flatten(2, 3), _held(bank)
@@ -50,12 +50,22 @@ def sparse_row(bank: Slots, q: Tensor, rotated: Tensor) -> Tensor:
     weight = torch.cat(parts, dim=-1).softmax(-1).split([x.shape[-1] for x in parts], dim=-1)
     out = weight[0] @ window[..., 1, :]
     if bank.ring:
-        out += (weight[1][..., None, :] @ ring[..., 1, :])[..., 0, :]
+        out += _mixed(weight[1], ring)
     if some:
-        out += ((weight[-1] / held)[..., None, :] @ notes[..., 1, :])[..., 0, :]
+        out += _mixed(weight[-1] / held, notes)
     elif bank.notes:
         out += (weight[-1] / held.clamp(min=1)) @ notes[..., 1, :]
     return _by_token(out, q).to(q.dtype)
+
+
+def _scores(tile: Tensor, own: Tensor) -> Tensor:
+    """Products of rows `(..., d)` with keys of their own: own `(..., n, 2, d)` -> `(..., n)`."""
+    return (own[..., 0, :] @ tile[..., None])[..., 0]
+
+
+def _mixed(weight: Tensor, own: Tensor) -> Tensor:
+    """Sums of each row's own values, weighted: `(..., n)` and `(..., n, 2, d)` -> `(..., d)`."""
+    return (weight[..., None, :] @ own[..., 1, :])[..., 0, :]
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
