@@ -1,4 +1,4 @@
-"""A small Llama and two rows of tokens, where a file of tests has none of its own; the same on a GPU if there is one."""
+"""A small Llama and two rows of tokens, where a file of tests has none of its own; and the same on a GPU."""
 
 import pytest
 import torch
